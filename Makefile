@@ -1,0 +1,24 @@
+# ROS_DISTRO=kilted make ... for the other distribution. Where ROS is sourced, that one is used.
+ENVIRONMENT := python3 tools/environment.py
+
+.PHONY: help setup demo test lint clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+
+setup:  ## virtual environment, ROS 2 if it is not sourced, colcon build
+	@$(ENVIRONMENT) setup
+
+demo:  ## replay a synthetic flight through the node; results in demo_output/
+	@$(ENVIRONMENT) run c7_demo --output demo_output
+
+lint:  ## ruff and mypy
+	$(ENVIRONMENT) run ruff check .
+	$(ENVIRONMENT) run mypy
+
+test: lint  ## ruff, mypy and every test this machine can run; skips are listed with their reasons
+	$(ENVIRONMENT) run python3 -m pytest
+
+clean:  ## remove every environment, build and output
+	rm -rf .venv .build build install log demo_output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

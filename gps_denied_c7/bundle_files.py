@@ -1,0 +1,156 @@
+"""Files of a model bundle: read as the digest promises, written as a whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import stat
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gps_denied_c7.errors import ModelBundleError
+from gps_denied_c7.json_fields import require
+
+__all__ = ['BundleFile', 'file_sha256', 'npz_bytes', 'read_file', 'read_npz', 'write_atomically']
+
+_HEX = re.compile(r'[0-9a-f]{64}')
+_CHUNK_BYTES = 1 << 20
+
+
+def file_sha256(path: Path) -> str:
+    """
+    Return the hex SHA-256 of a file, read once in pieces of 1 MiB.
+
+    :raises ModelBundleError: the file is missing or cannot be read.
+    """
+    digest = hashlib.sha256()
+    with _reading(path) as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def read_file(path: Path) -> bytes:
+    """
+    Return the bytes of a regular file.
+
+    :raises ModelBundleError: the file is missing, unreadable, a directory or a device.
+    """
+    with _reading(path) as file:
+        return file.read()
+
+
+@dataclass(frozen=True, slots=True)
+class BundleFile:
+    """
+    Name one file of a bundle and the digest its bytes must have.
+
+    :param path: absolute.
+    :param sha256: 64 lower-case hex digits.
+    """
+
+    path: Path
+    sha256: str
+
+    def __post_init__(self) -> None:
+        require(bool(_HEX.fullmatch(self.sha256)), 'sha256', f'{self.sha256!r} is not 64 lower-case hex digits.')
+
+    def verify(self) -> None:
+        """
+        Read the whole file and check its digest (about 1 s per GB).
+
+        :raises ModelBundleError: the file is missing, unreadable or not the one the bundle names.
+        """
+        _check_digest(self.path, self.sha256, file_sha256(self.path))
+
+    def read_verified(self) -> bytes:
+        """
+        Return the file's bytes, which are the very bytes whose digest was checked.
+
+        :raises ModelBundleError: as :meth:`verify`.
+        """
+        content = read_file(self.path)
+        _check_digest(self.path, self.sha256, hashlib.sha256(content).hexdigest())
+        return content
+
+
+def read_npz(file: BundleFile) -> dict[str, NDArray]:
+    """
+    Return the arrays of an ``.npz``, read from the bytes whose digest was checked.
+
+    :raises ModelBundleError: the file is missing, not the one named, or holds anything but plain arrays.
+    """
+    content = file.read_verified()
+    try:
+        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except Exception as error:  # what NumPy, zipfile and zlib raise for a damaged file is theirs to choose
+        raise ModelBundleError(
+            f'{file.path}: no .npz of plain arrays: {error}.', remedy='Write the golden files again.'
+        ) from error
+
+
+def npz_bytes(arrays: Mapping[str, NDArray]) -> bytes:
+    """Return arrays as an ``.npz``; the same arrays give the same bytes."""
+    # Not numpy.savez: it takes names as keywords, so that some tensor names would be its own options.
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, 'w') as archive:
+        for name, array in arrays.items():
+            entry = io.BytesIO()
+            np.lib.format.write_array(entry, np.asanyarray(array), allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f'{name}.npy'), entry.getvalue())
+    return content.getvalue()
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """
+    Replace a file as a whole and sync it, making its directory where needed.
+
+    :raises ModelBundleError: the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
+        try:
+            with os.fdopen(handle, 'wb') as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            os.unlink(temporary)
+            raise
+    except OSError as error:
+        raise ModelBundleError(f'{path}: cannot be written: {error.strerror}.') from error
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[BinaryIO]:
+    try:
+        # O_NONBLOCK: a FIFO named as a model would block its reader for ever.
+        with open(path, 'rb', opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ModelBundleError(f'{path}: is no regular file.', remedy='Correct the path.')
+            yield file
+    except OSError as error:
+        raise ModelBundleError(f'{path}: {error.strerror}.', remedy='Copy it again, or correct the path.') from error
+    except ValueError as error:
+        raise ModelBundleError(f'{str(path)!r}: {error}.', remedy='Correct the path.') from error
+
+
+def _check_digest(path: Path, expected: str, found: str) -> None:
+    if found != expected:
+        raise ModelBundleError(
+            f'{path}: SHA-256 {found} is not the {expected} that the bundle names.', remedy='Copy the bundle again.'
+        )

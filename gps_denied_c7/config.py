@@ -1,0 +1,83 @@
+"""The one frozen configuration of the inference library."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gps_denied_c7.errors import ConfigError
+
+__all__ = ['DEFAULT_CHAIN', 'RUNTIME_LABELS', 'C7InferenceConfig']
+
+RUNTIME_LABELS = ('tensorrt', 'onnx_trt_ep', 'pytorch_fp16')
+DEFAULT_CHAIN = RUNTIME_LABELS
+
+_ENGINE_ROOT = '/var/lib/gps-denied/engines'
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class C7InferenceConfig:
+    """
+    Hold every setting of the library; a value that cannot be used never becomes a config.
+
+    :param runtime_chain: strategies by preference, of RUNTIME_LABELS, each at most once, at least one.
+    :param disabled_runtimes: strategies switched off; the chain goes on past them and says so.
+    :param engine_cache_dir: where engine files lie.
+    :param ort_trt_cache_dir: where ONNX Runtime's TensorRT provider keeps its engines; a sibling of
+        ``engine_cache_dir``, so that one sweep cleans both.
+    :param ort_disallow_cpu_fallback: refuse to fly on the CPU.
+    :param gpu_memory_budget_bytes: bytes of GPU memory for all engines together.
+    :param gpu_fault_window_s: seconds in which failures of two different GPU rungs mean that the GPU is lost.
+    :param restart_backoff_s: first and longest pause in seconds before an exhausted chain is tried again.
+    :param build_on_configure: engines may be built while configuring (minutes).
+    :param cpu_threads: threads of one CPU inference, 0 for all cores but one, which flies the drone.
+    :raises ConfigError: naming the field.
+    """
+
+    runtime_chain: tuple[str, ...] = DEFAULT_CHAIN
+    disabled_runtimes: tuple[str, ...] = ()
+    engine_cache_dir: Path = Path(_ENGINE_ROOT) / 'engine_cache'
+    ort_trt_cache_dir: Path = Path(_ENGINE_ROOT) / 'ort_trt_cache'
+    ort_disallow_cpu_fallback: bool = False
+    gpu_memory_budget_bytes: int = 4 << 30
+    gpu_fault_window_s: float = 10.0
+    restart_backoff_s: tuple[float, float] = (1.0, 30.0)
+    build_on_configure: bool = False
+    cpu_threads: int = 0
+
+    def __post_init__(self) -> None:
+        _check_labels('runtime_chain', self.runtime_chain)
+        _check_labels('disabled_runtimes', self.disabled_runtimes)
+        if not self.runtime_chain:
+            raise ConfigError('runtime_chain', 'is empty.', remedy=f'Name at least one of {list(RUNTIME_LABELS)}.')
+        for name in ('engine_cache_dir', 'ort_trt_cache_dir'):
+            value = getattr(self, name)
+            if str(value) in ('', '.'):
+                raise ConfigError(name, 'is empty.', remedy='Name a directory that this user may write.')
+            object.__setattr__(self, name, Path(value))
+        if self.gpu_memory_budget_bytes <= 0:
+            raise ConfigError('gpu_memory_budget_bytes', f'{self.gpu_memory_budget_bytes} is not positive.')
+        if self.gpu_fault_window_s <= 0:
+            raise ConfigError('gpu_fault_window_s', f'{self.gpu_fault_window_s} is not positive.')
+        first, longest = self.restart_backoff_s
+        if not 0 < first <= longest:
+            raise ConfigError('restart_backoff_s', f'{self.restart_backoff_s} is not (first, longest) in seconds.')
+        if self.cpu_threads < 0:
+            raise ConfigError('cpu_threads', f'{self.cpu_threads} is negative.', remedy='0 means all cores but one.')
+
+    def digest(self) -> str:
+        """Return a SHA-256 over every field, so that two flights with the same settings can be told."""
+        values: dict[str, Any] = dataclasses.asdict(self)
+        text = json.dumps(values, sort_keys=True, default=str)
+        return f'sha256:{hashlib.sha256(text.encode()).hexdigest()}'
+
+
+def _check_labels(name: str, labels: tuple[str, ...]) -> None:
+    if unknown := [label for label in labels if label not in RUNTIME_LABELS]:
+        raise ConfigError(name, f'{unknown} unknown.', remedy=f'Known are {list(RUNTIME_LABELS)}.')
+    if len(set(labels)) != len(labels):
+        raise ConfigError(name, f'{list(labels)} names a runtime twice.')

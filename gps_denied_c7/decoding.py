@@ -1,0 +1,357 @@
+"""Image bytes to pixels, the one decoder for every camera, bag and test (N-9)."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gps_denied_c7.errors import ImageRejectedError
+from gps_denied_c7.scratch import Scratch
+
+__all__ = [
+    'ENCODINGS',
+    'MAX_PIXELS',
+    'MAX_SIDE',
+    'Pixels',
+    'RawImage',
+    'channel_order',
+    'check_compressed',
+    'check_image',
+    'decode_compressed',
+    'decode_image',
+]
+
+MAX_SIDE = 16384
+"""Longest side of an image in pixels: beyond any camera, below OpenCV's limits."""
+MAX_PIXELS = 1 << 26
+"""Most pixels of an image, 64 Mpx: what a few bytes of header may make a decoder allocate."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawImage:
+    """
+    Hold the fields of an uncompressed image message.
+
+    :param width: pixels.
+    :param height: rows; for nv12 and nv21 either of the picture or of the buffer (3/2 of the picture's).
+    :param encoding: as ``sensor_msgs/image_encodings`` spells it.
+    :param step: bytes from one row to the next, padding included.
+    :param is_bigendian: byte order of 16-bit values.
+    :param data: any contiguous buffer of bytes; only read, never copied without need.
+    """
+
+    width: int
+    height: int
+    encoding: str
+    step: int
+    is_bigendian: bool
+    data: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Pixels:
+    """
+    Hold a decoded image.
+
+    :param array: H×W or H×W×C, uint8 or uint16 in native byte order; rows may be padded. Read-only,
+        often a view of the message's buffer, which it keeps alive.
+    :param order: of the channels: ``gray``, ``rgb``, ``bgr``, ``rgba`` or ``bgra``.
+    """
+
+    array: NDArray
+    order: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoding:
+    """
+    Describe one raw encoding.
+
+    :param order: of the decoded channels.
+    :param depth: bytes of one value.
+    :param channels: values per pixel in the message.
+    :param conversion: name of the OpenCV colour conversion, where the message does not hold ``order``.
+    :param subsampled: pixels share chroma in pairs, so the width is even.
+    :param planar: a half-size chroma plane follows the luma plane, so the height is even too.
+    :param smallest: side in pixels below which the conversion has no neighbours to work with.
+    """
+
+    order: str
+    depth: int = 1
+    channels: int = 1
+    conversion: str | None = None
+    subsampled: bool = False
+    planar: bool = False
+    smallest: int = 1
+
+
+def _packed() -> dict[str, _Encoding]:
+    table = {'mono8': _Encoding('gray'), 'mono16': _Encoding('gray', depth=2)}
+    for order in ('rgb', 'bgr', 'rgba', 'bgra'):
+        table[f'{order}8'] = _Encoding(order, channels=len(order))
+        table[f'{order}16'] = _Encoding(order, depth=2, channels=len(order))
+    return table
+
+
+def _bayer() -> dict[str, _Encoding]:
+    # ROS names the first two rows from the top left; OpenCV the 2x2 block that starts at the second
+    # pixel of the second row, hence the seemingly crossed names.
+    opencv = {'rggb': 'BG', 'bggr': 'RG', 'gbrg': 'GR', 'grbg': 'GB'}
+    return {
+        f'bayer_{pattern}{8 * depth}': _Encoding('bgr', depth, conversion=f'COLOR_Bayer{name}2BGR', smallest=3)
+        for pattern, name in opencv.items()
+        for depth in (1, 2)
+    }
+
+
+def _yuv() -> dict[str, _Encoding]:
+    uyvy = _Encoding('bgr', channels=2, conversion='COLOR_YUV2BGR_UYVY', subsampled=True)
+    yuyv = _Encoding('bgr', channels=2, conversion='COLOR_YUV2BGR_YUY2', subsampled=True)
+    return {
+        'uyvy': uyvy,
+        'yuv422': uyvy,
+        'yuyv': yuyv,
+        'yuv422_yuy2': yuyv,
+        'nv12': _Encoding('bgr', conversion='COLOR_YUV2BGR_NV12', subsampled=True, planar=True),
+        'nv21': _Encoding('bgr', conversion='COLOR_YUV2BGR_NV21', subsampled=True, planar=True),
+    }
+
+
+_TABLE = {**_packed(), **_bayer(), **_yuv()}
+
+ENCODINGS = tuple(_TABLE)
+"""Every raw encoding that can be decoded."""
+
+_SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
+_SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+# Within a scan, FF 00 is a stuffed FF, FF D0..D7 are restart markers and FF FF is fill.
+_JPEG_MARKER = re.compile(rb'\xff[^\x00\xff\xd0-\xd7]')
+_PNG_SIGNATURE = b'\x89PNG\r\n\x1a\n'
+# What a file of any honest size needs, so that a garbage one cannot keep a callback busy.
+_MAX_JPEG_SEGMENTS = 1 << 12
+_MAX_PNG_CHUNKS = 1 << 16
+
+
+def channel_order(encoding: str) -> str:
+    """
+    Return the channel order that :func:`decode_image` gives for an encoding.
+
+    :raises ImageRejectedError: ``encoding`` where it is unknown.
+    """
+    return _encoding(encoding).order
+
+
+def check_image(image: RawImage) -> None:
+    """
+    Look for what makes an image undecodable, without touching its pixels.
+
+    :raises ImageRejectedError: ``encoding`` (unknown), ``size`` (zero, too large, odd where chroma is
+        shared, too small for Bayer) or ``data`` (step × height is not the number of bytes, or rows are shorter than
+        the pixels in them).
+    """
+    _layout(image)
+
+
+def decode_image(image: RawImage, scratch: Scratch | None = None) -> Pixels:
+    """
+    Return the pixels of a raw image, without a copy for mono, rgb(a) and bgr(a) in native byte order.
+
+    Bayer and YUV become BGR as OpenCV converts them, which is what rosbags-image and cv_bridge give.
+
+    :param scratch: where converted pixels are kept; the result is then valid until its next use.
+    :raises ImageRejectedError: as :func:`check_image`.
+    """
+    encoding, rows, data = _layout(image)
+    dtype = np.dtype(f'u{encoding.depth}').newbyteorder('>' if image.is_bigendian else '<')
+    pixel = encoding.channels * encoding.depth
+    array: NDArray = np.ndarray(
+        (rows, image.width, encoding.channels), dtype, data, strides=(image.step, pixel, encoding.depth)
+    )
+    if encoding.channels == 1:
+        array = array[:, :, 0]
+    scratch = scratch or Scratch()
+    if not (array.dtype.isnative and array.flags.aligned):
+        # OpenCV takes neither foreign byte order nor rows that begin in the middle of a value.
+        native = scratch.array('native', array.shape, array.dtype.newbyteorder('='))
+        np.copyto(native, array)
+        array = native
+    if encoding.conversion:
+        array = _convert(array, encoding, scratch)
+    array.setflags(write=False)
+    return Pixels(array, encoding.order)
+
+
+def _convert(array: NDArray, encoding: _Encoding, scratch: Scratch) -> NDArray:
+    import cv2
+
+    rows, width = array.shape[:2]
+    height = rows * 2 // 3 if encoding.planar else rows
+    converted = scratch.array('converted', (height, width, 3), array.dtype)
+    return cv2.cvtColor(array, getattr(cv2, str(encoding.conversion)), dst=converted)
+
+
+def _encoding(name: str) -> _Encoding:
+    encoding = _TABLE.get(name)
+    if encoding is None:
+        raise ImageRejectedError(
+            'encoding', f'encoding {name!r} is unknown.', remedy=f'Publish one of {", ".join(ENCODINGS)}.'
+        )
+    return encoding
+
+
+def _layout(image: RawImage) -> tuple[_Encoding, int, memoryview]:
+    """Check an image against its encoding; return that, the rows in the buffer, and the buffer."""
+    encoding = _encoding(image.encoding)
+    width, height, step = image.width, image.height, image.step
+    _check_size(width, height)
+    data = _buffer(image.data)
+    rows = height
+    if encoding.planar:
+        # The buffer has 3/2 of the picture's rows; publishers disagree on which of the two height is.
+        of_buffer = height % 3 == 0 and data.nbytes == step * height
+        rows = height if of_buffer else height * 3 // 2
+    if (encoding.subsampled and width % 2) or (encoding.planar and rows % 3):
+        raise ImageRejectedError(
+            'size', f'{width}x{height} is odd, where {image.encoding} shares chroma between pixels.'
+        )
+    if min(width, height) < encoding.smallest:
+        raise ImageRejectedError(
+            'size', f'{width}x{height} is too small for {image.encoding}: OpenCV would return it black.'
+        )
+    needed = width * encoding.channels * encoding.depth
+    if step < needed:
+        raise ImageRejectedError(
+            'data',
+            f'step {step} is less than the {needed} bytes of {width} pixels in {image.encoding}.',
+            remedy='Correct step, width or encoding in the driver.',
+        )
+    if data.nbytes != step * rows:
+        raise ImageRejectedError(
+            'data',
+            f'{data.nbytes} bytes, where step {step} x {rows} rows make {step * rows}.',
+            remedy='The message is cut short, or step or height is wrong in the driver.',
+        )
+    return encoding, rows, data
+
+
+def _check_size(width: int, height: int) -> None:
+    if width <= 0 or height <= 0:
+        raise ImageRejectedError('size', f'{width}x{height} has no pixels.')
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise ImageRejectedError(
+            'size',
+            f'{width}x{height} is larger than {MAX_SIDE} pixels a side or {MAX_PIXELS} in all.',
+            remedy='Scale the images in the driver.',
+        )
+
+
+def _buffer(data: Any) -> memoryview:
+    try:
+        return memoryview(data).cast('B')
+    except (TypeError, ValueError) as error:
+        raise ImageRejectedError('data', f'{type(data).__name__} is no buffer of bytes: {error}.') from error
+
+
+def check_compressed(format: str, data: Any) -> None:
+    """
+    Look for what makes a compressed image undecodable, without decoding it.
+
+    Reads the headers and finds the end mark: about 0.5 ms per MB of JPEG. What follows the end is
+    ignored; cameras pad there.
+
+    :param format: of the message, as ``jpeg`` or ``bgr8; png compressed bgr8``; the content decides.
+    :raises ImageRejectedError: ``encoding`` (neither JPEG nor PNG), ``size`` (zero or too large, from
+        the header, before anything is allocated) or ``data`` (damaged, or cut short).
+    """
+    _compressed_size(format, _buffer(data))
+
+
+def decode_compressed(format: str, data: Any) -> Pixels:
+    """
+    Return the pixels of a JPEG or PNG, turned as its EXIF orientation says, alpha left out.
+
+    A 16-bit PNG keeps its depth. The array is newly allocated: OpenCV decodes into its own memory.
+
+    :param format: of the message; ``compressed rgb…`` says that red and blue were swapped before
+        encoding, which early versions of ROS's compressed_image_transport did.
+    :raises ImageRejectedError: as :func:`check_compressed`, ``data`` also where the decoder gives up.
+    """
+    import cv2
+
+    buffer = _buffer(data)
+    width, height = _compressed_size(format, buffer)
+    try:
+        array = cv2.imdecode(np.frombuffer(buffer, np.uint8), cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
+    except cv2.error as error:
+        raise ImageRejectedError('data', f'OpenCV cannot decode it: {error}') from error
+    if array is None:
+        raise ImageRejectedError('data', f'{width}x{height} {format!r} of {buffer.nbytes} bytes is damaged.')
+    array.setflags(write=False)
+    if array.ndim == 2:
+        return Pixels(array, 'gray')
+    return Pixels(array, 'rgb' if 'compressed rgb' in format else 'bgr')
+
+
+def _compressed_size(format: str, data: memoryview) -> tuple[int, int]:
+    """Return (width, height) from the header of a file that is there to its end."""
+    if 'compresseddepth' in format.lower():
+        raise ImageRejectedError(
+            'encoding', f'{format!r} is a depth image.', remedy='Subscribe to the camera, not to its depth stream.'
+        )
+    if data[:2] == bytes((0xFF, _SOI)):
+        width, height = _jpeg_size(data)
+    elif data[:8] == _PNG_SIGNATURE:
+        width, height = _png_size(data)
+    elif any(name in format.lower() for name in ('jpeg', 'jpg', 'png')):
+        raise ImageRejectedError('data', f'{data.nbytes} bytes said to be {format!r} are neither JPEG nor PNG.')
+    else:
+        raise ImageRejectedError('encoding', f'compressed format {format!r} is unknown.', remedy='Publish JPEG or PNG.')
+    _check_size(width, height)
+    return width, height
+
+
+def _jpeg_size(data: memoryview) -> tuple[int, int]:
+    # Walked segment by segment: the end mark of a thumbnail inside APP1 is not the end of the image.
+    # ISO/IEC 10918-1, annex B.
+    size = None
+    in_scan = False
+    position = 2
+    for _ in range(_MAX_JPEG_SEGMENTS):
+        found = _JPEG_MARKER.search(data, position)
+        if found is None:
+            break
+        marker, position = found[0][1], found.end()
+        if marker == _EOI:
+            if size is None or not in_scan:
+                raise ImageRejectedError('data', 'JPEG ends before its first scan.')
+            return size
+        if marker in _SOF:
+            frame = data[position : position + 7]
+            size = (int.from_bytes(frame[5:7], 'big'), int.from_bytes(frame[3:5], 'big'))
+        in_scan = in_scan or marker == _SOS
+        position += int.from_bytes(data[position : position + 2], 'big')
+    raise ImageRejectedError(
+        'data', f'JPEG of {data.nbytes} bytes is cut short: no end mark.', remedy='Look for loss on the way here.'
+    )
+
+
+def _png_size(data: memoryview) -> tuple[int, int]:
+    # Chunk: length, type, content, CRC (libpng checks that). PNG specification, 5.3 and 11.2.
+    position = len(_PNG_SIGNATURE)
+    if data[position : position + 8].tobytes() != b'\x00\x00\x00\rIHDR':
+        raise ImageRejectedError('data', 'PNG does not begin with its header.')
+    size = (int.from_bytes(data[16:20], 'big'), int.from_bytes(data[20:24], 'big'))
+    for _ in range(_MAX_PNG_CHUNKS):
+        end = position + 12 + int.from_bytes(data[position : position + 4], 'big')
+        if end > data.nbytes:
+            break
+        if data[position + 4 : position + 8].tobytes() == b'IEND':
+            return size
+        position = end
+    raise ImageRejectedError(
+        'data', f'PNG of {data.nbytes} bytes is cut short: no end chunk.', remedy='Look for loss on the way here.'
+    )

@@ -1,0 +1,291 @@
+"""
+Where built engines lie, and how they get there.
+
+An engine is found by its name and manifest, which say what it was built from and for; whether it may be
+loaded is the gate's to decide. It is published as a whole: the manifest, without which the gate admits
+nothing, comes last, after the engine's bytes are on the disk.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from gps_denied_c7.errors import C7Error, EngineDeserializeError, EngineSchemaMismatchError
+from gps_denied_c7.gate import (
+    EngineManifest,
+    EngineName,
+    HostProfile,
+    manifest_path,
+    read_trusted,
+    same_tensorrt,
+    trusted_directory,
+)
+from gps_denied_c7.tensors import TensorSpec
+
+__all__ = [
+    'LOCK_NAME',
+    'PART_SUFFIX',
+    'TIMING_SUFFIX',
+    'CachedEngine',
+    'EngineCache',
+    'engine_model_name',
+    'fallback_directory',
+    'make_private_directory',
+]
+
+PART_SUFFIX = '.part'
+"""How the name of an unfinished file ends; it begins with a dot. Nothing reads such a file."""
+TIMING_SUFFIX = '.timing'
+"""How the name of a timing cache ends."""
+LOCK_NAME = '.lock'
+"""Held with flock while files are put in place."""
+
+_MANIFEST_LIMIT_BYTES = 1 << 20
+_TIMING_LIMIT_BYTES = 256 << 20
+_MODEL_NAME_LENGTH = 128
+
+_log = logging.getLogger(__name__)
+
+Shapes = Mapping[str, Sequence[int | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class CachedEngine:
+    """Point to an engine in a cache, not yet admitted by the gate."""
+
+    path: Path
+    manifest: EngineManifest
+
+
+class EngineCache:
+    """
+    Keep engine files in directories that nobody else can write.
+
+    :param directories: where engines are looked for, in this order; built ones go to the first that can be written.
+    """
+
+    def __init__(self, directories: Sequence[Path]) -> None:
+        self.directories = tuple(directories)
+
+    @classmethod
+    def at(cls, configured: Path) -> EngineCache:
+        """Return the cache at a configured place, with the user's own cache behind it where that cannot be written."""
+        return cls((configured, fallback_directory(configured)))
+
+    def find(
+        self, host: HostProfile, *, precision: str, source_sha256: str, shapes: Shapes | None = None
+    ) -> CachedEngine | None:
+        """
+        Return the engine built from a model for this host, the newest TensorRT build first, or None.
+
+        Only names and manifests are read. An engine whose manifest is damaged or missing is passed over
+        with a warning.
+
+        :param shapes: wanted shape by the file's own input name; None on an axis takes what there is.
+        """
+        found = [
+            engine
+            for directory in self.directories
+            for engine in _engines_in(directory, host, precision, source_sha256)
+            if _takes(engine.manifest, shapes or {})
+        ]
+        return max(found, key=lambda engine: _version(engine.manifest.tensorrt), default=None)
+
+    def publish(self, plan: bytes, manifest: EngineManifest) -> CachedEngine:
+        """
+        Put an engine and its manifest in place, durably; whoever dies on the way leaves nothing that the gate admits.
+
+        An older engine of the same name is replaced.
+
+        :raises EngineDeserializeError: no directory can be written.
+        """
+        name = str(manifest.engine_name)
+        directory = self.writable_directory()
+        try:
+            with (
+                _part(directory, name, plan) as engine,
+                _part(directory, f'{name}.json', manifest.to_json()) as note,
+                # Two builders that end at once must not mix their files.
+                _locked(directory),
+            ):
+                os.replace(engine, directory / name)
+                _sync_directory(directory)
+                os.replace(note, manifest_path(directory / name))
+                _sync_directory(directory)
+        except OSError as error:
+            raise _unwritable(directory, error) from error
+        return CachedEngine(directory / name, manifest)
+
+    def read_timing_cache(self, host: HostProfile) -> bytes:
+        """Return what TensorRT measured in earlier builds on such a host; empty where that is absent or damaged."""
+        for directory in self.directories:
+            path = directory / _timing_name(host)
+            try:
+                if path.exists():
+                    trusted_directory(directory)
+                    digest, content = _split_digest(read_trusted(path, _TIMING_LIMIT_BYTES))
+                    if hashlib.sha256(content).digest() == digest:
+                        return content
+                    _log.warning('%s is damaged; timings are measured again.', path)
+            except (EngineSchemaMismatchError, OSError) as error:
+                _log.warning('%s: timings are measured again: %s', path, error)
+        return b''
+
+    def write_timing_cache(self, host: HostProfile, content: bytes) -> None:
+        """Keep what TensorRT measured; a failure costs only the next build's time, so it is logged."""
+        try:
+            directory = self.writable_directory()
+            name = _timing_name(host)
+            with _part(directory, name, hashlib.sha256(content).digest() + content) as part:
+                os.replace(part, directory / name)
+        except (C7Error, OSError) as error:
+            _log.warning('the timing cache was not kept: %s', error)
+
+    def writable_directory(self) -> Path:
+        """
+        Return the first directory that can be written and that the gate would read from, making it where needed.
+
+        :raises EngineDeserializeError: there is none; says why for each.
+        """
+        problems: list[str] = []
+        for directory in self.directories:
+            try:
+                make_private_directory(directory)
+                real = trusted_directory(directory)
+                if os.access(real, os.W_OK | os.X_OK):
+                    if problems:
+                        _log.warning('engines are kept in %s, since %s', real, '; '.join(problems))
+                    return real
+                problems.append(f'{directory} cannot be written')
+            except (OSError, EngineSchemaMismatchError) as error:
+                problems.append(f'{directory}: {error}')
+        raise EngineDeserializeError(
+            f'no engine can be kept: {"; ".join(problems)}.', remedy='Name a directory of your own in engine_cache_dir.'
+        )
+
+
+def fallback_directory(configured: Path) -> Path:
+    """Return where a cache lies that cannot lie where it was configured: below the user's cache directory."""
+    base = os.environ.get('XDG_CACHE_HOME', '')
+    # The XDG specification has relative paths ignored.
+    root = Path(base) if os.path.isabs(base) else Path('~/.cache').expanduser()
+    return root / 'gps-denied' / configured.name
+
+
+def make_private_directory(directory: Path) -> None:
+    """
+    Make a directory and its parents such that the gate trusts them, whatever the umask allows to the group.
+
+    :raises OSError: it cannot be made.
+    """
+    for level in (*reversed(directory.parents), directory):
+        if not level.is_dir():
+            level.mkdir(mode=0o755, exist_ok=True)
+
+
+def engine_model_name(name: str) -> str:
+    """Return a model's name as an engine file can carry it."""
+    plain = re.sub(r'[^A-Za-z0-9._-]', '_', name).lstrip('._-')
+    return plain[:_MODEL_NAME_LENGTH] or 'model'
+
+
+def _engines_in(
+    directory: Path, host: HostProfile, precision: str, source_sha256: str
+) -> Iterator[CachedEngine]:
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError:
+        return
+    for file_name in names:
+        try:
+            name = EngineName.parse(file_name)
+        except EngineSchemaMismatchError:
+            continue
+        if (name.precision, name.sm, name.digest) != (precision, host.sm, source_sha256[:12]):
+            continue
+        if not same_tensorrt(host.tensorrt, name.tensorrt):
+            continue
+        path = directory / file_name
+        try:
+            manifest = EngineManifest.from_json(read_trusted(manifest_path(path), _MANIFEST_LIMIT_BYTES))
+        except EngineSchemaMismatchError as error:
+            _log.warning('%s is passed over: %s', path, error)
+            continue
+        found = (manifest.engine_name, manifest.source_sha256, manifest.gpu, manifest.platform)
+        if found == (name, source_sha256, host.gpu, host.platform):
+            yield CachedEngine(path, manifest)
+
+
+def _takes(manifest: EngineManifest, shapes: Shapes) -> bool:
+    return all(_fits(spec, shapes[spec.name]) for spec in manifest.inputs if spec.name in shapes)
+
+
+def _fits(spec: TensorSpec, wanted: Sequence[int | None]) -> bool:
+    return len(spec.shape) == len(wanted) and all(
+        None in (have, want) or have == want for have, want in zip(spec.shape, wanted, strict=True)
+    )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in text.split('.'))
+
+
+def _timing_name(host: HostProfile) -> str:
+    gpu = re.sub(r'[^A-Za-z0-9]+', '_', host.gpu).strip('_')
+    return f'{gpu}-sm{host.sm}-trt{host.tensorrt}-{host.platform}{TIMING_SUFFIX}'
+
+
+def _split_digest(content: bytes) -> tuple[bytes, bytes]:
+    size = hashlib.sha256().digest_size
+    return content[:size], content[size:]
+
+
+@contextmanager
+def _part(directory: Path, name: str, content: bytes) -> Iterator[str]:
+    """Write an unfinished file that is on the disk when it is handed out, and remove it where it was not renamed."""
+    handle, path = tempfile.mkstemp(dir=directory, prefix=f'.{name[:128]}.', suffix=PART_SUFFIX)
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            file.write(content)
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+        yield path
+    finally:
+        if os.path.exists(path):
+            os.unlink(path)
+
+
+@contextmanager
+def _locked(directory: Path) -> Iterator[None]:
+    # The kernel gives the lock back when its holder dies.
+    descriptor = os.open(directory / LOCK_NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _sync_directory(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _unwritable(directory: Path, error: OSError) -> EngineDeserializeError:
+    return EngineDeserializeError(
+        f'the engine could not be kept in {directory}: {error.strerror or error}.',
+        remedy='Make room, or name another directory in engine_cache_dir.',
+    )

@@ -1,0 +1,488 @@
+"""The ``c7_engine`` executable: build, inspect, verify and sweep engines, make model bundles (G-3, M-1)."""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gps_denied_c7.bundle import ModelBundle, OutputRule
+from gps_denied_c7.bundle_maker import TOLERANCES, BundleRequest, make_bundle
+from gps_denied_c7.comparison import rule_from_json, rule_to_json
+from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.engine_cache import EngineCache, fallback_directory
+from gps_denied_c7.engine_inspection import EngineReport, inspect_engine
+from gps_denied_c7.engine_sweep import Caches, Criteria, SweepReport, sweep
+from gps_denied_c7.engine_verification import verify
+from gps_denied_c7.errors import C7Error, ModelBundleError
+from gps_denied_c7.gate import EngineManifest, read_manifest
+from gps_denied_c7.host_match import known_host
+from gps_denied_c7.json_fields import Fields
+from gps_denied_c7.preprocessing import ResizeMode
+from gps_denied_c7.runtime import BuildConfig, BuildProgress
+from gps_denied_c7.runtimes.host_profile import local_host_profile
+from gps_denied_c7.runtimes.tensorrt_build import PRECISIONS, build_engine
+from gps_denied_c7.tensors import TensorSpec
+
+__all__ = ['main']
+
+_DAY_S = 86400.0
+_UNITS = {'': 1, 'K': 1 << 10, 'M': 1 << 20, 'G': 1 << 30, 'T': 1 << 40}
+_QUIET_PROGRESS_S = 10.0
+
+_EXIT_CODES = """exit status:
+  0  done; everything asked for holds
+  1  refused or failed; the reason and what to do about it stand on standard error
+  2  the command line is wrong
+
+With --json, one JSON object goes to standard output, whatever the outcome; progress and errors go to standard
+error. More on one command: c7_engine COMMAND --help
+"""
+
+_BUNDLE_NOTES = """The golden answer is that of ONNX Runtime on the CPU. Its tolerance: a floating-point output may
+differ by a share of its range in that answer, {fp32:.1%} where engines compute in fp32 only, {fp16:.1%} where fp16 is
+allowed. Outputs that hold whole numbers, or whose size depends on the image, need a --rule, and so do lists
+of keypoints, whose order may change with the precision:
+  --rule scores=allclose,rtol=0.01,atol=0.001
+  --rule keypoints=matched_distance,max_distance=1.5,min_fraction=0.95
+  --rule labels=set_overlap,min_iou=0.9,members=values        (members: nonzero, values, or top_k with k=N)
+""".format(**TOLERANCES)
+
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=logging.INFO if options.verbose else logging.WARNING, format='c7_engine: %(message)s', stream=sys.stderr
+    )
+    try:
+        status: int = options.run(options)
+        sys.stdout.flush()
+        return status
+    except C7Error as error:
+        print(f'c7_engine {options.command}: {error}', file=sys.stderr)
+        if options.json:
+            print(json.dumps({'error': {'message': error.message, 'remedy': error.remedy}}, indent=2))
+        return 1
+    except BrokenPipeError:
+        # Whoever read our output has gone; Python must not find that out again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except KeyboardInterrupt:
+        print(f'c7_engine {options.command}: interrupted', file=sys.stderr)
+        return 130
+
+
+# --- build ----------------------------------------------------------------------------------------
+
+
+def _build(options: argparse.Namespace) -> int:
+    config = C7InferenceConfig(
+        engine_cache_dir=options.cache or C7InferenceConfig().engine_cache_dir,
+        # A quarter of the budget is the builder's.
+        gpu_memory_budget_bytes=4 * options.workspace,
+    )
+    build = BuildConfig(allow_build=True, precision=options.precision, progress=_Progress())
+    started_s = time.monotonic()
+    entry = build_engine(ModelBundle.load(options.model), config, build)
+    seconds = time.monotonic() - started_s
+    manifest = read_manifest(entry.path)
+    if options.json:
+        _print_json(path=str(entry.path), seconds=round(seconds, 1), manifest=asdict(manifest))
+    else:
+        print(entry.path)
+        print(f'  built in {seconds:.1f} s')
+        _print_manifest(manifest)
+    return 0
+
+
+class _Progress:
+    """Tell on standard error how far a build is: on one line of a terminal, else whenever the phase changes."""
+
+    def __init__(self) -> None:
+        self._terminal = sys.stderr.isatty()
+        self._last = ('', 0.0)
+
+    def __call__(self, progress: BuildProgress) -> None:
+        if self._terminal:
+            print(f'\r\x1b[K{progress}', end='', file=sys.stderr, flush=True)
+            return
+        # Without what it counts: every tactic is no news.
+        phase = re.sub(r'\d+', '', progress.phase)
+        last_phase, last_s = self._last
+        if phase != last_phase or progress.elapsed_s - last_s >= _QUIET_PROGRESS_S:
+            self._last = (phase, progress.elapsed_s)
+            print(progress, file=sys.stderr, flush=True)
+
+
+# --- inspect --------------------------------------------------------------------------------------
+
+
+def _inspect(options: argparse.Namespace) -> int:
+    host, unknown = known_host()
+    report = inspect_engine(options.file, host)
+    if options.json:
+        _print_json(**report.to_json(), host=asdict(host), unknown=list(unknown))
+    else:
+        _print_report(report, unknown)
+    return 0
+
+
+def _print_report(report: EngineReport, unknown: Sequence[str]) -> None:
+    print(report.path)
+    if report.manifest is not None:
+        _print_manifest(report.manifest)
+    elif report.name is not None:
+        _print_field('model', f'{report.name.model}, {report.name.precision} (by the file name)')
+        _print_field('built on', f'SM {report.name.sm}, TensorRT {report.name.tensorrt} (by the file name)')
+    _print_field('header', f'plan of TensorRT {report.plan}' if report.plan else 'none of a TensorRT plan')
+    _print_field('file', f'{report.size} bytes, sha256 {report.sha256}')
+    print('the gate of this host would refuse:' if report.refusals else 'the gate of this host finds nothing wrong')
+    for refusal in report.refusals:
+        _print_field(refusal.field, f'expected {refusal.expected!r}, found {refusal.found!r}. {refusal.remedy}')
+    if unknown:
+        print('not compared with this host:')
+        for reason in unknown:
+            print(f'  {reason}')
+
+
+def _print_manifest(manifest: EngineManifest) -> None:
+    _print_field('model', f'{manifest.model}, {manifest.precision}')
+    _print_field('source', f'sha256 {manifest.source_sha256}')
+    _print_field('engine', f'{manifest.engine_bytes} bytes, sha256 {manifest.engine_sha256}')
+    _print_field('built on', f'{manifest.gpu} (SM {manifest.sm}), TensorRT {manifest.tensorrt}, {manifest.platform}')
+    _print_field('with', ', '.join(manifest.builder_flags))
+    _print_field('versions', ', '.join(f'{name} {version}' for name, version in sorted(manifest.versions.items())))
+    for role, specs in (('input', manifest.inputs), ('output', manifest.outputs)):
+        for spec in specs:
+            _print_field(role, _told(spec))
+
+
+def _told(spec: TensorSpec) -> str:
+    return f'{spec.name} {spec.dtype} {"x".join("?" if axis is None else str(axis) for axis in spec.shape)}'
+
+
+def _print_field(name: str, value: str) -> None:
+    print(f'  {name:<10} {value}')
+
+
+# --- verify ---------------------------------------------------------------------------------------
+
+
+def _verify(options: argparse.Namespace) -> int:
+    # Asked at most once, and only where an engine is met.
+    host = None if options.any_host else functools.lru_cache(maxsize=1)(local_host_profile)
+    verdicts = []
+    for path in options.paths:
+        for verdict in verify(path, host):
+            verdicts.append(verdict)
+            if not options.json:
+                print(f'{"ok" if verdict.admitted else "REFUSED":<8} {verdict.kind:<9} {verdict.path}', flush=True)
+                if not verdict.admitted:
+                    print(f'         {verdict.refusal} {verdict.remedy}'.rstrip(), flush=True)
+    refused = sum(not verdict.admitted for verdict in verdicts)
+    if options.json:
+        _print_json(verdicts=[verdict.to_json() for verdict in verdicts], refused=refused)
+    else:
+        print(f'{len(verdicts)} verified, {refused} refused')
+    return 1 if refused else 0
+
+
+# --- sweep ----------------------------------------------------------------------------------------
+
+
+def _sweep(options: argparse.Namespace) -> int:
+    defaults = C7InferenceConfig()
+    caches = Caches(
+        engines=[options.cache] if options.cache else EngineCache.at(defaults.engine_cache_dir).directories,
+        ort=[options.ort_cache]
+        if options.ort_cache
+        else (defaults.ort_trt_cache_dir, fallback_directory(defaults.ort_trt_cache_dir)),
+    )
+    criteria = Criteria(
+        older_than_s=None if options.older_than is None else options.older_than * _DAY_S,
+        max_bytes=options.max_size,
+        not_for=local_host_profile() if options.not_for_this_host else None,
+    )
+    report = sweep(caches, criteria, now_s=time.time(), dry_run=options.dry_run)
+    if options.json:
+        _print_json(**report.to_json())
+    else:
+        _print_sweep(report)
+    return 1 if report.failed or report.refused else 0
+
+
+def _print_sweep(report: SweepReport) -> None:
+    for removal in report.removed:
+        print(f'{"would remove" if report.dry_run else "removed"} {removal.item.path}')
+        print(f'  {removal.item.kind}, {_size(removal.item.bytes)}: {removal.reason}')
+    for removal in report.failed:
+        print(f'NOT removed {removal.item.path}\n  {removal.problem} ({removal.reason})')
+    for path, problem in report.refused:
+        print(f'NOT swept {path}\n  {problem}')
+    for path in report.foreign:
+        print(f'left alone {path}\n  not written by a cache')
+    print(
+        f'{len(report.removed)} {"would be removed" if report.dry_run else "removed"} ({_size(report.freed_bytes)}), '
+        f'{len(report.kept) + len(report.failed)} stay ({_size(report.kept_bytes)})'
+    )
+
+
+def _size(count: int) -> str:
+    value, unit = float(count), 'bytes'
+    for larger in ('KiB', 'MiB', 'GiB', 'TiB'):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f'{count} bytes' if unit == 'bytes' else f'{value:.1f} {unit}'
+
+
+# --- bundle ---------------------------------------------------------------------------------------
+
+
+def _bundle(options: argparse.Namespace) -> int:
+    named = {name: shape for name, shape in options.input_size if name or len(shape) != 2}
+    sizes = [shape for name, shape in options.input_size if not name and len(shape) == 2]
+    given = {
+        'resize': options.resize,
+        'colour': options.colour,
+        'mean': options.mean,
+        'std': options.std,
+        'scale': options.scale,
+        'pad_value': options.pad_value,
+    }
+    result = make_bundle(
+        BundleRequest(
+            model=options.model,
+            output=options.output,
+            name=options.name,
+            image_size=(sizes[-1][0], sizes[-1][1]) if sizes else None,
+            shapes=named,
+            precision=options.precision,
+            rules=options.rule,
+            golden_input=options.golden_input,
+            preprocessing={name: value for name, value in given.items() if value is not None},
+            seed=options.seed,
+        )
+    )
+    bundle = result.bundle
+    if options.json:
+        _print_json(path=str(options.output), notes=list(result.notes), model=bundle.to_json())
+        return 0
+    print(options.output)
+    _print_field('model', f'{bundle.name}, weights {bundle.weights_digest}')
+    for role, specs in (('input', bundle.inputs), ('output', bundle.outputs)):
+        for spec in specs:
+            _print_field(role, _told(spec))
+    assert bundle.preprocessing is not None
+    _print_field('pixels', ', '.join(f'{name} {value}' for name, value in bundle.preprocessing.to_json().items()))
+    for rule in bundle.rules:
+        settings = ', '.join(f'{name} {value}' for name, value in rule_to_json(rule).items() if name != 'kind')
+        _print_field('rule', f'{rule.output}: {rule.kind}, {settings}')
+    for note in result.notes:
+        _print_field('note', note)
+    return 0
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog='c7_engine',
+        description='Build TensorRT engines for this host, look into them, verify and sweep the engine caches, '
+        'and make model bundles.',
+        epilog=_EXIT_CODES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest='command', metavar='COMMAND', required=True)
+    defaults = C7InferenceConfig()
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], summary: str, description: str, notes: str = ''
+    ) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name,
+            help=summary,
+            description=description,
+            epilog=f'{notes}\n{_EXIT_CODES.partition("With --json")[0].rstrip()}'.lstrip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        added.set_defaults(run=run)
+        added.add_argument('--json', action='store_true', help='print one JSON object instead of text')
+        added.add_argument('--verbose', action='store_true', help='tell more on standard error')
+        return added
+
+    build = command(
+        'build', _build, 'build the TensorRT engine of a model for this host',
+        'Build the TensorRT engine of a model for this host, and publish it in the engine cache, where the node finds\n'
+        'it. Needs an NVIDIA GPU and TensorRT, and takes seconds to many minutes: do it on the ground.',
+    )  # fmt: skip
+    build.add_argument('model', type=Path, metavar='MODEL', help='model bundle (directory) or .onnx file')
+    build.add_argument(
+        '--precision', choices=PRECISIONS, default=PRECISIONS[0],
+        help='what the engine computes in; default: %(default)s',
+    )  # fmt: skip
+    build.add_argument('--cache', type=Path, metavar='DIR', help=f'engine cache; default: {defaults.engine_cache_dir}')
+    build.add_argument(
+        '--workspace', type=_positive_bytes, default=defaults.gpu_memory_budget_bytes // 4, metavar='BYTES',
+        help='GPU memory that the builder and the engine may use as scratch, as 512M or 2G; default: 1G',
+    )  # fmt: skip
+
+    inspect = command(
+        'inspect', _inspect, 'tell what an engine file is, and what would be refused here',
+        'Tell what an engine file is by its name, manifest, header and digest, and which of these the gate of this\n'
+        'host would refuse. Loads nothing: works without a GPU and without TensorRT.',
+    )  # fmt: skip
+    inspect.add_argument('file', type=Path, metavar='FILE', help='.engine file')
+
+    check = command(
+        'verify', _verify, 'verify engines, caches and bundles by their digests',
+        'Take engines through the gate, ONNX Runtime caches through their listing, and bundles through all their\n'
+        'digests; one verdict for each. A directory is looked through one level deep. Changes and loads nothing.',
+    )  # fmt: skip
+    check.add_argument(
+        'paths', type=Path, nargs='+', metavar='PATH',
+        help='.engine file, engine cache, ONNX Runtime cache (or one directory in it), model bundle',
+    )  # fmt: skip
+    check.add_argument(
+        '--any-host', action='store_true',
+        help='look for damage and for others who could write there, not for whether engines run on this host',
+    )  # fmt: skip
+
+    clean = command(
+        'sweep', _sweep, 'remove engines from both caches by age, size or host',
+        'Remove engines from the engine cache and from the cache of ONNX Runtime. What meets any of the conditions\n'
+        'goes; without a condition only what interrupted builds left over (older than an hour). Files that are not\n'
+        "the caches' own are left alone.",
+    )  # fmt: skip
+    clean.add_argument('--older-than', type=_not_negative, metavar='DAYS', help='written longer ago than this')
+    clean.add_argument(
+        '--max-size', type=_bytes, metavar='BYTES', help='oldest first, until all is within this, as 500M or 20G'
+    )
+    clean.add_argument(
+        '--not-for-this-host', action='store_true', help='built for another GPU, TensorRT or platform; needs the GPU'
+    )
+    clean.add_argument('--dry-run', action='store_true', help='tell what would go, remove nothing')
+    where = f"default: {{}}, and the user's own cache that stands in for it ({fallback_directory(Path('…')).parent})"
+    clean.add_argument('--cache', type=Path, metavar='DIR', help=where.format(defaults.engine_cache_dir))
+    clean.add_argument('--ort-cache', type=Path, metavar='DIR', help=where.format(defaults.ort_trt_cache_dir))
+
+    make = command(
+        'bundle', _bundle, 'make a model bundle from an .onnx',
+        'Make a model bundle from an .onnx: a directory with the model, model.json and one golden request with its\n'
+        'answer, all under digests. The directory appears whole or not at all.',
+        _BUNDLE_NOTES,
+    )  # fmt: skip
+    make.add_argument('model', type=Path, metavar='MODEL.onnx')
+    make.add_argument(
+        '--output', type=Path, required=True, metavar='DIR', help='directory to make; must not exist, or be empty'
+    )
+    make.add_argument('--name', help="the network's name, as it is published; default: that of the file")
+    make.add_argument(
+        '--input-size', type=_input_size, action='append', default=[], metavar='[NAME=]SIZE',
+        help='for a model that leaves sizes free: WIDTHxHEIGHT of the image, or NAME=1x3x480x640 with every axis',
+    )  # fmt: skip
+    make.add_argument(
+        '--precision', choices=sorted(TOLERANCES), default='fp16',
+        help='coarsest that engines of this bundle may compute in: decides the tolerance; default: %(default)s',
+    )  # fmt: skip
+    make.add_argument('--rule', type=_rule, action='append', default=[], metavar='OUTPUT=KIND,…', help='see below')
+    make.add_argument(
+        '--golden-input', type=Path, metavar='FILE.npz',
+        help='one request, one array for each input; default: a picture made from --seed',
+    )  # fmt: skip
+    make.add_argument('--seed', type=int, default=0, help='default: %(default)s')
+    pixels = make.add_argument_group('pre-processing', 'value = (pixel * scale - mean) / std, with pixels in 0..255')
+    pixels.add_argument(
+        '--resize', choices=[mode.value for mode in ResizeMode], help='of images of another size; default: stretch'
+    )
+    pixels.add_argument('--colour', choices=('gray', 'rgb', 'bgr'), help='default: rgb, or gray for one channel')
+    pixels.add_argument('--mean', type=_numbers, metavar='M[,M,M]', help='default: 0; negative: --mean=-1,-1,-1')
+    pixels.add_argument('--std', type=_numbers, metavar='S[,S,S]', help='default: 1')
+    pixels.add_argument('--scale', type=_number, help='default: 1/255, or 1 for a model that takes uint8')
+    pixels.add_argument('--pad-value', type=_number, help='pixel value of the border of letterbox; default: 0')
+    return parser
+
+
+def _number(text: str) -> float:
+    above, _, below = text.partition('/')
+    try:
+        return float(above) / float(below or 1)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f'{text} is no number') from None
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    return tuple(_number(part) for part in text.split(','))
+
+
+def _not_negative(text: str) -> float:
+    value = _number(text)
+    if not 0 <= value < float('inf'):
+        raise argparse.ArgumentTypeError(f'{text} is negative or no number')
+    return value
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r'(\d+(?:\.\d+)?) ?([KMGT]?)(?:i?B)?', text, re.ASCII | re.IGNORECASE)
+    if match is None:
+        raise argparse.ArgumentTypeError(f'{text} is no size in bytes, as 500M or 20G')
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def _positive_bytes(text: str) -> int:
+    value = _bytes(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f'{text} is nothing')
+    return value
+
+
+def _input_size(text: str) -> tuple[str, tuple[int, ...]]:
+    name, _, size = text.rpartition('=')
+    if not re.fullmatch(r'[1-9]\d{0,8}(x[1-9]\d{0,8})*', size, re.ASCII):
+        raise argparse.ArgumentTypeError(f'{text} is neither WIDTHxHEIGHT nor NAME=1x3x480x640')
+    shape = tuple(int(part) for part in size.split('x'))
+    if not name and len(shape) != 2:
+        raise argparse.ArgumentTypeError(f'{text} names no input: write NAME={size}')
+    return name, shape
+
+
+def _rule(text: str) -> OutputRule:
+    output, _, rest = text.partition('=')
+    kind, *settings = rest.split(',')
+    values: dict[str, Any] = {'kind': kind}
+    for setting in settings:
+        name, _, value = setting.partition('=')
+        values[name] = _plain(value)
+    try:
+        return rule_from_json(output, Fields(values, output))
+    except ModelBundleError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _plain(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _print_json(**values: Any) -> None:
+    print(json.dumps(values, indent=2))
+
+
+if __name__ == '__main__':
+    sys.exit(main())

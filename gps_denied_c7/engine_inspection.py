@@ -1,0 +1,136 @@
+"""Tell all there is to know of an engine file, and what the gate of a host would refuse (G-3)."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from gps_denied_c7.bundle_files import read_file
+from gps_denied_c7.errors import EngineSchemaMismatchError, ModelBundleError
+from gps_denied_c7.gate import (
+    EngineManifest,
+    EngineName,
+    HostProfile,
+    manifest_path,
+    plan_version,
+    read_manifest,
+    read_trusted,
+    same_tensorrt,
+    trusted_directory,
+)
+from gps_denied_c7.host_match import mismatches
+
+__all__ = ['EngineReport', 'Refusal', 'inspect_engine']
+
+_NO_LIMIT = 1 << 62
+_REMEDY = 'Build the engine again on this host, or fly the .onnx.'
+
+_T = TypeVar('_T')
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Say what was compared, and how it came out."""
+
+    field: str
+    expected: object
+    found: object
+    remedy: str
+
+
+@dataclass(frozen=True, slots=True)
+class EngineReport:
+    """
+    Describe an engine file, whole or not.
+
+    :param name: what its file name says, None for another name.
+    :param manifest: None where there is none that can be read.
+    :param size: of the file in bytes.
+    :param sha256: hex digest of the file as it is.
+    :param plan: TensorRT version in the plan's header, None for what is no plan.
+    :param refusals: everything that the gate would refuse; empty where it would let the file through.
+    """
+
+    path: Path
+    name: EngineName | None
+    manifest: EngineManifest | None
+    size: int
+    sha256: str
+    plan: str | None
+    refusals: tuple[Refusal, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON can hold it."""
+        return {
+            'path': str(self.path),
+            'name': dataclasses.asdict(self.name) if self.name else None,
+            'manifest': dataclasses.asdict(self.manifest) if self.manifest else None,
+            'plan': {'bytes': self.size, 'sha256': self.sha256, 'tensorrt': self.plan},
+            'refused': [
+                {name: _plain(value) for name, value in dataclasses.asdict(refusal).items()}
+                for refusal in self.refusals
+            ],
+        }
+
+
+def inspect_engine(path: Path, host: HostProfile) -> EngineReport:
+    """
+    Read an engine file and its manifest, and compare them with each other and with ``host``; loads nothing.
+
+    :param host: its parts empty (``sm`` 0) where they are not known, which are then not compared.
+    :raises ModelBundleError: the file cannot be read at all.
+    """
+    refusals: list[Refusal] = []
+
+    def checked(step: Callable[[], _T]) -> _T | None:
+        try:
+            return step()
+        except EngineSchemaMismatchError as error:
+            refusals.append(Refusal(error.field, error.expected, error.found, error.remedy))
+            return None
+
+    # What is refused is still shown: read once more, without asking who may have written it.
+    name = checked(lambda: EngineName.parse(path.name))
+    checked(lambda: trusted_directory(path.parent))
+    content = checked(lambda: read_trusted(path, _NO_LIMIT))
+    if content is None:
+        content = read_file(path)
+    manifest = checked(lambda: read_manifest(path)) or _untrusted_manifest(path)
+    sha256, version = hashlib.sha256(content).hexdigest(), plan_version(content)
+    compared: list[tuple[str, object, object]] = []
+    if manifest is not None:
+        promised = manifest.engine_name
+        if name is not None:
+            compared += [
+                (part.name, getattr(promised, part.name), getattr(name, part.name))
+                for part in dataclasses.fields(EngineName)
+            ]
+        compared += [
+            ('engine_bytes', manifest.engine_bytes, len(content)),
+            ('engine_sha256', manifest.engine_sha256, sha256),
+        ]
+        built = HostProfile(manifest.gpu, manifest.sm, manifest.tensorrt, manifest.platform)
+        compared += mismatches(built, host)
+    elif name is not None:
+        compared += mismatches(HostProfile('', name.sm, name.tensorrt, ''), host)
+    refusals += [Refusal(field, expected, found, _REMEDY) for field, expected, found in compared if expected != found]
+    if version is None:
+        refusals.append(Refusal('plan_header', 'a plan of TensorRT', content[:28], _REMEDY))
+    elif manifest is not None and not same_tensorrt(manifest.tensorrt, version):
+        refusals.append(Refusal('plan_version', manifest.tensorrt, version, _REMEDY))
+    return EngineReport(path, name, manifest, len(content), sha256, version, tuple(refusals))
+
+
+def _untrusted_manifest(engine: Path) -> EngineManifest | None:
+    try:
+        return EngineManifest.from_json(read_file(manifest_path(engine)))
+    except (EngineSchemaMismatchError, ModelBundleError):
+        return None
+
+
+def _plain(value: object) -> object:
+    return value if isinstance(value, (str, int, float, type(None))) else str(value)

@@ -1,0 +1,174 @@
+"""Take engines, caches and bundles through the checks that they meet before a flight, one verdict for each (G-3)."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from gps_denied_c7.bundle import MODEL_JSON, Artefact, ModelBundle
+from gps_denied_c7.bundle_files import BundleFile
+from gps_denied_c7.errors import C7Error, EngineSchemaMismatchError, ModelBundleError, RuntimeUnavailableError
+from gps_denied_c7.gate import EngineGate, EngineName, HostProfile, manifest_path, read_manifest
+from gps_denied_c7.host_match import mismatches
+from gps_denied_c7.ort_cache import LISTING_NAME, BuiltFor, verify_cache
+from gps_denied_c7.runtimes.onnx_model import read_onnx
+from gps_denied_c7.torch_archive import read_torch_archive
+
+__all__ = ['Verdict', 'verify']
+
+_MODEL_DIGEST = re.compile(r'[0-9a-f]{64}')
+_REBUILD = 'Build it again on this host.'
+_TORCH = ('.pt2', '.pt')
+
+Host = Callable[[], HostProfile]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """
+    Say whether a file or directory is what it claims to be, and may be loaded here.
+
+    :param kind: ``engine``, ``ort_cache``, ``bundle``, ``artefact`` or ``golden``.
+    :param refusal: what is wrong, empty where it was admitted.
+    :param remedy: what to do about it.
+    """
+
+    path: Path
+    kind: str
+    refusal: str = ''
+    remedy: str = ''
+
+    @property
+    def admitted(self) -> bool:
+        """Whether nothing is wrong with it."""
+        return not self.refusal
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the verdict as JSON can hold it."""
+        return {**dataclasses.asdict(self), 'path': str(self.path), 'admitted': self.admitted}
+
+
+def verify(path: Path, host: Host | None) -> Iterator[Verdict]:
+    """
+    Yield a verdict for each engine, ONNX Runtime cache and bundle at ``path``.
+
+    A directory is looked through one level deep: for ``.engine`` files, for what ONNX Runtime's TensorRT provider
+    cached (one directory for each model), and for bundles. Nothing is loaded and nothing is changed.
+
+    :param host: returns what engines must have been built for, or raises RuntimeUnavailableError; None to look
+        for damage alone, so that engines of other hosts can be verified.
+    :raises ModelBundleError: there is nothing at ``path`` that could be verified.
+    """
+    # os.path: Path.is_file() and the like raise where a directory may not be read, and for a name that is too long.
+    if path.name == MODEL_JSON or os.path.isfile(path / MODEL_JSON):
+        yield from _verify_bundle(path, host)
+    elif path.suffix == '.engine' or (not os.path.isdir(path) and os.path.exists(manifest_path(path))):
+        yield _verdict(path, 'engine', partial(_admit, path, host))
+    elif os.path.isdir(path):
+        found = False
+        for verdict in _verify_directory(path, host):
+            found = True
+            yield verdict
+        if not found:
+            raise ModelBundleError(f'{path} holds no engine, cache or bundle.', remedy='Correct the path.')
+    else:
+        what = 'is neither an .engine, a cache nor a bundle' if os.path.lexists(path) else 'does not exist'
+        raise ModelBundleError(f'{path} {what}.', remedy='Correct the path.')
+
+
+def _verify_directory(path: Path, host: Host | None) -> Iterator[Verdict]:
+    if _MODEL_DIGEST.fullmatch(path.name) or os.path.exists(path / LISTING_NAME):
+        yield _verdict(path, 'ort_cache', partial(_check_cache, path, host))
+        return
+    try:
+        entries = sorted(path.iterdir())
+    except OSError as error:
+        raise ModelBundleError(f'{path}: {error.strerror}.', remedy='Run as a user that may read it.') from error
+    for entry in entries:
+        engine = entry.with_name(entry.name.removesuffix('.json'))
+        if entry.suffix == '.engine':
+            yield from verify(entry, host)
+        elif engine.suffix == '.engine' and engine != entry and not os.path.lexists(engine):
+            yield from verify(engine, host)
+        elif os.path.isdir(entry) and (_MODEL_DIGEST.fullmatch(entry.name) or os.path.isfile(entry / MODEL_JSON)):
+            yield from verify(entry, host)
+
+
+def _verify_bundle(path: Path, host: Host | None) -> Iterator[Verdict]:
+    try:
+        bundle = ModelBundle.load(path)
+    except C7Error as error:
+        yield Verdict(path, 'bundle', error.message, error.remedy)
+        return
+    yield Verdict(path, 'bundle')
+    for artefact in bundle.artefacts:
+        yield _verdict(artefact.path, 'artefact', partial(_check_artefact, bundle, artefact, host))
+    if bundle.golden is not None:
+        yield _verdict(bundle.golden.inputs.path, 'golden', bundle.golden_inputs)
+        yield _verdict(bundle.golden.outputs.path, 'golden', bundle.golden_outputs)
+
+
+def _verdict(path: Path, kind: str, check: Callable[[], object]) -> Verdict:
+    try:
+        check()
+    except C7Error as error:
+        return Verdict(path, kind, error.message, error.remedy)
+    except OSError as error:
+        return Verdict(path, kind, f'{path}: {error.strerror}.', 'Run as a user that may read it.')
+    return Verdict(path, kind)
+
+
+def _admit(path: Path, host: Host | None, engine_sha256: str | None = None) -> None:
+    """Take an engine through the gate of the host that it was built for, then through this one's."""
+    EngineName.parse(path.name)
+    manifest = read_manifest(path)
+    own = HostProfile(manifest.gpu, manifest.sm, manifest.tensorrt, manifest.platform)
+    EngineGate(own).admit(path, engine_sha256=engine_sha256)
+    _compare(own, host)
+
+
+def _check_cache(path: Path, host: Host | None) -> None:
+    listing = verify_cache(path).listing
+    if listing.built_for.model_sha256 != path.resolve().name:
+        raise EngineSchemaMismatchError(
+            'model_sha256', expected=path.resolve().name, found=listing.built_for.model_sha256, remedy=_REBUILD
+        )
+    _compare(listing.built_for, host)
+
+
+def _compare(built: HostProfile | BuiltFor, host: Host | None) -> None:
+    if host is None:
+        return
+    try:
+        here = host()
+    except RuntimeUnavailableError as error:
+        raise C7Error(
+            f'it is whole, but no engine runs on this host: {error.message}',
+            remedy='Verify it where it will fly, or look for damage alone (--any-host).',
+        ) from error
+    for name, expected, found in mismatches(built, here):
+        raise EngineSchemaMismatchError(name, expected=expected, found=found, remedy=_REBUILD)
+
+
+def _check_artefact(bundle: ModelBundle, artefact: Artefact, host: Host | None) -> None:
+    """Look at an artefact as its runtime will before it loads it; only engines are made for one host."""
+    if artefact.weights_digest != bundle.weights_digest:
+        raise ModelBundleError(
+            f'{artefact.path} was made from weights {artefact.weights_digest}, the bundle holds '
+            f'{bundle.weights_digest}: no chain will use it.',
+            remedy='Build it again from these weights, or take it out of model.json.',
+        )
+    if artefact.path.suffix == '.engine':
+        _admit(artefact.path, host, artefact.sha256)
+    elif artefact.path.suffix == '.onnx':
+        read_onnx(artefact.path, artefact.sha256)
+    elif artefact.path.suffix in _TORCH:
+        read_torch_archive(artefact.path, artefact.sha256)
+    else:
+        BundleFile(artefact.path, artefact.sha256).verify()

@@ -1,0 +1,109 @@
+"""Every error the package raises, as one family: what is wrong, and what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+__all__ = [
+    'C7Error',
+    'ChainExhaustedError',
+    'ConfigError',
+    'EngineDeserializeError',
+    'EngineSchemaMismatchError',
+    'FdrSchemaError',
+    'ImageRejectedError',
+    'InferenceError',
+    'ModelBundleError',
+    'RuntimeUnavailableError',
+    'join_reasons',
+]
+
+
+class C7Error(Exception):
+    """
+    Carry a message and its remedy.
+
+    :param message: what is wrong, naming the value found.
+    :param remedy: what the reader does next, a full sentence; shown after the message.
+    """
+
+    def __init__(self, message: str, *, remedy: str = '') -> None:
+        super().__init__(f'{message} {remedy}' if remedy else message)
+        self.message = message
+        self.remedy = remedy
+
+
+class ConfigError(C7Error, ValueError):
+    """A parameter or configuration value that cannot be used; ``name`` says which."""
+
+    def __init__(self, name: str, message: str, *, remedy: str = '') -> None:
+        super().__init__(f'{name}: {message}', remedy=remedy)
+        self.name = name
+
+
+class ModelBundleError(C7Error):
+    """A model bundle that is damaged, incomplete or contradicts itself."""
+
+
+class RuntimeUnavailableError(C7Error):
+    """A runtime strategy that this host cannot offer; ``label`` says which."""
+
+    def __init__(self, label: str, message: str, *, remedy: str = '') -> None:
+        super().__init__(f'runtime {label!r} is unavailable: {message}', remedy=remedy)
+        self.label = label
+
+
+class EngineSchemaMismatchError(C7Error):
+    """
+    An engine file refused by the gate before any vendor library saw it.
+
+    :param field: what was compared, as ``sm`` or ``engine_sha256``.
+    """
+
+    def __init__(self, field: str, *, expected: object, found: object, remedy: str = '') -> None:
+        super().__init__(f'engine refused: {field}: expected {expected!r}, found {found!r}.', remedy=remedy)
+        self.field = field
+        self.expected = expected
+        self.found = found
+
+
+class EngineDeserializeError(C7Error):
+    """An engine or model that the runtime could not load, or loaded on refused hardware."""
+
+
+class InferenceError(C7Error):
+    """A request that an engine failed: vendor error, non-finite output, wrong shape or dtype."""
+
+
+class ChainExhaustedError(C7Error):
+    """
+    No rung of the runtime chain is usable.
+
+    :param causes: one ``(rung name, exception)`` for each rung tried, in chain order.
+    """
+
+    def __init__(self, causes: list[tuple[str, BaseException]], *, remedy: str = '') -> None:
+        tried = join_reasons([(rung, str(cause)) for rung, cause in causes]) or 'the chain is empty'
+        super().__init__(f'no usable runtime ({tried})', remedy=remedy)
+        self.causes = causes
+
+
+class ImageRejectedError(C7Error, ValueError):
+    """
+    An image refused before inference.
+
+    :param reason: a short stable key under which refusals are counted, as ``encoding`` or ``size``.
+    """
+
+    def __init__(self, reason: str, message: str, *, remedy: str = '') -> None:
+        super().__init__(message, remedy=remedy)
+        self.reason = reason
+
+
+class FdrSchemaError(C7Error, ValueError):
+    """A flight record of an unknown kind, or one that lacks a required field."""
+
+
+def join_reasons(reasons: Iterable[tuple[str, str]]) -> str:
+    """Return ``(name, sentences)`` pairs as one line, ``name: sentences; name: sentences``."""
+    return '; '.join(f'{name}: {text.removesuffix(".")}' for name, text in reasons)

@@ -1,0 +1,238 @@
+"""Flight data recorder: what may be recorded, in which form, and how often."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum, unique
+from typing import Any
+
+from gps_denied_c7.errors import FdrSchemaError
+
+__all__ = ['KINDS', 'SCHEMA_VERSION', 'FdrKind', 'FdrRecord', 'FdrRecorder', 'Severity', 'read_payload']
+
+SCHEMA_VERSION = 1
+
+_log = logging.getLogger(__name__)
+
+
+@unique
+class Severity(IntEnum):
+    """Severity of a record; values are those of FdrRecord.msg and of Python's logging."""
+
+    DEBUG = 10
+    INFO = 20
+    WARN = 30
+    ERROR = 40
+    FATAL = 50
+
+
+@dataclass(frozen=True, slots=True)
+class FdrKind:
+    """
+    Declare one kind of record.
+
+    :param name: as ``c7.cpu_fallback``.
+    :param severity: severity of every record of this kind.
+    :param required: payload fields that must be present.
+    :param merge_s: seconds during which further records with the same ``key`` are merged into one,
+        0 for a kind that happens once per cause and is always written at once.
+    :param key: payload fields that tell one cause from another when merging.
+    """
+
+    name: str
+    severity: Severity
+    required: tuple[str, ...]
+    merge_s: float = 0.0
+    key: tuple[str, ...] = ()
+
+    @property
+    def repeating(self) -> bool:
+        """Whether a lasting cause can produce this kind again and again."""
+        return self.merge_s > 0
+
+
+KINDS: Mapping[str, FdrKind] = {
+    kind.name: kind
+    for kind in (
+        FdrKind('c7.session_started', Severity.INFO, ('versions', 'host', 'gpu', 'config_digest')),
+        FdrKind('c7.session_ended', Severity.INFO, ('reason', 'clean')),
+        FdrKind('c7.start_failed', Severity.ERROR, ('transition', 'reason')),
+        FdrKind('c7.fallback_to_onnx_trt_ep', Severity.WARN, ('model_name', 'reason', 'active_provider')),
+        FdrKind('c7.cpu_fallback', Severity.WARN, ('model_name', 'requested_providers', 'active_provider')),
+        FdrKind('c7.model_swapped', Severity.INFO, ('model_name', 'weights_digest', 'outcome')),
+        FdrKind('c7.worker_unkillable', Severity.ERROR, ('rung', 'pid')),
+        FdrKind('c7.runtime_switched', Severity.WARN, ('from', 'to', 'reason', 'gap_ms', 'frames_affected')),
+        FdrKind('c7.engine_rejected', Severity.WARN, ('model_name', 'rung', 'reason'), 60.0, ('rung', 'reason')),
+        FdrKind('c7.chain_exhausted', Severity.ERROR, ('model_name', 'reason'), 60.0, ('model_name', 'reason')),
+        FdrKind('c7.thermal_state', Severity.INFO, ('level', 'source'), 10.0, ('level',)),
+        FdrKind('c7.image_refused', Severity.WARN, ('topic', 'reason', 'message'), 60.0, ('topic', 'reason')),
+        FdrKind('c7.frame_unanswered', Severity.ERROR, ('topic', 'reason'), 60.0, ('topic',)),
+        FdrKind('c7.time_reset', Severity.WARN, ('topic', 'backwards_s'), 60.0, ('topic',)),
+        FdrKind('c7.callback_failed', Severity.ERROR, ('callback', 'error'), 60.0, ('callback', 'error')),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class FdrRecord:
+    """
+    Hold one record.
+
+    :param stamp_ns: ROS time in nanoseconds.
+    :param monotonic_ns: steady clock in nanoseconds.
+    :param seq: counts the records of the session from 0.
+    """
+
+    schema_version: int
+    kind: str
+    severity: int
+    stamp_ns: int
+    monotonic_ns: int
+    session_id: str
+    seq: int
+    node: str
+    payload: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def repeating(self) -> bool:
+        """Whether the kind is a repeating one; an unknown kind counts as such."""
+        kind = KINDS.get(self.kind)
+        return kind is None or kind.repeating
+
+    def payload_json(self) -> str:
+        """Return the payload as a JSON object on one line; what JSON has no number for becomes text."""
+        return json.dumps(_finite(self.payload), sort_keys=True, default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def read_payload(text: str) -> dict[str, Any]:
+    """
+    Return the payload of a record written by any version of this package.
+
+    A reader tolerates what a writer refuses: unknown kinds and missing fields pass.
+
+    :raises FdrSchemaError: ``text`` is no JSON object.
+    """
+    try:
+        payload = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise FdrSchemaError(f'payload_json is no JSON: {error}.') from error
+    if not isinstance(payload, dict):
+        raise FdrSchemaError(f'payload_json holds a {type(payload).__name__}, not an object.')
+    return payload
+
+
+def _wall_clock_ns() -> int:
+    return time.time_ns()
+
+
+@dataclass(slots=True)
+class _Merged:
+    until: float
+    count: int = 0
+    payload: Mapping[str, Any] = field(default_factory=dict)
+
+
+class FdrRecorder:
+    """
+    Number, check and pace the records of one process.
+
+    A repeating kind is written at once the first time; the same cause again within the kind's window
+    is counted, and written as one record with ``merged`` = the count by :meth:`flush`. Safe to call
+    from any thread.
+
+    :param sink: takes each finished record; called from the emitting thread, in order of ``seq``.
+    :param node: fully qualified node name.
+    :param ros_time_ns: ROS time in nanoseconds.
+    :param monotonic_ns: steady clock in nanoseconds.
+    """
+
+    def __init__(
+        self,
+        sink: Callable[[FdrRecord], None],
+        *,
+        node: str,
+        session_id: str | None = None,
+        ros_time_ns: Callable[[], int] = _wall_clock_ns,
+        monotonic_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._sink = sink
+        self._node = node
+        self.session_id = session_id or uuid.uuid4().hex
+        self._ros_time_ns = ros_time_ns
+        self._monotonic_ns = monotonic_ns
+        self._lock = threading.RLock()
+        self._seq = 0
+        self._merging: dict[tuple, _Merged] = {}
+
+    def emit(self, kind: str, **payload: Any) -> None:
+        """
+        Write one record, or count it where its cause was written moments ago.
+
+        :raises FdrSchemaError: an unknown kind or a missing field; a mistake of the caller.
+        """
+        declared = KINDS.get(kind)
+        if declared is None:
+            raise FdrSchemaError(f'unknown record kind {kind!r}.', remedy='Declare it in gps_denied_c7.fdr.KINDS.')
+        if missing := [name for name in declared.required if name not in payload]:
+            raise FdrSchemaError(f'record {kind!r} lacks {missing}.')
+        with self._lock:
+            if declared.repeating and self._merge(declared, payload):
+                return
+            self._write(declared, payload)
+
+    def flush(self, *, force: bool = False) -> None:
+        """Write what was merged in windows that have ended, or in all windows with ``force``."""
+        with self._lock:
+            now = self._monotonic_ns() / 1e9
+            for key in [key for key, merged in self._merging.items() if force or now >= merged.until]:
+                merged = self._merging.pop(key)
+                if merged.count:
+                    self._write(KINDS[key[0]], {**merged.payload, 'merged': merged.count})
+                    self._merging[key] = _Merged(until=now + KINDS[key[0]].merge_s)
+
+    def _merge(self, kind: FdrKind, payload: Mapping[str, Any]) -> bool:
+        key = (kind.name, *(str(payload[name]) for name in kind.key))
+        now = self._monotonic_ns() / 1e9
+        merged = self._merging.get(key)
+        if merged is None:
+            self._merging[key] = _Merged(until=now + kind.merge_s)
+            return False
+        merged.count += 1
+        merged.payload = payload
+        return True
+
+    def _write(self, kind: FdrKind, payload: Mapping[str, Any]) -> None:
+        record = FdrRecord(
+            schema_version=SCHEMA_VERSION,
+            kind=kind.name,
+            severity=kind.severity,
+            stamp_ns=self._ros_time_ns(),
+            monotonic_ns=self._monotonic_ns(),
+            session_id=self.session_id,
+            seq=self._seq,
+            node=self._node,
+            payload=dict(payload),
+        )
+        self._seq += 1
+        try:
+            self._sink(record)
+        except Exception:
+            # Recording must never cost a frame; what could not be recorded still reaches the log.
+            _log.exception('flight record %s could not be written: %s', record.kind, record.payload_json())

@@ -1,0 +1,100 @@
+"""Where engines live: in this process (``isolation: none``)."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+
+from numpy.typing import NDArray
+
+from gps_denied_c7.bundle import ModelBundle
+from gps_denied_c7.chain import Rung
+from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.errors import InferenceError, RuntimeUnavailableError
+from gps_denied_c7.gate import EngineGate
+from gps_denied_c7.runtime import (
+    BuildConfig,
+    BuildProgress,
+    EngineFacts,
+    EngineHandle,
+    InferenceRuntime,
+    ProviderSet,
+)
+from gps_denied_c7.runtimes import create_runtime
+from gps_denied_c7.runtimes.host_profile import local_host_profile
+from gps_denied_c7.tensors import TensorSpec
+from gps_denied_c7.thermal import ThermalStatePublisher
+
+__all__ = ['InProcessHost', 'in_process_hosts']
+
+_log = logging.getLogger(__name__)
+
+
+class InProcessHost:
+    """Run a rung's engine in the calling thread of this process; a vendor crash ends the process."""
+
+    def __init__(self, runtime: InferenceRuntime, bundle: ModelBundle, build: BuildConfig) -> None:
+        self._runtime = runtime
+        self._bundle = bundle
+        self._build = build
+        self._handle: EngineHandle | None = None
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """Canonical inputs of the loaded engine, empty before."""
+        return self._handle.inputs if self._handle else ()
+
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Canonical outputs of the loaded engine, empty before."""
+        return self._handle.outputs if self._handle else ()
+
+    def load(self) -> EngineFacts:
+        """Compile where allowed, deserialise and warm up."""
+        self._handle = self._runtime.deserialize_engine(self._runtime.compile_engine(self._bundle, self._build))
+        return self._handle.facts
+
+    def infer(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        """Run one request; outputs are views valid until the next call."""
+        if self._handle is None:
+            raise InferenceError('no engine is loaded.')
+        return self._runtime.infer(self._handle, inputs)
+
+    def release(self) -> None:
+        """Free the engine; safe to repeat."""
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            self._runtime.release_engine(handle)
+
+
+def in_process_hosts(
+    bundle: ModelBundle,
+    config: C7InferenceConfig,
+    thermal: ThermalStatePublisher,
+    *,
+    on_build: Callable[[BuildProgress], None] | None = None,
+) -> Callable[[Rung], InProcessHost]:
+    """
+    Return the host factory that RuntimeChain wants; it raises RuntimeUnavailableError for an absent strategy.
+
+    :param on_build: told how far the building of an engine is, from a thread of the builder's own.
+    """
+    build = BuildConfig(allow_build=config.build_on_configure, progress=on_build)
+    local_gate = functools.cache(_local_gate)
+
+    def make(rung: Rung) -> InProcessHost:
+        gate = None if rung.providers is ProviderSet.CPU else local_gate()
+        runtime = create_runtime(rung.strategy, config, thermal=thermal, gate=gate, providers=rung.providers)
+        return InProcessHost(runtime, bundle, build)
+
+    return make
+
+
+def _local_gate() -> EngineGate | None:
+    """Return the gate for engine files of this host, None where none can be loaded."""
+    try:
+        return EngineGate(local_host_profile())
+    except RuntimeUnavailableError as error:
+        _log.info('engine files cannot be loaded here: %s', error)
+        return None

@@ -1,0 +1,465 @@
+"""
+What ONNX Runtime's TensorRT provider keeps between sessions, and whether it may be loaded again (G-2).
+
+The provider loads whatever engine lies in its cache under the right name, unread, and that name leaves the
+weights and the shapes out. So each model digest has a directory of its own, and what a build wrote there is
+listed with digests, for exactly what it was built from, for and by. Only a directory that is still what its
+listing says is warm; anything else is deleted and counts as cold.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import shutil
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from gps_denied_c7.bundle_files import write_atomically
+from gps_denied_c7.engine_cache import fallback_directory, make_private_directory
+from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, ModelBundleError
+from gps_denied_c7.gate import read_trusted, trusted_directory
+from gps_denied_c7.json_fields import Fields, parse_json
+from gps_denied_c7.tensors import TensorSpec
+
+__all__ = [
+    'LISTING_NAME',
+    'BuiltFor',
+    'CacheBuild',
+    'CacheListing',
+    'CachedFile',
+    'OrtEngineCache',
+    'VerifiedCache',
+    'WholeGraph',
+    'driver_version',
+    'linked_tensorrt',
+    'platform_name',
+    'read_listing',
+    'verify_cache',
+]
+
+LISTING_NAME = 'listing.json'
+LISTING_SCHEMA = 1
+
+_LISTING_LIMIT_BYTES = 1 << 20
+_CHUNK_BYTES = 1 << 20
+_REBUILD = 'Build it again: configure once with build_on_configure.'
+
+_PROVIDER_LIBRARY = 'libonnxruntime_providers_tensorrt.so'
+_NEEDED = re.compile(rb'\0(libnvinfer\.so\.\d+)\0')
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BuiltFor:
+    """
+    Say what a cache was built from, for and by; each field has to be the same when it is used.
+
+    :param model_sha256: hex digest of the model, external weights included.
+    :param precision: as ``fp16``.
+    :param axes: size by name of each free axis, which was fixed before the build.
+    :param onnxruntime: version.
+    :param tensorrt: version of the library that ONNX Runtime loads, as ``8.6.0``.
+    :param gpu: name of the GPU as NVML spells it.
+    :param sm: compute capability as major × 10 + minor.
+    :param driver: version of the GPU's driver, or ``unknown``.
+    :param platform: as ``linux-x86_64``.
+    """
+
+    model_sha256: str
+    precision: str
+    axes: Mapping[str, int]
+    onnxruntime: str
+    tensorrt: str
+    gpu: str
+    sm: int
+    driver: str
+    platform: str
+
+
+@dataclass(frozen=True, slots=True)
+class CachedFile:
+    """Name a file of the cache, its hex digest and its size in bytes."""
+
+    name: str
+    sha256: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class WholeGraph:
+    """
+    Say that one engine is the whole model, so that an EPContext node can stand for all of it.
+
+    :param engine: the engine's file name.
+    :param inputs: the model's own inputs, every axis fixed.
+    :param outputs: the model's own outputs, every axis fixed.
+    """
+
+    engine: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheListing:
+    """
+    List what a build wrote; it lies among those files as ``listing.json``.
+
+    The file is canonical JSON that carries a digest of itself, so that any changed byte is noticed.
+
+    :param whole_graph: None where the graph became several engines, or runs elsewhere in part.
+    """
+
+    built_for: BuiltFor
+    files: tuple[CachedFile, ...]
+    whole_graph: WholeGraph | None = None
+
+    def to_json(self) -> bytes:
+        """Return the listing file's bytes."""
+        content = {'schema': LISTING_SCHEMA, **dataclasses.asdict(self)}
+        digest = hashlib.sha256(_canonical(content)).hexdigest()
+        return _canonical(content | {'listing_sha256': digest})
+
+    @classmethod
+    def from_json(cls, content: bytes) -> CacheListing:
+        """Read a listing file's bytes, or raise EngineSchemaMismatchError for the first thing wrong in them."""
+        try:
+            fields = Fields(parse_json(content), '')
+            schema = fields.integer('schema')
+            if schema != LISTING_SCHEMA:
+                raise _mismatch('listing_schema', LISTING_SCHEMA, schema)
+            listing = cls(
+                built_for=_built_for(fields.object('built_for')),
+                files=tuple(
+                    CachedFile(item.text('name'), item.text('sha256'), item.integer('size'))
+                    for item in fields.objects('files')
+                ),
+                whole_graph=None if fields.take('whole_graph') is None else _whole_graph(fields.object('whole_graph')),
+            )
+            found = fields.text('listing_sha256')
+        except (ModelBundleError, TypeError) as error:
+            raise _mismatch('listing', 'a whole listing', str(error)) from error
+        # Canonical JSON has one spelling, so any changed byte shows, an unknown key too.
+        expected = listing.to_json()
+        if content != expected:
+            raise _mismatch('listing_sha256', json.loads(expected)['listing_sha256'], found)
+        return listing
+
+
+@dataclass(frozen=True, slots=True)
+class VerifiedCache:
+    """
+    Hold a cache directory whose every file was found as listed.
+
+    :param plan: the bytes of the engine that is the whole graph, as hashed; None where there is no such one.
+    """
+
+    directory: Path
+    listing: CacheListing
+    plan: bytes | None = field(repr=False)
+
+
+class OrtEngineCache:
+    """
+    Find, judge and make the cache directory of a model.
+
+    :param roots: directories below which each model digest has its own, in this order; a new one is made
+        below the first that can be written.
+    """
+
+    def __init__(self, roots: Sequence[Path]) -> None:
+        self._roots = tuple(roots)
+
+    @classmethod
+    def at(cls, configured: Path) -> OrtEngineCache:
+        """Return the cache at a configured place, with the user's own cache behind it where that cannot be written."""
+        return cls((configured, fallback_directory(configured)))
+
+    def find(self, built_for: BuiltFor) -> tuple[VerifiedCache | None, list[str]]:
+        """
+        Return the warm cache of a model, or None; each file is read and hashed (about 1 s per GB).
+
+        A directory that is not what it should be is deleted, unless it belongs to a build that is under
+        way, or cannot be.
+
+        :return: the cache, and what was found wrong elsewhere, one sentence each.
+        """
+        notes: list[str] = []
+        for root in self._roots:
+            directory = root / built_for.model_sha256
+            try:
+                if not directory.exists():
+                    continue
+                return verify_cache(directory, built_for), notes
+            except (EngineSchemaMismatchError, OSError) as error:
+                found = error.message if isinstance(error, EngineSchemaMismatchError) else str(error)
+                notes.append(f'The engine cache {directory} counts as cold: {found} {_discard(directory)}')
+                _log.warning('%s', notes[-1])
+        return None, notes
+
+    def begin(self, built_for: BuiltFor) -> tuple[CacheBuild | None, list[str]]:
+        """
+        Make an empty directory that only this process builds in, below the first root that can be written.
+
+        :return: the build, or None where nothing can be kept; and why not where it should be, one sentence each.
+        """
+        notes: list[str] = []
+        for root in self._roots:
+            try:
+                make_private_directory(root)
+                directory = trusted_directory(root) / built_for.model_sha256
+                directory.mkdir(mode=0o755)
+                build = CacheBuild(directory, built_for)
+            except (EngineSchemaMismatchError, OSError) as error:
+                found = error.message if isinstance(error, EngineSchemaMismatchError) else str(error)
+                notes.append(f'Built engines are not kept in {root}: {found}')
+                continue
+            if notes:
+                _log.warning('%s: %s', directory, ' '.join(notes))
+            return build, notes
+        _log.warning('Built engines are not kept. %s', ' '.join(notes))
+        return None, notes
+
+
+class CacheBuild:
+    """
+    Own a directory while engines are built in it; either ``record`` or ``close`` ends that.
+
+    :raises OSError: another process has taken it meanwhile.
+    """
+
+    def __init__(self, directory: Path, built_for: BuiltFor) -> None:
+        self.directory = directory
+        self._built_for = built_for
+        # Held until the listing is written: who finds files without a listing must be able to tell a build that is
+        # under way from one that died. The kernel gives the lock back when its holder dies.
+        self._lock: int | None = _lock(directory)
+
+    def record(self, whole_graph: tuple[Sequence[TensorSpec], Sequence[TensorSpec]] | None) -> CacheListing:
+        """
+        List what was written, durably, and give the directory up.
+
+        :param whole_graph: the model's own inputs and outputs where a single engine is all of it.
+        :raises EngineDeserializeError: nothing was written, or it cannot be kept; the directory is gone then.
+        """
+        try:
+            files = tuple(_settle(self.directory, name) for name in sorted(os.listdir(self.directory)))
+            engines = [file.name for file in files if file.name.endswith('.engine')]
+            if not engines:
+                raise EngineDeserializeError('TensorRT wrote no engine into its cache.')
+            listing = CacheListing(
+                built_for=self._built_for, files=files, whole_graph=_as_whole_graph(engines, whole_graph)
+            )
+            write_atomically(self.directory / LISTING_NAME, listing.to_json())
+            _sync(self.directory)
+            _sync(self.directory.parent)
+        except (OSError, ModelBundleError, EngineSchemaMismatchError) as error:
+            self.close()
+            raise EngineDeserializeError(f'The built engines are not kept: {error}') from error
+        except EngineDeserializeError:
+            self.close()
+            raise
+        self._unlock()
+        return listing
+
+    def close(self) -> None:
+        """Delete what was not recorded; safe to repeat."""
+        if self._lock is not None:
+            shutil.rmtree(self.directory, ignore_errors=True)
+            self._unlock()
+
+    def _unlock(self) -> None:
+        lock, self._lock = self._lock, None
+        if lock is not None:
+            os.close(lock)
+
+
+def linked_tensorrt(onnxruntime: ModuleType) -> str:
+    """
+    Return the version of the TensorRT library that this ONNX Runtime loads, as ``8.6.0``.
+
+    Python's ``tensorrt`` may be another one, or absent. The provider's library names the one it needs, and
+    that one is asked; this loads it into the process, as a session would a moment later.
+
+    :raises EngineDeserializeError: there is no such provider, or its TensorRT does not load.
+    """
+    provider = Path(getattr(onnxruntime, '__file__', None) or '').parent / 'capi' / _PROVIDER_LIBRARY
+    try:
+        needed = _NEEDED.search(provider.read_bytes())
+    except OSError as error:
+        raise EngineDeserializeError(f'{provider}: {error.strerror}.') from error
+    if needed is None:
+        raise EngineDeserializeError(f'{provider} names no TensorRT library.')
+    name = needed[1].decode()
+    try:
+        number = int(ctypes.CDLL(name).getInferLibVersion())
+    except (OSError, AttributeError) as error:
+        raise EngineDeserializeError(f'{name}: {error}.') from error
+    # 8600 up to TensorRT 9, 100300 from 10 on.
+    major = 10000 if number >= 100000 else 1000
+    return f'{number // major}.{number % major // 100}.{number % 100}'
+
+
+def driver_version(proc: Path = Path('/proc')) -> str:
+    """Return the version of the NVIDIA driver's kernel module, ``unknown`` where the kernel does not say."""
+    try:
+        text = (proc / 'driver/nvidia/version').read_text(errors='replace')
+    except OSError:
+        return 'unknown'
+    found = re.search(r'\b\d+\.\d+(?:\.\d+)?\b', text)
+    return found[0] if found else 'unknown'
+
+
+def platform_name() -> str:
+    """Return as ``linux-x86_64``."""
+    return f'{platform.system().lower()}-{platform.machine()}'
+
+
+def read_listing(directory: Path) -> CacheListing:
+    """
+    Return the listing of a model's cache directory; its other files are not looked at.
+
+    :raises EngineSchemaMismatchError: there is none, it is damaged, or somebody else could have written it.
+    """
+    return CacheListing.from_json(read_trusted(directory / LISTING_NAME, _LISTING_LIMIT_BYTES))
+
+
+def verify_cache(directory: Path, built_for: BuiltFor | None = None) -> VerifiedCache:
+    """
+    Check that a model's cache directory is what its listing says; each file is read and hashed.
+
+    :param built_for: what it must have been built for, None to look for damage alone.
+    :raises EngineSchemaMismatchError: naming the first thing that differs.
+    :raises OSError: the directory cannot be read.
+    """
+    real = trusted_directory(directory)
+    listing = read_listing(real)
+    built_for = built_for or listing.built_for
+    for part in dataclasses.fields(BuiltFor):
+        expected, found = getattr(built_for, part.name), getattr(listing.built_for, part.name)
+        if expected != found:
+            raise _mismatch(part.name, expected, found)
+    names = {file.name for file in listing.files}
+    if names != set(os.listdir(real)) - {LISTING_NAME}:
+        raise _mismatch('files', sorted(names), sorted(set(os.listdir(real)) - {LISTING_NAME}))
+    plan = None
+    for file in listing.files:
+        content = read_trusted(real / file.name, file.size)
+        digest = hashlib.sha256(content).hexdigest()
+        if digest != file.sha256:
+            raise _mismatch(f'sha256 of {file.name}', file.sha256, digest)
+        if listing.whole_graph is not None and file.name == listing.whole_graph.engine:
+            plan = content
+    return VerifiedCache(real, listing, plan)
+
+
+def _discard(directory: Path) -> str:
+    """Delete a directory that cannot be trusted, and say what became of it."""
+    try:
+        lock = _lock(directory)
+    except BlockingIOError:
+        return 'It is left alone, since another process is building there.'
+    except OSError as error:
+        return f'It could not be deleted: {error.strerror}.'
+    try:
+        shutil.rmtree(directory)
+    except OSError as error:
+        return f'It could not be deleted: {error.strerror}.'
+    finally:
+        os.close(lock)
+    return 'It was deleted.'
+
+
+def _lock(directory: Path) -> int:
+    """Take a directory for this process, or raise BlockingIOError where another has it."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _settle(directory: Path, name: str) -> CachedFile:
+    """Bring a file that the provider wrote onto the disk, closed to other writers, and hash it."""
+    descriptor = os.open(directory / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    with open(descriptor, 'rb', buffering=0) as file:
+        info = os.fstat(descriptor)
+        if not stat.S_ISREG(info.st_mode):
+            raise _mismatch('file', 'a regular file', f'{stat.filemode(info.st_mode)} {name}')
+        # The provider leaves the mode to the umask, and what a group may write is not loaded.
+        os.fchmod(descriptor, 0o644)
+        os.fsync(descriptor)
+        digest, size = hashlib.sha256(), 0
+        while chunk := file.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return CachedFile(name, digest.hexdigest(), size)
+
+
+def _as_whole_graph(
+    engines: list[str], specs: tuple[Sequence[TensorSpec], Sequence[TensorSpec]] | None
+) -> WholeGraph | None:
+    if specs is None or len(engines) != 1:
+        return None
+    if any(None in spec.shape for role in specs for spec in role):
+        return None
+    inputs, outputs = specs
+    return WholeGraph(engines[0], tuple(inputs), tuple(outputs))
+
+
+def _built_for(fields: Fields) -> BuiltFor:
+    axes = fields.object('axes')
+    return BuiltFor(
+        model_sha256=fields.text('model_sha256'),
+        precision=fields.text('precision'),
+        axes={name: axes.integer(name) for name in axes.names()},
+        onnxruntime=fields.text('onnxruntime'),
+        tensorrt=fields.text('tensorrt'),
+        gpu=fields.text('gpu'),
+        sm=fields.integer('sm'),
+        driver=fields.text('driver'),
+        platform=fields.text('platform'),
+    )
+
+
+def _whole_graph(fields: Fields) -> WholeGraph:
+    return WholeGraph(
+        engine=fields.text('engine'),
+        inputs=tuple(_spec(item) for item in fields.objects('inputs')),
+        outputs=tuple(_spec(item) for item in fields.objects('outputs')),
+    )
+
+
+def _spec(fields: Fields) -> TensorSpec:
+    return TensorSpec(fields.text('name'), fields.text('dtype'), tuple(fields.take('shape')))
+
+
+def _mismatch(name: str, expected: object, found: object) -> EngineSchemaMismatchError:
+    return EngineSchemaMismatchError(name, expected=expected, found=found, remedy=_REBUILD)
+
+
+def _canonical(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, sort_keys=True, indent=1).encode() + b'\n'
+
+
+def _sync(directory: Path) -> None:
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

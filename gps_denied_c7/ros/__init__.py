@@ -1,0 +1,1 @@
+"""The ROS 2 side: node, parameters, messages, diagnostics, replay."""

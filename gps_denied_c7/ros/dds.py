@@ -1,0 +1,264 @@
+"""Choose the DDS transports that large images need, and say what is missing on this host."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import re
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = [
+    'HD_IMAGE_BYTES',
+    'PROFILE_NAME',
+    'SEGMENT_OVERHEAD',
+    'HostTransport',
+    'ProfileDecision',
+    'apply_profile',
+    'profile_path',
+    'segment_size',
+    'transport_warnings',
+    'tune_allocator',
+    'write_profile',
+]
+
+PROFILE_NAME = 'fastdds_shm.xml'
+HD_IMAGE_BYTES = 1920 * 1080 * 3
+
+# Kilted's Fast DDS 3 warns about the old name, Jazzy's Fast DDS 2 does not know the new one.
+_VARIABLES = ('FASTRTPS_DEFAULT_PROFILES_FILE', 'FASTDDS_DEFAULT_PROFILES_FILE')
+_BUILTIN_TRANSPORTS = 'FASTDDS_BUILTIN_TRANSPORTS'
+_FAST_DDS = ('rmw_fastrtps_cpp', 'rmw_fastrtps_dynamic_cpp')
+_OLD_DISTRIBUTIONS = ('foxy', 'galactic', 'humble', 'iron', 'jazzy')
+_FRAMES_IN_FLIGHT = 4
+
+SEGMENT_OVERHEAD = 1.06
+"""What a segment takes of /dev/shm for each byte asked for; 1.047 measured with Fast DDS 2.14."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileDecision:
+    """
+    Tell what was done about the DDS profile.
+
+    :param applied: the shipped profile was put into the environment.
+    :param variable: the environment variable that names the profile in force, '' where none does.
+    :param path: that profile, None where there is none.
+    :param reason: one sentence for the log.
+    """
+
+    applied: bool
+    variable: str
+    path: Path | None
+    reason: str
+
+
+def apply_profile(environ: MutableMapping[str, str]) -> ProfileDecision:
+    """
+    Put the shipped shared-memory profile into ``environ`` unless the user chose otherwise.
+
+    It must be there before the process creates its DDS participant, so call this before ``rclpy.init``. It is left
+    alone where another RMW is in use, or where the user named a profile or built-in transports.
+
+    :param environ: changed in place, ``os.environ`` or the environment of a child process.
+    """
+    rmw = environ.get('RMW_IMPLEMENTATION', '')
+    if rmw and rmw not in _FAST_DDS:
+        return ProfileDecision(False, '', None, f'DDS profile not set: it is for Fast DDS, the RMW is {rmw}.')
+    for variable in _VARIABLES:
+        if value := environ.get(variable):
+            # A child of a process that applied the profile finds it set, which is no choice of the user's.
+            own = ' for large images' if Path(value) == profile_path() else ''
+            return ProfileDecision(False, variable, Path(value), f'DDS profile{own}, as {variable} names it: {value}.')
+    if builtin := environ.get(_BUILTIN_TRANSPORTS):
+        return ProfileDecision(False, '', None, f'DDS profile not set: {_BUILTIN_TRANSPORTS} is {builtin}.')
+    path = profile_path()
+    if path is None:
+        return ProfileDecision(
+            False, '', None, f'DDS profile not set: {PROFILE_NAME} is not installed with the package; build it again.'
+        )
+    variable = _variable(environ)
+    environ[variable] = str(path)
+    return ProfileDecision(
+        True, variable, path, f'DDS profile for large images set; publishers of images need it too: {variable}={path}'
+    )
+
+
+def profile_path() -> Path | None:
+    """Return the shipped profile, in the source tree or the prefix that this module was installed in."""
+    for parent in Path(__file__).resolve().parents:
+        for candidate in (
+            parent / 'config' / PROFILE_NAME,
+            parent / 'share' / 'gps_denied_c7' / 'config' / PROFILE_NAME,
+        ):
+            if candidate.is_file():
+                return candidate
+    return None
+
+
+def _variable(environ: Mapping[str, str]) -> str:
+    """Return the name that the Fast DDS of this environment reads: Fast DDS 3 installs as ``fastdds``."""
+    for prefix in filter(None, environ.get('AMENT_PREFIX_PATH', '').split(os.pathsep)):
+        share = Path(prefix) / 'share'
+        for package, variable in (('fastdds', _VARIABLES[1]), ('fastrtps', _VARIABLES[0])):
+            if (share / package).is_dir():
+                return variable
+    return _VARIABLES[0] if environ.get('ROS_DISTRO') in _OLD_DISTRIBUTIONS else _VARIABLES[1]
+
+
+def segment_size(profile: Path) -> int:
+    """Return the bytes of the shared-memory segment that ``profile`` asks for, 0 where it asks for none."""
+    try:
+        root = ElementTree.parse(profile).getroot()
+    except (OSError, ElementTree.ParseError):
+        # Fast DDS goes on without a file it cannot read; so does this judgement of it.
+        return 0
+    sizes = [element.text or '' for element in root.iter() if element.tag.rpartition('}')[2] == 'segment_size']
+    return max((int(text) for text in sizes if text.strip().isdigit()), default=0)
+
+
+def write_profile(path: Path, segment_bytes: int) -> Path:
+    """
+    Write the shipped profile with a segment of another size, for hosts with little shared memory.
+
+    :raises FileNotFoundError: the profile is not installed with the package.
+    """
+    shipped = profile_path()
+    if shipped is None:
+        raise FileNotFoundError(PROFILE_NAME)
+    text = shipped.read_text(encoding='utf-8')
+    size = f'<segment_size>{segment_bytes}</segment_size>'
+    path.write_text(re.sub('<segment_size>[0-9]+</segment_size>', size, text), encoding='utf-8')
+    return path
+
+
+@dataclass(frozen=True, slots=True)
+class HostTransport:
+    """
+    Hold what this host and process have for carrying images.
+
+    :param shm_free_bytes: free space in /dev/shm, None where there is no /dev/shm.
+    :param segment_bytes: largest shared-memory segment that Fast DDS made for this process, 0 where it made none.
+    :param rmem_max_bytes: net.core.rmem_max, the limit on a socket's receive buffer; None where unknown.
+    """
+
+    shm_free_bytes: int | None
+    segment_bytes: int
+    rmem_max_bytes: int | None
+
+    @classmethod
+    def read(cls) -> HostTransport:
+        """Look at this process, which must have a DDS participant by now, and its host."""
+        try:
+            shm = os.statvfs('/dev/shm')
+            free: int | None = shm.f_bavail * shm.f_frsize
+        except OSError:
+            free = None
+        try:
+            rmem: int | None = int(Path('/proc/sys/net/core/rmem_max').read_text())
+        except (OSError, ValueError):
+            rmem = None
+        return cls(free, max(_own_segments(), default=0), rmem)
+
+
+def _own_segments() -> list[int]:
+    """Return the sizes of this process's segments: it holds the lock file of each open, of no one else's."""
+    sizes = []
+    for descriptor in Path('/proc/self/fd').glob('*'):
+        with contextlib.suppress(OSError):
+            # A descriptor or segment that was closed meanwhile, as the one of this very listing, is none.
+            if lock := re.fullmatch(r'(/dev/shm/fast(?:rtps|dds)_[0-9a-f]{16})_el', os.readlink(descriptor)):
+                sizes.append(os.stat(lock[1]).st_size)
+    return sizes
+
+
+def transport_warnings(
+    environ: Mapping[str, str], *, image_bytes: int = HD_IMAGE_BYTES, host: HostTransport | None = None
+) -> tuple[str, ...]:
+    """
+    Say why images would be lost on their way into this process, each with its remedy; empty where all is well.
+
+    :param environ: the environment in which the process made its DDS participant.
+    :param image_bytes: size of the largest image expected.
+    :param host: what to judge, read from this process where None; it must have its DDS participant by then.
+    """
+    rmw = environ.get('RMW_IMPLEMENTATION', '')
+    if (rmw and rmw not in _FAST_DDS) or environ.get(_BUILTIN_TRANSPORTS):
+        return ()
+    host = HostTransport.read() if host is None else host
+    needed = _FRAMES_IN_FLIGHT * image_bytes
+    if host.segment_bytes >= needed:
+        return _room_for_others(environ, host)
+    warnings = [_why_no_segment(environ, host, needed)]
+    if host.rmem_max_bytes is not None and host.rmem_max_bytes < needed:
+        warnings.append(
+            f'Images that come over UDP are lost as well: net.core.rmem_max is {host.rmem_max_bytes}. Raise it: '
+            f'sudo sysctl -w net.core.rmem_max={needed} net.core.rmem_default={needed}'
+        )
+    return tuple(warnings)
+
+
+def _room_for_others(environ: Mapping[str, str], host: HostTransport) -> tuple[str, ...]:
+    if host.shm_free_bytes is None or host.shm_free_bytes >= host.segment_bytes:
+        return ()
+    return (
+        f'/dev/shm has {_mb(host.shm_free_bytes)} left, and the next process that uses the DDS profile needs '
+        f'{_mb(host.segment_bytes)}; it would lose large images. {_MORE_SHM}',
+    )
+
+
+_MORE_SHM = (
+    'Give the container more (docker run --shm-size=1g), or remove what killed processes left behind '
+    '(fastdds shm clean).'
+)
+
+
+def _why_no_segment(environ: Mapping[str, str], host: HostTransport, needed: int) -> str:
+    what = f'Large images will be lost: {_FRAMES_IN_FLIGHT} of them take {_mb(needed)},'
+    variable = next((name for name in _VARIABLES if environ.get(name)), '')
+    if not variable:
+        shipped = profile_path()
+        return (
+            f'{what} the default shared memory of Fast DDS holds {_mb(host.segment_bytes or 1 << 19)}. '
+            f'Start this process with {_variable(environ)}={shipped or PROFILE_NAME}'
+        )
+    profile = Path(environ[variable])
+    asked = segment_size(profile)
+    if asked < needed:
+        state = 'cannot be read' if not profile.is_file() else f'gives {_mb(asked)} of shared memory'
+        return f'{what} and {variable} names {profile}, which {state}. Raise its segment_size to {needed}.'
+    if host.shm_free_bytes is None or host.shm_free_bytes < asked * SEGMENT_OVERHEAD:
+        free = host.shm_free_bytes
+        room = 'there is no /dev/shm' if free is None else f'/dev/shm has {_mb(free)} left'
+        return f'{what} the DDS profile asks for {_mb(asked)}, and {room}. {_MORE_SHM}'
+    return (
+        f'{what} and this process did not get the shared memory that {profile} asks for. Set {_variable(environ)} '
+        'before the process starts, and look for RTPS_TRANSPORT_SHM errors above.'
+    )
+
+
+def _mb(size: float) -> str:
+    return f'{size / 1e6:.1f} MB'
+
+
+def tune_allocator() -> bool:
+    """
+    Tell glibc to keep the memory of large messages instead of returning it to the kernel after each.
+
+    An image is several megabytes, which glibc maps anew for every message, and the page faults cost as much as the
+    copying: 1500 faults for each 1080p rgb8 frame. Sets M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD (mallopt(3)),
+    which also ends glibc's own adapting of the first two. Costs up to the trim threshold of memory that stays.
+
+    :return: whether it was done; False with another C library, or where the user set these himself.
+    """
+    if any(name.startswith('MALLOC_') for name in os.environ) or 'glibc.malloc' in os.environ.get('GLIBC_TUNABLES', ''):
+        return False
+    library = ctypes.CDLL(None)
+    if not hasattr(library, 'gnu_get_libc_version'):
+        return False
+    m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
+    settings = ((m_mmap_threshold, 32 << 20), (m_trim_threshold, 128 << 20), (m_top_pad, 16 << 20))
+    return all(library.mallopt(name, value) == 1 for name, value in settings)

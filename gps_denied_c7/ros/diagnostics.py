@@ -1,0 +1,259 @@
+"""Diagnostic statuses, each a function of one immutable snapshot, and when they are published."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from rclpy.node import Node
+
+from gps_denied_c7.chain import ChainState, ChainStatus
+from gps_denied_c7.runtime import BuildProgress
+from gps_denied_c7.statistics import Percentiles, StreamCounters
+from gps_denied_c7.thermal import ThermalLevel, ThermalState
+from gps_denied_c7.thermal_policy import ThermalPolicy
+
+__all__ = [
+    'DiagnosticsPublisher',
+    'Report',
+    'StreamHealth',
+    'latency_report',
+    'runtime_report',
+    'stream_report',
+    'thermal_report',
+]
+
+OK, WARN, ERROR, STALE = DiagnosticStatus.OK, DiagnosticStatus.WARN, DiagnosticStatus.ERROR, DiagnosticStatus.STALE
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """
+    Hold one status before it gets its node's name.
+
+    :param name: as ``Runtime``.
+    :param level: DiagnosticStatus.OK, WARN, ERROR or STALE.
+    """
+
+    name: str
+    level: bytes
+    message: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamHealth:
+    """
+    Describe one image stream at one moment.
+
+    :param silent_s: seconds since the last image, or since the stream was opened.
+    :param refused_s: seconds since an image was last refused, None when none was.
+    :param unanswered_s: seconds since an accepted image was last left without an answer, None when none was.
+    :param too_old: images dropped for their header stamps' age since one was not.
+    :param mismatches: publishers that cannot reach the subscription, and why.
+    """
+
+    topic: str
+    counters: StreamCounters
+    silent_s: float
+    refused_s: float | None
+    unanswered_s: float | None
+    too_old: int
+    mismatches: tuple[str, ...]
+
+
+_SILENT_S = 2.0
+_TROUBLE_LASTS_S = 3.0
+_TOO_OLD_IN_A_ROW = 10
+
+
+def runtime_report(
+    lifecycle_state: str,
+    chain: ChainStatus | None,
+    start_problem: str,
+    callback_failures: Mapping[str, int],
+    notices: tuple[str, ...] = (),
+    building: BuildProgress | None = None,
+) -> Report:
+    """
+    Judge the runtime: what serves, and what stands against it.
+
+    :param start_problem: why the last configure or activate failed, empty when it did not.
+    :param notices: lasting remarks on the host, each a full sentence with its remedy.
+    :param building: how far the engine is that is being built now, None where none is.
+    """
+    values: dict[str, Any] = {'lifecycle_state': lifecycle_state}
+    if building is not None:
+        values |= {'building': building.phase, 'building_s': f'{building.elapsed_s:.0f}'}
+    if chain is not None:
+        facts = chain.facts
+        values |= {
+            'model': chain.model_name,
+            'weights_digest': chain.weights_digest,
+            'chain_state': chain.state.value,
+            'runtime': chain.active.strategy if chain.active else 'none',
+            'provider': facts.active_provider if facts else 'none',
+            'requested_providers': ', '.join(facts.requested_providers) if facts else '',
+            'cpu_nodes': 'unknown' if facts is None or facts.cpu_nodes is None else facts.cpu_nodes,
+            'is_fallback': chain.is_fallback,
+            'alerts': ', '.join(chain.alerts),
+            'switches': chain.switches,
+            'gpu_lost': chain.gpu_lost,
+        }
+        values |= {f'out {rung}': reason for rung, reason in chain.failures}
+    values |= {f'failures in {callback}': count for callback, count in callback_failures.items()}
+    values |= {f'notice {number}': notice for number, notice in enumerate(notices, 1)}
+    level, message = _judge_runtime(lifecycle_state, chain, start_problem)
+    if building is not None:
+        level, message = WARN, f'building an engine, which may take many minutes: {building}'
+    if level == OK and (callback_failures or notices):
+        level, message = WARN, notices[0] if notices else f'{message}, but callbacks have failed'
+    return Report('Runtime', level, message, values)
+
+
+def _judge_runtime(lifecycle_state: str, chain: ChainStatus | None, start_problem: str) -> tuple[bytes, str]:
+    if start_problem:
+        return ERROR, start_problem
+    if chain is None or chain.state is ChainState.UNLOADED:
+        return OK, lifecycle_state
+    if chain.state is ChainState.EXHAUSTED or chain.active is None or chain.facts is None:
+        return ERROR, f'no usable runtime: {"; ".join(f"{rung}: {reason}" for rung, reason in chain.failures)}'
+    serving = f'{chain.active.strategy} on {chain.facts.active_provider}'
+    if chain.alerts:
+        return WARN, f'fallback: {serving} ({", ".join(chain.alerts)})'
+    if chain.is_fallback:
+        return WARN, f'fallback: {serving}'
+    return OK, serving
+
+
+def stream_report(health: StreamHealth, *, active: bool) -> Report:
+    """Judge one image stream."""
+    counters = health.counters
+    values: dict[str, Any] = {
+        'received': counters.received,
+        'accepted': counters.accepted,
+        'answered': counters.answered,
+        'unanswered': counters.unanswered,
+        'dropped_by_policy': counters.dropped_by_policy,
+        'dropped_replaced': counters.replaced,
+        'dropped_too_old': counters.too_old,
+        'dropped_shed': counters.shed,
+        'dropped_at_close': counters.closed,
+        'lost_before_node': 'unknown' if counters.lost is None else counters.lost,
+        'silent_s': f'{health.silent_s:.1f}',
+    }
+    values |= {f'refused {reason}': count for reason, count in counters.refused.items()}
+    level, message = OK, 'images arrive' if active else 'closed'
+    if active and health.mismatches:
+        level, message = ERROR, f'publishers that cannot reach this node: {"; ".join(health.mismatches)}'
+    elif active and _is_recent(health.unanswered_s):
+        level, message = ERROR, f'images are left without an answer, so far {counters.unanswered}; the log says why'
+    elif active and _is_recent(health.refused_s):
+        refused = ', '.join(f'{count} × {reason}' for reason, count in counters.refused.items())
+        level, message = WARN, f'images are being refused, so far {refused}'
+    elif active and health.silent_s > _SILENT_S:
+        level, message = WARN, f'no image for {health.silent_s:.0f} s; is the camera publishing {health.topic}?'
+    elif active and health.too_old >= _TOO_OLD_IN_A_ROW:
+        level, message = WARN, f'the last {health.too_old} images were older than max_frame_age_ms; use_sim_time?'
+    return Report(f'Stream {health.topic}', level, message, values)
+
+
+def _is_recent(since_s: float | None) -> bool:
+    return since_s is not None and since_s < _TROUBLE_LASTS_S
+
+
+def latency_report(stages: Mapping[str, Percentiles], warn_ms: float) -> Report:
+    """
+    Judge the time from image callback to published tensors.
+
+    :param warn_ms: p95 of the total in milliseconds that is too long, 0 for none.
+    """
+    values: dict[str, Any] = {}
+    for stage, figures in stages.items():
+        for name in ('p50_ms', 'p95_ms', 'p99_ms'):
+            values[f'{stage}_{name}'] = f'{getattr(figures, name):.3f}'
+    total = stages.get('total')
+    if total is None:
+        return Report('Latency', OK, 'no frame answered yet', values)
+    values['frames'] = total.count
+    message = f'p50 {total.p50_ms:.1f} ms, p95 {total.p95_ms:.1f} ms'
+    if warn_ms and total.p95_ms > warn_ms:
+        return Report('Latency', WARN, f'{message}, above latency_warn_ms {warn_ms:.1f}', values)
+    return Report('Latency', OK, message, values)
+
+
+def thermal_report(
+    state: ThermalState, policy: str = ThermalPolicy.REPORT.value, answered_of: int = 1
+) -> Report:
+    """
+    Judge the thermal state; an unknown one is said to be unknown, not to be well.
+
+    :param policy: of ThermalPolicy.
+    :param answered_of: one frame of so many is answered, because of heat.
+    """
+    if policy == ThermalPolicy.OFF:
+        return Report('Thermal', OK, 'not looked at (thermal_policy off)')
+    level = {ThermalLevel.THROTTLED: WARN, ThermalLevel.CRITICAL: ERROR}.get(state.level, OK)
+    message = state.level.value
+    if state.reasons:
+        message += f': {", ".join(state.reasons)}'
+    if answered_of > 1:
+        level, message = max(level, WARN), f'{message}; one frame of {answered_of} is answered'
+    values: dict[str, Any] = {
+        'source': state.source,
+        'level': state.level.value,
+        'age_s': 'never read' if math.isinf(state.age_s) else f'{state.age_s:.1f}',
+        'policy': policy,
+        'answered': f'1 of {answered_of}',
+    }
+    values |= {f'{zone} (°C)': f'{temperature:.1f}' for zone, temperature in state.temperatures_c.items()}
+    return Report('Thermal', level, message, values)
+
+
+class DiagnosticsPublisher:
+    """
+    Publish reports on ``/diagnostics`` once a second and at once on a change of level.
+
+    :param collect: returns the reports of this moment; must not block.
+    :param hardware_id: host and GPU.
+    """
+
+    def __init__(self, node: Node, collect: Callable[[], list[Report]], hardware_id: str) -> None:
+        self._node = node
+        self._collect = collect
+        self._hardware_id = hardware_id
+        self._publisher = node.create_publisher(DiagnosticArray, '/diagnostics', 10)
+        self._levels: dict[str, bytes] = {}
+        self._lock = threading.Lock()
+
+    def publish(self) -> None:
+        """Publish every report now."""
+        with self._lock:
+            self._publish(self._collect())
+
+    def publish_changes(self) -> None:
+        """Publish every report if the level of one has changed since the last time."""
+        with self._lock:
+            reports = self._collect()
+            if {report.name: report.level for report in reports} != self._levels:
+                self._publish(reports)
+
+    def _publish(self, reports: list[Report]) -> None:
+        self._levels = {report.name: report.level for report in reports}
+        message = DiagnosticArray()
+        message.header.stamp = self._node.get_clock().now().to_msg()
+        message.status = [
+            DiagnosticStatus(
+                name=f'{self._node.get_fully_qualified_name()}: {report.name}',
+                level=report.level,
+                message=report.message,
+                hardware_id=self._hardware_id,
+                values=[KeyValue(key=key, value=str(value)) for key, value in report.values.items()],
+            )
+            for report in reports
+        ]
+        self._publisher.publish(message)

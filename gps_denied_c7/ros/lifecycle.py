@@ -1,0 +1,143 @@
+"""A lifecycle node whose services always answer (N-1, N-4, N-5)."""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from lifecycle_msgs.srv import ChangeState
+from rclpy.callback_groups import ReentrantCallbackGroup
+from rclpy.lifecycle import LifecycleNodeMixin, LifecycleState, TransitionCallbackReturn
+from rclpy.node import Node
+
+from gps_denied_c7.errors import C7Error
+from gps_denied_c7.ros.guard import CallbackGuard
+
+__all__ = ['ResponsiveLifecycleNode']
+
+
+class ResponsiveLifecycleNode(LifecycleNodeMixin, Node):
+    """
+    Run transitions one at a time while every other service keeps answering.
+
+    rclpy puts the lifecycle and the parameter services into one mutually exclusive group, so a long
+    ``configure`` silences them all; and it answers an impossible transition with an exception that
+    ends ``spin()``. Here the lifecycle services have a reentrant group of their own: a transition takes
+    one thread of a PoolExecutor, the others serve. A second transition meanwhile is refused.
+    The mixin is initialised by hand because LifecycleNode does not pass a callback group on.
+    """
+
+    def __init__(self, node_name: str, **kwargs: Any) -> None:
+        Node.__init__(self, node_name, **kwargs)
+        LifecycleNodeMixin.__init__(self, callback_group=ReentrantCallbackGroup())
+        self.guard = CallbackGuard(self.report_callback_failure)
+        self._transition_running = threading.Lock()
+        self._transition_name = ''
+        for service in self.services:
+            callback = service.callback
+            if service.srv_type is ChangeState:
+                callback = self._refusing(callback)
+            service.callback = self.guard(f'service {service.srv_name.rpartition("/")[2]}', callback)
+
+    @property
+    def lifecycle_state(self) -> str:
+        """Label of the current lifecycle state, as ``active``."""
+        return str(self._state_machine.current_state[1])
+
+    def report_callback_failure(self, callback: str, error: Exception) -> None:
+        """Log an exception that a callback let out."""
+        self.get_logger().error(f'{callback} failed: {type(error).__name__}: {error}')
+
+    def operator_transition(self, label: str) -> None:
+        """Note that somebody else asked for a transition; called before it runs."""
+
+    def transition(self, label: str, *, timeout_s: float = -1.0) -> bool:
+        """
+        Run a transition from inside the node.
+
+        :param label: ``configure``, ``activate``, ``deactivate``, ``cleanup`` or ``shutdown``.
+        :param timeout_s: how long to wait for a transition that is under way, negative for ever.
+        :return: whether it succeeded; False also where the state allows no such transition.
+        """
+        if not self._transition_running.acquire(timeout=timeout_s):
+            self.get_logger().warning(f'{label} was not run: {self._transition_name} is still under way')
+            return False
+        try:
+            self._transition_name = label
+            if not self._possible(label):
+                return False
+            trigger: Callable[[], TransitionCallbackReturn] = getattr(self, f'trigger_{label}')
+            return trigger() == TransitionCallbackReturn.SUCCESS
+        finally:
+            self._transition_running.release()
+
+    def run_transition(
+        self,
+        label: str,
+        body: Callable[[], None],
+        undo: Callable[[], None] | None = None,
+        *,
+        failed: TransitionCallbackReturn = TransitionCallbackReturn.FAILURE,
+    ) -> TransitionCallbackReturn:
+        """
+        Run a transition callback's body; rclpy would swallow its exceptions without a word.
+
+        :param undo: releases what a failed ``body`` left behind.
+        :param failed: what a failed ``body`` comes to: FAILURE leaves the state, ERROR calls :meth:`on_error`.
+        """
+        try:
+            body()
+            return TransitionCallbackReturn.SUCCESS
+        except C7Error as error:
+            reason = str(error)
+            self.get_logger().error(f'{label} failed: {reason}')
+        except Exception as error:
+            reason = f'{type(error).__name__}: {error}'
+            self._report_unexpected(label, error)
+        self.transition_failed(label, reason)
+        if undo is not None:
+            try:
+                undo()
+            except Exception as error:
+                self._report_unexpected(label, error)
+                return TransitionCallbackReturn.ERROR
+        return failed
+
+    def _report_unexpected(self, label: str, error: Exception) -> None:
+        self.report_callback_failure(f'transition {label}', error)
+        self.get_logger().error(''.join(traceback.format_exception(error)))
+
+    def transition_failed(self, label: str, reason: str) -> None:
+        """Note why a transition failed."""
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Return to unconfigured; subclasses release first."""
+        return TransitionCallbackReturn.SUCCESS
+
+    def _possible(self, label: str) -> bool:
+        return any(label == name for _, name, *_ in self._state_machine.available_transitions)
+
+    def _refusing(self, change_state: Callable[..., Any]) -> Callable[..., Any]:
+        def refuse(response: ChangeState.Response, why: str) -> ChangeState.Response:
+            self.get_logger().warning(f'transition refused: {why}')
+            response.success = False
+            return response
+
+        def answer(request: ChangeState.Request, response: ChangeState.Response) -> ChangeState.Response:
+            wanted = request.transition
+            labels = {number: label for number, label, *_ in self._state_machine.available_transitions}
+            label = wanted.label or labels.get(wanted.id, f'number {wanted.id}')
+            if not self._transition_running.acquire(blocking=False):
+                return refuse(response, f'{label}: {self._transition_name} is still under way')
+            try:
+                if label not in labels.values():
+                    return refuse(response, f'{label} is not possible while {self.lifecycle_state}')
+                self._transition_name = label
+                self.operator_transition(label)
+                return change_state(request, response)
+            finally:
+                self._transition_running.release()
+
+        return answer

@@ -1,0 +1,155 @@
+"""The ``c7_inference_node`` executable: process, signals, executor."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+
+import rclpy
+from rclpy.signals import SignalHandlerOptions
+
+from gps_denied_c7.ros.dds import apply_profile, transport_warnings, tune_allocator
+from gps_denied_c7.ros.executor import PoolExecutor
+from gps_denied_c7.ros.log import forward_to, log_files_problem
+from gps_denied_c7.ros.node import C7InferenceNode
+from gps_denied_c7.thermal import ThermalSource
+from gps_denied_c7.thermal_sources import find_thermal_source
+
+__all__ = ['main']
+
+_END_S = 3.0
+_GIVE_UP_S = 3.6
+_THREADS = 4
+
+
+class _Stop:
+    """
+    Turn the first SIGINT, SIGTERM or SIGHUP into an orderly end that is over within 4 s (N-8).
+
+    SIGHUP, which a terminal that is closed sends, is left alone where it was ignored before, as by nohup.
+
+    A handler written in Python runs in the main thread between any two bytecodes, inside another handler
+    and under locks that it may itself want. So the handlers do nothing, and a thread learns of signals
+    from the descriptor that the interpreter writes them to.
+    """
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+        self.reason = ''
+        self._signals, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self._ending = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            self._ending.append(signal.SIGHUP)
+        for number in self._ending:
+            signal.signal(number, lambda number, frame: None)
+        threading.Thread(target=self._watch, name='c7-signals', daemon=True).start()
+
+    def _watch(self) -> None:
+        # Whatever else has a handler is written as well.
+        while (number := os.read(self._signals, 1)[0]) not in self._ending:
+            pass
+        self.reason = signal.Signals(number).name
+        self._asked.set()
+        # An engine or a DDS teardown that hangs must not hold the process; what had to be told was told.
+        time.sleep(_GIVE_UP_S)
+        os._exit(0)
+
+    def wait(self) -> None:
+        """Wait for a signal."""
+        self._asked.wait()
+
+
+def main(args: list[str] | None = None) -> int:
+    """
+    Run the node until SIGINT, SIGTERM or SIGHUP.
+
+    rclpy's own handlers invalidate the context first, after which nothing can be published; so they
+    are not installed. The executor spins in a thread of its own and the main thread waits for signals.
+
+    :return: the exit code 2 for a command line that cannot be used; after a signal the process ends with 0 in here.
+    """
+    _open_standard_streams()
+    profile = apply_profile(os.environ)
+    tune_allocator()
+    stop = _Stop()
+    no_log_files = log_files_problem(os.environ)
+    if no_log_files:
+        args = [*(sys.argv if args is None else args), '--ros-args', '--disable-external-lib-logs']
+    try:
+        rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
+        thermal = find_thermal_source()
+        thermal.start()
+        node = C7InferenceNode(thermal=thermal)
+    except Exception as error:
+        print(f'c7_inference_node cannot start: {error}', file=sys.stderr)
+        return 2
+    node.get_logger().info(profile.reason)
+    notices = (*transport_warnings(os.environ), *filter(None, [no_log_files]))
+    left_behind = not _run(node, thermal, stop, notices)
+    del node
+    if not left_behind:
+        # The participant goes with its context once nothing refers to it, and only then the shared memory that
+        # Fast DDS reserved for it: 70 MB of /dev/shm for each process that leaves without.
+        gc.collect()
+        try:
+            rclpy.get_default_context().destroy()
+        except Exception as error:
+            print(f'c7_inference_node could not leave its DDS domain in order: {error}', file=sys.stderr)
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        with contextlib.suppress(OSError, ValueError):  # whoever read them is gone
+            stream.flush()
+    # Everything has been told and freed; the exit code must not depend on the order in which vendor
+    # libraries run their static destructors.
+    os._exit(0)
+
+
+def _run(node: C7InferenceNode, thermal: ThermalSource, stop: _Stop, notices: tuple[str, ...]) -> bool:
+    """Spin ``node`` until ``stop``, end it, and return whether nothing was left behind."""
+    logging_bridge = forward_to(node.get_logger())
+    ended = threading.Event()
+    executor = PoolExecutor(_THREADS, on_escape=lambda error: node.report_callback_failure('executor', error))
+    executor.add_node(node)
+    spinning = threading.Thread(
+        target=executor.spin_until, args=(ended.is_set,), name='c7-executor', daemon=True
+    )
+    spinning.start()
+    node.begin(notices)
+    stop.wait()
+    try:
+        node.get_logger().info(f'{stop.reason}: shutting down')
+        clean = node.end(stop.reason, timeout_s=_END_S)
+        thermal.stop()
+        ended.set()
+        spinning.join(1.0)
+        logging.getLogger().removeHandler(logging_bridge)
+        if clean and not spinning.is_alive():
+            # Leaving the domain in order spares peers the wait for a lease to run out. Where a callback or an
+            # engine is still busy, tearing DDS down under it could crash instead.
+            executor.shutdown(timeout_sec=0.5)
+            node.destroy_node()
+            rclpy.try_shutdown()
+            return True
+    except Exception as error:
+        node.report_callback_failure('shutdown', error)
+    return False
+
+
+def _open_standard_streams() -> None:
+    """Open what was closed of descriptors 0 to 2; whatever got such a number would have log lines written into it."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,517 @@
+"""The inference node: lifecycle, streams, and what it tells others. It delegates; it computes nothing."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import time
+import traceback
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gps_denied_c7_msgs.msg import TensorList
+from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
+from rclpy.clock import Clock, ClockType
+from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+
+from gps_denied_c7.bundle import ModelBundle, default_preprocessing, image_input
+from gps_denied_c7.chain import ChainStatus, RuntimeChain
+from gps_denied_c7.errors import C7Error, ConfigError, ImageRejectedError
+from gps_denied_c7.host import describe_gpu, hardware_id, package_versions
+from gps_denied_c7.hosts import in_process_hosts
+from gps_denied_c7.pipeline import FramePipeline, FrameResult, InferenceThread
+from gps_denied_c7.preprocessing import Preprocessor
+from gps_denied_c7.ros.autostart import Autostart
+from gps_denied_c7.ros.diagnostics import (
+    DiagnosticsPublisher,
+    Report,
+    StreamHealth,
+    latency_report,
+    runtime_report,
+    stream_report,
+    thermal_report,
+)
+from gps_denied_c7.ros.flight_recorder import FlightRecorder
+from gps_denied_c7.ros.guard import RateLimiter
+from gps_denied_c7.ros.lifecycle import ResponsiveLifecycleNode
+from gps_denied_c7.ros.messages import decode_message, stamp_ns, to_tensor_list
+from gps_denied_c7.ros.parameters import LiveSettings, NodeParameters, NodeSettings
+from gps_denied_c7.ros.streams import ImageStream, publisher_mismatches
+from gps_denied_c7.runtime import BuildProgress
+from gps_denied_c7.scratch import Scratch
+from gps_denied_c7.slots import Frame, FrameSlots
+from gps_denied_c7.statistics import Statistics, StreamCounters
+from gps_denied_c7.tensors import TensorSpec
+from gps_denied_c7.thermal import ThermalLevel, ThermalStatePublisher, UnknownThermalState
+from gps_denied_c7.thermal_policy import FrameShedding, ThermalPolicy
+
+__all__ = ['DEFAULT_NODE_NAME', 'TENSORS_QOS', 'C7InferenceNode']
+
+DEFAULT_NODE_NAME = 'c7_inference'
+TENSORS_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.RELIABLE)
+
+_FINISH_FRAME_S = 5.0
+_WARN_EVERY_S = 5.0
+_DRAIN_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """What a configure builds and a cleanup frees."""
+
+    settings: NodeSettings
+    topics: tuple[str, ...]
+    chain: RuntimeChain
+    preprocessor: Preprocessor
+    image_input: TensorSpec
+
+
+class C7InferenceNode(ResponsiveLifecycleNode):
+    """
+    Answer images with tensors, and stay up whatever happens.
+
+    Who runs where: a PoolExecutor of a few threads runs callbacks, none of which waits for an
+    engine except a transition, which blocks one of those threads while the others serve. Lifecycle
+    services share a reentrant group, each image topic and the diagnostics timer have an exclusive one,
+    parameter services keep rclpy's. Frames are answered by a thread of their own, outside the executor,
+    so that an engine that takes long delays no service.
+
+    :param thermal: source of the thermal state.
+    """
+
+    def __init__(
+        self, node_name: str = DEFAULT_NODE_NAME, *, thermal: ThermalStatePublisher | None = None, **kwargs: Any
+    ) -> None:
+        self._statistics = Statistics()
+        self._warnings = RateLimiter(_WARN_EVERY_S)
+        self._thermal = thermal or UnknownThermalState()
+        self._thermal_level = ThermalLevel.UNKNOWN
+        self._shedding = FrameShedding()
+        self._loaded: _Loaded | None = None
+        self._streams: tuple[ImageStream, ...] = ()
+        self._inference: InferenceThread | None = None
+        self._left_behind = False
+        self._building: BuildProgress | None = None
+        self._start_problem = ''
+        self._start_reasons: set[str] = set()
+        self._refused_ns: dict[str, int] = {}
+        self._unanswered_ns: dict[str, int] = {}
+        self._dropped_by_age: Counter[str] = Counter()
+        self._notices: tuple[str, ...] = ()
+        self._mismatches: dict[str, tuple[str, ...]] = {}
+        self._recorder: FlightRecorder | None = None
+        super().__init__(node_name, **kwargs)
+        self._recorder = FlightRecorder(self)
+        self._settings = NodeParameters(
+            self, fixed=self._why_fixed, on_live=self._set_live, on_failure=self.report_callback_failure
+        )
+        self._live = self._settings.live()
+        self._tensors = self.create_lifecycle_publisher(TensorList, '~/tensors', TENSORS_QOS)
+        self._diagnostics = DiagnosticsPublisher(self, self._reports, hardware_id())
+        # The steady clock: simulated time may stand still, and diagnostics must not.
+        self._timer = self.create_timer(
+            1.0,
+            self.guard('diagnostics timer', self._tick),
+            callback_group=MutuallyExclusiveCallbackGroup(),
+            clock=Clock(clock_type=ClockType.STEADY_TIME),
+        )
+        self._autostart = Autostart(
+            lambda: self.lifecycle_state,
+            self.transition,
+            on_pause=lambda pause_s: self.get_logger().error(f'not active; next attempt in {pause_s:.0f} s'),
+            on_failure=lambda error: self.report_callback_failure('autostart', error),
+        )
+
+    # --- life -------------------------------------------------------------------------------------
+
+    def begin(self, notices: tuple[str, ...] = ()) -> None:
+        """
+        Record the session's start, and take the node to active where ``autostart`` asks for it.
+
+        :param notices: lasting remarks on the host, shown on diagnostics.
+        """
+        self._notices = notices
+        for notice in notices:
+            self.get_logger().warning(notice)
+        self.record(
+            'c7.session_started',
+            versions=package_versions(),
+            host=hardware_id(),
+            gpu=describe_gpu(),
+            config_digest=self._config_digest(),
+        )
+        if self._settings.autostart:
+            self._autostart.start()
+
+    def end(self, reason: str, timeout_s: float) -> bool:
+        """
+        Shut down: end the streams, free the engine, record the session's end.
+
+        :param timeout_s: seconds for all of it; an engine that does not return is left behind.
+        :return: whether nothing was left behind.
+        """
+        deadline = time.monotonic() + timeout_s
+        self._autostart.stop()
+        done = threading.Event()
+
+        def shut_down() -> None:
+            if self.lifecycle_state != 'finalized':
+                self.transition('shutdown')
+            done.set()
+
+        try:
+            threading.Thread(target=shut_down, name='c7-shutdown', daemon=True).start()
+        except RuntimeError:
+            # No memory for one more thread: better an end that may be cut short than none.
+            shut_down()
+        clean = done.wait(max(0.0, timeout_s - 1.0)) and not self._left_behind
+        self._flight_recorder().recorder.flush(force=True)
+        self.record('c7.session_ended', reason=reason, clean=clean, lifecycle_state=self.lifecycle_state)
+        # Fast DDS acknowledges with its heartbeats, seconds apart; what was sent is out long before that.
+        self._flight_recorder().drain(min(_DRAIN_S, max(0.0, deadline - time.monotonic())))
+        return clean
+
+    def record(self, kind: str, **payload: Any) -> None:
+        """Write a flight record and, since it may come with a change of level, look at diagnostics."""
+        self._flight_recorder().recorder.emit(kind, **payload)
+
+    def operator_transition(self, label: str) -> None:
+        """Leave the lifecycle to whoever asked."""
+        if self._autostart.running:
+            self.get_logger().info(f'{label} was asked for from outside: autostart ends')
+        self._autostart.stop()
+
+    def transition_failed(self, label: str, reason: str) -> None:
+        """Keep the reason for diagnostics, and record each distinct one once."""
+        self._start_problem = f'{label} failed: {reason}'
+        if label in ('configure', 'activate') and (key := f'{label} {reason}') not in self._start_reasons:
+            self._start_reasons.add(key)
+            self.record('c7.start_failed', transition=label, reason=reason)
+        self._publish_changes()
+
+    def report_callback_failure(self, callback: str, error: Exception) -> None:
+        """Log, count and record an exception that a callback let out (N-5)."""
+        super().report_callback_failure(callback, error)
+        self._statistics.callback_failed(callback)
+        if self._recorder is not None:
+            self.record('c7.callback_failed', callback=callback, error=f'{type(error).__name__}: {error}')
+
+    # --- transitions ------------------------------------------------------------------------------
+
+    def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Load and prove the first usable rung."""
+        return self._finish(self.run_transition('configure', self._configure, undo=self._release))
+
+    def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Prove the serving rung, then open the streams."""
+        return self._finish(
+            self.run_transition('activate', lambda: self._activate(state), undo=lambda: self._deactivate(state))
+        )
+
+    def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Close the streams and finish the frame in hand."""
+        return self._finish(
+            self.run_transition('deactivate', lambda: self._deactivate(state), failed=TransitionCallbackReturn.ERROR)
+        )
+
+    def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Free everything that configure built."""
+        return self._finish(self.run_transition('cleanup', self._release, failed=TransitionCallbackReturn.ERROR))
+
+    def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Free everything, from any state."""
+        return self._finish(self.run_transition('shutdown', self._release, failed=TransitionCallbackReturn.ERROR))
+
+    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
+        """Free everything and return to unconfigured; why stays on diagnostics."""
+        self.run_transition('error processing', self._release)
+        self._publish_changes()
+        return TransitionCallbackReturn.SUCCESS
+
+    def _finish(self, outcome: TransitionCallbackReturn) -> TransitionCallbackReturn:
+        if outcome == TransitionCallbackReturn.SUCCESS:
+            self._start_problem = ''
+        self._publish_changes()
+        return outcome
+
+    def _configure(self) -> None:
+        self._release()
+        settings = self._settings.settings()
+        if not settings.model_path:
+            raise ConfigError('model_path', 'is not set.', remedy='Name a model bundle or an .onnx file.')
+        bundle = ModelBundle.load(Path(settings.model_path))
+        topics = self._resolve_topics(settings.image_topics)
+        chain = RuntimeChain(
+            bundle,
+            settings.config,
+            in_process_hosts(bundle, settings.config, self._thermal, on_build=self._on_build),
+            emit=self.record,
+            on_change=self._on_chain_change,
+        )
+        try:
+            self._load(chain)
+            spec = settings.preprocessing_for(bundle.preprocessing or default_preprocessing(chain.inputs))
+            # Refused here, what does not fit would be refused again at every frame.
+            tensor = image_input(chain.inputs, spec)
+            _require_alone(tensor, chain.inputs)
+        except BaseException:
+            chain.release()
+            raise
+        self._statistics.open_streams(topics)
+        self._refused_ns.clear()
+        self._unanswered_ns.clear()
+        self._dropped_by_age.clear()
+        self._mismatches.clear()
+        self._loaded = _Loaded(settings, topics, chain, Preprocessor(spec), tensor)
+
+    def _load(self, chain: RuntimeChain) -> None:
+        try:
+            chain.load()
+        finally:
+            self._building = None
+
+    def _resolve_topics(self, names: tuple[str, ...]) -> tuple[str, ...]:
+        topics = tuple(self.resolve_topic_name(name) for name in names)
+        # Two spellings of one topic, or a remapping, would have each of its frames answered twice.
+        if len(set(topics)) != len(topics):
+            raise ConfigError('image_topics', f'{list(names)} resolves to {list(topics)}, a topic twice.')
+        own = {each.topic_name for each in self.publishers} | {each.topic_name for each in self.subscriptions}
+        if clashing := sorted(own.intersection(topics)):
+            raise ConfigError(
+                'image_topics', f'{clashing} are topics of this node itself.', remedy='Name the topics of cameras.'
+            )
+        return topics
+
+    def _activate(self, state: LifecycleState) -> None:
+        loaded = self._require_loaded()
+        loaded.chain.prove()
+        if super().on_activate(state) != TransitionCallbackReturn.SUCCESS:
+            raise C7Error('the tensor publisher could not be activated.')
+        slots = FrameSlots(loaded.topics, on_replaced=lambda frame: self._count(frame.topic, 'replaced'))
+        pipeline = FramePipeline(
+            loaded.chain,
+            loaded.preprocessor,
+            loaded.image_input,
+            decode=functools.partial(decode_message, scratch=Scratch()),
+            publish=self._publish,
+            on_refused=lambda frame, error: self._refuse(frame.topic, error),
+            on_unanswered=self._report_unanswered,
+            statistics=self._statistics,
+        )
+        self._inference = InferenceThread(
+            slots, pipeline, loaded.chain, too_old=self._too_old, shed=self._shed, statistics=self._statistics
+        )
+        self._inference.start()
+        # One by one, so that a topic that cannot be subscribed leaves no earlier one behind unseen.
+        for topic in loaded.topics:
+            stream = ImageStream(
+                self,
+                topic,
+                slots,
+                self._statistics,
+                guard=self.guard,
+                live=lambda: self._live,
+                on_refused=self._refuse,
+                on_time_reset=self._report_time_reset,
+            )
+            self._streams = (*self._streams, stream)
+
+    def _deactivate(self, state: LifecycleState) -> None:
+        self._close_streams()
+        super().on_deactivate(state)
+
+    def _close_streams(self) -> None:
+        # One by one, so that error processing closes what a failure has left.
+        while self._streams:
+            stream, *others = self._streams
+            self._streams = tuple(others)
+            stream.close()
+        inference, self._inference = self._inference, None
+        if inference is not None and not inference.stop(_FINISH_FRAME_S):
+            self._left_behind = True
+            self.get_logger().error(f'the frame in hand is not answered after {_FINISH_FRAME_S:.0f} s; left behind')
+
+    def _release(self) -> None:
+        self._close_streams()
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None:
+            try:
+                loaded.chain.release()
+            except C7Error as error:
+                self.get_logger().error(str(error))
+
+    # --- frames -----------------------------------------------------------------------------------
+
+    def _publish(self, result: FrameResult) -> None:
+        self._tensors.publish(to_tensor_list(result))
+
+    def _count(self, topic: str, event: str) -> None:
+        self._statistics.count(topic, event)
+
+    def _too_old(self, frame: Frame) -> bool:
+        live = self._live
+        if live.max_queue_age_ms and time.monotonic_ns() - frame.received_ns > live.max_queue_age_ms * 1e6:
+            return True
+        age_ms = (self.get_clock().now().nanoseconds - stamp_ns(frame.message.header.stamp)) / 1e6
+        if not live.max_frame_age_ms or age_ms <= live.max_frame_age_ms:
+            self._dropped_by_age[frame.topic] = 0
+            return False
+        self._dropped_by_age[frame.topic] += 1
+        if self._warnings.pass_now(('age', frame.topic)) is not None:
+            self.get_logger().warning(
+                f'{frame.topic}: the last {self._dropped_by_age[frame.topic]} images were dropped, their header '
+                f'stamps lie {age_ms:.0f} ms back, more than max_frame_age_ms. Where they come from a bag, set '
+                'use_sim_time and play it with --clock; else synchronise the clocks or raise max_frame_age_ms.'
+            )
+        return True
+
+    def _shed(self, frame: Frame) -> bool:
+        if self._live.thermal_policy != ThermalPolicy.SHED:
+            return False
+        return self._shedding.drops(frame.topic, self._thermal.thermal_state(), self._live.min_rate_hz)
+
+    def _refuse(self, topic: str, error: ImageRejectedError) -> None:
+        self._statistics.refuse(topic, error.reason)
+        self._refused_ns[topic] = time.monotonic_ns()
+        self.record('c7.image_refused', topic=topic, reason=error.reason, message=str(error))
+        held = self._warnings.pass_now((topic, error.reason))
+        if held is not None:
+            more = f' ({held} more since the last warning)' if held else ''
+            self.get_logger().warning(f'{topic}: image refused: {error}{more}')
+
+    def _report_unanswered(self, frame: Frame, error: Exception) -> None:
+        self._unanswered_ns[frame.topic] = time.monotonic_ns()
+        self.record('c7.frame_unanswered', topic=frame.topic, reason=str(error))
+        held = self._warnings.pass_now(('unanswered', type(error)))
+        if held is not None:
+            more = f' ({held} more since the last message)' if held else ''
+            trace = '' if isinstance(error, C7Error) else '\n' + ''.join(traceback.format_exception(error))
+            self.get_logger().error(f'{frame.topic}: a frame was not answered: {error}{more}{trace}')
+
+    def _report_time_reset(self, topic: str, backwards_s: float) -> None:
+        self.record('c7.time_reset', topic=topic, backwards_s=backwards_s)
+        # Two publishers whose clocks differ have this happen with every other image.
+        held = self._warnings.pass_now((topic, 'time reset'))
+        if held is not None:
+            more = f' ({held} more jumps since the last warning)' if held else ''
+            self.get_logger().warning(f'{topic}: stamps jumped back by {backwards_s:.1f} s; going on from there{more}')
+
+    # --- parameters -------------------------------------------------------------------------------
+
+    def _why_fixed(self) -> str | None:
+        state = self.lifecycle_state
+        if state == 'unconfigured':
+            return None
+        if state == 'finalized':
+            return 'cannot change any more; start the node again.'
+        steps = 'deactivate and cleanup' if state == 'active' else 'cleanup'
+        return f'cannot change while {state}; run {steps} first, then set it and configure.'
+
+    def _set_live(self, live: LiveSettings) -> None:
+        self._live = live
+        if live.thermal_policy != ThermalPolicy.SHED:
+            self._shedding.reset()
+
+    def _config_digest(self) -> str:
+        try:
+            return self._settings.settings().config.digest()
+        except ConfigError as error:
+            return f'none: {error}'
+
+    # --- diagnostics ------------------------------------------------------------------------------
+
+    def _on_chain_change(self, status: ChainStatus) -> None:
+        self._publish_changes()
+
+    def _on_build(self, progress: BuildProgress) -> None:
+        self._building = progress
+
+    def _tick(self) -> None:
+        self._flight_recorder().recorder.flush()
+        self._note_thermal_level()
+        for stream in self._streams:
+            problems = publisher_mismatches(self, stream.topic, stream.qos)
+            self._mismatches[stream.topic] = tuple(problems)
+            for problem in problems:
+                if self._warnings.pass_now((stream.topic, problem)) is not None:
+                    self.get_logger().warning(f'{stream.topic}: {problem}')
+        self._diagnostics.publish()
+
+    def _note_thermal_level(self) -> None:
+        state = self._thermal.thermal_state()
+        if self._live.thermal_policy == ThermalPolicy.OFF or state.level is self._thermal_level:
+            return
+        self._thermal_level = state.level
+        self.record(
+            'c7.thermal_state',
+            level=state.level.value,
+            source=state.source,
+            reasons=list(state.reasons),
+            temperatures_c=state.temperatures_c,
+        )
+
+    def _publish_changes(self) -> None:
+        try:
+            self._diagnostics.publish_changes()
+        except Exception as error:
+            self.report_callback_failure('diagnostics', error)
+
+    def _reports(self) -> list[Report]:
+        snapshot = self._statistics.snapshot()
+        loaded = self._loaded
+        reports = [
+            runtime_report(
+                self.lifecycle_state,
+                loaded.chain.status() if loaded else None,
+                self._start_problem,
+                snapshot.callback_failures,
+                self._notices,
+                self._building,
+            )
+        ]
+        open_streams = {stream.topic: stream for stream in self._streams}
+        now_ns = time.monotonic_ns()
+        for topic in loaded.topics if loaded else ():
+            counters = snapshot.streams.get(topic, StreamCounters())
+            stream = open_streams.get(topic)
+            since_ns = (stream.last_received_ns or stream.opened_ns) if stream else now_ns
+            health = StreamHealth(
+                topic=topic,
+                counters=counters,
+                silent_s=(now_ns - since_ns) / 1e9,
+                refused_s=_since_s(now_ns, self._refused_ns.get(topic)),
+                unanswered_s=_since_s(now_ns, self._unanswered_ns.get(topic)),
+                too_old=self._dropped_by_age[topic],
+                mismatches=self._mismatches.get(topic, ()),
+            )
+            reports.append(stream_report(health, active=stream is not None))
+        reports.append(latency_report(snapshot.stages, self._live.latency_warn_ms))
+        state = self._thermal.thermal_state()
+        reports.append(thermal_report(state, self._live.thermal_policy, 2**self._shedding.step))
+        return reports
+
+    def _flight_recorder(self) -> FlightRecorder:
+        assert self._recorder is not None
+        return self._recorder
+
+    def _require_loaded(self) -> _Loaded:
+        if self._loaded is None:
+            raise C7Error('no model is loaded.', remedy='Run the configure transition first.')
+        return self._loaded
+
+
+def _since_s(now_ns: int, then_ns: int | None) -> float | None:
+    return None if then_ns is None else (now_ns - then_ns) / 1e9
+
+
+def _require_alone(image: TensorSpec, inputs: tuple[TensorSpec, ...]) -> None:
+    """Refuse a model whose other inputs nothing here would fill."""
+    if others := [spec.name for spec in inputs if spec != image]:
+        raise ConfigError(
+            'model_path',
+            f'the model also takes {others}, and an image fills {image.name!r} alone.',
+            remedy='Export the model with a single image input.',
+        )

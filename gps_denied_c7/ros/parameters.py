@@ -1,0 +1,415 @@
+"""Every parameter of the node, declared once: type, range, unit, and when a change takes effect (N-10)."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor, SetParametersResult
+from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException, InvalidTopicNameException
+from rclpy.node import Node
+from rclpy.parameter import Parameter
+from rclpy.validate_topic_name import validate_topic_name
+
+from gps_denied_c7.config import DEFAULT_CHAIN, RUNTIME_LABELS, C7InferenceConfig
+from gps_denied_c7.errors import ConfigError
+from gps_denied_c7.preprocessing import PreprocessingSpec, ResizeMode
+from gps_denied_c7.thermal_policy import ThermalPolicy
+
+__all__ = [
+    'PARAMETERS',
+    'LiveSettings',
+    'NodeParameters',
+    'NodeSettings',
+    'ParameterDeclaration',
+    'parameter_table',
+    'settings_from',
+]
+
+Type = Parameter.Type
+
+_DEFAULTS = C7InferenceConfig()
+
+
+@dataclass(frozen=True, slots=True)
+class ParameterDeclaration:
+    """
+    Declare one parameter.
+
+    :param default: of the preprocess.* parameters it stands for the model bundle's own value. They are not left
+        unset instead, because rclpy answers a get_parameters call that names an unset one with nothing at all, and
+        ``ros2 param dump`` asks for all in one call.
+    :param live: a change takes effect at once; otherwise with the next configure.
+    :param limits: least and greatest value of a number.
+    :param read_only: only settable when the node starts.
+    """
+
+    name: str
+    type: Parameter.Type
+    default: Any
+    description: str
+    live: bool = False
+    limits: tuple[float, float] | None = None
+    constraints: str = ''
+    read_only: bool = False
+
+    def descriptor(self) -> ParameterDescriptor:
+        """Return the descriptor that ``ros2 param describe`` shows."""
+        effect = 'Read-only.' if self.read_only else (
+            'Takes effect at once.' if self.live else 'Takes effect with the next configure.'
+        )
+        descriptor = ParameterDescriptor(
+            description=f'{self.description} {effect}',
+            additional_constraints=self.constraints,
+            read_only=self.read_only,
+            type=self.type.value,
+        )
+        if self.limits and self.type is Type.INTEGER:
+            least, most = map(int, self.limits)
+            descriptor.integer_range = [IntegerRange(from_value=least, to_value=most, step=0)]
+        elif self.limits:
+            low, high = map(float, self.limits)
+            descriptor.floating_point_range = [FloatingPointRange(from_value=low, to_value=high, step=0.0)]
+        return descriptor
+
+
+_HOUR_MS = 3_600_000.0
+_STRATEGIES = f'Each of {", ".join(RUNTIME_LABELS)}, at most once.'
+
+PARAMETERS: tuple[ParameterDeclaration, ...] = (
+    ParameterDeclaration(
+        'image_topics', Type.STRING_ARRAY, ['camera/image_raw'],
+        'Image topics to answer; sensor_msgs/CompressedImage where a name ends in /compressed.',
+        constraints='At least one, none twice.',
+    ),
+    ParameterDeclaration(
+        'model_path', Type.STRING, '', 'Model bundle (a directory with model.json) or a bare .onnx file.',
+    ),
+    ParameterDeclaration(
+        'autostart', Type.BOOL, False,
+        'Configure and activate without being asked, and retry with back-off until it works.', read_only=True,
+    ),
+    ParameterDeclaration(
+        'runtime_chain', Type.STRING_ARRAY, list(DEFAULT_CHAIN),
+        'Runtime strategies by preference; the ONNX Runtime CPU rung is always last.', constraints=_STRATEGIES,
+    ),
+    ParameterDeclaration(
+        'disabled_runtimes', Type.STRING_ARRAY, [''], 'Runtime strategies switched off.', constraints=_STRATEGIES,
+    ),
+    ParameterDeclaration(
+        'ort_disallow_cpu_fallback', Type.BOOL, _DEFAULTS.ort_disallow_cpu_fallback,
+        'Refuse to run on the CPU: the node then has no answer where no GPU works.',
+    ),
+    ParameterDeclaration(
+        'build_on_configure', Type.BOOL, _DEFAULTS.build_on_configure,
+        'Build missing engines while configuring, which takes minutes. Not for flight.',
+    ),
+    ParameterDeclaration(
+        'engine_cache_dir', Type.STRING, str(_DEFAULTS.engine_cache_dir), 'Directory of the engine files.',
+    ),
+    ParameterDeclaration(
+        'ort_trt_cache_dir', Type.STRING, str(_DEFAULTS.ort_trt_cache_dir),
+        'Directory where ONNX Runtime keeps the engines of its TensorRT provider.', constraints='Not empty.',
+    ),
+    ParameterDeclaration(
+        'gpu_memory_budget_bytes', Type.INTEGER, _DEFAULTS.gpu_memory_budget_bytes,
+        'GPU memory for all engines together, bytes.', limits=(64 << 20, 1 << 40),
+    ),
+    ParameterDeclaration(
+        'gpu_fault_window_s', Type.DOUBLE, _DEFAULTS.gpu_fault_window_s,
+        'Failures of two different GPU rungs within this many seconds mean that the GPU is lost.',
+        limits=(0.1, 3600.0),
+    ),
+    ParameterDeclaration(
+        'cpu_threads', Type.INTEGER, _DEFAULTS.cpu_threads,
+        'Threads of one CPU inference; 0 means all cores but one.', limits=(0, 256),
+    ),
+    ParameterDeclaration(
+        'max_queue_age_ms', Type.DOUBLE, 0.0,
+        'Drop a frame that waited longer than this since its reception, milliseconds; 0 never does.',
+        live=True, limits=(0.0, _HOUR_MS),
+    ),
+    ParameterDeclaration(
+        'max_frame_age_ms', Type.DOUBLE, 0.0,
+        'Drop a frame whose header stamp lies further back in ROS time than this, milliseconds; 0 never does.',
+        live=True, limits=(0.0, _HOUR_MS),
+    ),
+    ParameterDeclaration(
+        'max_stamp_ahead_s', Type.DOUBLE, 3600.0,
+        'Refuse an image whose header stamp lies further ahead of ROS time than this, seconds; 0 never does.',
+        live=True, limits=(0.0, 1e9),
+    ),
+    ParameterDeclaration(
+        'latency_warn_ms', Type.DOUBLE, 0.0,
+        'Warn on diagnostics when the p95 from image callback to published tensors exceeds this, '
+        'milliseconds; 0 never does.',
+        live=True, limits=(0.0, _HOUR_MS),
+    ),
+    ParameterDeclaration(
+        'thermal_policy', Type.STRING, ThermalPolicy.REPORT.value,
+        'What heat brings about: off: nothing; report: diagnostics and flight records; shed: fewer frames are '
+        'answered too, until it has cooled down.',
+        constraints=f'One of {", ".join(policy.value for policy in ThermalPolicy)}.', live=True,
+    ),
+    ParameterDeclaration(
+        'min_rate_hz', Type.DOUBLE, 1.0,
+        'Frames a second of each topic that thermal_policy shed answers in any heat, as far as they come.',
+        live=True, limits=(0.1, 1000.0),
+    ),
+    ParameterDeclaration(
+        'preprocess.width', Type.INTEGER, 0, 'Width of the network input, pixels; 0: from the model.',
+        limits=(0, 16384),
+    ),
+    ParameterDeclaration(
+        'preprocess.height', Type.INTEGER, 0, 'Height of the network input, pixels; 0: from the model.',
+        limits=(0, 16384),
+    ),
+    ParameterDeclaration(
+        'preprocess.resize', Type.STRING, '', 'How images of another size are resized; empty: from the model.',
+        constraints=f'One of {", ".join(mode.value for mode in ResizeMode)}.',
+    ),
+    ParameterDeclaration(
+        'preprocess.colour', Type.STRING, '', 'Channels of the network input; empty: from the model.',
+        constraints='One of gray, rgb, bgr.',
+    ),
+    ParameterDeclaration(
+        'preprocess.mean', Type.DOUBLE_ARRAY, [math.nan],
+        'Subtracted after scaling, one value or one per channel; [.nan]: from the model.',
+    ),
+    ParameterDeclaration(
+        'preprocess.std', Type.DOUBLE_ARRAY, [0.0],
+        'Divides after the mean is subtracted, one value or one per channel; [0.0]: from the model.',
+    ),
+    ParameterDeclaration(
+        'preprocess.scale', Type.DOUBLE, 0.0, 'Factor on pixel values of 0..255; 0: from the model.',
+    ),
+    ParameterDeclaration(
+        'preprocess.layout', Type.STRING, '', 'Axes of the network input; empty: from the model.',
+        constraints='One of nchw, nhwc.',
+    ),
+    ParameterDeclaration(
+        'preprocess.pad_value', Type.DOUBLE, -1.0,
+        'Pixel value of the border that letterbox adds; -1: from the model.', limits=(-1.0, 255.0),
+    ),
+)
+
+_BY_NAME = {declaration.name: declaration for declaration in PARAMETERS}
+_DECLARED = {declaration.name: declaration.default for declaration in PARAMETERS}
+_CONFIG_FIELDS = (
+    'ort_disallow_cpu_fallback', 'build_on_configure', 'engine_cache_dir', 'ort_trt_cache_dir',
+    'gpu_memory_budget_bytes', 'gpu_fault_window_s', 'cpu_threads',
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSettings:
+    """Hold what may change while the node is active; units as in PARAMETERS."""
+
+    max_queue_age_ms: float
+    max_frame_age_ms: float
+    max_stamp_ahead_s: float
+    latency_warn_ms: float
+    thermal_policy: str
+    min_rate_hz: float
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSettings:
+    """
+    Hold what one configure works with.
+
+    :param image_topics: as given, not yet resolved.
+    :param preprocessing: overrides of the bundle's pre-processing, by PreprocessingSpec field.
+    """
+
+    image_topics: tuple[str, ...]
+    model_path: str
+    config: C7InferenceConfig
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+
+    def preprocessing_for(self, spec: PreprocessingSpec) -> PreprocessingSpec:
+        """
+        Return ``spec`` with the overrides.
+
+        :raises ConfigError: naming the parameter.
+        """
+        try:
+            return spec.replace(**self.preprocessing)
+        except ConfigError as error:
+            raise ConfigError(f'preprocess.{error.name}', error.message.partition(': ')[2]) from error
+
+
+def settings_from(values: Mapping[str, Any]) -> tuple[NodeSettings, LiveSettings]:
+    """
+    Check parameter values against each other and freeze them.
+
+    :param values: plain values by parameter name.
+    :raises ConfigError: naming the parameter.
+    """
+    topics = tuple(topic for topic in values['image_topics'] if topic)
+    if not topics:
+        raise ConfigError('image_topics', 'is empty.', remedy='Name at least one image topic.')
+    if len(set(topics)) != len(topics):
+        raise ConfigError('image_topics', f'{list(topics)} names a topic twice.')
+    for topic in topics:
+        try:
+            validate_topic_name(topic)
+        except InvalidTopicNameException as error:
+            raise ConfigError('image_topics', f'{topic!r} is no topic name: {error}.') from error
+    overrides = {
+        name.removeprefix('preprocess.'): value
+        for name, value in values.items()
+        if name.startswith('preprocess.') and not _same(value, _DECLARED[name])
+    }
+    for name, value in overrides.items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise ConfigError(f'preprocess.{name}', f'{value} is not finite.')
+    live = LiveSettings(**{name: values[name] for name in LiveSettings.__dataclass_fields__})
+    settings_of_live = [getattr(live, name) for name in LiveSettings.__dataclass_fields__]
+    if any(isinstance(value, float) and math.isnan(value) for value in settings_of_live):
+        raise ConfigError('live settings', f'{live} holds a value that is not a number.')
+    policies = [policy.value for policy in ThermalPolicy]
+    if live.thermal_policy not in policies:
+        raise ConfigError('thermal_policy', f'{live.thermal_policy!r} unknown.', remedy=f'Known are {policies}.')
+    config = C7InferenceConfig(
+        runtime_chain=tuple(label for label in values['runtime_chain'] if label),
+        disabled_runtimes=tuple(label for label in values['disabled_runtimes'] if label),
+        **{name: values[name] for name in _CONFIG_FIELDS},
+    )
+    settings = NodeSettings(topics, values['model_path'], config, overrides)
+    # The bundle's own values are not known yet; any spec tells whether an override can be used at all.
+    settings.preprocessing_for(PreprocessingSpec(width=64, height=64, colour='rgb'))
+    return settings, live
+
+
+class NodeParameters:
+    """
+    Own the node's parameters.
+
+    A value of the wrong type or out of range in the parameter file must not end the process: the
+    default is declared in its place and ``configure`` is refused until the value is set.
+
+    :param fixed: says why parameters that are not live cannot be set now, or None when they can.
+    :param on_live: told the new live settings after each change.
+    :param on_failure: told the callback's name and an exception that nobody expected.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        *,
+        fixed: Callable[[], str | None],
+        on_live: Callable[[LiveSettings], None],
+        on_failure: Callable[[str, Exception], None],
+    ) -> None:
+        self._node = node
+        self._fixed = fixed
+        self._on_live = on_live
+        self._on_failure = on_failure
+        self._lock = threading.Lock()
+        self._broken: dict[str, str] = {}
+        for declaration in PARAMETERS:
+            self._declare(declaration)
+        self._values = {declaration.name: self._value(declaration.name) for declaration in PARAMETERS}
+        node.add_on_set_parameters_callback(self._on_set)
+
+    def settings(self) -> NodeSettings:
+        """
+        Return what a configure works with now.
+
+        :raises ConfigError: a value that cannot be used, naming the parameter.
+        """
+        with self._lock:
+            for name, problem in self._broken.items():
+                raise ConfigError(name, problem, remedy=f'Correct the parameter file, or ros2 param set {name}.')
+            return settings_from(self._values)[0]
+
+    def live(self) -> LiveSettings:
+        """Return the live settings; the defaults' where the start values cannot be used together."""
+        with self._lock:
+            values = {name: self._values[name] for name in LiveSettings.__dataclass_fields__}
+            return LiveSettings(**values)
+
+    @property
+    def autostart(self) -> bool:
+        """Whether the node is to take itself to active."""
+        return bool(self._values['autostart'])
+
+    def _declare(self, declaration: ParameterDeclaration) -> None:
+        descriptor = declaration.descriptor()
+        value = declaration.default
+        try:
+            self._node.declare_parameter(declaration.name, value, descriptor)
+        except (InvalidParameterTypeException, InvalidParameterValueException) as error:
+            self._broken[declaration.name] = f'the start value cannot be used ({error}).'
+            self._node.get_logger().error(f'parameter {declaration.name}: {self._broken[declaration.name]}')
+            self._node.declare_parameter(declaration.name, value, descriptor, ignore_override=True)
+
+    def _value(self, name: str) -> Any:
+        value = self._node.get_parameter_or(name, Parameter(name)).value
+        return _plain(value)
+
+    def _on_set(self, parameters: list[Parameter]) -> SetParametersResult:
+        try:
+            self._apply(parameters)
+        except ConfigError as error:
+            return SetParametersResult(successful=False, reason=str(error))
+        except Exception as error:
+            # Let out, it would leave the asker without a result.
+            self._on_failure('on-set-parameters callback', error)
+            return SetParametersResult(successful=False, reason=f'{type(error).__name__}: {error}')
+        return SetParametersResult(successful=True)
+
+    def _apply(self, parameters: list[Parameter]) -> None:
+        ours = {parameter.name: _plain(parameter.value) for parameter in parameters if parameter.name in _BY_NAME}
+        if not ours:
+            return
+        for name, value in ours.items():
+            if not _BY_NAME[name].live and not _same(value, self._values[name]) and (why := self._fixed()):
+                raise ConfigError(name, why)
+        with self._lock:
+            values = {**self._values, **ours}
+            try:
+                settings_from(values)
+            except ConfigError:
+                # Start values that were wrong before must not keep a right one from being set.
+                if _usable(self._values) or not _usable({**_DECLARED, **ours}):
+                    raise
+            self._values = values
+            self._broken = {name: problem for name, problem in self._broken.items() if name not in ours}
+        self._on_live(self.live())
+
+
+def parameter_table() -> str:
+    """Return every parameter as a Markdown table."""
+    rows = ['| parameter | type | default | |', '|---|---|---|---|']
+    for declaration in PARAMETERS:
+        default = f'`{json.dumps(declaration.default)}`'.replace('NaN', '.nan')
+        text = ' '.join(filter(None, (declaration.description, declaration.constraints)))
+        effect = ' *At once.*' if declaration.live else ' *Read-only.*' if declaration.read_only else ''
+        kind = declaration.type.name.lower().replace('_array', '[]')
+        rows.append(f'| `{declaration.name}` | {kind} | {default} | {text}{effect} |')
+    return '\n'.join(rows)
+
+
+def _usable(values: Mapping[str, Any]) -> bool:
+    try:
+        settings_from(values)
+    except ConfigError:
+        return False
+    return True
+
+
+def _same(value: Any, other: Any) -> bool:
+    """Return whether two plain values are equal, where not-a-number equals itself."""
+    return bool(value == other) or repr(value) == repr(other)
+
+
+def _plain(value: Any) -> Any:
+    """Return ``value`` with rclpy's arrays as lists."""
+    return value if value is None or isinstance(value, bool | int | float | str) else list(value)

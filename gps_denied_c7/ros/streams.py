@@ -1,0 +1,175 @@
+"""Image subscriptions: cheap checks, loss by sequence number, publishers that cannot match (N-3, N-7)."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
+from rclpy.node import Node
+from rclpy.qos import QoSCompatibility, QoSProfile, ReliabilityPolicy, qos_check_compatible
+from rclpy.qos_overriding_options import QoSOverridingOptions
+from rclpy.subscription import Subscription
+
+from gps_denied_c7.errors import ImageRejectedError
+from gps_denied_c7.ros.guard import CallbackGuard
+from gps_denied_c7.ros.messages import check_message, check_stamp, image_type, stamp_ns
+from gps_denied_c7.ros.parameters import LiveSettings
+from gps_denied_c7.slots import Frame, FrameSlots
+from gps_denied_c7.statistics import Statistics
+
+__all__ = ['DEFAULT_QOS', 'ImageStream', 'SequenceGaps', 'publisher_mismatches']
+
+DEFAULT_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
+
+_LOOP_S = 1.0
+
+# Humble's callbacks get the message alone; without a sequence number loss is unknown there.
+_HAS_MESSAGE_INFO = hasattr(Subscription, 'CallbackType')
+
+
+class SequenceGaps:
+    """
+    Count messages that were published and never arrived, from publication sequence numbers.
+
+    Each publisher numbers its own messages. Where rclpy does not say which one sent a message, more
+    than one publisher makes the count unknown, and unknown is never told as 0.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[bytes, int] = {}
+        self._lost: int | None = None
+        self._unknown = False
+
+    def note(self, info: dict[str, Any] | None, publishers: int) -> int | None:
+        """Take one message's info and return all losses so far, None for unknown."""
+        number = info.get('publication_sequence_number') if info else None
+        gid = (info or {}).get('publisher_gid')
+        self._unknown = self._unknown or number is None or (gid is None and publishers > 1)
+        if self._unknown or number is None:
+            return None
+        key = bytes(gid['data']) if gid else b''
+        last = self._last.get(key)
+        # A number that does not grow is a publisher started anew, which begins a new count.
+        gap = number - last - 1 if last is not None and number > last else 0
+        self._last[key] = number
+        self._lost = (self._lost or 0) + gap
+        return self._lost
+
+
+class ImageStream:
+    """
+    Subscribe to one image topic and fill its slot.
+
+    The callback must return at once, since it shares the executor with the services: it looks at the
+    message's shape, not at its pixels, and leaves everything else to the inference thread.
+
+    :param live: returns the live settings.
+    :param on_refused: told the topic and every refused image's error.
+    :param on_time_reset: told the topic and by how many seconds its stamps jumped backwards.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        topic: str,
+        slots: FrameSlots,
+        statistics: Statistics,
+        *,
+        guard: CallbackGuard,
+        live: Callable[[], LiveSettings],
+        on_refused: Callable[[str, ImageRejectedError], None],
+        on_time_reset: Callable[[str, float], None],
+    ) -> None:
+        self._node = node
+        self._slots = slots
+        self._statistics = statistics
+        self._live = live
+        self._on_refused = on_refused
+        self._on_time_reset = on_time_reset
+        self._gaps = SequenceGaps()
+        self._last_stamp_ns: int | None = None
+        self.topic = topic
+        self.opened_ns = time.monotonic_ns()
+        self.last_received_ns: int | None = None
+        on_message: Callable[..., None] = self._on_message_with_info if _HAS_MESSAGE_INFO else self._on_message
+        # One camera's callbacks run one after the other, so its frames stay in order; a group per
+        # topic lets cameras proceed side by side.
+        self._group = MutuallyExclusiveCallbackGroup()
+        # The first message may arrive before create_subscription has returned.
+        self._subscription: Subscription | None = None
+        self._subscription = node.create_subscription(
+            image_type(topic),
+            topic,
+            guard(f'image callback {topic}', on_message),
+            # rclpy writes the overrides of one topic into the profile it is given.
+            copy.copy(DEFAULT_QOS),
+            callback_group=self._group,
+            qos_overriding_options=QoSOverridingOptions.with_default_policies(),
+        )
+
+    @property
+    def qos(self) -> QoSProfile:
+        """The profile in force, overrides included."""
+        assert self._subscription is not None
+        return self._subscription.qos_profile
+
+    def close(self) -> None:
+        """End the subscription."""
+        if self._subscription is not None:
+            self._node.destroy_subscription(self._subscription)
+
+    def _on_message_with_info(self, message: Any, info: dict[str, Any]) -> None:
+        self._receive(message, info)
+
+    def _on_message(self, message: Any) -> None:
+        self._receive(message, None)
+
+    def _receive(self, message: Any, info: dict[str, Any] | None) -> None:
+        received_ns = time.monotonic_ns()
+        now_ns = self._node.get_clock().now().nanoseconds
+        self.last_received_ns = received_ns
+        self._statistics.count(self.topic, 'received')
+        self._statistics.set_lost(self.topic, self._gaps.note(info, self._publishers()))
+        try:
+            check_stamp(message.header.stamp, now_ns, self._live().max_stamp_ahead_s)
+            check_message(message)
+        except ImageRejectedError as error:
+            self._on_refused(self.topic, error)
+            return
+        self._note_stamp(stamp_ns(message.header.stamp))
+        if not self._slots.put(Frame(self.topic, message, received_ns, now_ns)):
+            self._statistics.count(self.topic, 'closed')
+
+    def _publishers(self) -> int:
+        # Humble's subscriptions do not tell; without sequence numbers it makes no difference there.
+        if self._subscription is not None and hasattr(self._subscription, 'get_publisher_count'):
+            return int(self._subscription.get_publisher_count())
+        return 1
+
+    def _note_stamp(self, stamp: int) -> None:
+        last, self._last_stamp_ns = self._last_stamp_ns, stamp
+        if last is not None and (backwards_s := (last - stamp) / 1e9) > _LOOP_S:
+            self._on_time_reset(self.topic, backwards_s)
+
+
+def publisher_mismatches(node: Node, topic: str, qos: QoSProfile) -> list[str]:
+    """
+    Name every publisher of ``topic`` that cannot reach a subscription with ``qos``, and why.
+
+    DDS keeps such endpoints apart without a word to either side.
+    """
+    wanted = image_type(topic)
+    type_name = f'sensor_msgs/msg/{wanted.__name__}'
+    problems = []
+    for publisher in node.get_publishers_info_by_topic(topic):
+        name = f'{publisher.node_namespace.rstrip("/")}/{publisher.node_name}'
+        if publisher.topic_type != type_name:
+            problems.append(f'{name} publishes {publisher.topic_type}, not {type_name}')
+            continue
+        compatibility, reason = qos_check_compatible(publisher.qos_profile, qos)
+        if compatibility == QoSCompatibility.ERROR:
+            problems.append(f'{name} offers a QoS that cannot match: {reason.strip()}')
+    return problems

@@ -1,0 +1,342 @@
+"""What all runtimes share: handles, validation, warm-up and errors, once; a backend fills in the vendor part."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+import traceback
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Generic, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gps_denied_c7.bundle import Artefact, ModelBundle
+from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.errors import (
+    C7Error,
+    EngineDeserializeError,
+    EngineSchemaMismatchError,
+    InferenceError,
+    RuntimeUnavailableError,
+)
+from gps_denied_c7.gate import EngineGate
+from gps_denied_c7.runtime import BuildConfig, EngineCacheEntry, EngineFacts, EngineHandle, ProviderSet
+from gps_denied_c7.tensors import TensorSpec, check_inputs, check_outputs
+from gps_denied_c7.thermal import ThermalState, ThermalStatePublisher, UnknownThermalState
+
+__all__ = ['BaseRuntime', 'LoadedEngine', 'own_input_shapes']
+
+EngineT = TypeVar('EngineT')
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedEngine(Generic[EngineT]):
+    """
+    Hold what a backend loaded, before its first run.
+
+    :param engine: the vendor's object.
+    :param inputs: every input as the file spells it, None where an axis is free.
+    :param outputs: every output as the file spells it, None where an axis is free.
+    :param facts: as found; ``load_s`` is filled in after the warm-up run.
+    """
+
+    engine: EngineT
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    facts: EngineFacts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Handle:
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    facts: EngineFacts
+
+
+@dataclass(frozen=True, slots=True)
+class _Bound(Generic[EngineT]):
+    """An engine with its canonical tensors, and the file's own name for each."""
+
+    engine: EngineT
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    own_inputs: Mapping[str, str]
+    own_outputs: Mapping[str, str]
+
+
+class BaseRuntime(ABC, Generic[EngineT]):
+    """
+    Do for every strategy what :class:`gps_denied_c7.runtime.InferenceRuntime` promises.
+
+    A subclass names its ``label`` and fills in ``_load``, ``_run`` and ``_free``, and ``_settle`` and
+    ``_found_finite`` where it can; vendor exceptions may leave those, they become the ``__cause__`` of the
+    family's errors here.
+
+    :param config: the library's settings.
+    :param thermal: where ``thermal_state`` comes from, None for an honest "unknown".
+    :param gate: what admits engine files on this host, None where no engine file may be loaded.
+    :param providers: the hardware that may be used.
+    """
+
+    label: ClassVar[str]
+
+    def __init__(
+        self,
+        config: C7InferenceConfig,
+        *,
+        thermal: ThermalStatePublisher | None = None,
+        gate: EngineGate | None = None,
+        providers: ProviderSet = ProviderSet.ANY,
+    ) -> None:
+        self._config = config
+        self._thermal = thermal or UnknownThermalState()
+        self._gate = gate
+        self._providers = providers
+        self._engines: dict[_Handle, _Bound[EngineT]] = {}
+
+    def current_runtime_label(self) -> str:
+        """Return the strategy's label, whatever provider is active."""
+        return self.label
+
+    def thermal_state(self) -> ThermalState:
+        """Return the injected publisher's latest snapshot."""
+        return self._thermal.thermal_state()
+
+    def compile_engine(self, model: ModelBundle, build_config: BuildConfig) -> EngineCacheEntry:
+        """Return the artefact of ``model`` that this runtime loads; see the protocol."""
+        try:
+            return self._compile(model, build_config)
+        except C7Error as error:
+            _forget_locals(error)
+            raise
+        except Exception as error:
+            _forget_locals(error)
+            raise EngineDeserializeError(
+                f'{self.label} could not build {model.name!r}: {error}',
+                remedy='Export the model again.',
+            ) from error
+
+    def deserialize_engine(self, entry: EngineCacheEntry) -> EngineHandle:
+        """Load ``entry``, run it exactly once to warm it up, and return its handle; see the protocol."""
+        try:
+            return self._deserialize(entry)
+        except C7Error as error:
+            _forget_locals(error)
+            raise
+        except Exception as error:
+            _forget_locals(error)
+            raise EngineDeserializeError(
+                f'{self.label} could not load {entry.path}: {error}',
+                remedy='Check the file with its maker.',
+            ) from error
+
+    def infer(self, handle: EngineHandle, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        """Run one request; see the protocol for shapes, ownership and errors."""
+        try:
+            return self._infer(self._bound(handle), inputs)
+        except C7Error as error:
+            _forget_locals(error)
+            raise
+
+    def release_engine(self, handle: EngineHandle) -> None:
+        """Free the engine; a foreign or released handle is a silent no-op."""
+        bound = self._engines.pop(handle, None) if isinstance(handle, _Handle) else None
+        if bound is not None:
+            self._give_back(bound.engine)
+
+    def _compile(self, model: ModelBundle, build_config: BuildConfig) -> EngineCacheEntry:
+        artefact = self._choose(model.artefacts_for(self.label))
+        if artefact is None:
+            raise RuntimeUnavailableError(
+                self.label,
+                f'model {model.name!r} has no artefact for it on {self._providers.value!r} providers.',
+                remedy=f'Add one to model.json, or take {self.label!r} out of runtime_chain.',
+            )
+        return EngineCacheEntry(artefact.path, artefact.sha256, model, build_config)
+
+    def _deserialize(self, entry: EngineCacheEntry) -> EngineHandle:
+        start = time.monotonic()
+        loaded = self._load(entry)
+        try:
+            bound = _bind(loaded, entry, self.label)
+            self._infer(bound, _warm_up_inputs(bound.inputs))
+            remarks = self._settle(loaded.engine)
+            seen = self._witness(loaded.engine, loaded.facts)
+        except InferenceError as error:
+            self._give_back(loaded.engine)
+            raise EngineDeserializeError(
+                f'{entry.path} loaded, but its warm-up run failed: {error.message}',
+                remedy='Run the model outside of this package on noise in the range 0..1, and correct it.',
+            ) from (error.__cause__ or error)
+        except Exception:
+            self._give_back(loaded.engine)
+            raise
+        facts = dataclasses.replace(seen, notes=(*seen.notes, *remarks), load_s=time.monotonic() - start)
+        handle = _Handle(bound.inputs, bound.outputs, facts)
+        self._engines[handle] = bound
+        return handle
+
+    def _bound(self, handle: EngineHandle) -> _Bound[EngineT]:
+        bound = self._engines.get(handle) if isinstance(handle, _Handle) else None
+        if bound is None:
+            raise InferenceError(
+                f'{self.label}: the engine handle was released or belongs to another runtime.',
+                remedy='Use the handle that this runtime returned, before its release.',
+            )
+        return bound
+
+    def _infer(self, bound: _Bound[EngineT], inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        for name, value in inputs.items():
+            if not isinstance(value, np.ndarray):
+                raise InferenceError(f'input {name!r} is a {type(value).__name__}, not a NumPy array.')
+        check_inputs(bound.inputs, inputs)
+        # Vendors read raw memory: an array that is not C-contiguous is copied rather than refused.
+        arrays = {own: np.asarray(inputs[name], order='C') for name, own in bound.own_inputs.items()}
+        try:
+            found = self._run(bound.engine, arrays)
+        except C7Error:
+            raise
+        except Exception as error:
+            raise InferenceError(
+                f'{self.label} failed the request: {error}', remedy='The next runtime of the chain can serve it.'
+            ) from error
+        outputs = {name: found[own] for name, own in bound.own_outputs.items() if own in found}
+        check_outputs(bound.outputs, outputs, finite=self._found_finite(bound.engine))
+        return {spec.name: _read_only(outputs[spec.name]) for spec in bound.outputs}
+
+    def _give_back(self, engine: EngineT) -> None:
+        try:
+            self._free(engine)
+        except Exception:
+            # The handle is gone and its caller can do nothing about a vendor's failing destructor.
+            _log.exception('%s: freeing an engine failed', self.label)
+
+    def _settle(self, engine: EngineT) -> Sequence[str]:
+        """Do what wants an engine that has run, as capturing a graph; return remarks for its facts."""
+        return ()
+
+    def _witness(self, engine: EngineT, facts: EngineFacts) -> EngineFacts:
+        """Return the facts as the warm-up run has shown them to be, or raise to refuse the engine."""
+        return facts
+
+    def _found_finite(self, engine: EngineT) -> bool:
+        """Say whether the device has seen every output of the last run to be finite; False has the values read here."""
+        return False
+
+    @abstractmethod
+    def _choose(self, artefacts: Sequence[Artefact]) -> Artefact | None:
+        """Return the artefact to load, of those that the bundle has for this strategy, or None."""
+
+    @abstractmethod
+    def _load(self, entry: EngineCacheEntry) -> LoadedEngine[EngineT]:
+        """Load ``entry`` without running it."""
+
+    @abstractmethod
+    def _run(self, engine: EngineT, inputs: Mapping[str, NDArray]) -> Mapping[str, NDArray]:
+        """Run checked, C-contiguous inputs and return the outputs, both by the file's own names."""
+
+    @abstractmethod
+    def _free(self, engine: EngineT) -> None:
+        """Give back what ``_load`` took; called once for each loaded engine."""
+
+
+def _artefact_of(entry: EngineCacheEntry, label: str) -> Artefact | None:
+    """Return what the bundle says about the entry's file or its source, None for one that it does not list."""
+    if entry.source is not None:
+        return entry.source
+    own = (artefact for artefact in entry.model.artefacts if artefact.strategy == label)
+    return next((artefact for artefact in own if artefact.path == entry.path), None)
+
+
+def own_input_shapes(entry: EngineCacheEntry, label: str) -> dict[str, tuple[int | None, ...]]:
+    """Return the shapes that the bundle gives its inputs, by the file's own names; empty for a bare ``.onnx``."""
+    artefact = _artefact_of(entry, label)
+    return {artefact.own_name(spec.name) if artefact else spec.name: spec.shape for spec in entry.model.inputs}
+
+
+def _bind(loaded: LoadedEngine[EngineT], entry: EngineCacheEntry, label: str) -> _Bound[EngineT]:
+    """Map the file's tensors to the bundle's, or raise EngineSchemaMismatchError where they contradict each other."""
+    artefact = _artefact_of(entry, label)
+    inputs, own_inputs = _map_tensors('input', entry.model.inputs, loaded.inputs, artefact)
+    outputs, own_outputs = _map_tensors('output', entry.model.outputs, loaded.outputs, artefact)
+    if surplus := {spec.name for spec in loaded.inputs} - set(own_inputs.values()):
+        raise _contradiction('inputs', sorted(own_inputs.values()), f'also {sorted(surplus)}')
+    return _Bound(loaded.engine, _fix_shapes(inputs), outputs, own_inputs, own_outputs)
+
+
+def _map_tensors(
+    role: str, canonical: Sequence[TensorSpec], found: Sequence[TensorSpec], artefact: Artefact | None
+) -> tuple[tuple[TensorSpec, ...], dict[str, str]]:
+    by_name = {spec.name: spec for spec in found}
+    own_names = {spec.name: artefact.own_name(spec.name) if artefact else spec.name for spec in canonical or found}
+    if missing := set(own_names.values()) - by_name.keys():
+        raise _contradiction(f'{role}s', sorted(own_names.values()), f'{sorted(by_name)}, without {sorted(missing)}')
+    specs = tuple(_agreed(role, spec, by_name[own_names[spec.name]]) for spec in canonical or found)
+    return specs, own_names
+
+
+def _agreed(role: str, canonical: TensorSpec, found: TensorSpec) -> TensorSpec:
+    axes = list(zip(canonical.shape, found.shape, strict=False))
+    same_rank = len(canonical.shape) == len(found.shape)
+    if canonical.dtype != found.dtype or not same_rank or any(None not in axis and len(set(axis)) > 1 for axis in axes):
+        raise _contradiction(
+            f'{role} {canonical.name}', f'{canonical.dtype} {canonical.shape}', f'{found.dtype} {found.shape}'
+        )
+    return dataclasses.replace(canonical, shape=tuple(have if want is None else want for want, have in axes))
+
+
+def _contradiction(field: str, expected: object, found: object) -> EngineSchemaMismatchError:
+    return EngineSchemaMismatchError(
+        field, expected=expected, found=found, remedy='Correct inputs, outputs or io_names in model.json.'
+    )
+
+
+def _fix_shapes(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+    """Fix every input axis: a free leading axis is the batch, which is 1; no size can be chosen for another one."""
+    fixed = tuple(
+        dataclasses.replace(spec, shape=(1, *spec.shape[1:])) if spec.shape[:1] == (None,) else spec for spec in specs
+    )
+    for spec in fixed:
+        if None in spec.shape:
+            raise EngineDeserializeError(
+                f'input {spec.name!r} has free axes: {spec.shape}.',
+                remedy='Fix them with c7_engine bundle --input-size, or export the model with fixed ones.',
+            )
+    return fixed
+
+
+def _warm_up_inputs(specs: Sequence[TensorSpec]) -> dict[str, NDArray]:
+    # Noise, not zeros: a network that normalises its descriptors divides zero by zero on a black image.
+    # Wider integers stay zero, since they may be indices.
+    noise = np.random.default_rng(0)
+    arrays: dict[str, NDArray] = {}
+    for spec in specs:
+        sizes = tuple(size for size in spec.shape if size is not None)
+        if np.dtype(spec.dtype).kind == 'f':
+            arrays[spec.name] = noise.random(sizes, np.float32).astype(spec.dtype)
+        elif spec.dtype == 'uint8':
+            arrays[spec.name] = noise.integers(0, 256, sizes, np.uint8)
+        else:
+            arrays[spec.name] = np.zeros(sizes, spec.dtype)
+    return arrays
+
+
+def _forget_locals(error: BaseException) -> None:
+    # Errors are kept for the flight record and the log. Without this their frames would keep the vendor's
+    # engine, and so its GPU memory, long after the release.
+    link: BaseException | None = error
+    while link is not None:
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+
+
+def _read_only(array: NDArray) -> NDArray:
+    view = array.view()
+    view.flags.writeable = False
+    return view

@@ -1,0 +1,348 @@
+"""CUDA through cuda-python: one GPU, pinned memory, a stream, a graph, and every error checked."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import logging
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from gps_denied_c7.errors import RuntimeUnavailableError
+from gps_denied_c7.runtimes.finite_kernel import FINITE_KERNEL, FINITE_KERNEL_NAME, FINITE_MASKS, QUAD_BYTES
+
+__all__ = ['Cuda', 'CudaError', 'FiniteCheck', 'GpuFacts', 'gpu_devices', 'open_cuda']
+
+# cuda-python 12.8 renamed its modules and 13 dropped the old names.
+_MODULES = (('cuda.bindings.runtime', 'cuda.bindings.driver'), ('cuda.cudart', 'cuda.cuda'))
+
+# A discrete GPU, the nodes of a Jetson, and the paravirtual GPU of WSL.
+_DEVICE_NODES = ('nvidia[0-9]*', 'nvhost-gpu', 'nvhost-ctrl-gpu', 'nvgpu', 'dxg')
+
+_THREADS = 256
+_MAX_BLOCKS = 1024
+
+_log = logging.getLogger(__name__)
+
+
+class CudaError(RuntimeError):
+    """
+    A CUDA call that failed.
+
+    :param name: as ``cudaErrorIllegalAddress``.
+    """
+
+    def __init__(self, call: str, name: str, text: str) -> None:
+        super().__init__(f'{call}: {name} ({text})')
+        self.name = name
+
+
+@dataclass(frozen=True, slots=True)
+class GpuFacts:
+    """
+    Describe the GPU.
+
+    :param name: as NVML spells it.
+    :param sm: compute capability as major × 10 + minor.
+    :param driver: newest CUDA version that the driver serves, as ``12.2``.
+    :param runtime: CUDA version of the runtime library that answers here, as ``11.8``.
+    """
+
+    name: str
+    sm: int
+    driver: str
+    runtime: str
+
+
+def gpu_devices(dev: Path = Path('/dev')) -> list[str]:
+    """Return the device files of NVIDIA GPUs; a look at file names, which no hung driver can delay."""
+    return sorted(str(path) for pattern in _DEVICE_NODES for path in dev.glob(pattern))
+
+
+def open_cuda(label: str) -> Cuda:
+    """
+    Return access to the first visible GPU.
+
+    TensorRT's own entry points crash on a host without a GPU (8.6: segmentation fault in Runtime and
+    in the deserialiser), so they may be called after this alone.
+
+    :param label: the runtime that asks, for the error.
+    :raises RuntimeUnavailableError: no GPU, no driver for it, or no cuda-python; says which.
+    """
+    if not gpu_devices():
+        raise RuntimeUnavailableError(
+            label,
+            'this host has no NVIDIA GPU (none of /dev/nvidia*, /dev/nvhost-gpu, /dev/dxg).',
+            remedy='Run on a host with one, or give the container access to it.',
+        )
+    runtime, driver = _import_bindings(label)
+    cuda = Cuda(runtime, driver)
+    try:
+        count = cuda.device_count()
+    except RuntimeError as error:  # CudaError, or cuda-python's own where it finds no driver library
+        raise RuntimeUnavailableError(
+            label, f'CUDA does not start: {error}.', remedy='Install a driver that fits the CUDA version.'
+        ) from error
+    if count == 0:
+        raise RuntimeUnavailableError(label, 'CUDA sees no GPU.', remedy='Look at CUDA_VISIBLE_DEVICES.')
+    return cuda
+
+
+def _import_bindings(label: str) -> tuple[ModuleType, ModuleType]:
+    reasons = []
+    for runtime, driver in _MODULES:
+        try:
+            return importlib.import_module(runtime), importlib.import_module(driver)
+        except ImportError as error:
+            reasons.append(str(error))
+    raise RuntimeUnavailableError(
+        label,
+        f'cuda-python does not import: {"; ".join(reasons)}.',
+        remedy='pip install -r requirements/gpu.txt',
+    )
+
+
+class Cuda:
+    """
+    Call the CUDA runtime and driver with every status checked; all on the device that is current.
+
+    :param runtime: cuda-python's runtime module.
+    :param driver: cuda-python's driver module.
+    """
+
+    def __init__(self, runtime: ModuleType, driver: ModuleType) -> None:
+        self.runtime = runtime
+        self.driver = driver
+        self._to_device = runtime.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._to_host = runtime.cudaMemcpyKind.cudaMemcpyDeviceToHost
+
+    def call(self, name: str, *arguments: Any) -> Any:
+        """
+        Call a function of the runtime API and return what follows its status: nothing, one value or a tuple.
+
+        :raises CudaError: the status is not success.
+        """
+        return self._checked(name, getattr(self.runtime, name)(*arguments))
+
+    def drive(self, name: str, *arguments: Any) -> Any:
+        """Call a function of the driver API; as :meth:`call`."""
+        return self._checked(name, getattr(self.driver, name)(*arguments))
+
+    def refuse(self, call: str, status: Any) -> NoReturn:
+        """Raise CudaError for the status that ``call`` returned."""
+        if call.startswith('cuda'):
+            name, text = self.runtime.cudaGetErrorName(status)[1], self.runtime.cudaGetErrorString(status)[1]
+        else:
+            name, text = self.driver.cuGetErrorName(status)[1], self.driver.cuGetErrorString(status)[1]
+        raise CudaError(call, _text(name), _text(text))
+
+    def device_count(self) -> int:
+        """Return how many GPUs this process may use."""
+        status, count = self.runtime.cudaGetDeviceCount()
+        if int(status) == int(self.runtime.cudaError_t.cudaErrorNoDevice):
+            return 0
+        self._checked('cudaGetDeviceCount', (status,))
+        return int(count)
+
+    def gpu_facts(self) -> GpuFacts:
+        """Return what the current GPU is."""
+        device = self.call('cudaGetDevice')
+        attributes = self.runtime.cudaDeviceAttr
+        major = self.call('cudaDeviceGetAttribute', attributes.cudaDevAttrComputeCapabilityMajor, device)
+        minor = self.call('cudaDeviceGetAttribute', attributes.cudaDevAttrComputeCapabilityMinor, device)
+        name = self.call('cudaGetDeviceProperties', device).name
+        return GpuFacts(
+            name=name.decode(errors='replace').rstrip('\0') if isinstance(name, bytes) else str(name),
+            sm=10 * int(major) + int(minor),
+            driver=_version(self.call('cudaDriverGetVersion')),
+            runtime=_version(self.call('cudaRuntimeGetVersion')),
+        )
+
+    def memory(self) -> tuple[int, int]:
+        """Return the GPU's free and total memory in bytes."""
+        free, total = self.call('cudaMemGetInfo')
+        return int(free), int(total)
+
+    def pinned(self, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray:
+        """
+        Return a zeroed array in page-locked memory.
+
+        The memory is given back when the last view of it is gone: whoever kept one past its
+        time reads stale values, not freed memory.
+        """
+        dtype = np.dtype(dtype)
+        size = max(1, math.prod(shape) * dtype.itemsize)
+        address = int(self.call('cudaHostAlloc', size, self.runtime.cudaHostAllocDefault))
+        block = (ctypes.c_uint8 * size).from_address(address)
+        # At exit the driver takes the memory back, maybe before this could ask it to.
+        weakref.finalize(block, self.try_call, 'cudaFreeHost', address).atexit = False
+        array = np.asarray(block)[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
+        array[...] = np.zeros((), dtype)
+        return array
+
+    def device_memory(self, size: int) -> int:
+        """Return the address of ``size`` zeroed bytes on the GPU, rounded up so that whole quads can be read."""
+        size = max(QUAD_BYTES, -(-size // QUAD_BYTES) * QUAD_BYTES)
+        address = int(self.call('cudaMalloc', size))
+        try:
+            self.call('cudaMemset', address, 0, size)
+        except CudaError:
+            self.try_call('cudaFree', address)
+            raise
+        return address
+
+    def copy_to_device(self, address: int, array: NDArray, stream: Any) -> Callable[[], None]:
+        """Return a call that copies a pinned array to the GPU, in the order of ``stream``."""
+        return self._copy(address, _address(array), array.nbytes, self._to_device, stream)
+
+    def copy_to_host(self, array: NDArray, address: int, stream: Any) -> Callable[[], None]:
+        """Return a call that copies from the GPU to a pinned array, in the order of ``stream``."""
+        return self._copy(_address(array), address, array.nbytes, self._to_host, stream)
+
+    def new_stream(self) -> Any:
+        """Return a stream that does not wait for the default one."""
+        return self.call('cudaStreamCreateWithFlags', self.runtime.cudaStreamNonBlocking)
+
+    def capture(self, stream: Any, body: Callable[[], None]) -> Any:
+        """
+        Return an executable graph of what ``body`` puts on ``stream``; nothing of it runs.
+
+        :raises Exception: what ``body`` raises, or CudaError where something in it cannot be captured;
+            the stream can be used again either way.
+        """
+        runtime = self.runtime
+        # Thread-local: what other threads do with CUDA meanwhile must not spoil the capture.
+        self.call('cudaStreamBeginCapture', stream, runtime.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal)
+        try:
+            body()
+        except BaseException:
+            status, graph = runtime.cudaStreamEndCapture(stream)
+            if int(status) == 0 and int(graph):
+                self.try_call('cudaGraphDestroy', graph)
+            # A capture that broke leaves its error for the next caller to trip over.
+            runtime.cudaGetLastError()
+            raise
+        try:
+            graph = self.call('cudaStreamEndCapture', stream)
+        except CudaError:
+            runtime.cudaGetLastError()
+            raise
+        try:
+            return self._instantiate(graph)
+        finally:
+            self.try_call('cudaGraphDestroy', graph)
+
+    def try_call(self, name: str, *arguments: Any) -> None:
+        """Call a function that gives something back; a failure is logged, since nothing can be done about it."""
+        _attempt(self.call, name, arguments)
+
+    def try_drive(self, name: str, *arguments: Any) -> None:
+        """As :meth:`try_call`, of the driver API."""
+        _attempt(self.drive, name, arguments)
+
+    def _instantiate(self, graph: Any) -> Any:
+        if hasattr(self.runtime, 'cudaGraphInstantiateWithFlags'):
+            return self.call('cudaGraphInstantiateWithFlags', graph, 0)
+        return self.call('cudaGraphInstantiate', graph, 0)
+
+    def _copy(self, target: int, source: int, size: int, kind: Any, stream: Any) -> Callable[[], None]:
+        memcpy = self.runtime.cudaMemcpyAsync
+
+        def copy() -> None:
+            (status,) = memcpy(target, source, size, kind, stream)
+            if status:
+                self.refuse('cudaMemcpyAsync', status)
+
+        return copy
+
+    def _checked(self, call: str, answer: tuple[Any, ...]) -> Any:
+        status, *values = answer
+        if int(status) != 0:
+            self.refuse(call, status)
+        return values[0] if len(values) == 1 else tuple(values) or None
+
+
+
+class FiniteCheck:
+    """
+    Look for NaN and infinity on the GPU, in the order of a stream.
+
+    The processor would need longer to read the outputs of a frame than the GPU needs to make them.
+
+    :param checks: GPU address, bytes and NumPy dtype of each tensor, allocated by :meth:`Cuda.device_memory`.
+    :raises CudaError: the driver cannot compile or load the kernel.
+    """
+
+    def __init__(self, cuda: Cuda, checks: list[tuple[int, int, str]], stream: Any) -> None:
+        self._cuda = cuda
+        self._found = cuda.pinned((1,), np.uint32)
+        self._stream = cuda.driver.CUstream(int(stream))
+        self._module: Any = cuda.drive('cuModuleLoadData', FINITE_KERNEL + b'\0')
+        self._kernel = cuda.drive('cuModuleGetFunction', self._module, FINITE_KERNEL_NAME)
+        self._launches = [self._launch(*check) for check in checks]
+
+    @property
+    def found(self) -> bool:
+        """Whether the last run found one; to be read after the stream was synchronised."""
+        return bool(self._found[0])
+
+    def reset(self) -> None:
+        """Forget what was found; to be called before each run."""
+        self._found[0] = 0
+
+    def enqueue(self) -> None:
+        """Put the look at every tensor on the stream."""
+        launch_kernel = self._cuda.driver.cuLaunchKernel
+        for blocks, _, parameters in self._launches:
+            (status,) = launch_kernel(
+                self._kernel, blocks, 1, 1, _THREADS, 1, 1, 0, self._stream, ctypes.addressof(parameters), 0
+            )
+            if status:
+                self._cuda.refuse('cuLaunchKernel', status)
+
+    def release(self) -> None:
+        """Unload the kernel; safe to repeat."""
+        module, self._module = self._module, None
+        if module is not None:
+            self._cuda.try_drive('cuModuleUnload', module)
+
+    def _launch(self, address: int, size: int, dtype: str) -> tuple[int, tuple[Any, ...], Any]:
+        """Return the grid, and what a launch passes, in memory that stays where it is."""
+        quads = -(-size // QUAD_BYTES)
+        low, high = FINITE_MASKS[dtype]
+        values = (
+            ctypes.c_uint64(address),
+            ctypes.c_uint32(quads),
+            ctypes.c_uint32(low),
+            ctypes.c_uint32(high),
+            ctypes.c_uint64(_address(self._found)),
+        )
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        return min(_MAX_BLOCKS, -(-quads // _THREADS)), values, pointers
+
+
+def _attempt(call: Callable[..., Any], name: str, arguments: tuple[Any, ...]) -> None:
+    try:
+        call(name, *arguments)
+    except CudaError as error:
+        _log.warning('%s', error)
+
+
+def _address(array: NDArray) -> int:
+    return int(array.__array_interface__['data'][0])
+
+
+def _text(value: Any) -> str:
+    return value.decode(errors='replace') if isinstance(value, bytes) else str(value)
+
+
+def _version(number: int) -> str:
+    return f'{number // 1000}.{number % 1000 // 10}'

@@ -1,0 +1,89 @@
+"""ONNX models in half precision, for vendors that take the precision from the model's own types."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from gps_denied_c7.errors import EngineDeserializeError
+from gps_denied_c7.runtimes.onnx_model import OnnxModel
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ['to_half_precision']
+
+# Sums of squares: 65504, the largest float16, is soon reached.
+_KEPT_IN_FLOAT = ('ReduceL2', 'ReduceSumSquare', 'LpNormalization', 'LayerNormalization', 'InstanceNormalization')
+
+
+def to_half_precision(model: OnnxModel) -> bytes:
+    """
+    Return ``model`` with float16 weights and arithmetic; its inputs and outputs keep their types.
+
+    The conversion is that of ONNX Runtime's own tools, which a build needs beside TensorRT.
+
+    :raises EngineDeserializeError: it cannot be converted.
+    """
+    import onnx
+
+    with _unchanged_path():
+        from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
+    try:
+        source = model.source
+        proto = onnx.load(source) if isinstance(source, str) else onnx.ModelProto.FromString(source)
+        converted = convert_float_to_float16(
+            proto, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *_KEPT_IN_FLOAT]
+        )
+        _sort_nodes(converted.graph)
+        content: bytes = converted.SerializeToString()
+        return content
+    except Exception as error:  # what the converter and protobuf raise is theirs to choose
+        raise EngineDeserializeError(
+            f'the model could not be converted to float16: {error}.',
+            remedy='Build it with precision fp32, or export it in float16.',
+        ) from error
+
+
+@contextmanager
+def _unchanged_path() -> Iterator[None]:
+    # onnxruntime.transformers puts its own directory, with modules of common names, on the import path.
+    before = list(sys.path)
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def _sort_nodes(graph: onnx.GraphProto) -> None:
+    """Put each node behind those that it needs, as ONNX demands; the converter appends its casts at the end."""
+    made = {name for node in graph.node for name in node.output if name}
+    ready: set[str] = set()
+    waiting = list(graph.node)
+    ordered: list[onnx.NodeProto] = []
+    while waiting:
+        blocked = []
+        for node in waiting:
+            if _names_used(node) & made <= ready:
+                ordered.append(node)
+                ready.update(node.output)
+            else:
+                blocked.append(node)
+        if len(blocked) == len(waiting):
+            raise ValueError(f'the graph has a cycle through {blocked[0].name!r}')
+        waiting = blocked
+    copies = [type(node).FromString(node.SerializeToString()) for node in ordered]
+    del graph.node[:]
+    graph.node.extend(copies)
+
+
+def _names_used(node: onnx.NodeProto) -> set[str]:
+    """Return the tensors that a node reads, those of an outer graph that its subgraphs read included."""
+    names = set(node.input)
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            for inner in graph.node:
+                names |= _names_used(inner)
+    return names

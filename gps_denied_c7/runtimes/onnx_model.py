@@ -1,0 +1,243 @@
+"""ONNX models as ONNX Runtime is handed them: read once, checked, and never a way around the gate."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from gps_denied_c7.bundle_files import file_sha256, read_file
+from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, ModelBundleError
+from gps_denied_c7.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ['OnnxModel', 'ep_context_model', 'read_onnx']
+
+# A protobuf message ends at 2 GiB: such a model keeps its weights in external files.
+_PROTOBUF_LIMIT_BYTES = (1 << 31) - 1
+
+_COPY_AGAIN = 'Copy or export the model again.'
+
+# Oldest versions that know EPContext and every later ONNX Runtime reads: 1.17 stops at IR 9, opset 20.
+_IR_VERSION = 8
+_OPSET = 17
+
+
+@dataclass(frozen=True, slots=True)
+class OnnxModel:
+    """
+    Hold a model file that was read and looked through.
+
+    :param source: what a session is made from: the very bytes whose digest was taken, or the path
+        where weights lie in external files, since only then can those be found.
+    :param sha256: hex digest of the model file.
+    :param inputs: axes by input name; an int where fixed, a text where free and named, else None.
+    :param external_files: files beside the model with weights, which its digest does not cover.
+    """
+
+    source: bytes | str = field(repr=False)
+    sha256: str
+    inputs: Mapping[str, tuple[int | str | None, ...]]
+    external_files: tuple[str, ...]
+
+    def content_sha256(self) -> str:
+        """
+        Return a hex digest of the model with its external weights; without those it is the model file's own.
+
+        :raises EngineDeserializeError: an external file cannot be read.
+        """
+        if not isinstance(self.source, str):
+            return self.sha256
+        digest = hashlib.sha256(self.sha256.encode())
+        for file in self.external_files:
+            try:
+                digest.update(f'\0{file}\0{file_sha256(Path(self.source).parent / file)}'.encode())
+            except ModelBundleError as error:
+                raise EngineDeserializeError(error.message, remedy=error.remedy) from error
+        return digest.hexdigest()
+
+    def dimension_overrides(self, shapes: Mapping[str, Sequence[int | None]]) -> dict[str, int]:
+        """
+        Return a size for each named free axis, so that shapes are fixed before a session is made (F-5).
+
+        :param shapes: wanted shape by input name; without one, the leading axis is the batch, which is 1.
+        :raises EngineSchemaMismatchError: one axis name would need two sizes.
+        """
+        sizes: dict[str, int] = {}
+        for name, axes in self.inputs.items():
+            for index, (axis, wanted) in enumerate(zip(axes, shapes.get(name, (None,)), strict=False)):
+                size = 1 if index == 0 and wanted is None else wanted
+                if not isinstance(axis, str) or size is None:
+                    continue
+                if sizes.setdefault(axis, size) != size:
+                    raise EngineSchemaMismatchError(
+                        f'axis {axis}',
+                        expected=sizes[axis],
+                        found=f'{size} in input {name!r}',
+                        remedy='Correct the shapes under inputs in model.json.',
+                    )
+        return sizes
+
+
+def read_onnx(path: Path, sha256: str | None) -> OnnxModel:
+    """
+    Read an ``.onnx`` file once and check what it is before ONNX Runtime sees it.
+
+    :param sha256: hex digest that the file must have, None where nobody promised one.
+    :raises EngineSchemaMismatchError: another digest.
+    :raises EngineDeserializeError: missing, unreadable, damaged, too large for a protobuf, with an engine inside,
+        or with external weights outside its own directory.
+    """
+    data = _read(path)
+    found = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and found != sha256:
+        raise EngineSchemaMismatchError('model_sha256', expected=sha256, found=found, remedy=_COPY_AGAIN)
+    model = _parse(path, data)
+    nodes, tensors = _contents(model)
+    if any(node.op_type == 'EPContext' for node in nodes):
+        raise EngineDeserializeError(
+            f'{path} carries a compiled engine (EPContext), which no gate has seen.',
+            remedy='Name the .engine file itself, or the .onnx that it was built from.',
+        )
+    real = path.resolve()
+    external = _external_files(real, tensors)
+    return OnnxModel(
+        source=str(real) if external else data,
+        sha256=found,
+        inputs={
+            value.name: tuple(
+                axis.dim_value if axis.HasField('dim_value') else axis.dim_param or None
+                for axis in value.type.tensor_type.shape.dim
+            )
+            for value in model.graph.input
+        },
+        external_files=external,
+    )
+
+
+def ep_context_model(
+    plan: bytes | str, *, name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], sm: int
+) -> bytes:
+    """
+    Return an ONNX model of one EPContext node around an engine (G-4).
+
+    :param plan: the engine's bytes, which then lie inside the model (``embed_mode`` 1): what was hashed is what
+        is run. A text is the engine's path instead, relative to where the model will lie (``embed_mode`` 0),
+        which ONNX Runtime opens once more.
+    :param name: of the model.
+    :param inputs: the engine's own input tensors.
+    :param outputs: the engine's own output tensors.
+    :param sm: compute capability as major × 10 + minor.
+    :raises EngineDeserializeError: the engine is too large for a protobuf.
+    """
+    from onnx import helper
+
+    if len(plan) > _PROTOBUF_LIMIT_BYTES - (1 << 20):
+        raise EngineDeserializeError(
+            f'the engine of {name!r} has {len(plan)} bytes, and an ONNX model around it must stay below 2 GiB.',
+            remedy='Load it with the tensorrt runtime, or fly the .onnx.',
+        )
+    node = helper.make_node(
+        'EPContext',
+        inputs=[spec.name for spec in inputs],
+        outputs=[spec.name for spec in outputs],
+        domain='com.microsoft',
+        name=name,
+        main_context=1,
+        embed_mode=int(isinstance(plan, bytes)),
+        ep_cache_context=plan,
+        source='TensorrtExecutionProvider',
+        hardware_architecture=str(sm),
+    )
+    values, answers = (
+        [
+            helper.make_tensor_value_info(
+                spec.name, helper.np_dtype_to_tensor_dtype(np.dtype(spec.dtype)), list(spec.shape)
+            )
+            for spec in specs
+        ]
+        for specs in (inputs, outputs)
+    )
+    graph = helper.make_graph([node], name, values, answers)
+    opsets = [helper.make_opsetid('', _OPSET), helper.make_opsetid('com.microsoft', 1)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION).SerializeToString()
+
+
+def _read(path: Path) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > _PROTOBUF_LIMIT_BYTES:
+            raise EngineDeserializeError(
+                f'{path} has {size} bytes, and no ONNX file can have 2 GiB.',
+                remedy='Export the model with its weights as external data.',
+            )
+        return read_file(path)
+    except OSError as error:
+        raise EngineDeserializeError(f'{path}: {error.strerror}.', remedy=_COPY_AGAIN) from error
+    except ModelBundleError as error:
+        raise EngineDeserializeError(error.message, remedy=error.remedy) from error
+
+
+def _parse(path: Path, data: bytes) -> onnx.ModelProto:
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    try:
+        model = onnx.ModelProto.FromString(data)
+    except DecodeError as error:
+        raise EngineDeserializeError(f'{path} is damaged or no ONNX model: {error}.', remedy=_COPY_AGAIN) from error
+    if not model.HasField('graph'):
+        raise EngineDeserializeError(f'{path} holds no graph ({len(data)} bytes).', remedy=_COPY_AGAIN)
+    return model
+
+
+def _contents(model: onnx.ModelProto) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """Return every node and every constant, those of subgraphs and functions included."""
+    nodes: list[onnx.NodeProto] = []
+    tensors: list[onnx.TensorProto] = []
+    graphs = [model.graph]
+    pending = [node for function in model.functions for node in function.node]
+    while graphs or pending:
+        for graph in graphs:
+            pending += graph.node
+            tensors += graph.initializer
+            for sparse in graph.sparse_initializer:
+                tensors += (sparse.values, sparse.indices)
+        graphs = []
+        for node in pending:
+            for attribute in node.attribute:
+                tensors += (attribute.t, *attribute.tensors)
+                tensors += (attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
+                graphs += (attribute.g, *attribute.graphs)
+        nodes += pending
+        pending = []
+    return nodes, tensors
+
+
+def _external_files(model: Path, tensors: Sequence[onnx.TensorProto]) -> tuple[str, ...]:
+    """Return where external weights lie, refusing every file that is not inside the model's directory."""
+    files = {
+        entry.value
+        for tensor in tensors
+        if tensor.data_location == tensor.EXTERNAL
+        for entry in tensor.external_data
+        if entry.key == 'location'
+    }
+    for file in files:
+        target = model.parent / file
+        if not target.resolve().is_relative_to(model.parent):
+            raise EngineDeserializeError(
+                f'{model} keeps weights in {file!r}, outside its own directory.',
+                remedy='Put the weights beside the model and export it with relative names.',
+            )
+        if not target.is_file():
+            raise EngineDeserializeError(
+                f'{model} keeps weights in {file!r}, which is not there.', remedy='Copy that file beside the model.'
+            )
+    return tuple(sorted(files))

@@ -1,0 +1,429 @@
+"""Build TensorRT engines from ONNX: on the ground, for this host, into the engine cache."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from types import ModuleType, TracebackType
+from typing import Any
+
+import gps_denied_c7
+from gps_denied_c7.bundle import Artefact, ModelBundle
+from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.engine_cache import EngineCache, engine_model_name
+from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, RuntimeUnavailableError
+from gps_denied_c7.gate import EngineGate, EngineManifest, same_tensorrt
+from gps_denied_c7.runtime import BuildConfig, BuildProgress, EngineCacheEntry
+from gps_denied_c7.runtimes.cuda import Cuda, open_cuda
+from gps_denied_c7.runtimes.half_precision import to_half_precision
+from gps_denied_c7.runtimes.host_profile import local_host_profile
+from gps_denied_c7.runtimes.onnx_model import OnnxModel, read_onnx
+from gps_denied_c7.runtimes.tensorrt_library import (
+    dtype_name,
+    error_recorder,
+    import_tensorrt,
+    listening,
+    vendor_logger,
+)
+from gps_denied_c7.tensors import TensorSpec
+
+__all__ = ['PRECISIONS', 'build_engine', 'source_artefact', 'source_shapes']
+
+LABEL = 'tensorrt'
+PRECISIONS = ('fp16', 'fp32')
+
+_REPORT_EVERY_S = 1.0
+
+# What TensorRT before 10, which has no progress monitor, logs on its way, and what it is then about to do.
+_PHASES = (
+    ('Original:', 'simplifying the graph'),
+    ('Graph construction and optimization completed', 'preparing the layers'),
+    ('Computing costs', 'timing tactics'),
+    ('Engine generation completed', 'writing the engine'),
+)
+
+_log = logging.getLogger(__name__)
+
+Shapes = Mapping[str, Sequence[int | None]]
+
+
+def source_artefact(model: ModelBundle) -> Artefact:
+    """
+    Return the ``.onnx`` of a bundle that engines are built from: the one for TensorRT, else ONNX Runtime's.
+
+    :raises RuntimeUnavailableError: there is none.
+    :raises ModelBundleError: there is one, but of other weights.
+    """
+    for strategy in (LABEL, 'onnx_trt_ep'):
+        for artefact in model.artefacts_for(strategy):
+            if artefact.path.suffix == '.onnx' and artefact.device != 'cpu':
+                return artefact
+    raise RuntimeUnavailableError(
+        LABEL,
+        f'model {model.name!r} has no .onnx to build an engine from.',
+        remedy='Add its .onnx to model.json, or an .engine built for this host.',
+    )
+
+
+def source_shapes(model: ModelBundle, source: Artefact) -> dict[str, tuple[int | None, ...]]:
+    """Return the shapes that a bundle gives its inputs, by the source's own names; empty for a bare ``.onnx``."""
+    return {source.own_name(spec.name): spec.shape for spec in model.inputs}
+
+
+def build_engine(
+    model: ModelBundle,
+    config: C7InferenceConfig,
+    build: BuildConfig,
+    *,
+    gate: EngineGate | None = None,
+    cache: EngineCache | None = None,
+    convert: bool | None = None,
+) -> EngineCacheEntry:
+    """
+    Build an engine of ``model`` for this host and publish it in the cache; takes seconds to many minutes.
+
+    Batch is 1 and every free axis is fixed to the bundle's size. The entry returned has passed the gate.
+
+    :param build: precision, and who is told of the progress; ``allow_build`` must be set.
+    :param gate: the gate of this host, None to make one.
+    :param cache: where the engine goes, None for ``config.engine_cache_dir``.
+    :param convert: give the model itself float16 types, instead of asking TensorRT to choose them; None does
+        what this TensorRT wants.
+    :raises RuntimeUnavailableError: no GPU, no TensorRT, or nothing to build from.
+    :raises EngineDeserializeError: TensorRT refused the model, or the engine could not be kept.
+    :raises EngineSchemaMismatchError: the ``.onnx`` is not the one that the bundle names.
+    """
+    if not build.allow_build or build.precision not in PRECISIONS:
+        raise EngineDeserializeError(
+            f'an engine of precision {build.precision!r} was not built (allow_build {build.allow_build}).',
+            remedy=f'Allow it, with a precision of {list(PRECISIONS)}.',
+        )
+    cuda = open_cuda(LABEL)
+    gate = gate or EngineGate(local_host_profile(cuda))
+    cache = cache or EngineCache.at(config.engine_cache_dir)
+    # Before minutes are spent on an engine that cannot be kept.
+    cache.writable_directory()
+    source = source_artefact(model)
+    onnx_model = read_onnx(source.path, source.sha256)
+    trt = import_tensorrt(LABEL)
+    request = _Request(
+        model=onnx_model,
+        name=model.name,
+        precision=build.precision,
+        convert=convert,
+        shapes=source_shapes(model, source),
+        # As much as the TensorRT provider of ONNX Runtime gets, so that the strategies compare.
+        workspace_bytes=config.gpu_memory_budget_bytes // 4,
+        timings=cache.read_timing_cache(gate.host),
+    )
+    started = time.monotonic()
+    with _Watch(build.progress) as watch:
+        built = _Builder(trt, watch).build(request)
+        watch.phase = 'publishing the engine'
+        manifest = _manifest(built, request, gate, cuda, trt)
+        cached = cache.publish(built.plan, manifest)
+        if built.timings:
+            cache.write_timing_cache(gate.host, built.timings)
+        # An engine that this gate refuses now would be found out in flight.
+        gate.admit(cached.path, engine_sha256=manifest.engine_sha256, source_sha256=onnx_model.sha256)
+    _log.info('built %s in %.1f s (%d bytes)', cached.path, time.monotonic() - started, len(built.plan))
+    return EngineCacheEntry(cached.path, manifest.engine_sha256, model, build, source)
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What is to be built."""
+
+    model: OnnxModel
+    name: str
+    precision: str
+    convert: bool | None
+    shapes: Shapes
+    workspace_bytes: int
+    timings: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class _Built:
+    """What came out."""
+
+    plan: bytes
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    flags: tuple[str, ...]
+    timings: bytes
+
+
+class _Builder:
+    """Take a request through TensorRT's parser and builder."""
+
+    def __init__(self, trt: ModuleType, watch: _Watch) -> None:
+        self._trt = trt
+        self._watch = watch
+        self._logger = vendor_logger(trt)
+        self._errors = error_recorder(trt)
+
+    def build(self, request: _Request) -> _Built:
+        trt = self._trt
+        builder = trt.Builder(self._logger)
+        if builder is None:
+            raise EngineDeserializeError('TensorRT made no builder.', remedy='See the log for what it said.')
+        builder.error_recorder = self._errors
+        # From 9 on precision is the model's own (strong typing), from 11 on always; before, a flag asks for it.
+        strong = hasattr(trt.NetworkDefinitionCreationFlag, 'STRONGLY_TYPED')
+        by_flag = not strong and hasattr(trt.BuilderFlag, 'FP16')
+        half = request.precision == 'fp16'
+        convert = half and (not by_flag if request.convert is None else request.convert)
+        self._watch.phase = 'reading the model'
+        content = to_half_precision(request.model) if convert else request.model.source
+        network = builder.create_network(_network_flags(trt))
+        # The network's weights lie in the parser's memory: it lives as long as the build.
+        parser = trt.OnnxParser(network, self._logger)
+        self._parse(parser, content, request.name)
+        inputs, outputs = self._tensors(network, request)
+        config = builder.create_builder_config()
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, request.workspace_bytes)
+        flags = [
+            request.precision,
+            f'workspace={request.workspace_bytes}',
+            'typing=strong' if strong else 'typing=weak',
+            *(['converted'] if convert else []),
+        ]
+        if half and by_flag:
+            config.set_flag(trt.BuilderFlag.FP16)
+        if not half and hasattr(trt.BuilderFlag, 'TF32'):
+            # TensorFloat-32 has the mantissa of float16, and is on by default.
+            config.clear_flag(trt.BuilderFlag.TF32)
+        self._fix_shapes(builder, config, network, inputs)
+        timings = self._attach_timings(config, request.timings)
+        self._watch.attach(trt, config)
+        self._watch.phase = 'building the engine'
+        with listening(self._watch.hear):
+            serialised = builder.build_serialized_network(network, config)
+        if serialised is None:
+            raise EngineDeserializeError(
+                f'TensorRT built no engine of {request.name!r}: {self._reasons()}',
+                remedy='Raise gpu_memory_budget_bytes where memory was short; else build with precision fp32, or '
+                'fly the .onnx.',
+            )
+        self._watch.phase = 'writing the engine'
+        return _Built(
+            bytes(serialised), inputs, outputs, tuple(flags), b'' if timings is None else bytes(timings.serialize())
+        )
+
+    def _parse(self, parser: Any, content: bytes | str, name: str) -> None:
+        parsed = parser.parse_from_file(content) if isinstance(content, str) else parser.parse(content)
+        if parsed:
+            return
+        operators = _operators(content)
+        errors = [_parser_error(parser.get_error(index), operators) for index in range(parser.num_errors)]
+        raise EngineDeserializeError(
+            f"TensorRT's parser refused {name!r}: {'; '.join(errors) or self._reasons()}.",
+            remedy='Export the model with operators that this TensorRT knows, or fly the .onnx.',
+        )
+
+    def _tensors(
+        self, network: Any, request: _Request
+    ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+        """Return the network's tensors, the inputs with the sizes that they are built for."""
+        inputs = []
+        for index in range(network.num_inputs):
+            spec = _spec(network.get_input(index))
+            wanted = request.shapes.get(spec.name, (None,) * len(spec.shape))
+            shape = tuple(
+                have if have is not None else 1 if axis == 0 and want is None else want
+                for axis, (have, want) in enumerate(zip(spec.shape, wanted, strict=False))
+            )
+            if len(wanted) != len(spec.shape) or None in shape:
+                raise EngineDeserializeError(
+                    f'input {spec.name!r} has free axes: {spec.shape}, and the bundle says {tuple(wanted)}.',
+                    remedy='Give its sizes under inputs in a model.json, or export the model with fixed ones.',
+                )
+            inputs.append(dataclasses.replace(spec, shape=shape))
+        return tuple(inputs), tuple(_spec(network.get_output(index)) for index in range(network.num_outputs))
+
+    def _fix_shapes(self, builder: Any, config: Any, network: Any, inputs: Sequence[TensorSpec]) -> None:
+        """Give each input with a free axis one size; nothing else is ever asked of the engine."""
+        free = [
+            inputs[index]
+            for index in range(network.num_inputs)
+            if any(size < 0 for size in tuple(network.get_input(index).shape))
+        ]
+        if not free:
+            return
+        profile = builder.create_optimization_profile()
+        for spec in free:
+            profile.set_shape(spec.name, spec.shape, spec.shape, spec.shape)
+        if config.add_optimization_profile(profile) < 0:
+            raise EngineDeserializeError(
+                f'TensorRT refused the shapes {[(spec.name, spec.shape) for spec in free]}: {self._reasons()}',
+                remedy='Correct the sizes under inputs in model.json.',
+            )
+
+    def _attach_timings(self, config: Any, known: bytes) -> Any:
+        """Give the builder what was measured before, or an empty cache to fill; None where it takes neither."""
+        for content in (known, b'') if known else (b'',):
+            cache = config.create_timing_cache(content)
+            if cache is not None and config.set_timing_cache(cache, False):
+                return cache
+            _log.info('TensorRT does not take the %s timing cache', 'known' if content else 'empty')
+        return None
+
+    def _reasons(self) -> str:
+        return '; '.join(self._errors.messages()) or 'it gave no reason, see the log'
+
+
+class _Watch:
+    """
+    Tell somebody once a second how far a build is.
+
+    :param report: takes a BuildProgress; None for nobody. What it raises is logged, the build goes on.
+    """
+
+    def __init__(self, report: Callable[[BuildProgress], None] | None) -> None:
+        self.phase = 'starting'
+        self.fraction: float | None = None
+        self._report = report
+        self._started = time.monotonic()
+        self._ended = threading.Event()
+        self._tactics = 0
+        self._monitor: Any = None
+        self._thread = threading.Thread(target=self._run, name='c7-build-progress', daemon=True)
+
+    def __enter__(self) -> _Watch:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+        self._thread.join()
+
+    def hear(self, message: str) -> None:
+        """Take a log message of TensorRT's builder as a sign of progress."""
+        if self._monitor is not None:
+            return
+        for beginning, phase in _PHASES:
+            if beginning in message:
+                self.phase = phase
+        if 'Timing Runner' in message:
+            self._tactics += 1
+            self.phase = f'timing tactics, {self._tactics} so far'
+
+    def attach(self, trt: ModuleType, config: Any) -> None:
+        """Have TensorRT report by itself, where it can (from 10 on)."""
+        if hasattr(trt, 'IProgressMonitor') and hasattr(config, 'progress_monitor'):
+            self._monitor = _monitor_class(trt)(self)
+            config.progress_monitor = self._monitor
+
+    def _run(self) -> None:
+        while True:
+            if self._report is not None:
+                elapsed_s = time.monotonic() - self._started
+                try:
+                    self._report(BuildProgress(self.phase, elapsed_s, self.fraction))
+                except Exception:
+                    _log.exception('reporting the progress of a build failed')
+            if self._ended.wait(_REPORT_EVERY_S):
+                return
+
+
+def _monitor_class(trt: ModuleType) -> type:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
+        """Pass TensorRT's phases on; called from any thread, by C++ code that lets no exception through."""
+
+        def __init__(self, watch: _Watch) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self._watch = watch
+            self._steps: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            self._steps[phase_name] = num_steps
+            self._watch.phase = phase_name
+            if parent_phase is None:
+                self._watch.fraction = 0.0
+
+        def phase_finish(self, phase_name: str) -> None:
+            self._steps.pop(phase_name, None)
+
+        def step_complete(self, phase_name: str, step: int) -> bool:
+            # The phase that was started first is the whole.
+            if phase_name == next(iter(self._steps), None) and self._steps[phase_name]:
+                self._watch.fraction = min(1.0, (step + 1) / self._steps[phase_name])
+            return True
+
+    return Monitor
+
+
+def _network_flags(trt: ModuleType) -> int:
+    kinds = trt.NetworkDefinitionCreationFlag
+    # Needed up to 8 (the first) and from 9 on (the second); where a version does without one, it has lost the name.
+    names = [name for name in ('EXPLICIT_BATCH', 'STRONGLY_TYPED') if hasattr(kinds, name)]
+    return sum(1 << int(getattr(kinds, name)) for name in names)
+
+
+def _spec(tensor: Any) -> TensorSpec:
+    dtype = dtype_name(tensor.dtype)
+    if dtype is None or getattr(tensor, 'is_shape_tensor', False):
+        raise EngineDeserializeError(
+            f'tensor {tensor.name!r} of type {tensor.dtype} cannot cross into NumPy, or holds a shape.',
+            remedy='Export the model with plain inputs and outputs of float32, float16 or integers.',
+        )
+    return TensorSpec(tensor.name, dtype, tuple(None if size < 0 else int(size) for size in tuple(tensor.shape)))
+
+
+def _operators(content: bytes | str) -> list[str]:
+    """Return the operator of each node: TensorRT 8 names a node by its number alone."""
+    import onnx
+
+    model = onnx.load(content, load_external_data=False) if isinstance(content, str) else onnx.load_from_string(content)
+    return [node.op_type for node in model.graph.node]
+
+
+def _parser_error(error: Any, operators: list[str]) -> str:
+    number = error.node()
+    where = f'node {number}' if number >= 0 else 'the model'
+    if 0 <= number < len(operators):
+        where += f' ({operators[number]})'
+    return f'{where}: {error.desc()} ({error.code()})'
+
+
+def _manifest(built: _Built, request: _Request, gate: EngineGate, cuda: Cuda, trt: ModuleType) -> EngineManifest:
+    host = gate.host
+    gpu = cuda.gpu_facts()
+    return EngineManifest(
+        model=engine_model_name(request.name),
+        engine_sha256=hashlib.sha256(built.plan).hexdigest(),
+        engine_bytes=len(built.plan),
+        source_sha256=request.model.sha256,
+        precision=request.precision,
+        gpu=host.gpu,
+        sm=host.sm,
+        tensorrt=_plan_tensorrt(built.plan, host.tensorrt),
+        platform=host.platform,
+        inputs=built.inputs,
+        outputs=built.outputs,
+        builder_flags=built.flags,
+        versions={
+            'gps_denied_c7': gps_denied_c7.__version__,
+            'tensorrt': str(trt.__version__),
+            'cuda_driver': gpu.driver,
+            'cuda_runtime': gpu.runtime,
+        },
+    )
+
+
+def _plan_tensorrt(plan: bytes, host: str) -> str:
+    """Return the version that the plan itself carries, with its build number, where that is this host's."""
+    found = '.'.join(str(number) for number in plan[24:28])
+    if len(plan) < 28 or not same_tensorrt(host, found):
+        raise EngineSchemaMismatchError(
+            'plan_version', expected=host, found=found, remedy='Install one TensorRT alone, and build again.'
+        )
+    return found

@@ -1,0 +1,77 @@
+"""One waiting frame per topic, newest wins, served round-robin (N-3)."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ['Frame', 'FrameSlots']
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """
+    Hold one received image until it is answered.
+
+    :param topic: fully resolved topic name.
+    :param message: the image message; its buffer must stay untouched until the frame is answered.
+    :param received_ns: steady clock at callback entry, nanoseconds.
+    :param receive_stamp_ns: ROS time at callback entry, nanoseconds.
+    """
+
+    topic: str
+    message: Any
+    received_ns: int
+    receive_stamp_ns: int
+
+
+class FrameSlots:
+    """
+    Pass frames from image callbacks to one inference thread.
+
+    :param topics: the topics, in the order in which they take turns.
+    :param on_replaced: told each frame that a newer one of its topic pushed out.
+    """
+
+    def __init__(self, topics: Iterable[str], *, on_replaced: Callable[[Frame], None]) -> None:
+        self._slots: dict[str, Frame | None] = dict.fromkeys(topics)
+        self._on_replaced = on_replaced
+        self._ready = threading.Condition()
+        self._order = list(self._slots)
+        self._closed = False
+
+    def put(self, frame: Frame) -> bool:
+        """Put ``frame`` into its topic's slot; False once closed."""
+        with self._ready:
+            if self._closed:
+                return False
+            replaced, self._slots[frame.topic] = self._slots[frame.topic], frame
+            self._ready.notify()
+        if replaced is not None:
+            self._on_replaced(replaced)
+        return True
+
+    def take(self, timeout_s: float) -> Frame | None:
+        """Wait up to ``timeout_s`` for a frame and take it; None when none came or closed."""
+        with self._ready:
+            self._ready.wait_for(lambda: self._closed or any(self._slots.values()), timeout_s)
+            if self._closed:
+                return None
+            for index, topic in enumerate(self._order):
+                if (frame := self._slots[topic]) is not None:
+                    self._slots[topic] = None
+                    # The topic just served goes to the back, so a fast camera cannot starve a slow one.
+                    self._order.append(self._order.pop(index))
+                    return frame
+        return None
+
+    def close(self) -> list[Frame]:
+        """Refuse further frames, wake the taker and return the frames still waiting."""
+        with self._ready:
+            self._closed = True
+            waiting = [frame for frame in self._slots.values() if frame is not None]
+            self._slots = dict.fromkeys(self._slots)
+            self._ready.notify_all()
+        return waiting

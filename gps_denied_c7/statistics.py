@@ -1,0 +1,135 @@
+"""Counters and latency windows, written by the frame path and read as one immutable snapshot."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter, deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+__all__ = ['STAGES', 'Percentiles', 'Statistics', 'StatisticsSnapshot', 'StreamCounters']
+
+STAGES = ('queue', 'decode', 'preprocess', 'inference', 'publish', 'total')
+
+_WINDOW = 512
+
+
+@dataclass(frozen=True, slots=True)
+class StreamCounters:
+    """
+    Count the frames of one topic since the node was configured.
+
+    ``received = refused + replaced + too_old + shed + closed + accepted + waiting`` and
+    ``accepted = refused after acceptance (undecodable) + answered + unanswered + in hand``.
+
+    :param lost: messages lost before the node, None where the middleware cannot tell.
+    :param refused: images refused, by reason.
+    """
+
+    received: int = 0
+    accepted: int = 0
+    answered: int = 0
+    unanswered: int = 0
+    replaced: int = 0
+    too_old: int = 0
+    shed: int = 0
+    closed: int = 0
+    lost: int | None = None
+    refused: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def dropped_by_policy(self) -> int:
+        """Frames replaced by a newer one, too old, left out because of heat, or waiting when the streams closed."""
+        return self.replaced + self.too_old + self.shed + self.closed
+
+
+@dataclass(frozen=True, slots=True)
+class Percentiles:
+    """Hold p50, p95 and p99 of one stage in milliseconds, over the last ``count`` frames."""
+
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
+class StatisticsSnapshot:
+    """Hold everything counted, at one moment."""
+
+    streams: Mapping[str, StreamCounters]
+    stages: Mapping[str, Percentiles]
+    callback_failures: Mapping[str, int]
+
+
+class Statistics:
+    """Collect counts and durations from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: dict[str, Counter[str]] = {}
+        self._refused: dict[str, Counter[str]] = {}
+        self._lost: dict[str, int | None] = {}
+        self._stages: dict[str, deque[int]] = {stage: deque(maxlen=_WINDOW) for stage in STAGES}
+        self._callback_failures: Counter[str] = Counter()
+
+    def open_streams(self, topics: tuple[str, ...]) -> None:
+        """Begin counting ``topics`` from zero and forget older ones."""
+        with self._lock:
+            self._counts = {topic: Counter() for topic in topics}
+            self._refused = {topic: Counter() for topic in topics}
+            self._lost = dict.fromkeys(topics)
+            for window in self._stages.values():
+                window.clear()
+
+    def count(self, topic: str, event: str, by: int = 1) -> int:
+        """Add to one StreamCounters field of ``topic`` and return the new value."""
+        with self._lock:
+            counts = self._counts.setdefault(topic, Counter())
+            counts[event] += by
+            return counts[event]
+
+    def refuse(self, topic: str, reason: str) -> None:
+        """Count one refused image."""
+        with self._lock:
+            self._refused.setdefault(topic, Counter())[reason] += 1
+
+    def set_lost(self, topic: str, lost: int | None) -> None:
+        """Set the messages lost before the node, None for unknown."""
+        with self._lock:
+            self._lost[topic] = lost
+
+    def callback_failed(self, callback: str) -> None:
+        """Count one exception that a callback let out."""
+        with self._lock:
+            self._callback_failures[callback] += 1
+
+    def observe(self, durations_ns: Mapping[str, int]) -> None:
+        """Add one frame's durations in nanoseconds, by stage."""
+        with self._lock:
+            for stage, duration in durations_ns.items():
+                self._stages[stage].append(duration)
+
+    def snapshot(self) -> StatisticsSnapshot:
+        """Return a copy of everything."""
+        with self._lock:
+            counts = {topic: dict(counter) for topic, counter in self._counts.items()}
+            refused = {topic: dict(counter) for topic, counter in self._refused.items()}
+            lost = dict(self._lost)
+            windows = {stage: np.array(window, dtype=np.int64) for stage, window in self._stages.items() if window}
+            failures = dict(self._callback_failures)
+        return StatisticsSnapshot(
+            streams={
+                topic: StreamCounters(**counter, refused=refused.get(topic, {}), lost=lost.get(topic))
+                for topic, counter in counts.items()
+            },
+            stages={stage: _percentiles(window) for stage, window in windows.items()},
+            callback_failures=failures,
+        )
+
+
+def _percentiles(nanoseconds: np.ndarray) -> Percentiles:
+    p50, p95, p99 = np.percentile(nanoseconds, (50, 95, 99)) / 1e6
+    return Percentiles(float(p50), float(p95), float(p99), int(nanoseconds.size))

@@ -1,0 +1,80 @@
+"""Names, element types and shapes of the tensors that cross the runtime boundary."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gps_denied_c7.errors import InferenceError
+
+__all__ = ['TensorSpec', 'check_inputs', 'check_outputs', 'is_finite']
+
+Arrays = Mapping[str, NDArray]
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """
+    Describe one named tensor.
+
+    :param name: the canonical name, as the model bundle spells it.
+    :param dtype: a NumPy type name, as ``float32``.
+    :param shape: one entry per axis; ``None`` where the size is free (a dynamic axis).
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | None, ...]
+
+    def mismatch(self, array: NDArray) -> str | None:
+        """Say how ``array`` breaks this spec, or None where it fits."""
+        if array.dtype != np.dtype(self.dtype):
+            return f'tensor {self.name!r}: expected dtype {self.dtype}, found {array.dtype}'
+        fits = len(array.shape) == len(self.shape) and all(
+            want is None or want == have for want, have in zip(self.shape, array.shape, strict=True)
+        )
+        return None if fits else f'tensor {self.name!r}: expected shape {self.shape}, found {array.shape}'
+
+
+def check_inputs(specs: Sequence[TensorSpec], arrays: Arrays) -> None:
+    """Raise InferenceError unless ``arrays`` holds exactly the tensors that ``specs`` name."""
+    _check(specs, arrays, 'input')
+
+
+def check_outputs(specs: Sequence[TensorSpec], arrays: Arrays, *, finite: bool = False) -> None:
+    """
+    Raise InferenceError for a missing, misshapen or non-finite output.
+
+    A silently wrong answer is worse than a late one, so every floating-point value is looked at.
+
+    :param finite: somebody has looked at every value already.
+    """
+    _check(specs, arrays, 'output')
+    if finite:
+        return
+    for name, array in arrays.items():
+        if array.dtype.kind == 'f' and not is_finite(array):
+            raise InferenceError(
+                f'output {name!r} has {int((~np.isfinite(array)).sum())} non-finite values of {array.size}.'
+            )
+
+
+def is_finite(array: NDArray) -> bool:
+    """Tell whether no value of a floating-point array is NaN or infinite; exact, also next to overflow."""
+    if array.dtype == np.float16 and array.size and array.flags.c_contiguous:
+        # NumPy converts each float16 on the way, at eight times the cost. As integers, all that is not finite lies
+        # at the upper end: of the signed ones where it is positive, of the unsigned ones where it is negative.
+        return bool(array.view(np.int16).max() < 0x7C00 and array.view(np.uint16).max() < 0xFC00)
+    return bool(np.isfinite(array).all())
+
+
+def _check(specs: Sequence[TensorSpec], arrays: Arrays, role: str) -> None:
+    expected = [spec.name for spec in specs]
+    if set(expected) != set(arrays):
+        raise InferenceError(f'{role}s: expected {sorted(expected)}, found {sorted(arrays)}.')
+    for spec in specs:
+        if problem := spec.mismatch(arrays[spec.name]):
+            raise InferenceError(f'{role} {problem}.')

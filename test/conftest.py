@@ -1,0 +1,30 @@
+"""What holds for every test: plain loggers, no litter in the home folder, and a word on what this machine lacks."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import tempfile
+
+import pytest
+
+# launch_testing's pytest plugin imports launch, whose logger class does not propagate: caplog would see nothing of the
+# loggers that our modules make.
+logging.setLoggerClass(logging.Logger)
+
+# rcl and launch write their logs here; a test that looks at them names a folder of its own.
+os.environ.setdefault('ROS_LOG_DIR', tempfile.mkdtemp(prefix='c7-test-log-'))
+
+# What some tests use where it imports. Their skips name it again, with the reason.
+OPTIONAL = ('launch_testing', 'cv_bridge', 'rclpy', 'tensorrt', 'torch')
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    """Say which ROS the tests ran on, and which optional modules are absent."""
+    absent = [name for name in OPTIONAL if importlib.util.find_spec(name) is None]
+    overlay = os.environ.get('C7_ROS_OVERLAY') or 'none'
+    return [
+        f'ROS_DISTRO: {os.environ.get("ROS_DISTRO") or "not set"}, C7_ROS_OVERLAY: {overlay}',
+        f'absent here: {", ".join(absent) or "nothing"}',
+    ]

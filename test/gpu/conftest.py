@@ -1,0 +1,45 @@
+"""What the GPU suite shares: its marker, and the reason for its skips where there is no GPU."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+from report import write_report
+from results import VARIABLE
+
+HERE = Path(__file__).parent
+# The suite reuses the models and fakes of the runtime tests.
+sys.path.append(str(HERE.parent / 'runtimes'))
+
+# Device files of a discrete GPU and of a Jetson; looked at by name, so that no vendor library is loaded to decide.
+GPU_SIGNS = ('/proc/driver/nvidia/version', '/dev/nvidia0', '/dev/nvidiactl', '/dev/nvhost-gpu')
+
+
+def absent_gpu() -> str | None:
+    """Say why the suite cannot run here, None where it can."""
+    if any(Path(sign).exists() for sign in GPU_SIGNS):
+        return None
+    return f'no NVIDIA GPU here: none of {", ".join(GPU_SIGNS)}'
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line('markers', 'gpu: needs an NVIDIA GPU; pytest -m gpu runs these alone')
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = absent_gpu()
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.gpu)
+            if reason:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_sessionfinish() -> None:
+    """Let the suite write its report from everything measured so far."""
+    results = os.environ.get(VARIABLE)
+    if results and Path(results).is_file():
+        write_report(Path(results).read_text(encoding='utf-8').splitlines())

@@ -1,0 +1,141 @@
+"""The whole node on the GPU over a replayed flight, with an engine that loads and with one that is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from results import record
+from superpoint import write_superpoint
+
+rclpy_missing = None
+try:
+    import rclpy  # noqa: F401
+    import tensorrt  # noqa: F401
+except ImportError as error:
+    rclpy_missing = str(error)
+
+pytestmark = pytest.mark.skipif(rclpy_missing is not None, reason=f'the node and TensorRT: {rclpy_missing}')
+
+if rclpy_missing is None:
+    sys.path.append(str(Path(__file__).parents[1] / 'ros'))
+    from harness import NodeProcess, Peer, free_domain_id, wait_until
+    from scenario import IMAGE_TOPIC, record_flight, replay
+
+
+@pytest.fixture(scope='module')
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle around the SuperPoint-shaped network, golden answers from ONNX Runtime on the CPU in FP32."""
+    from gps_denied_c7.bundle_maker import BundleRequest, make_bundle
+
+    directory = tmp_path_factory.mktemp('model')
+    onnx = write_superpoint(directory / 'superpoint.onnx')
+    return make_bundle(BundleRequest(model=onnx, output=directory / 'bundle')).bundle.root
+
+
+@pytest.fixture(scope='module')
+def bag(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return record_flight(tmp_path_factory.mktemp('bag'))
+
+
+@pytest.fixture(scope='module')
+def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp('caches')
+    return {'engine_cache_dir': str(root / 'engines'), 'ort_trt_cache_dir': str(root / 'ort')}
+
+
+@pytest.fixture
+def flown(model: Path, bag: Path, caches: dict[str, str]) -> Iterator[Any]:
+    """Fly the bag through a node with further parameters; return its answers, records and diagnostics."""
+
+    def fly(**parameters: Any) -> dict[str, Any]:
+        with free_domain_id() as domain_id:
+            os.environ['ROS_AUTOMATIC_DISCOVERY_RANGE'] = 'LOCALHOST'
+            start = time.monotonic()
+            node = NodeProcess(
+                domain_id,
+                {'autostart': True, 'model_path': str(model), 'image_topics': [IMAGE_TOPIC], **caches, **parameters},
+            )
+            peer = Peer(domain_id)
+            asked = []
+            try:
+
+                def active() -> bool:
+                    began = time.monotonic()
+                    state = peer.state()
+                    asked.append(time.monotonic() - began)
+                    return state == 'active'
+
+                wait_until(active, 'state active', 300.0)
+                start_s = time.monotonic() - start
+                (topic,) = replay(bag, domain_id)['topics']
+                sent = topic['sent']
+                wait_until(lambda: len(peer.tensors) >= sent, f'{sent} answers', 60.0)
+                wait_until(lambda: peer.values('Latency').get('frames') == str(sent), 'the latency report', 30.0)
+                return {
+                    'sent': sent,
+                    'answers': list(peer.tensors),
+                    'kinds': peer.kinds(),
+                    'runtime': peer.status('Runtime'),
+                    'latency': {key: value for key, value in peer.values('Latency').items() if key.endswith('p50_ms')},
+                    'start_to_active_s': round(start_s, 2),
+                    'slowest_get_state_ms': round(max(asked) * 1e3, 1),
+                }
+            except AssertionError:
+                print(node.output())
+                raise
+            finally:
+                node.close()
+                peer.close()
+
+    yield fly
+
+
+def test_node_builds_on_configure_and_flies_on_tensorrt(flown: Any, caches: dict[str, str]) -> None:
+    """R-2, F-5: built with progress while services answer, then served from the cache without a build."""
+    built = flown(build_on_configure=True)
+    cached = flown()
+    for flight in (built, cached):
+        assert {answer.runtime_label for answer in flight['answers']} == {'tensorrt'}
+        assert not any(answer.is_fallback for answer in flight['answers'])
+        assert len(flight['answers']) == flight['sent']
+        assert not {'c7.cpu_fallback', 'c7.fallback_to_onnx_trt_ep'} & set(flight['kinds'])
+    for name, flight in (('with a build', built), ('from the cache', cached)):
+        record(
+            f'node on TensorRT, {name}',
+            frames=f'{len(flight["answers"])} of {flight["sent"]}',
+            start_to_active_s=flight['start_to_active_s'],
+            slowest_get_state_ms=flight['slowest_get_state_ms'],
+            **flight['latency'],
+        )
+
+
+def test_node_with_a_refused_engine_flies_on_onnxruntime_on_the_gpu(flown: Any, caches: dict[str, str]) -> None:
+    """AC-3, AC-5: the gate refuses a damaged engine, ONNX Runtime serves on the GPU, with the alert."""
+    engines = list(Path(caches['engine_cache_dir']).glob('*.engine'))
+    if not engines:
+        pytest.skip('no engine was built')
+    plan = bytearray(engines[0].read_bytes())
+    plan[len(plan) // 2] ^= 0x40
+    engines[0].write_bytes(plan)
+    flight = flown()
+    assert {answer.runtime_label for answer in flight['answers']} == {'onnx_trt_ep'}
+    providers = {answer.active_provider for answer in flight['answers']}
+    assert providers <= {'TensorrtExecutionProvider', 'CUDAExecutionProvider'}
+    assert len(flight['answers']) == flight['sent']
+    assert flight['kinds'].count('c7.fallback_to_onnx_trt_ep') == 1
+    assert 'c7.cpu_fallback' not in flight['kinds']
+    record(
+        'node with a refused engine',
+        frames=f'{len(flight["answers"])} of {flight["sent"]}',
+        provider=', '.join(providers),
+        alerts=json.dumps(sorted(kind for kind in flight['kinds'] if 'fallback' in kind)),
+        start_to_active_s=flight['start_to_active_s'],
+        **flight['latency'],
+    )

@@ -1,0 +1,426 @@
+"""A peer on the same DDS domain as the node under test, and the node as a process of its own."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+from gps_denied_c7_msgs.msg import FdrRecord, TensorList
+from lifecycle_msgs.msg import Transition
+from lifecycle_msgs.srv import ChangeState, GetState
+from rcl_interfaces.msg import Parameter as ParameterMsg
+from rcl_interfaces.srv import GetParameters, SetParameters
+from rclpy.executors import MultiThreadedExecutor
+from rclpy.parameter import Parameter
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import Image
+
+from gps_denied_c7.ros.dds import apply_profile
+from gps_denied_c7.ros.executor import PoolExecutor
+from gps_denied_c7.ros.flight_recorder import FDR_QOS
+from gps_denied_c7.ros.node import DEFAULT_NODE_NAME, TENSORS_QOS, C7InferenceNode
+
+__all__ = ['LocalNode', 'NodeProcess', 'Peer', 'free_domain_id', 'image', 'running_node', 'tensor', 'wait_until']
+
+ROOT = Path(__file__).resolve().parents[2]
+
+TRANSITIONS = {
+    'configure': Transition.TRANSITION_CONFIGURE,
+    'activate': Transition.TRANSITION_ACTIVATE,
+    'deactivate': Transition.TRANSITION_DEACTIVATE,
+    'cleanup': Transition.TRANSITION_CLEANUP,
+}
+STEADY = ('unconfigured', 'inactive', 'active', 'finalized')
+LEVELS = {DiagnosticStatus.OK: 'OK', DiagnosticStatus.WARN: 'WARN', DiagnosticStatus.ERROR: 'ERROR'}
+
+
+_FIRST_DOMAIN, _DOMAINS = 60, 41
+_next_domain = itertools.count(os.getpid())
+
+
+@contextlib.contextmanager
+def free_domain_id() -> Iterator[int]:
+    """
+    Hold a ROS domain that no other test on this machine uses, by a lock that dies with its owner.
+
+    Each call begins with the next number: what an earlier test left in a domain, as entities of this
+    process that wait to be collected, is then not there to be found.
+    """
+    for _ in range(_DOMAINS):
+        number = _FIRST_DOMAIN + next(_next_domain) % _DOMAINS
+        lock = open(Path(tempfile.gettempdir()) / f'c7-test-domain-{number}.lock', 'w')  # noqa: SIM115
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            continue
+        with lock:
+            yield number
+        return
+    raise RuntimeError('every test domain is in use')
+
+
+@contextlib.contextmanager
+def eager_discovery() -> Iterator[None]:
+    """Let a participant of this process that is made meanwhile be found fast, unless somebody chose a profile."""
+    decision = apply_profile(dict(os.environ))
+    if decision.applied:
+        os.environ[decision.variable] = str(Path(__file__).with_name('eager_discovery.xml'))
+    yield
+    if decision.applied:
+        del os.environ[decision.variable]
+
+
+def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 30.0) -> Any:
+    """Return the first true value of ``condition``, or fail saying ``what`` was awaited."""
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f'waited {timeout_s:.0f} s for {what}'
+        time.sleep(0.01)
+    return value
+
+
+def image(number: int = 1, *, width: int = 64, height: int = 48, encoding: str = 'mono8', **fields: Any) -> Image:
+    """Return a well-formed mono8 image stamped ``number`` seconds, or one with ``fields`` changed."""
+    message = Image(width=width, height=height, encoding=encoding, step=width)
+    message.header.stamp.sec = number
+    message.header.frame_id = f'camera {number}'
+    if 'data' not in fields:
+        message.data = bytes(range(256)) * (width * height // 256)
+    for name, value in fields.items():
+        setattr(message, name, value)
+    return message
+
+
+def tensor(answer: TensorList, name: str) -> np.ndarray:
+    """Return one tensor of an answer as its message describes it."""
+    (message,) = [tensor for tensor in answer.tensors if tensor.name == name]
+    dtype = np.dtype(message.dtype).newbyteorder('<')
+    assert len(message.data) == dtype.itemsize * int(np.prod(message.shape, dtype=np.int64))
+    return np.frombuffer(bytes(message.data), dtype).reshape(message.shape)
+
+
+class Peer:
+    """
+    Listen to a node and ask its services, from a context and threads of its own.
+
+    :param node: fully qualified name of the node under test.
+    :param context: an initialised context to join, its owner's to end, instead of one of its own.
+    """
+
+    def __init__(
+        self, domain_id: int, node: str = f'/{DEFAULT_NODE_NAME}', *, context: rclpy.Context | None = None
+    ) -> None:
+        self.node_name = node
+        self.tensors: list[TensorList] = []
+        self.records: list[FdrRecord] = []
+        self.diagnostics: list[DiagnosticArray] = []
+        self.context = context or rclpy.Context()
+        self._owns_context = context is None
+        with eager_discovery():
+            if context is None:
+                rclpy.init(context=self.context, domain_id=domain_id)
+            self.node = rclpy.create_node('test_peer', context=self.context)
+        self.node.create_subscription(TensorList, f'{node}/tensors', self.tensors.append, TENSORS_QOS)
+        self.node.create_subscription(FdrRecord, f'{node}/fdr', self.records.append, FDR_QOS)
+        self.node.create_subscription(DiagnosticArray, '/diagnostics', self.diagnostics.append, 10)
+        self._publishers: dict[str, Any] = {}
+        self._clients: dict[str, Any] = {}
+        self._executor = MultiThreadedExecutor(2, context=self.context)
+        self._executor.add_node(self.node)
+        self._thread = threading.Thread(target=self._spin, daemon=True)
+        self._thread.start()
+
+    def _spin(self) -> None:
+        with contextlib.suppress(rclpy.executors.ExternalShutdownException):
+            self._executor.spin()
+
+    def close(self) -> None:
+        """Leave the domain."""
+        self._executor.shutdown(timeout_sec=1.0)
+        self._thread.join(5.0)
+        self.node.destroy_node()
+        if self._owns_context:
+            self.context.try_shutdown()
+
+    # --- services ---------------------------------------------------------------------------------
+
+    def call(self, service_type: type, service: str, request: Any, timeout_s: float = 30.0) -> Any:
+        """Return the answer of ``<node>/<service>``."""
+        answer = self._wait_answer(self._client(service_type, service, timeout_s).call_async(request), timeout_s)
+        assert answer is not None, f'{service} did not answer within {timeout_s:.0f} s'
+        return answer
+
+    def look_up(self, service_type: type, service: str, request: Any, timeout_s: float = 30.0) -> Any:
+        """Return the answer of a service that may be asked twice, asking again where a request was lost."""
+        client = self._client(service_type, service, timeout_s)
+        deadline = time.monotonic() + timeout_s
+        while (answer := self._wait_answer(client.call_async(request), 3.0)) is None:
+            assert time.monotonic() < deadline, f'{service} did not answer within {timeout_s:.0f} s'
+        return answer
+
+    def _client(self, service_type: type, service: str, timeout_s: float = 30.0) -> Any:
+        client = self._clients.get(service)
+        if client is None:
+            client = self._clients[service] = self.node.create_client(service_type, f'{self.node_name}/{service}')
+            assert client.wait_for_service(timeout_s), f'{service} did not appear within {timeout_s:.0f} s'
+            # The service may get to know its client a moment later, and would not find it with its answer.
+            time.sleep(0.2)
+        return client
+
+    def _wait_answer(self, future: Any, timeout_s: float) -> Any:
+        done = threading.Event()
+        future.add_done_callback(lambda _: done.set())
+        return future.result() if done.wait(timeout_s) else None
+
+    def state(self, timeout_s: float = 30.0) -> str:
+        """Return the lifecycle state's label."""
+        return self.look_up(GetState, 'get_state', GetState.Request(), timeout_s).current_state.label
+
+    def change_state(self, label: str, timeout_s: float = 60.0) -> bool:
+        """Ask for a transition and return whether it succeeded."""
+        before = self.state()
+        future = self.ask_change_state(label)
+        deadline = time.monotonic() + timeout_s
+        while (answer := self._wait_answer(future, 3.0)) is None:
+            if (state := self.state()) in STEADY:
+                return state != before
+            assert time.monotonic() < deadline, f'{label} was not answered within {timeout_s:.0f} s'
+        return answer.success
+
+    def ask_change_state(self, label: str) -> Any:
+        """
+        Ask for a transition and return the future of its answer once the node has begun with it.
+
+        The first request or answer after a match is now and then lost, with rclpy's own nodes too.
+        """
+        before = self.state()
+        client = self._client(ChangeState, 'change_state')
+        request = ChangeState.Request(transition=Transition(id=TRANSITIONS.get(label, 0), label=label))
+        while True:
+            future = client.call_async(request)
+            ask_again = time.monotonic() + 3.0
+            while time.monotonic() < ask_again:
+                if self._wait_answer(future, 0.1) is not None or self.state() != before:
+                    return future
+
+    def get_parameter(self, name: str) -> Any:
+        """Return a parameter's value message."""
+        return self.look_up(GetParameters, 'get_parameters', GetParameters.Request(names=[name])).values[0]
+
+    def set_parameter(self, name: str, value: Any) -> Any:
+        """Set a parameter and return the SetParametersResult."""
+        message: ParameterMsg = Parameter(name, value=value).to_parameter_msg()
+        return self.look_up(SetParameters, 'set_parameters', SetParameters.Request(parameters=[message])).results[0]
+
+    def wait_state(self, label: str, timeout_s: float = 60.0) -> None:
+        """Wait for a lifecycle state."""
+        wait_until(lambda: self.state() == label, f'state {label}', timeout_s)
+
+    def start(self, label: str = 'active') -> None:
+        """Take the node to ``inactive`` or ``active`` by transitions that must succeed."""
+        for transition in ('configure', 'activate')[: 1 if label == 'inactive' else 2]:
+            assert self.change_state(transition), f'{transition} failed: {self.message("Runtime")}'
+
+    # --- topics -----------------------------------------------------------------------------------
+
+    def publisher(self, topic: str, message_type: type = Image, qos: QoSProfile | None = None) -> Any:
+        """Return a publisher of ``topic``, reliable by default so that a test loses nothing on its own side."""
+        if topic not in self._publishers:
+            profile = qos or QoSProfile(depth=50, reliability=ReliabilityPolicy.RELIABLE)
+            self._publishers[topic] = self.node.create_publisher(message_type, topic, profile)
+        return self._publishers[topic]
+
+    def wait_matched(self, topic: str, message_type: type = Image, timeout_s: float = 30.0) -> Any:
+        """Return the publisher of ``topic`` once a subscription has matched it."""
+        publisher = self.publisher(topic, message_type)
+        wait_until(lambda: publisher.get_subscription_count() > 0, f'a subscription of {topic}', timeout_s)
+        # The other end may match a moment later; what leaves before is lost for a best-effort reader.
+        time.sleep(0.3)
+        return publisher
+
+    def ask(self, topic: str, message: Any, timeout_s: float = 30.0) -> TensorList:
+        """Publish one image on a matched topic and return its answer."""
+        before = len(self.tensors)
+        self.publisher(topic, type(message)).publish(message)
+        wait_until(lambda: len(self.tensors) > before, f'an answer to an image on {topic}', timeout_s)
+        return self.tensors[before]
+
+    def kinds(self) -> list[str]:
+        """Return the kinds of the flight records received so far."""
+        return [record.kind for record in list(self.records)]
+
+    def payloads(self, kind: str) -> list[dict[str, Any]]:
+        """Return the payloads of the flight records of one kind."""
+        return [json.loads(record.payload_json) for record in list(self.records) if record.kind == kind]
+
+    def status(self, name: str) -> Any:
+        """Return the latest diagnostic status called ``name``, None before the first."""
+        for message in reversed(list(self.diagnostics)):
+            for status in message.status:
+                if status.name == f'{self.node_name}: {name}':
+                    return status
+        return None
+
+    def wait_record(self, kind: str, timeout_s: float = 30.0) -> dict[str, Any]:
+        """Return the payload of the first flight record of ``kind``."""
+        return wait_until(lambda: self.payloads(kind), f'a record {kind}', timeout_s)[0]
+
+    def level(self, name: str) -> str:
+        """Return the latest level of the diagnostic status called ``name``: OK, WARN, ERROR, or '' before the first."""
+        status = self.status(name)
+        return LEVELS[status.level] if status else ''
+
+    def message(self, name: str) -> str:
+        """Return the latest message of the diagnostic status called ``name``."""
+        status = self.status(name)
+        return status.message if status else ''
+
+    def wait_level(self, name: str, level: str, timeout_s: float = 30.0) -> None:
+        """Wait for a diagnostic status to have a level."""
+        wait_until(lambda: self.level(name) == level, f'{name} at {level}', timeout_s)
+
+    def values(self, name: str) -> dict[str, str]:
+        """Return the key-value pairs of the latest diagnostic status called ``name``."""
+        status = self.status(name)
+        return {pair.key: pair.value for pair in status.values} if status else {}
+
+
+class LocalNode:
+    """
+    Run the node in this process, on a real executor, for what needs a hand inside it.
+
+    :param parameters: of the node.
+    """
+
+    def __init__(self, context: rclpy.Context, *, thermal: Any = None, **parameters: Any) -> None:
+        self.node = C7InferenceNode(
+            context=context,
+            thermal=thermal,
+            parameter_overrides=[Parameter(name, value=value) for name, value in parameters.items()],
+        )
+        self._ended = threading.Event()
+        self._executor = PoolExecutor(
+            4, on_escape=lambda error: self.node.report_callback_failure('executor', error), context=context
+        )
+        self._executor.add_node(self.node)
+        self._thread = threading.Thread(target=self._executor.spin_until, args=(self._ended.is_set,), daemon=True)
+        self._thread.start()
+
+    def set(self, name: str, value: Any) -> Any:
+        """Set a parameter and return the result."""
+        return self.node.set_parameters([Parameter(name, value=value)])[0]
+
+    def chain(self) -> Any:
+        """Return the status of the loaded chain."""
+        return self.node._loaded.chain.status()
+
+    def close(self) -> None:
+        """Shut the node down."""
+        self.node.end('test', timeout_s=5.0)
+        self._ended.set()
+        self._thread.join(5.0)
+        self._executor.shutdown(timeout_sec=1.0)
+        self.node.destroy_node()
+
+
+class NodeProcess:
+    """
+    Run ``c7_inference_node`` as a process of its own.
+
+    :param parameters: of the node; each value is written as YAML.
+    :param arguments: further ``--ros-args`` words.
+    """
+
+    def __init__(
+        self, domain_id: int, parameters: dict[str, Any] | None = None, arguments: tuple[str, ...] = (), **env: str
+    ) -> None:
+        words = [sys.executable, '-m', 'gps_denied_c7.ros.main', '--ros-args', *arguments]
+        for name, value in (parameters or {}).items():
+            words += ['-p', f'{name}:={json.dumps(value)}']
+        self.log = tempfile.NamedTemporaryFile('w+', suffix='.log', prefix='c7-node-')  # noqa: SIM115
+        self.process = subprocess.Popen(
+            words,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            cwd=tempfile.gettempdir(),
+            env={
+                **os.environ,
+                'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
+                'ROS_DOMAIN_ID': str(domain_id),
+                'ROS_AUTOMATIC_DISCOVERY_RANGE': 'LOCALHOST',
+                **env,
+            },
+        )
+
+    def output(self) -> str:
+        """Return everything the process has printed."""
+        return Path(self.log.name).read_text(errors='replace')
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal."""
+        self.process.send_signal(number)
+
+    def wait(self, timeout_s: float = 30.0) -> int:
+        """Return the exit code."""
+        return self.process.wait(timeout_s)
+
+    def shared_memory(self) -> set[Path]:
+        """Return the files of the shared memory that Fast DDS holds for the process."""
+        opened = [
+            os.readlink(link)
+            for link in Path(f'/proc/{self.process.pid}/fd').glob('*')
+            if link.is_symlink() and link.exists()
+        ]
+        locks = {path for path in opened if re.fullmatch(r'/dev/shm/fast(rtps|dds)_[0-9a-f]{16}_el', path)}
+        return {Path(path) for lock in locks for path in (lock, lock.removesuffix('_el'))}
+
+    def close(self) -> None:
+        """End the process if it still runs, and hand on what it printed, for pytest to show where a test fails."""
+        if self.process.poll() is None:
+            segments = self.shared_memory()
+            self.process.kill()
+            self.process.wait()
+            # Fast DDS cannot remove its own, tens of megabytes each, when it is killed.
+            for path in segments:
+                path.unlink(missing_ok=True)
+        print(self.output())
+        self.log.close()
+
+
+@contextlib.contextmanager
+def running_node(
+    parameters: dict[str, Any] | None = None,
+    arguments: tuple[str, ...] = (),
+    node: str = f'/{DEFAULT_NODE_NAME}',
+    **env: str,
+) -> Iterator[tuple[NodeProcess, Peer]]:
+    """
+    Run a node process on a domain of its own, with a peer.
+
+    :param node: fully qualified name that it is going to have.
+    """
+    with free_domain_id() as domain_id:
+        process = NodeProcess(domain_id, parameters, arguments, **env)
+        peer = Peer(domain_id, node)
+        try:
+            yield process, peer
+        finally:
+            peer.close()
+            process.close()

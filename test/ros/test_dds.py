@@ -1,0 +1,261 @@
+"""The DDS profile: chosen only where the user chose nothing, in force, and missed aloud where it is not."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gps_denied_c7.ros.dds import (
+    HD_IMAGE_BYTES,
+    HostTransport,
+    apply_profile,
+    profile_path,
+    segment_size,
+    transport_warnings,
+)
+
+OLD, NEW = 'FASTRTPS_DEFAULT_PROFILES_FILE', 'FASTDDS_DEFAULT_PROFILES_FILE'
+ROOT = Path(__file__).resolve().parents[2]
+GOOD = HostTransport(shm_free_bytes=1 << 30, segment_bytes=70 << 20, rmem_max_bytes=1 << 26)
+BARE = HostTransport(shm_free_bytes=1 << 30, segment_bytes=549_408, rmem_max_bytes=212_992)
+
+
+def prefix(tmp_path: Path, package: str) -> str:
+    (tmp_path / 'share' / package).mkdir(parents=True)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize(('package', 'variable'), [('fastrtps', OLD), ('fastdds', NEW)])
+def test_sets_the_variable_that_the_installed_fast_dds_reads(tmp_path, package, variable):
+    """§8: FASTRTPS_... for Jazzy, FASTDDS_... for Kilted, and not the other, which Kilted warns about."""
+    environ = {'AMENT_PREFIX_PATH': f'/nowhere:{prefix(tmp_path, package)}'}
+    decision = apply_profile(environ)
+    assert decision.applied and decision.variable == variable
+    assert environ[variable] == str(decision.path) == str(profile_path())
+    assert {OLD, NEW} & set(environ) == {variable}
+    assert variable in decision.reason and 'publishers' in decision.reason
+
+
+@pytest.mark.parametrize(('distro', 'variable'), [('humble', OLD), ('jazzy', OLD), ('kilted', NEW), ('rolling', NEW)])
+def test_goes_by_the_distribution_where_no_package_tells(distro, variable):
+    environ = {'ROS_DISTRO': distro, 'RMW_IMPLEMENTATION': 'rmw_fastrtps_cpp'}
+    assert apply_profile(environ).variable == variable
+
+
+@pytest.mark.parametrize(
+    'chosen', [{OLD: '/my.xml'}, {NEW: '/my.xml'}, {'FASTDDS_BUILTIN_TRANSPORTS': 'LARGE_DATA'}],
+)  # fmt: skip
+def test_leaves_what_the_user_chose(chosen):
+    """§8: only when the user set neither."""
+    environ = dict(chosen)
+    decision = apply_profile(environ)
+    assert environ == chosen and not decision.applied
+    assert next(iter(chosen.values())) in decision.reason
+
+
+@pytest.mark.parametrize('rmw', ['rmw_cyclonedds_cpp', 'rmw_zenoh_cpp'])
+def test_leaves_other_middleware_alone(rmw):
+    """§8: and the RMW is Fast DDS."""
+    environ = {'RMW_IMPLEMENTATION': rmw}
+    assert not apply_profile(environ).applied
+    assert environ == {'RMW_IMPLEMENTATION': rmw}
+    assert transport_warnings(environ, host=BARE) == ()
+
+
+def test_a_child_inherits_the_profile_without_complaint():
+    environ: dict[str, str] = {}
+    assert apply_profile(environ).applied
+    again = apply_profile(environ)
+    assert not again.applied and again.path == profile_path()
+
+
+def test_the_profile_holds_many_images():
+    assert segment_size(profile_path()) >= 64 << 20
+    assert segment_size(profile_path()) >= 10 * HD_IMAGE_BYTES
+
+
+def test_finds_the_profile_from_an_installed_prefix(tmp_path):
+    """B-1: colcon puts the module below lib and the profile below share of one prefix."""
+    module = tmp_path / 'lib' / 'python3.x' / 'site-packages' / 'gps_denied_c7' / 'ros'
+    module.mkdir(parents=True)
+    config = tmp_path / 'share' / 'gps_denied_c7' / 'config'
+    config.mkdir(parents=True)
+    for name in ('__init__.py', 'ros/__init__.py', 'ros/dds.py'):
+        shutil.copy(ROOT / 'gps_denied_c7' / name, module.parent / name)
+    code = 'from gps_denied_c7.ros import dds; print(dds.__file__, dds.profile_path())'
+    found = []
+    for copy in (False, True):
+        if copy:
+            shutil.copy(ROOT / 'config' / 'fastdds_shm.xml', config)
+        run = subprocess.run(
+            [sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=tmp_path,
+            env={**os.environ, 'PYTHONPATH': str(module.parents[1])},
+        )  # fmt: skip
+        found.append(run.stdout.split())
+    assert found == [
+        [str(module / 'dds.py'), 'None'],
+        [str(module / 'dds.py'), str(config / 'fastdds_shm.xml')],
+    ]
+
+
+def test_all_well_says_nothing():
+    assert transport_warnings({OLD: str(profile_path())}, host=GOOD) == ()
+    assert transport_warnings({'FASTDDS_BUILTIN_TRANSPORTS': 'LARGE_DATA'}, host=BARE) == ()
+
+
+def test_names_the_variable_and_the_file_when_no_profile_is_in_force():
+    warnings = transport_warnings({'ROS_DISTRO': 'jazzy'}, host=BARE)
+    assert len(warnings) == 2
+    assert f'{OLD}={profile_path()}' in warnings[0]
+    assert 'sysctl -w net.core.rmem_max=24883200' in warnings[1]
+
+
+def test_small_images_need_no_profile():
+    assert transport_warnings({}, image_bytes=320 * 240, host=BARE) == ()
+
+
+@pytest.mark.parametrize(
+    ('content', 'words'),
+    [
+        (None, 'cannot be read'),
+        ('<dds><segment_size>1000000</segment_size></dds>', 'gives 1.0 MB'),
+        ('no xml', 'gives 0.0 MB'),
+    ],
+)
+def test_judges_the_users_own_profile(tmp_path, content, words):
+    profile = tmp_path / 'own.xml'
+    if content is not None:
+        profile.write_text(content)
+    first, *_ = transport_warnings({NEW: str(profile)}, host=BARE)
+    assert words in first and str(profile) in first and 'segment_size to 24883200' in first
+
+
+@pytest.mark.parametrize(('free', 'words'), [(None, 'there is no /dev/shm'), (64 << 20, '67.1 MB left')])
+def test_names_the_shared_memory_that_is_too_small(free, words):
+    """Docker gives 64 MiB, of which the profile's segment takes a little more."""
+    host = HostTransport(free, 0, None)
+    [warning] = transport_warnings({OLD: str(profile_path())}, host=host)
+    assert words in warning and 'docker run --shm-size=1g' in warning and 'fastdds shm clean' in warning
+
+
+def test_names_the_room_that_the_next_process_lacks():
+    [warning] = transport_warnings({OLD: str(profile_path())}, host=HostTransport(10 << 20, 70 << 20, None))
+    assert '10.5 MB left' in warning and '--shm-size' in warning
+
+
+def test_names_a_profile_that_came_too_late():
+    [warning] = transport_warnings({OLD: str(profile_path())}, host=HostTransport(1 << 30, 549_408, None))
+    assert 'before the process starts' in warning
+
+
+CHILD = """
+import json, os, sys
+from gps_denied_c7.ros.dds import HostTransport, apply_profile, transport_warnings
+environ = os.environ if sys.argv[1] == 'profile' else dict(os.environ)
+decision = apply_profile(environ)
+import rclpy
+rclpy.init()
+node = rclpy.create_node('probe')
+segment = HostTransport.read().segment_bytes
+print(json.dumps([decision.applied, segment, transport_warnings(os.environ)]))
+node.destroy_node()
+rclpy.shutdown()
+"""
+
+
+@pytest.fixture(autouse=True)
+def own_domain(monkeypatch, domain_id) -> None:
+    monkeypatch.setenv('ROS_DOMAIN_ID', str(domain_id))
+
+
+def run_child(*arguments: str, unset: tuple[str, ...] = (), prefix: tuple[str, ...] = ()):
+    pytest.importorskip('rclpy')
+    chosen = {OLD, NEW, 'FASTDDS_BUILTIN_TRANSPORTS', *unset}
+    environ = {name: value for name, value in os.environ.items() if name not in chosen}
+    run = subprocess.run(
+        [*prefix, sys.executable, '-c', CHILD, *arguments], capture_output=True, text=True, env=environ, timeout=60
+    )
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout.splitlines()[-1]), run.stderr
+
+
+needs_room = pytest.mark.skipif(
+    not Path('/dev/shm').is_dir() or shutil.disk_usage('/dev/shm').free < 160 << 20,
+    reason='needs 160 MB in /dev/shm: docker run --shm-size=1g',
+)
+needs_fast_dds = pytest.mark.skipif(
+    os.environ.get('RMW_IMPLEMENTATION', 'rmw_fastrtps_cpp') != 'rmw_fastrtps_cpp', reason='RMW is not Fast DDS'
+)
+
+
+@needs_room
+@needs_fast_dds
+def test_fast_dds_takes_the_profile():
+    """§8: with the real middleware the segment is there, and the check that looks for it finds it."""
+    (applied, segment, warnings), noise = run_child('profile')
+    assert applied and segment >= 64 << 20 and warnings == []
+    assert 'deprecated' not in noise and 'XMLPARSER' not in noise
+    (_, segment, warnings), _ = run_child('no profile')
+    assert 0 < segment < 1 << 20
+    assert 'DEFAULT_PROFILES_FILE=' in warnings[0]
+
+
+@needs_fast_dds
+def test_a_small_shared_memory_is_noticed_for_real():
+    """§8: in a container's 64 MiB Fast DDS silently goes on with UDP; the check says so."""
+    unshare = ('unshare', '--mount', 'sh', '-c', 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"', 'sh')
+    if not shutil.which('unshare') or subprocess.run([*unshare, 'true'], capture_output=True).returncode:
+        pytest.skip('may not mount a small /dev/shm here; needs CAP_SYS_ADMIN')
+    (applied, segment, warnings), _ = run_child('profile', prefix=unshare)
+    assert applied and segment < 1 << 20
+    assert '--shm-size=1g' in warnings[0]
+
+
+FAULTS = """
+import ctypes, resource, sys
+from gps_denied_c7.ros.dds import tune_allocator
+done = tune_allocator() if sys.argv[1] == 'tune' else None
+library = ctypes.CDLL(None)
+library.malloc.restype = ctypes.c_void_p
+library.malloc.argtypes = [ctypes.c_size_t]
+library.free.argtypes = [ctypes.c_void_p]
+library.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+def frame(size):
+    blocks = [library.malloc(size) for _ in range(2)]
+    for block in blocks:
+        library.memset(block, 1, size)
+    for block in blocks:
+        library.free(block)
+for _ in range(3):
+    frame(1920 * 1080 * 3 + 64)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    frame(1920 * 1080 * 3 + 64)
+print(done, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+def test_tuned_allocator_stops_the_page_faults():
+    """Half of what a 1080p frame costs beyond copying is page faults of fresh memory; they end."""
+    environ = {name: value for name, value in os.environ.items() if not name.startswith(('MALLOC_', 'GLIBC_TUNABLES'))}
+
+    def faults(argument: str, **extra: str) -> tuple[str, int]:
+        run = subprocess.run(
+            [sys.executable, '-c', FAULTS, argument], capture_output=True, text=True, check=True,
+            env={**environ, **extra},
+        )  # fmt: skip
+        done, count = run.stdout.split()
+        return done, int(count)
+
+    done, tuned = faults('tune')
+    if done == 'False':
+        pytest.skip('the C library is not glibc')
+    assert tuned < 2000
+    assert faults('as it is')[1] > 20 * 2 * 1000
+    assert faults('tune', MALLOC_TOP_PAD_='131072')[0] == 'False'

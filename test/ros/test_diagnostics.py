@@ -1,0 +1,184 @@
+"""§2: one status per concern, its level lasting as long as its cause."""
+
+import pytest
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
+
+from gps_denied_c7.chain import ChainState, ChainStatus, Rung
+from gps_denied_c7.ros.diagnostics import (
+    DiagnosticsPublisher,
+    Report,
+    StreamHealth,
+    latency_report,
+    runtime_report,
+    stream_report,
+    thermal_report,
+)
+from gps_denied_c7.runtime import BuildProgress, EngineFacts, ProviderSet
+from gps_denied_c7.statistics import Percentiles, StreamCounters
+from gps_denied_c7.thermal import ThermalLevel, ThermalState, UnknownThermalState
+
+OK, WARN, ERROR = DiagnosticStatus.OK, DiagnosticStatus.WARN, DiagnosticStatus.ERROR
+
+CPU = Rung('onnx_trt_ep', ProviderSet.CPU)
+FACTS = EngineFacts('CPUExecutionProvider', ('CPUExecutionProvider',), True, 0, (), 0.1)
+
+
+def chain(**changes):
+    values = {'state': ChainState.READY, 'active': CPU, 'facts': FACTS, **changes}
+    return ChainStatus('net', 'sha256:00', **values)
+
+
+def stream(**changes):
+    values = {
+        'topic': '/camera',
+        'counters': StreamCounters(received=10, accepted=9, answered=9),
+        'silent_s': 0.1,
+        'refused_s': None,
+        'unanswered_s': None,
+        'too_old': 0,
+        'mismatches': (),
+    }
+    return StreamHealth(**{**values, **changes})
+
+
+def test_a_primary_rung_is_ok():
+    report = runtime_report('active', chain(), '', {})
+    assert report.level == OK
+    assert report.values['provider'] == 'CPUExecutionProvider'
+
+
+def test_standing_alerts_are_a_warning_that_names_them():
+    report = runtime_report('active', chain(alerts=('c7.cpu_fallback',), is_fallback=True), '', {})
+    assert report.level == WARN
+    assert 'c7.cpu_fallback' in report.message
+
+
+def test_an_exhausted_chain_is_an_error_that_says_why():
+    status = chain(state=ChainState.EXHAUSTED, active=None, facts=None, failures=(('tensorrt/gpu', 'missing'),))
+    report = runtime_report('active', status, '', {})
+    assert report.level == ERROR
+    assert 'missing' in report.message
+
+
+def test_a_failed_start_is_an_error_with_its_reason():
+    """N-2."""
+    report = runtime_report('unconfigured', None, 'configure failed: no model', {})
+    assert (report.level, report.message) == (ERROR, 'configure failed: no model')
+
+
+def test_unconfigured_is_no_alert():
+    assert runtime_report('unconfigured', None, '', {}).level == OK
+
+
+def test_failed_callbacks_show():
+    """N-5: counted and reported."""
+    report = runtime_report('active', chain(), '', {'image callback /camera': 3})
+    assert report.level == WARN
+    assert report.values['failures in image callback /camera'] == 3
+
+
+def test_notices_show_with_their_remedy():
+    report = runtime_report('active', chain(), '', {}, ('/dev/shm is small; mount a larger one.',))
+    assert report.level == WARN
+    assert 'mount' in report.message
+
+
+def test_unknown_loss_is_called_unknown():
+    """N-3: never 0 by ignorance."""
+    assert stream_report(stream(), active=True).values['lost_before_node'] == 'unknown'
+    known = stream(counters=StreamCounters(lost=0))
+    assert stream_report(known, active=True).values['lost_before_node'] == 0
+
+
+def test_a_publisher_that_cannot_match_is_named():
+    report = stream_report(stream(mismatches=('/camera offers best_effort',)), active=True)
+    assert report.level == ERROR
+    assert '/camera offers best_effort' in report.message
+
+
+@pytest.mark.parametrize(
+    ('health', 'level'),
+    [
+        (stream(), OK),
+        (stream(silent_s=10.0), WARN),
+        (stream(refused_s=0.5, counters=StreamCounters(refused={'encoding': 4})), WARN),
+        (stream(refused_s=60.0), OK),
+        (stream(unanswered_s=0.5, counters=StreamCounters(unanswered=4)), ERROR),
+        (stream(unanswered_s=0.5, refused_s=0.5), ERROR),
+        (stream(unanswered_s=60.0), OK),
+        (stream(too_old=1), OK),
+        (stream(too_old=100), WARN),
+    ],
+)
+def test_levels_last_as_long_as_their_cause(health, level):
+    assert stream_report(health, active=True).level == level
+
+
+def test_a_closed_stream_is_no_alert():
+    assert stream_report(stream(silent_s=100.0, mismatches=('x',)), active=False).level == OK
+
+
+def test_latency_warns_above_its_limit_only():
+    stages = {'total': Percentiles(10.0, 20.0, 30.0, 100)}
+    assert latency_report(stages, 0.0).level == OK
+    assert latency_report(stages, 25.0).level == OK
+    assert latency_report(stages, 15.0).level == WARN
+    assert latency_report({}, 15.0).level == OK
+
+
+def test_thermal_says_unknown_honestly():
+    """§7."""
+    assert thermal_report(UnknownThermalState().thermal_state()).message == 'unknown'
+    hot = ThermalState(ThermalLevel.THROTTLED, 'jetson-sysfs', 0.1, {'tj-thermal': 97.0})
+    assert thermal_report(hot).level == WARN
+
+
+class Recording:
+    """A node that keeps what is published."""
+
+    def __init__(self):
+        self.published = []
+
+    def create_publisher(self, message_type, topic, qos):
+        assert (message_type, topic) == (DiagnosticArray, '/diagnostics')
+        return self
+
+    def publish(self, message):
+        self.published.append(message)
+
+    def get_fully_qualified_name(self):
+        return '/ns/c7_inference'
+
+    def get_clock(self):
+        return self
+
+    def now(self):
+        return self
+
+    def to_msg(self):
+        return DiagnosticArray().header.stamp
+
+
+def test_a_change_of_level_is_published_at_once_and_once():
+    node, level = Recording(), [OK]
+    publisher = DiagnosticsPublisher(node, lambda: [Report('Runtime', level[0], 'm', {'a': 1})], 'host (no GPU)')
+    publisher.publish()
+    publisher.publish_changes()
+    assert len(node.published) == 1
+    level[0] = ERROR
+    publisher.publish_changes()
+    publisher.publish_changes()
+    assert len(node.published) == 2
+    (status,) = node.published[-1].status
+    assert status.name == '/ns/c7_inference: Runtime'
+    assert (status.hardware_id, status.level) == ('host (no GPU)', ERROR)
+    assert (status.values[0].key, status.values[0].value) == ('a', '1')
+
+
+def test_f5_an_engine_being_built_warns_and_says_how_far_it_is():
+    """Even after an attempt that failed: what the node does now comes first."""
+    building = BuildProgress('timing tactics', 75.4, 0.25)
+    report = runtime_report('configuring', None, 'configure failed: no model', {}, building=building)
+    assert report.level == WARN
+    assert 'timing tactics (25%, 75 s)' in report.message
+    assert (report.values['building'], report.values['building_s']) == ('timing tactics', '75')

@@ -1,0 +1,133 @@
+"""N-4, N-5: each callback is handed to a thread once, and one that raises ends neither spinning nor the others."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+import rclpy
+from harness import wait_until
+from rclpy.callback_groups import ReentrantCallbackGroup
+
+from gps_denied_c7.ros.executor import PoolExecutor
+
+
+class Spinning:
+    """A node on a spinning PoolExecutor that counts what it hands to its pool."""
+
+    def __init__(self, context, threads):
+        self.escaped, self.handed_over = [], 0
+        self.node = rclpy.create_node('spinning', context=context)
+        self.executor = PoolExecutor(threads, on_escape=self.escaped.append, context=context)
+        submit = self.executor._pool.submit
+
+        def counting(*args):
+            self.handed_over += 1
+            return submit(*args)
+
+        self.executor._pool.submit = counting
+        self.executor.add_node(self.node)
+        self.ended = threading.Event()
+        self.thread = threading.Thread(target=self.executor.spin_until, args=(self.ended.is_set,))
+        self.thread.start()
+
+    def timer(self, callback, period_s=0.001):
+        return self.node.create_timer(period_s, callback, callback_group=ReentrantCallbackGroup())
+
+    def close(self):
+        self.ended.set()
+        self.thread.join()
+        self.executor.shutdown()
+        self.node.destroy_node()
+
+
+@pytest.fixture
+def spin(ros_context):
+    made = []
+
+    def start(threads=2):
+        made.append(Spinning(ros_context, threads))
+        return made[-1]
+
+    yield start
+    for each in made:
+        each.close()
+
+
+def test_n4_a_callback_is_handed_over_once_however_busy_the_interpreter_is(spin):
+    """rclpy's own executor does so about eight times beside a thread that computes in Python."""
+    spinning, calls, over = spin(), [], threading.Event()
+
+    def compute():
+        while not over.is_set():
+            sum(range(1000))
+
+    busy = threading.Thread(target=compute)
+    busy.start()
+    try:
+        timer = spinning.timer(lambda: calls.append(1))
+        wait_until(lambda: len(calls) >= 100, 'a hundred calls')
+        timer.cancel()
+    finally:
+        over.set()
+        busy.join()
+    wait_until(lambda: not spinning.executor._handed_over, 'the last call to end')
+    assert spinning.handed_over == len(calls)
+
+
+def test_n4_callbacks_wait_for_a_thread_and_run_once_it_is_free(spin):
+    spinning, leave = spin(threads=2), threading.Event()
+    begun, waiting = [], []
+    blocking = [spinning.timer(lambda: begun.append(1) or leave.wait(30)) for _ in range(2)]
+    wait_until(lambda: len(begun) == 2, 'every thread to be taken')
+    guards = [spinning.node.create_guard_condition(lambda number=number: waiting.append(number)) for number in range(5)]
+    for each in (*blocking, *guards):
+        each.cancel() if each in blocking else each.trigger()
+    time.sleep(0.1)
+    assert waiting == [], 'no thread is free'
+    leave.set()
+    wait_until(lambda: sorted(set(waiting)) == list(range(5)), 'all that waited')
+    assert len(waiting) == 5 and len(begun) == 2
+
+
+def test_n5_spinning_goes_on_after_a_callback_that_nobody_guarded(spin):
+    """Each exception is told once."""
+    spinning, calls, others = spin(), [], []
+
+    def broken():
+        calls.append(1)
+        raise RuntimeError(f'number {len(calls)}')
+
+    timer = spinning.timer(broken)
+    spinning.timer(lambda: others.append(1))
+    wait_until(lambda: len(calls) >= 5 and len(others) >= 5, 'calls after the failure')
+    timer.cancel()
+    wait_until(lambda: len(spinning.escaped) == len(calls), 'every failure to be told')
+    assert sorted(str(error) for error in spinning.escaped) == sorted(f'number {n + 1}' for n in range(len(calls)))
+
+
+def test_n5_spinning_goes_on_after_waiting_itself_failed(spin, monkeypatch):
+    spinning, calls = spin(), []
+    wait = spinning.executor.wait_for_ready_callbacks
+    failures = [RuntimeError('wait set is invalid'), RuntimeError('again')]
+
+    def failing(**kwargs):
+        if failures:
+            raise failures.pop()
+        return wait(**kwargs)
+
+    monkeypatch.setattr(spinning.executor, 'wait_for_ready_callbacks', failing)
+    spinning.timer(lambda: calls.append(1))
+    wait_until(lambda: calls, 'a call after the failures')
+    assert len(spinning.escaped) == 2
+
+
+def test_the_end_of_the_context_ends_spinning(ros_context):
+    executor = PoolExecutor(2, on_escape=print, context=ros_context)
+    thread = threading.Thread(target=executor.spin_until, args=(lambda: False,))
+    thread.start()
+    ros_context.try_shutdown()
+    thread.join(10.0)
+    assert not thread.is_alive()
+    executor.shutdown()

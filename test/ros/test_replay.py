@@ -1,0 +1,503 @@
+"""c7_replay over real DDS: what is in the bag arrives, byte for byte, and what cannot be played is named."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('rclpy')
+rosbag2 = pytest.importorskip('rosbags.rosbag2')
+typesys = pytest.importorskip('rosbags.typesys')
+
+import rclpy  # noqa: E402
+from geometry_msgs.msg import PoseStamped  # noqa: E402
+from rclpy.context import Context  # noqa: E402
+from rclpy.executors import SingleThreadedExecutor  # noqa: E402
+from rclpy.node import Node  # noqa: E402
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy  # noqa: E402
+from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime  # noqa: E402
+from rosgraph_msgs.msg import Clock  # noqa: E402
+from sensor_msgs.msg import Image  # noqa: E402
+from std_msgs.msg import String  # noqa: E402
+
+from gps_denied_c7.demo.flight import Camera, Flight, write_flight  # noqa: E402
+from gps_denied_c7.demo.terrain import paint_terrain  # noqa: E402
+from gps_denied_c7.ros.bag import Bag, BagError  # noqa: E402
+
+CAMERAS = (Camera('/camera', 320, 240, 'mono8', 20.0),)
+IMAGES, POSES = '/camera/image_raw', '/ground_truth/pose'
+DEADLINE_S = 40.0
+
+
+@pytest.fixture(scope='module')
+def terrain():
+    return paint_terrain(7, size_m=400.0, metres_per_pixel=0.4)
+
+
+@pytest.fixture(scope='module', params=['mcap', 'sqlite3'])
+def any_bag(request, tmp_path_factory, terrain) -> Path:
+    path = tmp_path_factory.mktemp('bags') / request.param
+    write_flight(path, Flight(1.0, CAMERAS, storage=request.param), terrain=terrain)
+    return path
+
+
+@pytest.fixture(scope='module')
+def bag(tmp_path_factory, terrain) -> Path:
+    path = tmp_path_factory.mktemp('bag') / 'flight'
+    write_flight(path, Flight(1.0, CAMERAS), terrain=terrain)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def own_domain(monkeypatch, domain_id) -> None:
+    monkeypatch.setenv('ROS_DOMAIN_ID', str(domain_id))
+
+
+@pytest.fixture
+def node(domain_id) -> Iterator[Node]:
+    context = Context()
+    context.init(domain_id=domain_id)
+    node = rclpy.create_node('listener', context=context)
+    executor = SingleThreadedExecutor(context=context)
+    executor.add_node(node)
+    thread = threading.Thread(target=executor.spin, daemon=True)
+    thread.start()
+    yield node
+    executor.shutdown()
+    thread.join()
+    node.destroy_node()
+    context.try_shutdown()
+
+
+def listen(node: Node, message_type, topic: str, *, raw: bool = True, qos: QoSProfile | None = None) -> list:
+    received: list = []
+    profile = qos or QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
+    node.create_subscription(message_type, topic, received.append, profile, raw=raw)
+    return received
+
+
+def start(*arguments: object) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, '-m', 'gps_denied_c7.ros.replay', *map(str, arguments)],
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+
+
+def replay(*arguments: object) -> tuple[int, str]:
+    process = start(*arguments)
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    return process.returncode, output
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+
+
+def recorded(path: Path, topic: str) -> list[bytes]:
+    with rosbag2.Reader(path) as reader:
+        return [data for connection, _, data in reader.messages() if connection.topic == topic]
+
+
+def offered(reliability: str = 'RELIABLE', durability: str = 'VOLATILE', depth: int = 10) -> Qos:
+    ever = QosTime(9223372036, 854775807)
+    return Qos(
+        QosHistory.KEEP_LAST, depth, QosReliability[reliability], QosDurability[durability], ever, ever,
+        QosLiveliness.AUTOMATIC, ever, False,
+    )  # fmt: skip
+
+
+def write_strings(path: Path, topics: dict[str, list], *, count: int = 3, msgtype: str = 'std_msgs/msg/String'):
+    store = typesys.get_typestore(typesys.Stores.ROS2_JAZZY)
+    if msgtype != 'std_msgs/msg/String':
+        store.register(typesys.get_types_from_msg('string data', msgtype))
+    with rosbag2.Writer(path, version=8, storage_plugin=rosbag2.StoragePlugin.MCAP) as writer:
+        connections = [
+            writer.add_connection(name, msgtype, typestore=store, offered_qos_profiles=list(profiles))
+            for name, profiles in topics.items()
+        ]
+        for index in range(count):
+            for connection in connections:
+                data = store.serialize_cdr(store.types[msgtype](data=f'{connection.topic} {index}'), msgtype)
+                writer.write(connection, 10**9 + index * 10**7, bytes(data))
+
+
+def test_every_message_arrives_as_recorded(any_bag, node, tmp_path):
+    """Deliverable 6: sqlite3 and mcap, raw CDR, complete, in order; the report agrees."""
+    images, poses = listen(node, Image, IMAGES), listen(node, PoseStamped, POSES)
+    listen(node, Image, '/unrelated')
+    code, output = replay(any_bag, '--topics', IMAGES, POSES, '--wait-matched', 20, '--json', tmp_path / 'report.json')
+    assert code == 0, output
+    assert images == recorded(any_bag, IMAGES) and len(images) == 20
+    assert poses == recorded(any_bag, POSES)
+    report = json.loads((tmp_path / 'report.json').read_text())
+    by_topic = {topic['topic']: topic for topic in report['topics']}
+    assert set(by_topic) == {IMAGES, POSES}
+    assert by_topic[IMAGES]['sent'] == by_topic[IMAGES]['recorded'] == 20
+    assert by_topic[IMAGES]['bytes'] == sum(map(len, images))
+    assert by_topic[IMAGES]['matched'] == 1 and by_topic[IMAGES]['acknowledged']
+    assert report['loops'] == 1 and report['interrupted'] == '' and report['skipped'] == {}
+    assert f'{IMAGES}: sent 20 of 20' in output
+
+
+def test_a_single_storage_file_plays_too(any_bag, node):
+    images = listen(node, Image, IMAGES)
+    [file] = [file for file in any_bag.iterdir() if file.suffix in ('.mcap', '.db3')]
+    code, output = replay(file, '--topics', IMAGES, '--wait-matched', 20, '--rate', 5)
+    assert code == 0, output
+    assert images == recorded(any_bag, IMAGES)
+
+
+def test_a_directory_without_metadata_plays_its_only_file(bag, node, tmp_path):
+    images = listen(node, Image, IMAGES)
+    (tmp_path / 'flight.mcap').write_bytes((bag / 'flight.mcap').read_bytes())
+    code, output = replay(tmp_path, '--topics', IMAGES, '--wait-matched', 20, '--rate', 5)
+    assert code == 0 and 'no metadata.yaml' in output
+    assert len(images) == 20
+
+
+def test_topics_and_remap(bag, node):
+    """Only what was named is played, under the names that were asked for."""
+    here, there = listen(node, Image, IMAGES), listen(node, Image, '/other/image')
+    poses = listen(node, PoseStamped, POSES)
+    code, output = replay(bag, '--topics', IMAGES, '--remap', f'{IMAGES}:=/other/image', '--wait-matched', 20)
+    assert code == 0, output
+    assert (len(here), len(there), len(poses)) == (0, 20, 0)
+
+
+def test_a_subscriber_that_comes_late_misses_nothing(bag, node):
+    """Deliverable 6: it waits until both ends have matched."""
+    process = start(bag, '--topics', IMAGES, '--wait-matched', 30)
+    wait_for(lambda: node.count_publishers(IMAGES) > 0, 'the replay offers its topic')
+    time.sleep(1.0)
+    images = listen(node, Image, IMAGES, qos=QoSProfile(depth=100, reliability=ReliabilityPolicy.BEST_EFFORT))
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, output
+    assert len(images) == 20
+
+
+def test_gives_up_when_nobody_comes(bag, domain_id):
+    code, output = replay(bag, '--topics', IMAGES, '--wait-matched', 1)
+    assert code == 1
+    assert f'nobody subscribes to {IMAGES}' in output and f'ROS_DOMAIN_ID is {domain_id}' in output
+    assert 'sent 20' not in output
+
+
+def test_plays_to_nobody_when_not_asked_to_wait(bag, tmp_path):
+    code, output = replay(bag, '--wait-matched', 0, '--rate', 10, '--json', tmp_path / 'report.json')
+    assert code == 0 and 'nobody subscribed' in output
+    assert {t['matched'] for t in json.loads((tmp_path / 'report.json').read_text())['topics']} == {0}
+
+
+@pytest.mark.parametrize('rate', [0.5, 4.0])
+def test_rate_never_runs_ahead(bag, node, tmp_path, rate):
+    """Steady clock: no message leaves before its time, at any rate."""
+    listen(node, Image, IMAGES)
+    report = tmp_path / 'report.json'
+    code, output = replay(bag, '--topics', IMAGES, '--wait-matched', 20, '--rate', rate, '--json', report)
+    assert code == 0, output
+    [topic] = json.loads(report.read_text())['topics']
+    assert topic['span_s'] >= 0.95 / rate - json.loads(report.read_text())['latest_s'] - 0.01
+    assert topic['sent'] == 20
+
+
+def test_clock_follows_the_bag(bag, node):
+    """--clock publishes the bag's time from its first message on, never backwards within a pass."""
+    clocks = listen(node, Clock, '/clock', raw=False)
+    listen(node, Image, IMAGES)
+    code, output = replay(bag, '--topics', IMAGES, '--wait-matched', 20, '--clock', 100)
+    assert code == 0, output
+    times = [clock.clock.sec * 10**9 + clock.clock.nanosec for clock in clocks]
+    with rosbag2.Reader(bag) as reader:
+        first, last = reader.start_time, reader.end_time
+    assert len(times) > 20
+    assert times == sorted(times)
+    assert first <= times[0] and times[-1] <= last + 10**9
+    assert times[-1] - times[0] > 0.8 * (last - first)
+
+
+def test_no_clock_unless_asked(bag, node):
+    clocks = listen(node, Clock, '/clock', raw=False)
+    code, _ = replay(bag, '--wait-matched', 0, '--rate', 5)
+    assert code == 0 and clocks == []
+
+
+def test_loop_starts_over_until_interrupted(bag, node, tmp_path):
+    """--loop plays whole passes, in order, and SIGINT is its ordinary end."""
+    images = listen(node, Image, IMAGES)
+    report = tmp_path / 'report.json'
+    process = start(bag, '--topics', IMAGES, '--wait-matched', 20, '--rate', 4, '--loop', '--json', report)
+    wait_for(lambda: len(images) > 50, 'two and a half passes')
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, output
+    once = recorded(bag, IMAGES)
+    assert images == (once * (len(images) // 20 + 1))[: len(images)]
+    values = json.loads(report.read_text())
+    assert values['loops'] >= 2 and values['interrupted'] == 'SIGINT'
+    assert values['topics'][0]['sent'] == len(images)
+
+
+@pytest.mark.parametrize(('number', 'code'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupted_replay_stops_and_reports(bag, node, tmp_path, number, code):
+    images = listen(node, Image, IMAGES)
+    report = tmp_path / 'report.json'
+    process = start(bag, '--topics', IMAGES, '--wait-matched', 20, '--rate', 0.2, '--json', report)
+    wait_for(lambda: len(images) > 2, 'a few images')
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == code, output
+    values = json.loads(report.read_text())
+    assert values['interrupted'] == number.name and 2 < values['topics'][0]['sent'] < 20
+    assert 'Traceback' not in output
+
+
+def test_interrupted_while_waiting_for_a_subscriber(bag, node):
+    process = start(bag, '--topics', IMAGES, '--wait-matched', 60)
+    wait_for(lambda: node.count_publishers(IMAGES) > 0, 'the replay offers its topic')
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 143, output
+    assert 'Traceback' not in output
+
+
+def test_offers_what_was_recorded(node, tmp_path):
+    """The QoS in the bag decides: latched topics reach those who come later, best effort stays best effort."""
+    write_strings(
+        tmp_path / 'bag',
+        {
+            '/latched': [offered(durability='TRANSIENT_LOCAL')],
+            '/lossy': [offered('BEST_EFFORT')],
+            '/mixed': [offered('BEST_EFFORT'), offered('RELIABLE')],
+            '/silent': [],
+        },
+        count=200,
+    )
+    process = start(tmp_path / 'bag', '--wait-matched', 0, '--rate', 0.2)
+    names = ('/latched', '/lossy', '/mixed', '/silent')
+    wait_for(lambda: all(node.get_publishers_info_by_topic(name) for name in names), 'four topics')
+    qos = {name: node.get_publishers_info_by_topic(name)[0].qos_profile for name in names}
+    assert {name: (q.reliability, q.durability) for name, q in qos.items()} == {
+        '/latched': (ReliabilityPolicy.RELIABLE, DurabilityPolicy.TRANSIENT_LOCAL),
+        '/lossy': (ReliabilityPolicy.BEST_EFFORT, DurabilityPolicy.VOLATILE),
+        '/mixed': (ReliabilityPolicy.RELIABLE, DurabilityPolicy.VOLATILE),
+        '/silent': (ReliabilityPolicy.RELIABLE, DurabilityPolicy.VOLATILE),
+    }
+    time.sleep(0.5)
+    late = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+    received = listen(node, String, '/latched', raw=False, qos=late)
+    wait_for(lambda: bool(received), 'what was published before')
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=DEADLINE_S)
+
+
+def test_a_type_that_is_not_installed_is_skipped_and_named(node, tmp_path):
+    path = tmp_path / 'bag'
+    store = typesys.get_typestore(typesys.Stores.ROS2_JAZZY)
+    store.register(typesys.get_types_from_msg('string data', 'moon_msgs/msg/Crater'))
+    with rosbag2.Writer(path, version=8, storage_plugin=rosbag2.StoragePlugin.MCAP) as writer:
+        types = {'/crater': 'moon_msgs/msg/Crater', '/text': 'std_msgs/msg/String'}
+        for index, (topic, msgtype) in enumerate(types.items()):
+            connection = writer.add_connection(topic, msgtype, typestore=store)
+            data = store.serialize_cdr(store.types[msgtype](data='x'), msgtype)
+            writer.write(connection, 10**9 + index, bytes(data))
+    received = listen(node, String, '/text', raw=False)
+    code, output = replay(path, '--json', tmp_path / 'report.json')
+    assert code == 0, output
+    assert [message.data for message in received] == ['x']
+    assert '/crater is skipped: moon_msgs/msg/Crater is not installed' in output
+    assert 'moon-msgs' in json.loads((tmp_path / 'report.json').read_text())['skipped']['/crater']
+
+
+def test_nothing_left_to_play_is_an_error(tmp_path):
+    write_strings(tmp_path / 'bag', {'/crater': []}, msgtype='moon_msgs/msg/Crater')
+    code, output = replay(tmp_path / 'bag')
+    assert code == 1
+    assert 'nothing is left to play' in output and 'apt-get install' in output
+
+
+def test_warns_of_a_type_recorded_with_another_definition(tmp_path):
+    path = tmp_path / 'bag'
+    write_strings(path, {'/text': []})
+    metadata = (path / 'metadata.yaml').read_text()
+    position = metadata.index('RIHS01_') + len('RIHS01_')
+    (path / 'metadata.yaml').write_text(metadata[:position] + '0' * 64 + metadata[position + 64 :])
+    code, output = replay(path, '--wait-matched', 0)
+    assert code == 0
+    assert 'recorded with another definition' in output
+
+
+def test_a_hash_that_agrees_is_not_remarked_on(bag):
+    _, output = replay(bag, '--wait-matched', 0, '--rate', 10)
+    assert 'definition' not in output
+
+
+def damage_missing(path: Path) -> Path:
+    return path / 'nowhere'
+
+
+def damage_text(path: Path) -> Path:
+    (path / 'notes.txt').write_text('no bag')
+    return path / 'notes.txt'
+
+
+def damage_empty_directory(path: Path) -> Path:
+    return path
+
+
+def damage_no_messages(path: Path) -> Path:
+    write_strings(path / 'bag', {'/text': []}, count=0)
+    return path / 'bag'
+
+
+def damage_truncated(path: Path) -> Path:
+    """Cut off as a crash of the recorder leaves it, without the footer."""
+    write_strings(path / 'bag', {'/text': []}, count=1000)
+    content = (path / 'bag' / 'bag.mcap').read_bytes()
+    (path / 'bag' / 'bag.mcap').write_bytes(content[: len(content) // 2])
+    return path / 'bag'
+
+
+def damage_empty_file(path: Path) -> Path:
+    (path / 'empty.mcap').touch()
+    return path / 'empty.mcap'
+
+
+def damage_yaml(path: Path) -> Path:
+    write_strings(path / 'bag', {'/text': []})
+    (path / 'bag' / 'metadata.yaml').write_text('rosbag2_bagfile_information: [')
+    return path / 'bag'
+
+
+def damage_sqlite(path: Path) -> Path:
+    (path / 'bag.db3').write_bytes(b'SQLite format 3\0' + bytes(4096))
+    return path / 'bag.db3'
+
+
+def damage_file_gone(path: Path) -> Path:
+    write_strings(path / 'bag', {'/text': []})
+    (path / 'bag' / 'bag.mcap').unlink()
+    return path / 'bag'
+
+
+@pytest.mark.parametrize(
+    ('damage', 'words'),
+    [
+        (damage_missing, 'does not exist'),
+        (damage_text, 'is no bag'),
+        (damage_empty_directory, 'no metadata.yaml and no storage file'),
+        (damage_no_messages, 'holds no messages'),
+        (damage_truncated, 'mcap recover'),
+        (damage_empty_file, 'damaged'),
+        (damage_yaml, 'ros2 bag reindex'),
+        (damage_sqlite, 'damaged'),
+        (damage_file_gone, 'missing'),
+    ],
+)
+def test_a_bag_that_cannot_be_read_is_named_with_a_remedy(tmp_path, damage, words):
+    path = damage(tmp_path)
+    with pytest.raises(BagError, match=words) as caught:
+        Bag(path)
+    assert str(tmp_path) in str(caught.value) and caught.value.remedy
+    code, output = replay(path)
+    assert code == 1
+    assert words in output and 'Traceback' not in output
+
+
+def test_damage_in_the_middle_ends_the_replay_with_what_was_sent(tmp_path):
+    """A chunk whose bytes were overwritten: what came before is played and reported, then the error."""
+    path = tmp_path / 'bag'
+    write_strings(path, {'/text': []}, count=20)
+    content = bytearray((path / 'bag.mcap').read_bytes())
+    position = content.index(b'/text 9')
+    content[position + 8 : position + 80] = b'\xff' * 72
+    (path / 'bag.mcap').write_bytes(content)
+    code, output = replay(path, '--wait-matched', 0, '--json', tmp_path / 'report.json')
+    assert code == 1
+    assert 'damaged' in output and 'Traceback' not in output
+    assert (tmp_path / 'report.json').exists()
+
+
+def test_messages_that_the_metadata_hides_are_missed_aloud(tmp_path):
+    """Where metadata and storage disagree on the QoS, the reader passes a topic over; the replay must not."""
+    path = tmp_path / 'bag'
+    write_strings(path, {'/text': [offered()], '/more': [offered()]})
+    metadata = (path / 'metadata.yaml').read_text()
+    (path / 'metadata.yaml').write_text(metadata.replace('depth: 10', 'depth: 11', 1))
+    code, output = replay(path, '--wait-matched', 0)
+    assert code == 1
+    assert 'has 0 of 3' in output and 'reindex' in output
+
+
+@pytest.mark.parametrize('arguments', [('--topics', '/nothing'), ('--remap', '/nothing:=/x')])
+def test_unknown_topics_are_refused(bag, arguments):
+    code, output = replay(bag, *arguments)
+    assert code == 1
+    assert 'has no /nothing' in output and IMAGES in output
+
+
+@pytest.mark.parametrize('arguments', [('--rate', '0'), ('--rate', 'inf'), ('--remap', 'x'), ('--wait-matched', '-1')])
+def test_bad_arguments_are_refused(bag, arguments):
+    code, output = replay(bag, *arguments)
+    assert code == 2 and 'usage:' in output
+
+
+def test_progress_bar_counts_messages(bag):
+    _, output = replay(bag, '--wait-matched', 0, '--rate', 10, '--progress')
+    assert '60/60' in output
+    _, output = replay(bag, '--wait-matched', 0, '--rate', 10, '--no-progress')
+    assert '60/60' not in output
+
+
+def test_ros_remapping_arguments_work(bag, node):
+    """It is a ROS executable like any other."""
+    there = listen(node, Image, '/elsewhere')
+    code, output = replay(
+        bag, '--rate', 4, '--topics', IMAGES, '--wait-matched', 20, '--ros-args', '-r', f'{IMAGES}:=/elsewhere'
+    )
+    assert code == 0, output
+    assert len(there) == 20
+
+
+HD_LISTENER = """
+import os, sys
+from gps_denied_c7.ros.dds import apply_profile, tune_allocator
+apply_profile(os.environ)
+tune_allocator()
+import rclpy
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import Image
+rclpy.init()
+node = rclpy.create_node('hd_listener')
+seen = []
+qos = QoSProfile(depth=30, reliability=ReliabilityPolicy.BEST_EFFORT)
+node.create_subscription(Image, '/camera_hd/image_raw', lambda m: seen.append(m.header.stamp), qos)
+while len(seen) < 30 and not (seen and node.count_publishers('/camera_hd/image_raw') == 0):
+    rclpy.spin_once(node, timeout_sec=0.1)
+print(len(seen), len({(s.sec, s.nanosec) for s in seen}))
+"""
+
+
+def test_full_hd_arrives_whole_with_the_profile(tmp_path, terrain):
+    """§8: 1920x1080 rgb8 at 15 Hz between two processes, best effort; the defaults lose most of it."""
+    path = tmp_path / 'hd'
+    write_flight(path, Flight(2.0, (Camera('/camera_hd', 1920, 1080, 'rgb8', 15.0),)), terrain=terrain)
+    command = [sys.executable, '-c', HD_LISTENER]
+    listener = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    try:
+        code, output = replay(path, '--topics', '/camera_hd/image_raw', '--wait-matched', 20)
+        assert code == 0, output
+        counted, _ = listener.communicate(timeout=DEADLINE_S)
+    finally:
+        listener.kill()
+    assert counted.split() == ['30', '30']

@@ -1,0 +1,119 @@
+"""R-5: the factory resolves a label when asked, and says which strategy is absent and why."""
+
+from __future__ import annotations
+
+import importlib.machinery
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from engine_files import HOST, write_engine
+from onnx_models import bare_bundle
+
+from gps_denied_c7.config import RUNTIME_LABELS, C7InferenceConfig
+from gps_denied_c7.errors import RuntimeUnavailableError
+from gps_denied_c7.gate import EngineGate
+from gps_denied_c7.runtime import BuildConfig, InferenceRuntime, ProviderSet
+from gps_denied_c7.runtimes import create_runtime
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = {
+    'tensorrt': ('tensorrt', 'requirements/gpu.txt'),
+    'onnx_trt_ep': ('onnxruntime', 'requirements/runtime.txt'),
+    'pytorch_fp16': ('torch', 'requirements/gpu.txt'),
+}
+
+
+def refusal(label: str, config: C7InferenceConfig) -> RuntimeUnavailableError:
+    with pytest.raises(RuntimeUnavailableError) as caught:
+        create_runtime(label, config)
+    assert caught.value.label == label
+    assert caught.value.remedy
+    return caught.value
+
+
+def test_r5_label_gives_its_runtime(config: C7InferenceConfig) -> None:
+    runtime = create_runtime('onnx_trt_ep', config)
+    assert isinstance(runtime, InferenceRuntime)
+    assert runtime.current_runtime_label() == 'onnx_trt_ep'
+
+
+def test_r5_runtime_gets_what_its_caller_chose(config: C7InferenceConfig, tmp_path: Path) -> None:
+    engine = write_engine(tmp_path)
+    with pytest.raises(RuntimeUnavailableError):
+        create_runtime('onnx_trt_ep', config).compile_engine(engine, BuildConfig())
+    runtime = create_runtime('onnx_trt_ep', config, gate=EngineGate(HOST))
+    assert runtime.compile_engine(engine, BuildConfig()).path == engine.artefacts[0].path
+    runtime = create_runtime('onnx_trt_ep', config, providers=ProviderSet.CPU)
+    handle = runtime.deserialize_engine(runtime.compile_engine(bare_bundle(tmp_path), BuildConfig()))
+    assert handle.facts.requested_providers == ('CPUExecutionProvider',)
+
+
+@pytest.mark.parametrize('label', RUNTIME_LABELS)
+def test_r5_absent_package_is_named_with_its_requirements_file(
+    label: str, config: C7InferenceConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, requirements = PACKAGES[label]
+    monkeypatch.setitem(sys.modules, package, None)
+    error = refusal(label, config)
+    assert package in str(error)
+    assert requirements in str(error)
+    assert (ROOT / requirements).is_file()
+
+
+@pytest.mark.parametrize('label', RUNTIME_LABELS)
+def test_r5_switched_off_strategy_says_so(label: str, config: C7InferenceConfig) -> None:
+    switched_off = C7InferenceConfig(disabled_runtimes=(label,), ort_trt_cache_dir=config.ort_trt_cache_dir)
+    assert 'disabled_runtimes' in str(refusal(label, switched_off))
+
+
+@pytest.mark.parametrize('label', RUNTIME_LABELS)
+def test_r5_making_a_runtime_imports_no_vendor_library(
+    label: str, config: C7InferenceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in ('tensorrt', 'cuda', 'torch', 'onnxruntime', 'onnx'):
+        (tmp_path / package).mkdir()
+        (tmp_path / package / '__init__.py').write_text('raise AssertionError("imported")\n')
+        monkeypatch.delitem(sys.modules, package, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert create_runtime(label, config).current_runtime_label() == label
+
+
+def test_r5_mere_directory_of_the_name_is_no_package(
+    config: C7InferenceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / 'onnxruntime').mkdir()
+    monkeypatch.delitem(sys.modules, 'onnxruntime', raising=False)
+    finder = importlib.machinery.PathFinder.find_spec
+    monkeypatch.setattr(
+        'importlib.util.find_spec', lambda name: finder(name, [str(tmp_path)] if name == 'onnxruntime' else None)
+    )
+    assert 'onnxruntime' in str(refusal('onnx_trt_ep', config))
+
+
+def test_r5_unknown_label(config: C7InferenceConfig) -> None:
+    error = refusal('openvino', config)
+    assert all(label in error.remedy for label in RUNTIME_LABELS)
+
+
+def test_r5_every_label_is_looked_up_without_importing_its_vendor() -> None:
+    program = """
+import sys
+from gps_denied_c7.config import RUNTIME_LABELS, C7InferenceConfig
+from gps_denied_c7.errors import RuntimeUnavailableError
+from gps_denied_c7.runtimes import create_runtime
+assert not [name for name in sys.modules if name.startswith('gps_denied_c7.runtimes.')]
+for label in RUNTIME_LABELS:
+    try:
+        create_runtime(label, C7InferenceConfig())
+    except RuntimeUnavailableError as error:
+        print(error)
+vendors = {'onnxruntime', 'onnx', 'tensorrt', 'torch', 'cuda', 'cv2', 'rclpy'} & set(sys.modules)
+assert not vendors, vendors
+"""
+    # -I -S: ROS wheels import rclpy's bootstrap from a .pth; the project and its packages come by path alone.
+    paths = [str(ROOT), *(path for path in sys.path if path.endswith('site-packages'))]
+    subprocess.run(
+        [sys.executable, '-I', '-S', '-c', f'import sys; sys.path[:0] = {paths!r}\n{program}'], check=True, timeout=60
+    )

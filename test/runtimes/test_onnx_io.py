@@ -1,0 +1,231 @@
+"""
+R-1, R-3: what is bound is what runs.
+
+GpuIo runs here on the real ONNX Runtime with memory of the host in the place of the GPU's, since only the
+addresses and the order of copies are its own; HostIo is proven through the runtime's tests.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+from onnx import TensorProto, helper
+from onnx_models import OUTPUTS, SHAPE, arithmetic, model_of
+
+from gps_denied_c7.runtimes import onnx_io
+from gps_denied_c7.runtimes.cuda import CudaError
+from gps_denied_c7.runtimes.onnx_io import GpuIo, HostIo
+from gps_denied_c7.tensors import TensorSpec
+
+
+class HostMemoryInsteadOfCuda:
+    """Do what Cuda does, in the memory of the host; copies wait for a synchronisation, as they may on a GPU."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[int, Any] = {}
+        self.freed: list[int] = []
+        self.calls: list[str] = []
+        self.queue: list[Callable[[], None]] = []
+        self.fails: str | None = None
+
+    def new_stream(self) -> str:
+        self.calls.append('stream')
+        return 'stream'
+
+    def pinned(self, shape: tuple[int, ...], dtype: Any) -> NDArray:
+        return np.zeros(shape, dtype)
+
+    def device_memory(self, size: int) -> int:
+        if self.fails == 'memory':
+            raise CudaError('cudaMalloc', 'cudaErrorMemoryAllocation', 'out of memory')
+        block = (ctypes.c_uint8 * max(16, size))()
+        self.blocks[ctypes.addressof(block)] = block
+        return ctypes.addressof(block)
+
+    def copy_to_device(self, address: int, array: NDArray, stream: Any) -> Callable[[], None]:
+        return lambda: self.queue.append(lambda: ctypes.memmove(address, array.ctypes.data, array.nbytes))
+
+    def copy_to_host(self, array: NDArray, address: int, stream: Any) -> Callable[[], None]:
+        return lambda: self.queue.append(lambda: ctypes.memmove(array.ctypes.data, address, array.nbytes))
+
+    def call(self, name: str, *arguments: Any) -> None:
+        self.calls.append(name)
+        if name == 'cudaStreamSynchronize':
+            pending, self.queue = self.queue, []
+            for work in pending:
+                work()
+
+    def try_call(self, name: str, *arguments: Any) -> None:
+        self.call(name, *arguments)
+        if name == 'cudaFree':
+            self.freed.append(arguments[0])
+
+
+class CheckOnTheHost:
+    """Do what FiniteCheck does, with NumPy."""
+
+    released = 0
+    blind = False
+
+    def __init__(self, cuda: HostMemoryInsteadOfCuda, checks: list[tuple[int, int, str]], stream: Any) -> None:
+        self._cuda, self._checks = cuda, checks
+        self.found = False
+
+    def reset(self) -> None:
+        self.found = False
+
+    def enqueue(self) -> None:
+        self._cuda.queue.append(self._look)
+
+    def _look(self) -> None:
+        for address, size, dtype in self._checks:
+            values = np.frombuffer(ctypes.string_at(address, size), dtype)
+            self.found |= not self.blind and not bool(np.isfinite(values).all())
+
+    def release(self) -> None:
+        type(self).released += 1
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> HostMemoryInsteadOfCuda:
+    monkeypatch.setattr(onnx_io, '_GPU', ('cpu', 0))
+    monkeypatch.setattr(onnx_io, 'FiniteCheck', CheckOnTheHost)
+    monkeypatch.setattr(CheckOnTheHost, 'released', 0)
+    return HostMemoryInsteadOfCuda()
+
+
+def session_on(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=['CPUExecutionProvider'])
+
+
+def requests() -> list[dict[str, NDArray]]:
+    return [
+        {'left': np.full(SHAPE, value, np.float32), 'right': np.full(SHAPE, 2.0, np.float32)} for value in (1, 5, -3)
+    ]
+
+
+def test_r3_gpu_memory_carries_each_request_in_and_out(cuda: HostMemoryInsteadOfCuda) -> None:
+    io = GpuIo(cuda, session_on(arithmetic()), OUTPUTS)
+    assert io.notes == []
+    for request in requests():
+        outputs = io.run(request)
+        np.testing.assert_array_equal(outputs['total'], request['left'] + request['right'])
+        np.testing.assert_array_equal(outputs['ratio'], request['left'] / request['right'])
+        assert io.seen_finite
+
+
+def test_r3_gpu_addresses_and_arrays_stay(cuda: HostMemoryInsteadOfCuda) -> None:
+    io = GpuIo(cuda, session_on(arithmetic()), OUTPUTS)
+    first = io.run(requests()[0])
+    made = set(cuda.blocks)
+    second = io.run(requests()[1])
+    assert set(cuda.blocks) == made
+    assert len(made) == 4
+    assert all(first[name] is second[name] for name in first)
+
+
+def test_r3_gpu_sees_what_is_not_finite_and_forgets_it(cuda: HostMemoryInsteadOfCuda) -> None:
+    io = GpuIo(cuda, session_on(arithmetic()), OUTPUTS)
+    good = requests()[0]
+    io.run({**good, 'right': np.zeros(SHAPE, np.float32)})
+    assert not io.seen_finite
+    io.run(good)
+    assert io.seen_finite
+
+
+def test_r3_gpu_check_that_misses_a_nan_is_not_used(
+    cuda: HostMemoryInsteadOfCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(CheckOnTheHost, 'blind', True)
+    io = GpuIo(cuda, session_on(arithmetic()), OUTPUTS)
+    assert 'since the GPU cannot' in io.notes[0]
+    assert CheckOnTheHost.released == 1
+    io.run(requests()[0])
+    assert not io.seen_finite
+
+
+def test_r3_gpu_does_not_vouch_for_a_run_that_failed(cuda: HostMemoryInsteadOfCuda) -> None:
+    session = session_on(arithmetic())
+
+    class Failing:
+        def io_binding(self) -> Any:
+            return session.io_binding()
+
+        def run_with_iobinding(self, binding: Any) -> None:
+            if self.fail:
+                raise RuntimeError('CUDA error 700')
+            session.run_with_iobinding(binding)
+
+        fail = False
+
+    failing = Failing()
+    io = GpuIo(cuda, failing, OUTPUTS)
+    io.run(requests()[0])
+    failing.fail = True
+    with pytest.raises(RuntimeError, match='700'):
+        io.run(requests()[1])
+    assert not io.seen_finite
+
+
+def test_r3_gpu_memory_is_given_back_once(cuda: HostMemoryInsteadOfCuda) -> None:
+    io = GpuIo(cuda, session_on(arithmetic()), OUTPUTS)
+    io.run(requests()[0])
+    io.release()
+    io.release()
+    assert sorted(cuda.freed) == sorted(cuda.blocks)
+    assert cuda.calls.count('cudaStreamDestroy') == 1
+    assert CheckOnTheHost.released == 1
+
+
+def test_r3_gpu_without_memory_leaves_nothing_behind(cuda: HostMemoryInsteadOfCuda) -> None:
+    cuda.fails = 'memory'
+    with pytest.raises(CudaError):
+        GpuIo(cuda, session_on(arithmetic()), OUTPUTS)
+    assert cuda.calls.count('cudaStreamDestroy') == 1
+    assert sorted(cuda.freed) == sorted(cuda.blocks)
+
+
+def points_and_negative() -> tuple[onnx.ModelProto, tuple[TensorSpec, ...]]:
+    value = helper.make_tensor_value_info
+    model = model_of(
+        [helper.make_node('NonZero', ['x'], ['points']), helper.make_node('Neg', ['x'], ['negative'])],
+        [value('x', TensorProto.FLOAT, [3, 4])],
+        [value('points', TensorProto.INT64, [2, 'count']), value('negative', TensorProto.FLOAT, [3, 4])],
+    )
+    return model, (TensorSpec('points', 'int64', (2, None)), TensorSpec('negative', 'float32', (3, 4)))
+
+
+@pytest.mark.parametrize('kind', ['gpu', 'host'])
+def test_r3_sizes_that_depend_on_the_data_follow_it(cuda: HostMemoryInsteadOfCuda, kind: str) -> None:
+    model, outputs = points_and_negative()
+    session = session_on(model)
+    io = GpuIo(cuda, session, outputs) if kind == 'gpu' else HostIo(onnxruntime, session, outputs)
+    for count in (3, 0, 12, 1):
+        x = np.zeros((3, 4), np.float32)
+        x.reshape(-1)[:count] = 1
+        found = io.run({'x': x})
+        assert found['points'].shape == (2, count)
+        np.testing.assert_array_equal(found['negative'], -x)
+        # The GPU cannot look at what has no place of its own: the processor does.
+        assert not io.seen_finite
+
+
+@pytest.mark.parametrize('shape', [(), (1,), (0, 3), (2, 3)])
+@pytest.mark.parametrize('dtype', ['float32', 'float16', 'float64', 'bool', 'uint8', 'int64'])
+def test_r3_gpu_tensors_of_any_shape_and_type_round_trip(
+    cuda: HostMemoryInsteadOfCuda, dtype: str, shape: tuple[int, ...]
+) -> None:
+    value = helper.make_tensor_value_info
+    kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    model = model_of([helper.make_node('Identity', ['x'], ['y'])], [value('x', kind, shape)], [value('y', kind, shape)])
+    io = GpuIo(cuda, session_on(model), (TensorSpec('y', dtype, shape),))
+    for number in (1, 0, 1):
+        x = np.full(shape, number, dtype)
+        np.testing.assert_array_equal(io.run({'x': x})['y'], x)

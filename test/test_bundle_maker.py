@@ -1,0 +1,407 @@
+"""M-1: a bundle made from an ONNX model, on which the node comes up."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from onnx import TensorProto, helper, numpy_helper
+
+from gps_denied_c7.bundle import AllClose, MatchedDistance, ModelBundle, SetOverlap
+from gps_denied_c7.bundle_maker import TOLERANCES, BundleRequest, default_rule, make_bundle, noise_picture
+from gps_denied_c7.chain import RuntimeChain
+from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.decoding import Pixels
+from gps_denied_c7.errors import C7Error, EngineDeserializeError, ModelBundleError
+from gps_denied_c7.hosts import in_process_hosts
+from gps_denied_c7.preprocessing import Preprocessor
+from gps_denied_c7.thermal import UnknownThermalState
+
+SHAPE = (1, 3, 24, 32)
+KERNEL = np.random.RandomState(1).normal(size=(4, 3, 3, 3)).astype(np.float32)
+
+
+def network(
+    shape: Sequence[int | str | None] = SHAPE,
+    *,
+    nodes: Sequence[onnx.NodeProto] = (),
+    outputs: Mapping[str, tuple[int, Sequence[int | str | None] | None]] | None = None,
+    inputs: Sequence[str] = ('image',),
+    dtype: int = TensorProto.FLOAT,
+    weights_are_inputs: bool = False,
+) -> onnx.ModelProto:
+    """Return features = convolution of the image; ``nodes`` may go on from there."""
+    element = helper.tensor_dtype_to_np_dtype(dtype)
+    kernel = numpy_helper.from_array(KERNEL.astype(element), 'kernel')
+    described = outputs or {'features': (dtype, [1, 4, None, None])}
+    values = [helper.make_tensor_value_info(name, dtype, shape) for name in inputs]
+    if weights_are_inputs:
+        values.append(helper.make_tensor_value_info('kernel', dtype, KERNEL.shape))
+    convolution = helper.make_node('Conv', ['image', 'kernel'], ['features'], kernel_shape=[3, 3], pads=[1, 1, 1, 1])
+    graph = helper.make_graph(
+        [convolution, *nodes],
+        'graph',
+        values,
+        [helper.make_tensor_value_info(name, kind, axes) for name, (kind, axes) in described.items()],
+        [kernel],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid('', 17)], ir_version=8)
+
+
+def saved(directory: Path, model: onnx.ModelProto | None = None, name: str = 'net.onnx') -> Path:
+    path = directory / name
+    path.write_bytes((model or network()).SerializeToString())
+    return path
+
+
+def made(directory: Path, model: onnx.ModelProto | None = None, **changes: object) -> ModelBundle:
+    return make_bundle(BundleRequest(model=saved(directory, model), output=directory / 'bundle', **changes)).bundle
+
+
+def refused(directory: Path, model: onnx.ModelProto | None = None, **changes: object) -> C7Error:
+    """Return the error, after looking that nothing was left behind."""
+    with pytest.raises(C7Error) as caught:
+        made(directory, model, **changes)
+    assert not (directory / 'bundle').exists()
+    assert not [path for path in directory.iterdir() if path.name.startswith('.')]
+    return caught.value
+
+
+def convolved(image: np.ndarray) -> np.ndarray:
+    """The network's answer, by NumPy."""
+    padded = np.pad(image[0], ((0, 0), (1, 1), (1, 1)))
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(1, 2))
+    return np.einsum('chwij,ocij->ohw', windows, KERNEL)[None]
+
+
+def test_m1_bundle_says_what_the_model_is(tmp_path: Path) -> None:
+    bundle = made(tmp_path)
+    content = (tmp_path / 'net.onnx').read_bytes()
+    digest = hashlib.sha256(content).hexdigest()
+    assert bundle.name == 'net'
+    assert bundle.weights_digest == f'sha256:{digest}'
+    (artefact,) = bundle.artefacts
+    assert artefact.path == tmp_path / 'bundle' / 'net.onnx'
+    assert artefact.path.read_bytes() == content
+    assert (artefact.strategy, artefact.precision, artefact.device) == ('onnx_trt_ep', 'fp32', 'any')
+    assert artefact.sha256 == digest
+    assert [(spec.name, spec.dtype, spec.shape) for spec in bundle.inputs] == [('image', 'float32', SHAPE)]
+    assert [(spec.name, spec.dtype, spec.shape) for spec in bundle.outputs] == [('features', 'float32', (1, 4, 24, 32))]
+    assert bundle.preprocessing is not None
+    assert (bundle.preprocessing.width, bundle.preprocessing.height, bundle.preprocessing.colour) == (32, 24, 'rgb')
+
+
+def test_m1_golden_answer_is_the_model_s_own_for_the_golden_request(tmp_path: Path) -> None:
+    bundle = made(tmp_path)
+    image = bundle.golden_inputs()['image']
+    np.testing.assert_allclose(bundle.golden_outputs()['features'], convolved(image), atol=1e-5)
+
+
+def test_m1_golden_request_is_a_picture_as_the_node_would_feed_it(tmp_path: Path) -> None:
+    bundle = made(tmp_path, preprocessing={'colour': 'bgr', 'mean': (0.4, 0.5, 0.6), 'std': (0.2, 0.25, 0.3)}, seed=3)
+    picture = noise_picture(32, 24, 3)
+    expected = (picture[:, :, ::-1].astype(np.float64) / 255 - [0.4, 0.5, 0.6]) / [0.2, 0.25, 0.3]
+    np.testing.assert_allclose(bundle.golden_inputs()['image'][0], expected.transpose(2, 0, 1), atol=1e-5)
+
+
+def test_m1_same_model_gives_the_same_bytes(tmp_path: Path) -> None:
+    for name in ('one', 'two'):
+        (tmp_path / name).mkdir()
+        made(tmp_path / name)
+    files = sorted(path.name for path in (tmp_path / 'one' / 'bundle').iterdir())
+    assert files == ['golden_inputs.npz', 'golden_outputs.npz', 'model.json', 'net.onnx']
+    for name in files:
+        assert (tmp_path / 'one/bundle' / name).read_bytes() == (tmp_path / 'two/bundle' / name).read_bytes()
+
+
+def test_m1_another_seed_gives_another_request(tmp_path: Path) -> None:
+    assert not np.array_equal(noise_picture(32, 24, 0), noise_picture(32, 24, 1))
+    picture = noise_picture(100, 70, 0)
+    assert (picture.shape, picture.min(), picture.max()) == ((70, 100, 3), 0, 255)
+    # Structure at every scale: averaging 16 x 16 pixels leaves far more than white noise would (255 / sqrt(12) / 16).
+    assert picture[:64, :96].reshape(4, 16, 6, 16, 3).mean(axis=(1, 3)).std() > 3 * 255 / np.sqrt(12) / 16
+
+
+def test_m1_a_chain_comes_up_on_the_bundle(tmp_path: Path) -> None:
+    """The chain proves a rung on the golden request by the bundle's rules, then answers what it is asked."""
+    bundle = made(tmp_path)
+    config = C7InferenceConfig(cpu_threads=1, engine_cache_dir=tmp_path / 'e', ort_trt_cache_dir=tmp_path / 'o')
+    chain = RuntimeChain(
+        bundle, config, in_process_hosts(bundle, config, UnknownThermalState()), emit=lambda *_, **__: None
+    )
+    chain.load()
+    try:
+        tensor = np.zeros(SHAPE, np.float32)
+        assert bundle.preprocessing is not None
+        Preprocessor(bundle.preprocessing).run(Pixels(noise_picture(640, 480, 7), 'rgb'), tensor)
+        answer = chain.infer({'image': tensor})
+        np.testing.assert_allclose(answer.outputs['features'], convolved(tensor), atol=1e-5)
+        assert (answer.active_provider, answer.weights_digest) == ('CPUExecutionProvider', bundle.weights_digest)
+    finally:
+        chain.release()
+
+
+def test_m1_rules_follow_from_the_range_of_the_golden_answer(tmp_path: Path) -> None:
+    bundle = made(tmp_path)
+    (rule,) = bundle.rules
+    spread = np.ptp(bundle.golden_outputs()['features'])
+    assert isinstance(rule, AllClose)
+    assert rule.rtol == 0
+    assert rule.atol == pytest.approx(0.01 * spread, rel=0.01)
+    fine = make_bundle(
+        BundleRequest(model=tmp_path / 'net.onnx', output=tmp_path / 'fine', precision='fp32')
+    ).bundle.rules[0]
+    assert isinstance(fine, AllClose)
+    assert fine.atol == pytest.approx(0.005 * spread, rel=0.01)
+
+
+@given(
+    low=st.floats(-1e6, 1e6), spread=st.floats(1e-3, 1e6), precision=st.sampled_from(sorted(TOLERANCES)),
+    error=st.floats(-2.0, 2.0),
+)  # fmt: skip
+def test_m1_default_rule_allows_its_share_and_no_more(low: float, spread: float, precision: str, error: float) -> None:
+    golden = low + spread * np.linspace(0.0, 1.0, 11)
+    share = TOLERANCES[precision]
+    rule = default_rule('x', golden, precision)
+    found = golden + error * share * np.ptp(golden)
+    if abs(error) < 0.99:
+        assert rule.disagreement(found, golden) is None
+    elif abs(error) > 1.01:
+        assert rule.disagreement(found, golden) is not None
+
+
+@pytest.mark.parametrize(
+    ('value', 'atol'), [(0.0, 0.01), (-5.0, 0.05)]
+)
+def test_m1_an_answer_without_a_range_is_judged_by_its_size(value: float, atol: float) -> None:
+    assert default_rule('x', np.full((2, 2), value), 'fp16').atol == pytest.approx(atol)
+
+
+@pytest.mark.parametrize('given_as', ['size', 'shape', 'golden request'])
+@pytest.mark.parametrize('axes', [('batch', 3, 'height', 'width'), (None, 3, None, None)])
+def test_m1_free_sizes_are_taken_from_what_was_given(tmp_path: Path, axes: tuple, given_as: str) -> None:
+    changes: dict[str, object] = {'image_size': (40, 16)}
+    if given_as == 'shape':
+        changes = {'shapes': {'image': (1, 3, 16, 40)}}
+    elif given_as == 'golden request':
+        np.savez(tmp_path / 'request.npz', image=np.random.RandomState(0).rand(1, 3, 16, 40).astype(np.float32))
+        changes = {'golden_input': tmp_path / 'request.npz'}
+    bundle = made(tmp_path, network(axes), **changes)
+    assert bundle.inputs[0].shape == (1, 3, 16, 40)
+    assert bundle.golden_outputs()['features'].shape == (1, 4, 16, 40)
+    np.testing.assert_allclose(
+        bundle.golden_outputs()['features'], convolved(bundle.golden_inputs()['image']), atol=1e-5
+    )
+    # The model itself leaves nothing free, and is still known as the one that the user has.
+    assert ModelBundle.load(bundle.artefacts[0].path).weights_digest != bundle.weights_digest
+    assert bundle.weights_digest == ModelBundle.load(tmp_path / 'net.onnx').weights_digest
+    (value,) = onnx.load(bundle.artefacts[0].path).graph.input
+    assert [axis.dim_value for axis in value.type.tensor_type.shape.dim] == [1, 3, 16, 40]
+
+
+def test_m1_channels_last_image_takes_its_size(tmp_path: Path) -> None:
+    to_first = helper.make_node('Transpose', ['pixels'], ['image'], perm=[0, 3, 1, 2])
+    model = network(['batch', 'height', 'width', 3], inputs=['pixels'])
+    model.graph.node.insert(0, to_first)
+    bundle = made(tmp_path, model, image_size=(40, 16))
+    assert bundle.inputs[0].shape == (1, 16, 40, 3)
+    assert bundle.preprocessing is not None and bundle.preprocessing.layout == 'nhwc'
+
+
+def test_m1_only_a_free_batch_needs_no_size(tmp_path: Path) -> None:
+    assert made(tmp_path, network(['batch', 3, 24, 32])).inputs[0].shape == SHAPE
+
+
+def test_m1_free_sizes_are_refused_unless_given(tmp_path: Path) -> None:
+    error = refused(tmp_path, network(['batch', 3, 'height', 'width']))
+    assert isinstance(error, ModelBundleError)
+    assert '?x3x?x?' in error.message
+    assert '--input-size' in error.remedy
+
+
+@pytest.mark.parametrize(
+    ('changes', 'told'),
+    [
+        ({'image_size': (640, 480)}, '1x3x480x640'),
+        ({'shapes': {'image': (1, 3, 24, 33)}}, '1x3x24x33'),
+        ({'shapes': {'picture': (1, 3, 24, 32)}}, "['picture']"),
+        ({'preprocessing': {'colour': 'gray'}}, 'preprocessing'),
+        ({'preprocessing': {'std': (0.0,)}}, 'std'),
+        ({'name': 'a/b'}, 'name'),
+        ({'name': '../b'}, 'name'),
+        ({'rules': (AllClose('scores', 0.0, 0.1),)}, "['scores']"),
+    ],
+)  # fmt: skip
+def test_m1_what_contradicts_the_model_is_refused(tmp_path: Path, changes: dict[str, object], told: str) -> None:
+    assert told in str(refused(tmp_path, **changes))
+
+
+def test_m1_two_inputs_are_refused(tmp_path: Path) -> None:
+    assert 'one image' in refused(tmp_path, network(inputs=('image', 'mask'))).message
+
+
+@pytest.mark.parametrize('content', [b'', b'not a model', b'\0' * 100])
+def test_m1_damaged_model_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / 'net.onnx').write_bytes(content)
+    with pytest.raises(EngineDeserializeError):
+        make_bundle(BundleRequest(model=tmp_path / 'net.onnx', output=tmp_path / 'bundle'))
+    assert os.listdir(tmp_path) == ['net.onnx']
+
+
+def test_m1_own_golden_request_is_used(tmp_path: Path) -> None:
+    image = np.random.RandomState(5).rand(*SHAPE).astype(np.float32)
+    np.savez(tmp_path / 'request.npz', image=image)
+    assert np.array_equal(made(tmp_path, golden_input=tmp_path / 'request.npz').golden_inputs()['image'], image)
+
+
+@pytest.mark.parametrize(
+    ('arrays', 'told'),
+    [
+        ({'picture': np.zeros(SHAPE, np.float32)}, 'picture'),
+        ({'image': np.zeros((1, 3, 24, 31), np.float32)}, '1x3x24x31'),
+        ({'image': np.zeros(SHAPE, np.float64)}, 'float64'),
+        ({'image': np.full(SHAPE, np.nan, np.float32)}, 'non-finite'),
+        ({}, 'no array'),
+    ],
+)  # fmt: skip
+def test_m1_golden_request_that_does_not_fit_is_refused(tmp_path: Path, arrays: dict, told: str) -> None:
+    np.savez(tmp_path / 'request.npz', **arrays)
+    with pytest.raises(C7Error, match=told):
+        made(tmp_path, golden_input=tmp_path / 'request.npz')
+    assert not (tmp_path / 'bundle').exists()
+
+
+def test_m1_request_full_of_objects_is_not_unpickled(tmp_path: Path) -> None:
+    np.savez(tmp_path / 'request.npz', image=np.array([{}], dtype=object))
+    assert 'no .npz of plain arrays' in refused(tmp_path, golden_input=tmp_path / 'request.npz').message
+
+
+def test_m1_whole_numbers_need_a_rule(tmp_path: Path) -> None:
+    best = helper.make_node('ArgMax', ['features'], ['best'], axis=1)
+    outputs = {'best': (TensorProto.INT64, [1, 1, 24, 32])}
+    assert '--rule best=set_overlap' in refused(tmp_path, network(nodes=[best], outputs=outputs)).remedy
+    rule = SetOverlap('best', 0.9, 'values')
+    assert made(tmp_path, network(nodes=[best], outputs=outputs), rules=(rule,)).rules == (rule,)
+
+
+def test_m1_an_output_whose_size_depends_on_the_image_needs_a_rule(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node('NonZero', ['features'], ['places']),
+        helper.make_node('Cast', ['places'], ['places as numbers'], to=TensorProto.FLOAT),
+        helper.make_node('Transpose', ['places as numbers'], ['points'], perm=[1, 0]),
+    ]
+    model = network(nodes=nodes, outputs={'points': (TensorProto.FLOAT, [None, 4])})
+    assert 'depends on the image' in refused(tmp_path, model).message
+    rule = MatchedDistance('points', 1.0, 0.95)
+    bundle = made(tmp_path, model, rules=(rule,))
+    assert bundle.rules == (rule,)
+    assert bundle.outputs[0].shape == (None, 4)
+
+
+def test_m1_notes_tell_what_proves_little(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node('Sub', ['features', 'features'], ['nothing']),
+        helper.make_node('Round', ['features'], ['rounded']),
+    ]
+    outputs = {'nothing': (TensorProto.FLOAT, SHAPE), 'rounded': (TensorProto.FLOAT, [1, 4, 24, 32])}
+    outputs['nothing'] = outputs['rounded']
+    model = saved(tmp_path, network(nodes=nodes, outputs=outputs))
+    notes = make_bundle(BundleRequest(model=model, output=tmp_path / 'bundle')).notes
+    assert len(notes) == 2
+    assert "'nothing' is 0.0 everywhere" in notes[0]
+    assert "'rounded' holds whole numbers only" in notes[1]
+
+
+def test_m1_a_model_that_throws_dice_is_refused(tmp_path: Path) -> None:
+    noise = helper.make_node('RandomNormalLike', ['features'], ['noise'])
+    model = network(nodes=[noise], outputs={'noise': (TensorProto.FLOAT, [1, 4, 24, 32])})
+    assert 'another answer to the same request' in refused(tmp_path, model).message
+
+
+def test_m1_a_model_without_a_finite_answer_is_refused(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node('Sub', ['features', 'features'], ['zero']),
+        helper.make_node('Div', ['zero', 'zero'], ['nan']),
+    ]
+    model = network(nodes=nodes, outputs={'nan': (TensorProto.FLOAT, [1, 4, 24, 32])})
+    assert 'non-finite' in refused(tmp_path, model).message
+
+
+def test_m1_weights_in_other_files_come_under_the_digest(tmp_path: Path) -> None:
+    onnx.save_model(
+        network(), tmp_path / 'net.onnx', save_as_external_data=True, location='net.weights', size_threshold=0
+    )
+    assert (tmp_path / 'net.weights').stat().st_size >= KERNEL.nbytes
+    result = make_bundle(BundleRequest(model=tmp_path / 'net.onnx', output=tmp_path / 'bundle'))
+    assert sorted(path.name for path in (tmp_path / 'bundle').iterdir()) == [
+        'golden_inputs.npz', 'golden_outputs.npz', 'model.json', 'net.onnx',
+    ]  # fmt: skip
+    (tmp_path / 'net.weights').unlink()
+    golden = result.bundle.golden_outputs()['features']
+    np.testing.assert_allclose(golden, convolved(result.bundle.golden_inputs()['image']), atol=1e-5)
+    assert 'net.weights' in result.notes[0]
+
+
+def test_m1_half_precision_models_say_so(tmp_path: Path) -> None:
+    bundle = made(tmp_path, network(dtype=TensorProto.FLOAT16, outputs={'features': (TensorProto.FLOAT16, None)}))
+    assert bundle.artefacts[0].precision == 'fp16'
+    assert bundle.inputs[0].dtype == 'float16'
+    assert bundle.golden_inputs()['image'].dtype == np.float16
+
+
+def test_m1_weights_listed_among_the_inputs_are_none(tmp_path: Path) -> None:
+    assert [spec.name for spec in made(tmp_path, network(weights_are_inputs=True)).inputs] == ['image']
+
+
+def test_m1_name_that_no_bundle_can_carry_is_made_plain(tmp_path: Path) -> None:
+    path = saved(tmp_path, name='super point (v1).onnx')
+    bundle = make_bundle(BundleRequest(model=path, output=tmp_path / 'bundle')).bundle
+    assert bundle.name == 'super_point__v1_'
+
+
+@pytest.mark.parametrize('kind', ['file', 'full directory', 'link'])
+def test_m1_nothing_that_exists_is_overwritten(tmp_path: Path, kind: str) -> None:
+    target = tmp_path / 'bundle'
+    if kind == 'file':
+        target.write_text('mine')
+    elif kind == 'link':
+        (tmp_path / 'elsewhere').mkdir()
+        target.symlink_to(tmp_path / 'elsewhere')
+    else:
+        target.mkdir()
+        (target / 'model.json').write_text('mine')
+    with pytest.raises(ModelBundleError, match='exists already'):
+        made(tmp_path)
+    if kind == 'link':
+        assert not list((tmp_path / 'elsewhere').iterdir())
+    else:
+        assert (target if kind == 'file' else target / 'model.json').read_text() == 'mine'
+
+
+def test_m1_an_empty_directory_is_filled(tmp_path: Path) -> None:
+    (tmp_path / 'bundle').mkdir()
+    assert made(tmp_path).name == 'net'
+
+
+def test_m1_parents_are_made_and_others_may_read(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    make_bundle(BundleRequest(model=path, output=tmp_path / 'a' / 'b' / 'bundle'))
+    bundle = tmp_path / 'a' / 'b' / 'bundle'
+    assert bundle.stat().st_mode & 0o777 == 0o755
+    assert json.loads((bundle / 'model.json').read_text())['name'] == 'net'
+
+
+def test_readme_shows_a_model_json_that_is_read(tmp_path: Path) -> None:
+    readme = (Path(__file__).resolve().parents[1] / 'README.md').read_text(encoding='utf-8')
+    (example,) = re.findall(r'```json\n(.*?)```', readme, re.DOTALL)
+    (tmp_path / 'model.json').write_text(example.replace('…', '0' * 64), encoding='utf-8')
+    assert ModelBundle.load(tmp_path).name == 'superpoint'

@@ -1,0 +1,495 @@
+"""N-9: one decoder for every encoding; N-7: what cannot be decoded is refused with a reason."""
+
+import array
+import os
+import struct
+import subprocess
+import sys
+import tracemalloc
+import zlib
+
+import cv2
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rosbags.image import message_to_cvimage
+from rosbags.typesys import Stores, get_typestore
+
+from gps_denied_c7.decoding import (
+    ENCODINGS,
+    MAX_PIXELS,
+    MAX_SIDE,
+    RawImage,
+    channel_order,
+    check_compressed,
+    check_image,
+    decode_compressed,
+    decode_image,
+)
+from gps_denied_c7.errors import ImageRejectedError
+from gps_denied_c7.scratch import Scratch
+
+_TYPES = get_typestore(Stores.ROS2_JAZZY).types
+_VALUES = {'rgb': 3, 'bgr': 3, 'rgba': 4, 'bgra': 4, 'uyvy': 2, 'yuv422': 2, 'yuyv': 2, 'yuv422_yuy2': 2}
+_PLANAR = ('nv12', 'nv21')
+_WIDE = tuple(name for name in ENCODINGS if name.endswith('16'))
+_YUV = ('uyvy', 'yuv422', 'yuyv', 'yuv422_yuy2', *_PLANAR)
+_PACKED = tuple(name for name in ENCODINGS if not name.startswith('bayer') and name not in _YUV)
+_CONVERTED = tuple(name for name in ENCODINGS if name not in _PACKED)
+
+
+def _depth(encoding):
+    return 2 if encoding in _WIDE else 1
+
+
+def _row_bytes(encoding, width):
+    return (
+        width * _VALUES.get(encoding.rstrip('0123456789') if encoding not in _YUV else encoding, 1) * _depth(encoding)
+    )
+
+
+def _rows(encoding, height):
+    return height * 3 // 2 if encoding in _PLANAR else height
+
+
+def _image(encoding, width=36, height=20, *, padding=0, big=False, seed=1):
+    """Make a random image of the given picture size as ROS delivers it: an array('B') with padded rows."""
+    row = _row_bytes(encoding, width)
+    noise = np.random.default_rng(seed).integers(0, 256, (_rows(encoding, height), row + padding), np.uint8)
+    return RawImage(width, height, encoding, row + padding, big, array.array('B', noise.tobytes()))
+
+
+def _reference(image, colour_space=None):
+    """Decode with rosbags-image, which knows no padding and counts the chroma rows of nv12 as height."""
+    row = _row_bytes(image.encoding, image.width)
+    rows = len(image.data) // image.step
+    data = np.frombuffer(image.data, np.uint8).reshape(rows, image.step)[:, :row]
+    header = _TYPES['std_msgs/msg/Header'](_TYPES['builtin_interfaces/msg/Time'](0, 0), '')
+    message = _TYPES['sensor_msgs/msg/Image'](
+        header, rows, image.width, image.encoding, int(image.is_bigendian), row, np.ascontiguousarray(data).ravel()
+    )
+    return message_to_cvimage(message, colour_space)
+
+
+@pytest.mark.parametrize('padding', [0, 12, 13])
+@pytest.mark.parametrize('encoding', ENCODINGS)
+def test_n9_every_encoding_agrees_with_rosbags_image_bit_for_bit(encoding, padding):
+    for big in (False, True):
+        image = _image(encoding, padding=padding, big=big)
+        pixels = decode_image(image)
+        if encoding in _CONVERTED:
+            expected = _reference(image, 'bgr16' if encoding in _WIDE else 'bgr8')
+        else:
+            expected = _reference(image)
+        assert pixels.array.dtype == expected.dtype
+        assert np.array_equal(pixels.array, expected)
+        assert pixels.order == channel_order(encoding)
+
+
+@settings(max_examples=200, deadline=None)
+@given(encoding=st.sampled_from(ENCODINGS), width=st.integers(3, 40), height=st.integers(3, 40), seed=st.integers(0, 9))
+def test_n9_every_size_agrees_with_rosbags_image_bit_for_bit(encoding, width, height, seed):
+    if encoding in _YUV:
+        width, height = width // 2 * 2, height // 2 * 2
+    image = _image(encoding, width, height, padding=seed, seed=seed)
+    wanted = 'bgr16' if encoding in _WIDE else 'bgr8'
+    assert np.array_equal(decode_image(image).array, _reference(image, wanted if encoding in _CONVERTED else None))
+
+
+@pytest.mark.parametrize('encoding', [name for name in _PACKED if not name.startswith('mono')])
+def test_n9_the_channel_order_says_which_channel_is_which(encoding):
+    image = _image(encoding)
+    pixels = decode_image(image)
+    bgr = pixels.array[:, :, [pixels.order.index(letter) for letter in 'bgr']]
+    assert np.array_equal(bgr, _reference(image, 'bgr16' if encoding in _WIDE else 'bgr8'))
+
+
+@pytest.mark.parametrize('encoding', ENCODINGS)
+def test_n9_every_encoding_agrees_with_cv_bridge_where_it_is_installed(encoding):
+    cv_bridge = pytest.importorskip('cv_bridge', reason='cv_bridge comes with ROS from apt, not from PyPI')
+    messages = pytest.importorskip('sensor_msgs.msg')
+    image = _image(encoding, padding=0 if encoding in _PLANAR else 12)
+    message = messages.Image(
+        width=image.width, height=image.height, encoding=encoding, step=image.step, data=image.data
+    )
+    wanted = 'bgr16' if encoding in _WIDE else 'bgr8'
+    try:
+        expected = cv_bridge.CvBridge().imgmsg_to_cv2(message, 'passthrough' if encoding in _PACKED else wanted)
+    except cv_bridge.CvBridgeError as error:
+        pytest.skip(f'this cv_bridge does not decode {encoding}: {error}')
+    assert np.array_equal(decode_image(image).array, expected)
+
+
+@pytest.mark.parametrize('depth', [8, 16])
+@pytest.mark.parametrize('pattern', ['rggb', 'bggr', 'gbrg', 'grbg'])
+def test_n9_a_bayer_pattern_is_named_by_its_top_left_corner(pattern, depth):
+    """A red scene lights the sites named r and no others, whatever OpenCV calls the pattern."""
+    dtype = f'<u{depth // 8}'
+    for index, letter in enumerate('bgr'):
+        lit = [[200 * (pattern[0] == letter), 200 * (pattern[1] == letter)]]
+        lit += [[200 * (pattern[2] == letter), 200 * (pattern[3] == letter)]]
+        mosaic = np.tile(np.array(lit, dtype), (6, 6))
+        image = RawImage(12, 12, f'bayer_{pattern}{depth}', 12 * depth // 8, False, mosaic.tobytes())
+        middle = decode_image(image).array[2:-2, 2:-2]
+        assert (middle[:, :, index] == 200).all()
+        assert (middle[:, :, [other for other in range(3) if other != index]] == 0).all()
+
+
+@pytest.mark.parametrize('encoding', _YUV)
+def test_n9_yuv_agrees_with_the_bt601_formula(encoding):
+    """Studio-swing BT.601, computed in floating point, within the rounding of OpenCV's integers."""
+    width, height = 8, 6
+    rng = np.random.default_rng(5)
+    luma = rng.integers(16, 236, (height, width)).astype(np.uint8)
+    rows = height // 2 if encoding in _PLANAR else height
+    blue, red = rng.integers(90, 166, (2, rows, width // 2)).astype(np.uint8)
+    if encoding in _PLANAR:
+        pair = (blue, red) if encoding == 'nv12' else (red, blue)
+        data = np.concatenate([luma.ravel(), np.stack(pair, -1).ravel()])
+    else:
+        first, second = luma[:, 0::2], luma[:, 1::2]
+        quad = (blue, first, red, second) if encoding in ('uyvy', 'yuv422') else (first, blue, second, red)
+        data = np.stack(quad, -1).ravel()
+    image = RawImage(width, height, encoding, width * (1 if encoding in _PLANAR else 2), False, data.tobytes())
+
+    y = 1.164 * (luma.astype(float) - 16)
+    cb, cr = (plane.repeat(2, 1).repeat(height // rows, 0).astype(float) - 128 for plane in (blue, red))
+    formula = np.stack([y + 2.018 * cb, y - 0.391 * cb - 0.813 * cr, y + 1.596 * cr], -1).clip(0, 255)
+    pixels = decode_image(image)
+    assert pixels.array.shape == (height, width, 3)
+    assert np.abs(pixels.array - formula).max() <= 1.5
+
+
+@pytest.mark.parametrize('encoding', _PLANAR)
+@pytest.mark.parametrize('padding', [0, 4])
+def test_n9_the_height_of_nv12_may_count_the_picture_or_the_buffer(encoding, padding):
+    of_picture = _image(encoding, 12, 8, padding=padding)
+    of_buffer = RawImage(12, 12, encoding, of_picture.step, False, of_picture.data)
+    assert decode_image(of_picture).array.shape == (8, 12, 3)
+    assert np.array_equal(decode_image(of_picture).array, decode_image(of_buffer).array)
+
+
+@pytest.mark.parametrize('padding', [0, 12])
+@pytest.mark.parametrize('encoding', _PACKED)
+def test_n9_packed_pixels_are_views_of_the_message(encoding, padding):
+    image = _image(encoding, padding=padding)
+    pixels = decode_image(image)
+    assert np.shares_memory(pixels.array, np.frombuffer(image.data, np.uint8))
+    with pytest.raises(ValueError, match='read-only'):
+        pixels.array[0, 0] = 0
+
+
+@pytest.mark.parametrize('encoding', _WIDE)
+def test_n9_values_that_begin_anywhere_in_memory_come_out_aligned(encoding):
+    image = _image(encoding)
+    shifted = RawImage(image.width, image.height, encoding, image.step, False, memoryview(b'x' + bytes(image.data))[1:])
+    for pixels in (decode_image(shifted), decode_image(_image(encoding, padding=13))):
+        assert pixels.array.flags.aligned
+    assert np.array_equal(decode_image(shifted).array, decode_image(image).array)
+
+
+@pytest.mark.parametrize('make', [bytes, bytearray, memoryview, lambda data: np.frombuffer(data, np.uint8)])
+def test_n9_any_buffer_of_bytes_will_do(make):
+    image = _image('rgb8')
+    other = RawImage(image.width, image.height, 'rgb8', image.step, False, make(bytes(image.data)))
+    assert np.array_equal(decode_image(other).array, decode_image(image).array)
+
+
+@pytest.mark.parametrize('encoding', ['bayer_rggb8', 'nv12', 'uyvy', 'mono16'])
+def test_n9_converted_pixels_reuse_the_scratch(encoding):
+    scratch = Scratch()
+    image = _image(encoding, 640, 480, big=encoding in _WIDE)
+    first = decode_image(image, scratch).array
+    tracemalloc.start()
+    try:
+        again = decode_image(image, scratch).array
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert np.shares_memory(first, again)
+    assert peak < again.nbytes / 20
+
+
+def test_n9_without_a_scratch_every_image_is_its_own():
+    first = decode_image(_image('nv12', seed=1)).array
+    kept = first.copy()
+    decode_image(_image('nv12', seed=2))
+    assert np.array_equal(first, kept)
+
+
+def _changed(image, **changes):
+    fields = {name: getattr(image, name) for name in ('width', 'height', 'encoding', 'step', 'is_bigendian', 'data')}
+    return RawImage(**{**fields, **changes})
+
+
+@pytest.mark.parametrize('check', [check_image, decode_image])
+@pytest.mark.parametrize(
+    ('encoding', 'changes', 'reason'),
+    [
+        ('rgb8', {'encoding': 'rgb9'}, 'encoding'),
+        ('rgb8', {'encoding': ''}, 'encoding'),
+        ('rgb8', {'encoding': 'RGB8'}, 'encoding'),
+        ('rgb8', {'width': 0}, 'size'),
+        ('rgb8', {'height': 0}, 'size'),
+        ('rgb8', {'width': 0, 'height': 0, 'step': 0, 'data': b''}, 'size'),
+        ('rgb8', {'width': -36}, 'size'),
+        ('rgb8', {'width': MAX_SIDE + 1}, 'size'),
+        ('rgb8', {'height': 2**32 - 1}, 'size'),
+        ('mono8', {'width': MAX_SIDE, 'height': MAX_PIXELS // MAX_SIDE + 1, 'step': MAX_SIDE}, 'size'),
+        ('uyvy', {'width': 35}, 'size'),
+        ('nv12', {'width': 35}, 'size'),
+        ('nv12', {'height': 19, 'data': bytes(36 * 28)}, 'size'),
+        ('nv21', {'height': 21, 'data': bytes(36 * 31)}, 'size'),
+        ('nv21', {'data': bytes(36 * 20)}, 'data'),
+        ('bayer_rggb8', {'width': 2, 'step': 2, 'data': bytes(2 * 20)}, 'size'),
+        ('bayer_gbrg16', {'height': 2, 'data': bytes(72 * 2)}, 'size'),
+        ('rgb8', {'width': 37}, 'data'),
+        ('rgb8', {'height': 21}, 'data'),
+        ('rgb8', {'height': 19}, 'data'),
+        ('rgb8', {'step': 107, 'data': bytes(107 * 20)}, 'data'),
+        ('mono16', {'step': 36, 'data': bytes(36 * 20)}, 'data'),
+        ('bgra8', {'step': 0, 'data': b''}, 'data'),
+        ('nv12', {'data': bytes(36 * 29)}, 'data'),
+        ('mono8', {'data': b''}, 'data'),
+        ('mono8', {'data': None}, 'data'),
+        ('mono8', {'data': 'a' * 720}, 'data'),
+        ('mono8', {'data': np.zeros((20, 72), np.uint8)[:, ::2]}, 'data'),
+    ],
+)
+def test_n7_what_cannot_be_decoded_is_refused(check, encoding, changes, reason):
+    image = _image(encoding)
+    check(image)
+    with pytest.raises(ImageRejectedError) as refused:
+        check(_changed(image, **changes))
+    assert refused.value.reason == reason
+
+
+_anything = st.one_of(st.integers(-3, 70), st.sampled_from([2**31, 2**32 - 1]))
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    encoding=st.one_of(st.sampled_from(ENCODINGS), st.text(max_size=9)),
+    width=_anything,
+    height=_anything,
+    slack=st.integers(-3, 9),
+    size=st.one_of(st.none(), st.integers(0, 3000)),
+    big=st.booleans(),
+)
+def test_n7_no_raw_image_raises_anything_but_a_refusal(encoding, width, height, slack, size, big):
+    """Sizes are mostly consistent, so that many images get as far as OpenCV; None makes the honest buffer."""
+    step = max(0, _row_bytes(encoding, max(0, min(width, 70))) + slack)
+    honest = step * _rows(encoding, max(0, min(height, 70)))
+    image = RawImage(width, height, encoding, step, big, bytes(honest if size is None else size))
+    try:
+        pixels = decode_image(image)
+    except ImageRejectedError as error:
+        assert error.reason in ('encoding', 'size', 'data')
+        return
+    check_image(image)
+    assert pixels.array.shape[1] == width
+    assert pixels.array.shape[0] == height or (encoding in _PLANAR and pixels.array.shape[0] * 3 == height * 2)
+
+
+def _scene(width=96, height=64, channels=3, dtype=np.uint8):
+    noise = np.random.default_rng(3).integers(0, np.iinfo(dtype).max, (height, width, channels)).astype(dtype)
+    return cv2.GaussianBlur(noise, (0, 0), 1.5).reshape(height, width, -1).squeeze()
+
+
+def _encode(extension, image, *options):
+    done, data = cv2.imencode(extension, image, list(options))
+    assert done
+    return data.tobytes()
+
+
+def _with_thumbnail(jpeg):
+    """Put a whole small JPEG, end mark included, into an APP1 segment, as cameras do."""
+    thumbnail = b'Exif\0\0' + _encode('.jpg', _scene(16, 16))
+    return jpeg[:2] + b'\xff\xe1' + struct.pack('>H', len(thumbnail) + 2) + thumbnail + jpeg[2:]
+
+
+_JPEGS = {
+    'baseline': _encode('.jpg', _scene()),
+    'grey': _encode('.jpg', _scene(channels=1)),
+    'progressive': _encode('.jpg', _scene(), cv2.IMWRITE_JPEG_PROGRESSIVE, 1),
+    'restart': _encode('.jpg', _scene(), cv2.IMWRITE_JPEG_RST_INTERVAL, 2),
+    'thumbnail': _with_thumbnail(_encode('.jpg', _scene())),
+}
+_PNGS = {
+    'colour': _encode('.png', _scene()),
+    'grey': _encode('.png', _scene(channels=1)),
+    'alpha': _encode('.png', _scene(channels=4)),
+}
+_FILES = {**{f'jpeg {name}': file for name, file in _JPEGS.items()}, **{f'png {n}': file for n, file in _PNGS.items()}}
+
+
+def _by_rosbags(data):
+    header = _TYPES['std_msgs/msg/Header'](_TYPES['builtin_interfaces/msg/Time'](0, 0), '')
+    return message_to_cvimage(_TYPES['sensor_msgs/msg/CompressedImage'](header, 'x', np.frombuffer(data, np.uint8)))
+
+
+@pytest.mark.parametrize('name', _FILES)
+def test_n9_compressed_images_agree_with_rosbags_image_bit_for_bit(name):
+    pixels = decode_compressed(name.split()[0], array.array('B', _FILES[name]))
+    assert np.array_equal(pixels.array, _by_rosbags(_FILES[name]))
+    assert pixels.order == ('gray' if 'grey' in name else 'bgr')
+    assert not pixels.array.flags.writeable
+
+
+def test_n9_a_lossless_image_comes_back_exactly():
+    scene = _scene()
+    assert np.array_equal(decode_compressed('bgr8; png compressed bgr8', _encode('.png', scene)).array, scene)
+
+
+def test_n9_a_16_bit_png_keeps_its_depth():
+    scene = _scene(channels=1, dtype=np.uint16)
+    pixels = decode_compressed('mono16; png compressed ', _encode('.png', scene))
+    assert pixels.array.dtype == np.uint16
+    assert np.array_equal(pixels.array, scene)
+
+
+@pytest.mark.parametrize(
+    ('format', 'order'),
+    [
+        ('jpeg', 'bgr'),
+        ('rgb8; jpeg compressed bgr8', 'bgr'),
+        ('bgr8; jpeg compressed bgr8', 'bgr'),
+        ('rgb8; jpeg compressed rgb8', 'rgb'),
+    ],
+)
+def test_n9_the_format_tells_when_red_and_blue_were_swapped_before_encoding(format, order):
+    assert decode_compressed(format, _JPEGS['baseline']).order == order
+
+
+@pytest.mark.parametrize('check', [check_compressed, decode_compressed])
+@pytest.mark.parametrize('name', _FILES)
+def test_n7_a_file_cut_anywhere_is_refused(check, name):
+    """Every length that lacks as much as a byte; OpenCV may return such an image, half of it grey."""
+    file = _FILES[name]
+    check(name, file)
+    cuts = range(len(file)) if check is check_compressed else range(0, len(file), 17)
+    for cut in cuts:
+        with pytest.raises(ImageRejectedError) as refused:
+            check(name, file[:cut])
+        assert refused.value.reason == 'data', cut
+
+
+@pytest.mark.parametrize('tail', [b'\0' * 700, b'\xff' * 5, b'garbage', _JPEGS['grey'], b'\xff\xd9'])
+@pytest.mark.parametrize('name', _FILES)
+def test_n7_what_follows_the_end_is_ignored(name, tail):
+    """Cameras that fill a fixed buffer pad their JPEGs."""
+    padded = decode_compressed(name, _FILES[name] + tail)
+    assert np.array_equal(padded.array, decode_compressed(name, _FILES[name]).array)
+
+
+def _jpeg_of_size(width, height):
+    jpeg = bytearray(_JPEGS['baseline'])
+    frame = jpeg.index(b'\xff\xc0')
+    jpeg[frame + 5 : frame + 9] = struct.pack('>HH', height, width)
+    return bytes(jpeg)
+
+
+def _png_of_size(width, height):
+    png = bytearray(_PNGS['colour'])
+    png[16:24] = struct.pack('>II', width, height)
+    png[29:33] = struct.pack('>I', zlib.crc32(png[12:29]))
+    return bytes(png)
+
+
+@pytest.mark.parametrize('check', [check_compressed, decode_compressed])
+@pytest.mark.parametrize('make', [_jpeg_of_size, _png_of_size])
+@pytest.mark.parametrize('size', [(65500, 65500), (16385, 2), (2, 16385), (9000, 9000), (0, 64), (96, 0)])
+def test_n7_a_size_that_is_no_image_is_refused_before_anything_is_decoded(monkeypatch, check, make, size):
+    monkeypatch.setattr(cv2, 'imdecode', lambda *_: pytest.fail('decoded'))
+    with pytest.raises(ImageRejectedError) as refused:
+        check('', make(*size))
+    assert refused.value.reason == 'size'
+    assert f'{size[0]}x{size[1]}' in str(refused.value)
+
+
+def test_n7_a_limit_of_opencv_is_a_refusal_too():
+    """OpenCV reads its own limits once per process, and raises above them."""
+    script = (
+        'import sys; from gps_denied_c7.decoding import decode_compressed\n'
+        'from gps_denied_c7.errors import ImageRejectedError\n'
+        'try: decode_compressed("png", sys.stdin.buffer.read())\n'
+        'except ImageRejectedError as error: print(error.reason, type(error.__cause__).__name__)'
+    )
+    environment = {**os.environ, 'OPENCV_IO_MAX_IMAGE_PIXELS': '100'}
+    command = [sys.executable, '-c', script]
+    done = subprocess.run(command, input=_PNGS['colour'], env=environment, capture_output=True, timeout=60, check=True)
+    assert done.stdout.decode().strip() == 'data error'
+
+
+@pytest.mark.parametrize('name', _JPEGS)
+def test_n7_fill_bytes_before_a_marker_are_part_of_a_whole_jpeg(name):
+    """ISO/IEC 10918-1, B.1.1.2: any marker may be preceded by any number of FF."""
+    jpeg = _JPEGS[name]
+    filled = jpeg[:2] + b'\xff\xff' + jpeg[2:-2] + b'\xff\xff\xff\xd9'
+    assert np.array_equal(decode_compressed('jpeg', filled).array, decode_compressed('jpeg', jpeg).array)
+    with pytest.raises(ImageRejectedError):
+        check_compressed('jpeg', filled[:-1])
+
+
+@pytest.mark.parametrize('check', [check_compressed, decode_compressed])
+@pytest.mark.parametrize(
+    ('format', 'data', 'reason'),
+    [
+        ('jpeg', b'', 'data'),
+        ('png', b'', 'data'),
+        ('jpeg', b'no image at all', 'data'),
+        ('', b'', 'encoding'),
+        ('webp', b'RIFF\0\0\0\0WEBPVP8 ', 'encoding'),
+        ('h264', b'\0\0\0\1\x67', 'encoding'),
+        ('16UC1; compressedDepth png', _PNGS['grey'], 'encoding'),
+        ('jpeg', b'\xff\xd8\xff\xd9', 'data'),
+        ('jpeg', _JPEGS['grey'][: _JPEGS['grey'].index(b'\xff\xda')] + b'\xff\xd9', 'data'),
+        ('jpeg', b'\xff\xd8' + b'\xff\x01' * 100_000, 'data'),
+        ('png', _PNGS['grey'][:8] + _PNGS['grey'][33:], 'data'),
+        ('png', _PNGS['grey'][:33] + b'\0\0\0\0tEXt\0\0\0\0' * 100_000, 'data'),
+        ('jpeg', None, 'data'),
+        ('jpeg', 'text', 'data'),
+    ],
+)
+def test_n7_what_is_neither_jpeg_nor_png_is_refused(check, format, data, reason):
+    with pytest.raises(ImageRejectedError) as refused:
+        check(format, data)
+    assert refused.value.reason == reason
+
+
+def test_n7_a_png_of_another_size_than_its_pixels_is_refused():
+    with pytest.raises(ImageRejectedError) as refused:
+        decode_compressed('png', _png_of_size(96, 128))
+    assert refused.value.reason == 'data'
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    name=st.sampled_from(sorted(_FILES)),
+    format=st.text(max_size=20),
+    flips=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), max_size=4),
+    cut=st.one_of(st.none(), st.integers(0, 10**6)),
+)
+def test_n7_no_damaged_file_raises_anything_but_a_refusal(name, format, flips, cut):
+    file = bytearray(_FILES[name])
+    for place, value in flips:
+        file[place % len(file)] = value
+    data = bytes(file if cut is None else file[: cut % len(file)])
+    try:
+        pixels = decode_compressed(format, data)
+    except ImageRejectedError as error:
+        assert error.reason in ('encoding', 'size', 'data')
+        return
+    check_compressed(format, data)
+    assert pixels.array.size > 0
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    start=st.sampled_from([b'', b'\xff\xd8', b'\xff\xd8\xff', _PNGS['grey'][:8], _PNGS['grey'][:33]]),
+    rest=st.binary(max_size=200),
+)
+def test_n7_no_garbage_raises_anything_but_a_refusal(start, rest):
+    with pytest.raises(ImageRejectedError):
+        decode_compressed('jpeg', start + rest)

@@ -1,0 +1,387 @@
+"""§7: a thermal snapshot has an age, says "unknown" when it knows nothing, and never blocks its reader."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from source_tree import REPOSITORY
+
+from gps_denied_c7.thermal import LatestReading, ThermalLevel, ThermalReading, UnknownThermalState, worst
+from gps_denied_c7.thermal_sources import JetsonThermal, NvmlThermal, find_thermal_source, read_jetson
+
+
+class FakeSysfsThisMachineIsNoJetson:
+    """A sysfs tree with the names and units of a Jetson Orin's."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.zones = 0
+        (root / 'class' / 'thermal').mkdir(parents=True)
+        monitor = root / 'class' / 'hwmon' / 'hwmon2'
+        monitor.mkdir(parents=True)
+        (monitor / 'name').write_text('soctherm_oc\n')
+        self.monitor = monitor
+        for number in (1, 2, 3):
+            self.events(number, 0)
+
+    def zone(self, name: str, celsius: float | None, **trips: float) -> Path:
+        folder = self.root / 'class' / 'thermal' / f'thermal_zone{self.zones}'
+        self.zones += 1
+        folder.mkdir()
+        (folder / 'type').write_text(f'{name}\n')
+        if celsius is None:
+            # Reading a directory fails as a powered-down unit's zone does: with an OSError.
+            (folder / 'temp').mkdir()
+        else:
+            self.heat(folder, celsius)
+        for number, (kind, limit) in enumerate(trips.items()):
+            (folder / f'trip_point_{number}_type').write_text(f'{kind}\n')
+            (folder / f'trip_point_{number}_temp').write_text(f'{round(limit * 1000)}\n')
+        return folder
+
+    def heat(self, folder: Path, celsius: float) -> None:
+        (folder / 'temp').write_text(f'{round(celsius * 1000)}\n')
+
+    def events(self, number: int, count: int) -> None:
+        (self.monitor / f'oc{number}_event_cnt').write_text(f'{count}\n')
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def sysfs(tmp_path: Path) -> FakeSysfsThisMachineIsNoJetson:
+    return FakeSysfsThisMachineIsNoJetson(tmp_path / 'sys')
+
+
+def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 20.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, f'never came: {what}'
+        time.sleep(0.01)
+
+
+# --- the snapshot ---------------------------------------------------------------------------------
+
+
+def test_thermal_is_unknown_before_the_first_reading() -> None:
+    state = LatestReading('nvml').state()
+    assert (state.level, state.source, state.age_s) == (ThermalLevel.UNKNOWN, 'nvml', float('inf'))
+
+
+def test_thermal_age_grows_and_an_old_reading_says_nothing_about_now(clock: Clock) -> None:
+    latest = LatestReading('nvml', stale_s=5.0, monotonic=clock)
+    latest.put(ThermalReading(ThermalLevel.THROTTLED, {'gpu': 91.0}, ('hot',)))
+    clock.now += 4.0
+    assert (latest.state().level, latest.state().age_s) == (ThermalLevel.THROTTLED, 4.0)
+    clock.now += 2.0
+    state = latest.state()
+    assert (state.level, state.age_s) == (ThermalLevel.UNKNOWN, 6.0)
+    assert state.temperatures_c == {'gpu': 91.0}
+
+
+def test_thermal_without_a_source_is_unknown() -> None:
+    source = UnknownThermalState()
+    source.start()
+    assert source.thermal_state().level is ThermalLevel.UNKNOWN
+    assert source.thermal_state().source == 'none'
+    source.stop()
+
+
+def test_thermal_levels_have_an_order() -> None:
+    assert worst([]) is ThermalLevel.UNKNOWN
+    assert worst([ThermalLevel.NOMINAL, ThermalLevel.UNKNOWN]) is ThermalLevel.NOMINAL
+    assert worst([ThermalLevel.CRITICAL, ThermalLevel.THROTTLED]) is ThermalLevel.CRITICAL
+
+
+# --- Jetson ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ('celsius', 'level'),
+    [
+        (60.0, ThermalLevel.NOMINAL), (98.9, ThermalLevel.NOMINAL), (99.0, ThermalLevel.THROTTLED),
+        (104.5, ThermalLevel.CRITICAL),
+    ],
+)
+def test_thermal_jetson_zone_is_judged_by_its_own_trip_points(
+    sysfs: FakeSysfsThisMachineIsNoJetson, celsius: float, level: ThermalLevel
+) -> None:
+    sysfs.zone('tj-thermal', celsius, active=51.0, passive=99.0, critical=104.5)
+    reading, _ = read_jetson(sysfs.root)
+    assert reading.level is level
+    assert reading.temperatures_c == {'tj-thermal': celsius}
+    assert bool(reading.reasons) == (level is not ThermalLevel.NOMINAL)
+
+
+def test_thermal_jetson_zone_that_fails_to_read_is_left_out(sysfs: FakeSysfsThisMachineIsNoJetson) -> None:
+    sysfs.zone('gpu-thermal', None, passive=99.0)
+    sysfs.zone('tj-thermal', 61.5, passive=99.0)
+    broken = sysfs.zone('cv0-thermal', 1.0)
+    (broken / 'temp').write_text('no number\n')
+    reading, _ = read_jetson(sysfs.root)
+    assert reading.temperatures_c == {'tj-thermal': 61.5}
+    assert reading.level is ThermalLevel.NOMINAL
+
+
+@pytest.mark.parametrize('trips', [{}, {'active': 40.0}, {'passive': 0.0}, {'passive': -274.0}])
+def test_thermal_jetson_without_limits_is_unknown(
+    sysfs: FakeSysfsThisMachineIsNoJetson, trips: dict[str, float]
+) -> None:
+    sysfs.zone('tj-thermal', 70.0, **trips)
+    reading, _ = read_jetson(sysfs.root)
+    assert reading.level is ThermalLevel.UNKNOWN
+    assert reading.temperatures_c == {'tj-thermal': 70.0}
+
+
+def test_thermal_jetson_over_current_counts_only_what_is_new(
+    sysfs: FakeSysfsThisMachineIsNoJetson, clock: Clock
+) -> None:
+    sysfs.zone('tj-thermal', 60.0, passive=99.0)
+    sysfs.events(2, 17)
+    source = JetsonThermal(sysfs.root, stale_s=60.0, monotonic=clock)
+    source.read()
+    assert source.thermal_state().level is ThermalLevel.NOMINAL, 'since boot is no news'
+    sysfs.events(2, 18)
+    sysfs.events(1, 1)
+    source.read()
+    state = source.thermal_state()
+    assert state.level is ThermalLevel.THROTTLED
+    assert state.reasons == ('undervoltage', 'average over-current')
+    clock.now += 6.0
+    source.read()
+    assert source.thermal_state().level is ThermalLevel.NOMINAL
+    sysfs.events(2, 0)
+    source.read()
+    assert source.thermal_state().level is ThermalLevel.NOMINAL, 'a counter that started over is no event'
+
+
+def test_thermal_jetson_reads_in_the_background(sysfs: FakeSysfsThisMachineIsNoJetson) -> None:
+    zone = sysfs.zone('tj-thermal', 60.0, passive=99.0)
+    source = JetsonThermal(sysfs.root, period_s=0.01)
+    assert source.thermal_state().age_s == float('inf')
+    source.start()
+    try:
+        wait_until(lambda: source.thermal_state().level is ThermalLevel.NOMINAL, 'a first reading')
+        sysfs.heat(zone, 100.0)
+        wait_until(lambda: source.thermal_state().level is ThermalLevel.THROTTLED, 'the heat')
+    finally:
+        source.stop()
+
+
+def test_thermal_jetson_read_that_hangs_blocks_nobody(sysfs: FakeSysfsThisMachineIsNoJetson) -> None:
+    """A FIFO in the place of a file: its reader waits for ever."""
+    zone = sysfs.zone('tj-thermal', 60.0, passive=99.0)
+    source = JetsonThermal(sysfs.root, period_s=0.01, stale_s=0.2)
+    source.start()
+    wait_until(lambda: source.thermal_state().level is ThermalLevel.NOMINAL, 'a first reading')
+    (zone / 'temp').unlink()
+    os.mkfifo(zone / 'temp')
+    wait_until(lambda: source.thermal_state().level is ThermalLevel.UNKNOWN, 'the age to be seen')
+    assert source.thermal_state().temperatures_c == {'tj-thermal': 60.0}
+    source.stop()
+    # Lets the thread go.
+    os.close(os.open(zone / 'temp', os.O_RDWR))
+
+
+def test_thermal_source_of_this_host(sysfs: FakeSysfsThisMachineIsNoJetson, tmp_path: Path) -> None:
+    (sysfs.monitor / 'name').write_text('coretemp\n')
+    sysfs.zone('x86_pkg_temp', 50.0, passive=90.0)
+    assert isinstance(find_thermal_source(tmp_path), UnknownThermalState)
+    (tmp_path / 'dev').mkdir()
+    (tmp_path / 'dev' / 'nvidiactl').touch()
+    assert isinstance(find_thermal_source(tmp_path), NvmlThermal)
+    sysfs.zone('tj-thermal', 50.0)
+    assert isinstance(find_thermal_source(tmp_path), JetsonThermal)
+
+
+# --- NVML -----------------------------------------------------------------------------------------
+
+FAKE_PYNVML = '''
+"""A stand-in for nvidia-ml-py: this machine has no NVIDIA driver."""
+import os
+import time
+
+NVML_TEMPERATURE_GPU = 0
+
+
+class NVMLError(Exception):
+    pass
+
+
+def nvmlInit():
+    if os.environ['FAKE_NVML'] == 'no driver':
+        raise NVMLError('Driver Not Loaded')
+
+
+def nvmlDeviceGetHandleByIndex(index):
+    return index
+
+
+def nvmlDeviceGetTemperature(device, sensor):
+    return 71
+
+
+def nvmlDeviceGetCurrentClocksEventReasons(device):
+    asked = os.environ['FAKE_NVML']
+    if asked == 'crash':
+        os.abort()
+    if asked == 'hang' and os.path.exists(os.environ['FAKE_NVML_MARKER']):
+        open(os.environ['FAKE_NVML_MARKER'] + '.hangs', 'w').close()
+        time.sleep(3600)
+    open(os.environ['FAKE_NVML_MARKER'], 'w').close()
+    return 0 if asked in ('hang', 'crash') else int(asked, 16)
+'''
+
+
+@pytest.fixture
+def helper(tmp_path: Path) -> Iterator[Callable[..., NvmlThermal]]:
+    """Make a source whose helper uses the stand-in."""
+    (tmp_path / 'pynvml.py').write_text(FAKE_PYNVML)
+    sources: list[NvmlThermal] = []
+
+    def make(asked: str, *, modules: Path = tmp_path, **options: object) -> NvmlThermal:
+        environment = {
+            **os.environ, 'FAKE_NVML': asked, 'FAKE_NVML_MARKER': str(tmp_path / 'asked'),
+            'PYTHONPATH': os.pathsep.join([str(modules), str(REPOSITORY), os.environ.get('PYTHONPATH', '')]),
+        }
+        command = (sys.executable, '-m', 'gps_denied_c7.nvml_helper', '--period', '0.05')
+        sources.append(NvmlThermal(command, environment=environment, **options))
+        sources[-1].start()
+        return sources[-1]
+
+    yield make
+    for source in sources:
+        source.stop()
+
+
+@pytest.mark.parametrize(
+    ('mask', 'level', 'reasons'),
+    [
+        ('0x0', ThermalLevel.NOMINAL, ()),
+        ('0x1', ThermalLevel.NOMINAL, ()),
+        ('0x4', ThermalLevel.NOMINAL, ('software power cap',)),
+        ('0x24', ThermalLevel.THROTTLED, ('software power cap', 'software thermal slowdown')),
+        ('0x48', ThermalLevel.CRITICAL, ('hardware slowdown', 'hardware thermal slowdown')),
+        ('0x80', ThermalLevel.CRITICAL, ('hardware power brake',)),
+    ],
+)
+def test_thermal_nvml_reasons_come_to_a_level(
+    helper: Callable[..., NvmlThermal], mask: str, level: ThermalLevel, reasons: tuple[str, ...]
+) -> None:
+    source = helper(mask)
+    wait_until(lambda: source.thermal_state().temperatures_c, 'a reading')
+    state = source.thermal_state()
+    assert (state.level, state.source, state.reasons) == (level, 'nvml', reasons)
+    assert state.temperatures_c == {'gpu': 71.0}
+
+
+def test_thermal_nvml_call_that_hangs_blocks_nobody_and_its_helper_is_replaced(
+    helper: Callable[..., NvmlThermal],
+) -> None:
+    source = helper('hang', hang_s=3.0, backoff_s=(0.05, 0.1))
+    wait_until(lambda: source.thermal_state().level is ThermalLevel.NOMINAL, 'the one reading')
+    wait_until(lambda: source.thermal_state().level is ThermalLevel.UNKNOWN, 'the age to be seen')
+    assert source.thermal_state().age_s > 3.0
+    wait_until(lambda: source.helpers_started >= 2, 'another helper')
+
+
+def test_thermal_nvml_helper_that_dies_is_replaced_with_pauses(helper: Callable[..., NvmlThermal]) -> None:
+    source = helper('crash', backoff_s=(0.01, 0.1))
+    wait_until(lambda: source.helpers_started >= 3, 'three helpers')
+    assert source.thermal_state().level is ThermalLevel.UNKNOWN
+
+
+def test_thermal_nvml_without_a_driver_is_tried_again_and_told_once(
+    helper: Callable[..., NvmlThermal], caplog: pytest.LogCaptureFixture
+) -> None:
+    source = helper('no driver', backoff_s=(0.01, 0.02))
+    wait_until(lambda: source.helpers_started >= 3, 'three helpers')
+    assert [record.message for record in caplog.records] == ['thermal state unknown: NVML: Driver Not Loaded.']
+
+
+def test_thermal_nvml_package_that_is_missing_is_final(
+    helper: Callable[..., NvmlThermal], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / 'none').mkdir()
+    (tmp_path / 'none' / 'pynvml.py').write_text('raise ImportError("No module named pynvml")\n')
+    source = helper('0x0', modules=tmp_path / 'none', backoff_s=(0.01, 0.01))
+    wait_until(lambda: caplog.records, 'the remedy')
+    assert 'requirements/gpu.txt' in caplog.records[0].message
+    source._thread.join(5.0)
+    assert not source._thread.is_alive()
+    assert source.helpers_started == 1
+
+
+def test_thermal_nvml_stop_ends_the_helper_at_once(helper: Callable[..., NvmlThermal]) -> None:
+    source = helper('hang', hang_s=3600.0)
+    wait_until(lambda: source.thermal_state().temperatures_c, 'a reading')
+    source.stop()
+    source.stop()
+    source._thread.join(5.0)
+    assert not source._thread.is_alive()
+    assert not source._killed, 'the helper is dead and reaped'
+
+
+def test_thermal_nvml_helper_dies_with_its_parent(tmp_path: Path) -> None:
+    """Also with a parent that is killed while the helper hangs in the driver."""
+    (tmp_path / 'pynvml.py').write_text(FAKE_PYNVML)
+    (tmp_path / 'asked').touch()
+    program = """
+import subprocess, sys
+helper = subprocess.Popen([sys.executable, '-m', 'gps_denied_c7.nvml_helper'], start_new_session=True)
+print(helper.pid, flush=True)
+helper.wait()
+"""
+    environment = {
+        **os.environ, 'FAKE_NVML': 'hang', 'FAKE_NVML_MARKER': str(tmp_path / 'asked'),
+        'PYTHONPATH': os.pathsep.join([str(tmp_path), str(REPOSITORY), os.environ.get('PYTHONPATH', '')]),
+    }
+    parent = subprocess.Popen([sys.executable, '-c', program], env=environment, stdout=subprocess.PIPE, text=True)
+    assert parent.stdout is not None
+    helper_pid = int(parent.stdout.readline())
+    wait_until((tmp_path / 'asked.hangs').exists, 'the helper to hang')
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.wait()
+    parent.stdout.close()
+
+    def gone() -> bool:
+        try:
+            return Path(f'/proc/{helper_pid}/stat').read_text().rpartition(')')[2].split()[0] == 'Z'
+        except FileNotFoundError:
+            return True
+
+    wait_until(gone, 'the end of the helper')
+
+
+def test_thermal_state_is_never_waited_for(helper: Callable[..., NvmlThermal]) -> None:
+    """Readers from many threads while helpers come and go."""
+    source = helper('crash', backoff_s=(0.01, 0.01))
+    ages: list[float] = []
+    threads = [
+        threading.Thread(target=lambda: ages.extend(source.thermal_state().age_s for _ in range(1000)))
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(10.0)
+    assert len(ages) == 4000
