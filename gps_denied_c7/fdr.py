@@ -8,18 +8,20 @@ import math
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, unique
-from typing import Any
+from typing import Any, TypeVar
 
 from gps_denied_c7.errors import FdrSchemaError
 
-__all__ = ['KINDS', 'SCHEMA_VERSION', 'FdrKind', 'FdrRecord', 'FdrRecorder', 'Severity', 'read_payload']
+__all__ = ['KINDS', 'SCHEMA_VERSION', 'FdrKind', 'FdrRecord', 'FdrRecorder', 'Severity', 'in_order', 'read_payload']
 
 SCHEMA_VERSION = 1
 
 _log = logging.getLogger(__name__)
+
+_T = TypeVar('_T')
 
 
 @unique
@@ -147,6 +149,20 @@ class _Merged:
     until: float
     count: int = 0
     payload: Mapping[str, Any] = field(default_factory=dict)
+
+
+def in_order(records: Iterable[_T], mark: Callable[[_T], tuple[str, int]]) -> list[_T]:
+    """
+    Return received records in the order in which they were written, sessions in the order of arrival.
+
+    Several writers share the topic, and a late subscriber gets the history of one among new records of
+    another: order of arrival says nothing.
+
+    :param mark: returns a record's ``(session_id, seq)``.
+    """
+    received = list(records)
+    sessions = list(dict.fromkeys(mark(record)[0] for record in received))
+    return sorted(received, key=lambda record: (sessions.index(mark(record)[0]), mark(record)[1]))
 
 
 class FdrRecorder:

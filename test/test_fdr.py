@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gps_denied_c7.errors import FdrSchemaError
-from gps_denied_c7.fdr import KINDS, FdrRecorder, Severity, read_payload
+from gps_denied_c7.fdr import KINDS, FdrRecorder, Severity, in_order, read_payload
 
 
 class Clock:
@@ -149,3 +149,10 @@ def test_severities_are_those_of_python_logging():
 
     assert Severity.WARN == logging.WARNING and Severity.FATAL == logging.CRITICAL
     assert json.dumps(Severity.INFO) == '20'
+
+
+def test_records_that_arrive_in_any_order_are_put_into_the_order_of_writing():
+    arrived = [('late', 3), ('late', 0), ('late', 1), ('next', 1), ('late', 2), ('next', 0)]
+    assert in_order(arrived, lambda mark: mark) == [
+        ('late', 0), ('late', 1), ('late', 2), ('late', 3), ('next', 0), ('next', 1),
+    ]  # fmt: skip

@@ -23,6 +23,7 @@ from gps_denied_c7.demo.picture import Detections, compose, read_frame
 from gps_denied_c7.demo.processes import Child, DemoError, child_environment, free_domain_id, wait_for
 from gps_denied_c7.demo.report import DemoReport, FrameCount, stage_percentiles
 from gps_denied_c7.errors import C7Error
+from gps_denied_c7.fdr import in_order
 
 __all__ = ['DemoOptions', 'main', 'run_demo']
 
@@ -89,6 +90,10 @@ class _Feed:
                 self.records.append(event)
             else:
                 self.statuses = event['statuses']
+
+    def records_in_order(self) -> list[dict[str, Any]]:
+        """Return the records in the order in which the node wrote them."""
+        return in_order(self.records, lambda record: (record['session_id'], record['seq']))
 
     def join(self) -> None:
         """Wait for the end of the output, after the process has ended."""
@@ -316,7 +321,7 @@ def _account(
         runtimes=tuple(dict.fromkeys(answer['runtime'] for answer in feed.answers)),
         providers=tuple(dict.fromkeys(answer['provider'] for answer in feed.answers)),
         is_fallback=any(answer['is_fallback'] for answer in feed.answers),
-        records=tuple((record['kind'], record['payload']) for record in feed.records),
+        records=tuple((record['kind'], record['payload']) for record in feed.records_in_order()),
         standing_alerts=tuple(filter(None, runtime.get('values', {}).get('alerts', '').split(', '))),
         diagnostics_message=runtime.get('message', ''),
         node_exit_code=exit_code,

@@ -31,6 +31,7 @@ from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 
+from gps_denied_c7.fdr import in_order
 from gps_denied_c7.ros.dds import apply_profile
 from gps_denied_c7.ros.executor import PoolExecutor
 from gps_denied_c7.ros.flight_recorder import FDR_QOS
@@ -263,8 +264,8 @@ class Peer:
         return self.tensors[before]
 
     def kinds(self) -> list[str]:
-        """Return the kinds of the flight records received so far."""
-        return [record.kind for record in list(self.records)]
+        """Return the kinds of the flight records received so far, in the order in which they were written."""
+        return [record.kind for record in in_order(self.records, lambda record: (record.session_id, record.seq))]
 
     def payloads(self, kind: str) -> list[dict[str, Any]]:
         """Return the payloads of the flight records of one kind."""
