@@ -193,8 +193,9 @@ def test_thermal_jetson_read_that_hangs_blocks_nobody(sysfs: FakeSysfsThisMachin
     source = JetsonThermal(sysfs.root, period_s=0.01, stale_s=0.2)
     source.start()
     wait_until(lambda: source.thermal_state().level is ThermalLevel.NOMINAL, 'a first reading')
-    (zone / 'temp').unlink()
-    os.mkfifo(zone / 'temp')
+    # In one step: a reading in between would find a zone that cannot be read, which is another case.
+    os.mkfifo(zone / 'fifo')
+    (zone / 'fifo').rename(zone / 'temp')
     wait_until(lambda: source.thermal_state().level is ThermalLevel.UNKNOWN, 'the age to be seen')
     assert source.thermal_state().temperatures_c == {'tj-thermal': 60.0}
     source.stop()
