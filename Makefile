@@ -1,7 +1,7 @@
 # ROS_DISTRO=kilted make ... for the other distribution. Where ROS is sourced, that one is used.
 ENVIRONMENT := python3 tools/environment.py
 
-.PHONY: help setup demo test lint clean
+.PHONY: help setup demo bench test lint clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -12,6 +12,9 @@ setup:  ## virtual environment, ROS 2 if it is not sourced, colcon build
 demo:  ## replay a synthetic flight through the node; results in demo_output/
 	@$(ENVIRONMENT) run c7_demo --output demo_output
 
+bench:  ## this node beside the bare engine and a forty-line node, 3 minutes; results in bench_output/
+	@$(ENVIRONMENT) run c7_bench --quick --output bench_output
+
 lint:  ## ruff and mypy
 	$(ENVIRONMENT) run ruff check .
 	$(ENVIRONMENT) run mypy
@@ -20,5 +23,5 @@ test: lint  ## ruff, mypy and every test this machine can run; skips are listed 
 	$(ENVIRONMENT) run python3 -m pytest
 
 clean:  ## remove every environment, build and output
-	rm -rf .venv .build build install log demo_output .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .build build install log demo_output bench_output .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -19,7 +19,9 @@ ROS = (
 # Each may import what stands before it.
 LAYERS = ('errors', 'tensors', 'bundle', 'runtime', 'runtimes', 'chain', 'pipeline', 'ros')
 
-PLAIN = sorted(name for name in modules() if not name.startswith(f'{PACKAGE}.ros'))
+# The node, and the processes that measure it over ROS.
+ABOUT_ROS = (f'{PACKAGE}.ros', f'{PACKAGE}.bench')
+PLAIN = sorted(name for name in modules() if not name.startswith(ABOUT_ROS))
 
 IMPORT_ALL = """
 import importlib, json, sys
@@ -122,9 +124,9 @@ def test_runtimes_do_not_know_each_other() -> None:
 
 
 def test_nothing_below_it_imports_the_ros_side() -> None:
-    """The ROS side and the demo stand on the library, not the library on them."""
+    """The ROS side, the demo and the benchmark stand on the library, not the library on them."""
     graph = package_imports()
-    sides = (f'{PACKAGE}.ros', f'{PACKAGE}.demo')
+    sides = (*ABOUT_ROS, f'{PACKAGE}.demo')
     assert not [
         f'{name} imports {other}'
         for name in graph if not name.startswith(sides) for other in graph[name] if other.startswith(sides)

@@ -23,6 +23,7 @@ PIP_NAMES = {
 # tensorrt's wheels carry the CUDA version in their name.
 PIP_PREFIXES = {'tensorrt': 'tensorrt-cu'}
 
+FOR_DEVELOPERS = ('demo', 'bench')
 RUN_TAGS = ('depend', 'exec_depend')
 TEST_TAGS = (*RUN_TAGS, 'build_depend', 'test_depend')
 REQUIREMENTS = sorted((REPOSITORY / 'requirements').glob('*.txt'))
@@ -70,14 +71,15 @@ def undeclared(files: list[Path], rosdep: set[str], pip: set[str]) -> list[str]:
 
 def test_b2_what_the_package_imports_is_declared() -> None:
     """B-2: a package.xml key, or a line of the runtime or GPU requirements."""
-    files = [path for path in python_files(PACKAGE) if 'demo' not in path.parts] + python_files('launch')
+    files = [path for path in python_files(PACKAGE) if path.parts[1] not in FOR_DEVELOPERS] + python_files('launch')
     assert undeclared(files, keys(*RUN_TAGS), pip_names('runtime.txt', 'gpu.txt')) == []
 
 
 def test_b2_what_the_demo_and_the_tests_import_is_declared() -> None:
-    """B-2: the demo and the tests may use the development requirements as well."""
+    """B-2: the demo, the benchmark and the tests may use the development requirements as well."""
     pip = pip_names('runtime.txt', 'gpu.txt', 'dev.txt')
-    files = [*python_files(f'{PACKAGE}/demo'), *python_files('test'), *python_files('tools'), Path('setup.py')]
+    folders = [*(f'{PACKAGE}/{folder}' for folder in FOR_DEVELOPERS), 'test', 'tools']
+    files = [*(path for folder in folders for path in python_files(folder)), Path('setup.py')]
     assert undeclared(files, keys(*TEST_TAGS), pip) == []
 
 

@@ -42,18 +42,20 @@ class Child:
 
     :param log: file that gets its error output, and its output unless that is piped; None for this process's own.
     :param pipe: give its output to ``stdout`` instead.
+    :param commands: take its input from ``stdin``.
     """
 
     def __init__(
         self, module: str, arguments: Sequence[str], environ: Mapping[str, str], *,
-        log: Path | None = None, pipe: bool = False,
+        log: Path | None = None, pipe: bool = False, commands: bool = False,
     ) -> None:  # fmt: skip
         self.name = module.rpartition('.')[2]
         self.log = log
         with log.open('wb') if log else contextlib.nullcontext() as errors:
             self.process = subprocess.Popen(
                 [sys.executable, '-m', module, *arguments], env=dict(environ), text=True,
-                stdin=subprocess.DEVNULL, stdout=subprocess.PIPE if pipe else errors, stderr=errors,
+                stdin=subprocess.PIPE if commands else subprocess.DEVNULL,
+                stdout=subprocess.PIPE if pipe else errors, stderr=errors,
                 # Ctrl-C goes to a whole foreground group; the demo ends its children itself, in order.
                 start_new_session=True, preexec_fn=_die_with_parent,
             )  # fmt: skip
@@ -70,6 +72,10 @@ class Child:
     def stop(self, number: signal.Signals = signal.SIGINT, timeout_s: float = _KILL_AFTER_S) -> int:
         """Send ``number`` and return the exit code; a process that does not end is killed (then -9)."""
         self.process.send_signal(number)
+        return self.wait(timeout_s)
+
+    def wait(self, timeout_s: float = _KILL_AFTER_S) -> int:
+        """Wait for the end and return the exit code; a process that does not end is killed (then -9)."""
         try:
             return self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:

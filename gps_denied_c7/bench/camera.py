@@ -1,0 +1,132 @@
+"""The cameras: one process that publishes the same images at the same rate to whoever is being measured."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import struct
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import rclpy
+from rclpy.node import Node
+from rclpy.publisher import Publisher
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rclpy.serialization import serialize_message
+from rclpy.signals import SignalHandlerOptions
+from sensor_msgs.msg import Image
+
+from gps_denied_c7.bench.commands import CommandLine
+from gps_denied_c7.ros.dds import apply_profile, tune_allocator
+
+__all__ = ['Cameras', 'main', 'stamped']
+
+QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
+_STAMP_AT = 4
+_DISTINCT = 4
+_POLL_S = 0.005
+
+
+def stamped(image: bytes, stamp_ns: int) -> bytes:
+    """
+    Return a serialised image with another header stamp.
+
+    The stamp is what comes first in the message: after the four bytes of the CDR header, seconds and nanoseconds in
+    this machine's byte order.
+    """
+    stamp = struct.pack('=iI', stamp_ns // 10**9, stamp_ns % 10**9)
+    return b''.join((image[:_STAMP_AT], stamp, memoryview(image)[_STAMP_AT + 8 :]))
+
+
+class Cameras:
+    """
+    Publish serialised images, which costs what it costs a driver written in C++ and hides nothing of the contestants.
+
+    :param topics: of each contestant by its name, one for each camera.
+    """
+
+    def __init__(self, node: Node, topics: dict[str, list[str]], width: int, height: int, encoding: str) -> None:
+        random = np.random.default_rng(3)
+        channels = 1 if encoding == 'mono8' else 3
+        self._images = []
+        for _ in range(_DISTINCT):
+            image = Image(width=width, height=height, encoding=encoding, step=width * channels)
+            image.header.frame_id = 'camera'
+            image.data.frombytes(random.integers(0, 256, width * height * channels, np.uint8).tobytes())
+            self._images.append(bytes(serialize_message(image)))
+        self._publishers: dict[str, list[Publisher]] = {
+            name: [node.create_publisher(Image, topic, QOS) for topic in own] for name, own in topics.items()
+        }
+
+    def wait_matched(self, name: str, timeout_s: float) -> float | None:
+        """Return when (wall clock, s) every camera of a contestant had a subscriber, None where that never came."""
+        deadline = time.monotonic() + timeout_s
+        while not all(publisher.get_subscription_count() for publisher in self._publishers[name]):
+            if time.monotonic() > deadline:
+                return None
+            time.sleep(_POLL_S)
+        return time.time()
+
+    def send(self, name: str, rate_hz: float, seconds: float) -> list[int]:
+        """
+        Publish to one contestant and return the stamps sent.
+
+        The cameras take turns within a period, as cameras that nobody triggers together do. A frame that is late is
+        sent late and none is left out, unless it is more than a second behind.
+        """
+        publishers = self._publishers[name]
+        period = 1.0 / (rate_hz * len(publishers))
+        stamps = []
+        began = time.monotonic()
+        for number in range(max(1, round(seconds / period))):
+            due = began + number * period
+            if (ahead := due - time.monotonic()) > 0:
+                time.sleep(ahead)
+            elif ahead < -1.0:
+                break
+            image = self._images[number % _DISTINCT]
+            stamp_ns = time.time_ns()
+            publishers[number % len(publishers)].publish(stamped(image, stamp_ns))
+            stamps.append(stamp_ns)
+        return stamps
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve commands until standard input ends."""
+    parser = argparse.ArgumentParser(prog='c7_bench_camera')
+    parser.add_argument('--topics', nargs='+', required=True, metavar='CONTESTANT=TOPIC,TOPIC')
+    parser.add_argument('--size', nargs=2, type=int, required=True)
+    parser.add_argument('--encoding', required=True)
+    options = parser.parse_args(arguments)
+    commands = CommandLine()
+    apply_profile(os.environ)
+    tune_allocator()
+    rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
+    node = rclpy.create_node('c7_bench_camera', start_parameter_services=False, enable_rosout=False)
+    try:
+        topics = {name: own.split(',') for name, _, own in (text.partition('=') for text in options.topics)}
+        width, height = options.size
+        cameras = Cameras(node, topics, width, height, options.encoding)
+        commands.answer({'ready': True})
+        while True:
+            commands.answer(_serve(cameras, commands.wait()))
+    except EOFError:
+        return 0
+    finally:
+        node.destroy_node()
+        rclpy.try_shutdown()
+
+
+def _serve(cameras: Cameras, command: dict[str, Any]) -> dict[str, Any]:
+    if command['do'] == 'match':
+        return {'matched_s': cameras.wait_matched(command['contestant'], command['timeout_s'])}
+    began_ns = time.time_ns()
+    stamps = cameras.send(command['contestant'], command['rate_hz'], command['seconds'])
+    return {'began_ns': began_ns, 'ended_ns': time.time_ns(), 'stamps': stamps}
+
+
+if __name__ == '__main__':
+    sys.exit(main())

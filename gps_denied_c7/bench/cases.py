@@ -1,0 +1,194 @@
+"""What is measured: who competes, on which images, networks, rates and numbers of cameras."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = [
+    'BARE',
+    'CONTESTANTS',
+    'DEFAULT_TRANSPORT',
+    'FORTY_LINES',
+    'IN_PROCESS',
+    'SHIPPED',
+    'SHIPPED_TRANSPORT',
+    'Case',
+    'Contestant',
+    'full_cases',
+    'present_contestants',
+    'quick_cases',
+]
+
+BARE = 'bare_engine'
+FORTY_LINES = 'forty_lines'
+ORT_DEFAULTS = 'forty_lines_ort_defaults'
+IN_PROCESS = 'node_in_process'
+SHIPPED = 'node'
+
+SHIPPED_TRANSPORT = 'shipped'
+DEFAULT_TRANSPORT = 'default'
+
+NETWORK_WIDTH, NETWORK_HEIGHT = 640, 480
+MODEL_MS = (5, 30, 100)
+_SATURATION = 1.6
+
+
+@dataclass(frozen=True, slots=True)
+class Contestant:
+    """
+    Describe one process that answers images, or the loop that needs none.
+
+    :param name: of its ROS node, and of its row.
+    :param title: for the reader.
+    :param module: that is started.
+    :param arguments: of the module, beside those that every one of its kind gets.
+    :param parameters: of the node, beside model and topics; left out where one of them is not declared.
+    """
+
+    name: str
+    title: str
+    module: str
+    arguments: tuple[str, ...] = ()
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_node(self) -> bool:
+        """Whether it is this package's node."""
+        return self.module == 'gps_denied_c7.ros.main'
+
+
+CONTESTANTS = (
+    Contestant(BARE, 'bare engine loop, no ROS', 'gps_denied_c7.bench.engine_loop'),
+    Contestant(FORTY_LINES, 'forty-line node', 'gps_denied_c7.bench.forty_lines'),
+    Contestant(
+        ORT_DEFAULTS,
+        'forty-line node, ONNX Runtime with its default threads',
+        'gps_denied_c7.bench.forty_lines',
+        arguments=('--ort-defaults',),
+    ),
+    Contestant(IN_PROCESS, 'this node, isolation none', 'gps_denied_c7.ros.main', parameters={'isolation': 'none'}),
+    Contestant(SHIPPED, 'this node as shipped', 'gps_denied_c7.ros.main'),
+)
+
+_USUAL = (BARE, FORTY_LINES, IN_PROCESS, SHIPPED)
+
+
+def present_contestants(declared: Collection[str]) -> tuple[Contestant, ...]:
+    """Return the contestants that exist here: those whose parameters this node declares."""
+    return tuple(one for one in CONTESTANTS if set(one.parameters) <= set(declared))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """
+    Say what is sent, and to whom.
+
+    :param encoding: of the images, ``mono8`` or ``rgb8``; the network takes as many channels.
+    :param model_ms: what one inference takes, about; the networks are made to measure on this machine.
+    :param large_outputs: 6 MB of tensors for each image instead of 1 KB.
+    :param rate_hz: images per second and camera; 0 for more than the engine can answer.
+    :param contestants: names of those who compete.
+    :param transport: ``shipped``, or ``default`` for what Fast DDS does without a profile.
+    :param seconds: of one measurement, its own length where None.
+    :param repetitions: likewise.
+    """
+
+    width: int
+    height: int
+    encoding: str
+    model_ms: int
+    large_outputs: bool = False
+    rate_hz: float = 30.0
+    cameras: int = 1
+    contestants: tuple[str, ...] = _USUAL
+    transport: str = SHIPPED_TRANSPORT
+    seconds: float | None = None
+    repetitions: int | None = None
+
+    @property
+    def name(self) -> str:
+        """A short name, a single word that also serves as a file name."""
+        parts = [f'{self.height}p_{self.encoding}', f'{self.model_ms}ms']
+        parts.append('6MB' if self.large_outputs else 'small')
+        parts.append(f'{self.rate_hz:g}hz' if self.rate_hz else 'saturated')
+        if self.cameras > 1:
+            parts.append(f'{self.cameras}cameras')
+        if self.transport != SHIPPED_TRANSPORT:
+            parts.append(f'{self.transport}_transport')
+        return '_'.join(parts)
+
+    @property
+    def title(self) -> str:
+        """The case in words."""
+        rate = f'{self.rate_hz:g} Hz' if self.rate_hz else 'saturation'
+        cameras = f'{self.cameras} cameras' if self.cameras > 1 else '1 camera'
+        outputs = '6 MB of outputs' if self.large_outputs else 'small outputs'
+        transport = '' if self.transport == SHIPPED_TRANSPORT else ', Fast DDS without the profile'
+        size = f'{self.width}x{self.height} {self.encoding}'
+        return f'{size}, {self.model_ms} ms model, {outputs}, {rate}, {cameras}{transport}'
+
+    @property
+    def channels(self) -> int:
+        """Channels of the network's input."""
+        return 1 if self.encoding == 'mono8' else 3
+
+    @property
+    def is_saturated(self) -> bool:
+        """Whether more is sent than any contestant can answer."""
+        return self.rate_hz == 0
+
+    @property
+    def is_overloaded(self) -> bool:
+        """Whether the engine alone takes longer than the images leave it, so that some must be dropped."""
+        return self.is_saturated or self.rate_hz * self.cameras * self.model_ms > 1000
+
+    def sent_hz(self, engine_ms: float) -> float:
+        """
+        Return the rate to send at, images per second and camera.
+
+        :param engine_ms: what one inference of this case's network takes here.
+        """
+        if not self.is_saturated:
+            return self.rate_hz
+        return float(math.ceil(_SATURATION * 1000.0 / max(engine_ms, 1.0) / self.cameras))
+
+
+_SMALL: dict[str, Any] = {'width': 640, 'height': 480, 'encoding': 'mono8'}
+_HD: dict[str, Any] = {'width': 1920, 'height': 1080, 'encoding': 'rgb8'}
+_TRANSPORT_ONLY = (SHIPPED,)
+
+
+def quick_cases() -> tuple[Case, ...]:
+    """Return the cases of the form that takes about three minutes."""
+    return (
+        Case(**_SMALL, model_ms=5),
+        Case(**_HD, model_ms=5),
+        Case(**_HD, model_ms=5, large_outputs=True),
+        Case(**_SMALL, model_ms=30, rate_hz=0),
+        Case(**_SMALL, model_ms=100, rate_hz=0),
+        Case(
+            **_HD, model_ms=5, contestants=_TRANSPORT_ONLY, transport=DEFAULT_TRANSPORT, seconds=6.0, repetitions=1,
+        ),
+    )  # fmt: skip
+
+
+def full_cases() -> tuple[Case, ...]:
+    """Return the whole matrix, and a minute of 1080p at 30 Hz with each transport."""
+    contestants = (BARE, FORTY_LINES, ORT_DEFAULTS, IN_PROCESS, SHIPPED)
+    matrix = [
+        Case(
+            **image, model_ms=model_ms, large_outputs=large, rate_hz=rate_hz, cameras=cameras, contestants=contestants
+        )
+        for image, model_ms, large, rate_hz, cameras in itertools.product(
+            (_SMALL, _HD), MODEL_MS, (False, True), (10.0, 30.0, 60.0, 0.0), (1, 2, 4)
+        )
+    ]  # fmt: skip
+    minutes = [
+        Case(**_HD, model_ms=5, contestants=_TRANSPORT_ONLY, transport=transport, seconds=60.0, repetitions=1)
+        for transport in (SHIPPED_TRANSPORT, DEFAULT_TRANSPORT)
+    ]
+    return (*minutes, *matrix)

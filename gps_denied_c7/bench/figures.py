@@ -1,0 +1,377 @@
+"""From stamps, durations and counters to the figures that are compared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from gps_denied_c7.bench.cases import BARE, FORTY_LINES, IN_PROCESS, SHIPPED, SHIPPED_TRANSPORT, Case
+
+__all__ = [
+    'STAGES',
+    'Block',
+    'CaseResult',
+    'Percentiles',
+    'Result',
+    'Verdict',
+    'percentiles',
+    'ratio_p50',
+    'ratio_p99',
+    'stages_of',
+    'summarise',
+    'summarise_bare',
+    'verdicts',
+]
+
+STAGES = ('transport in', 'queue', 'decode', 'pre-process', 'inference', 'message', 'publish')
+"""
+From the camera's stamp to the tensors in the subscriber's hands.
+
+transport in: to callback entry; queue: to leaving the slot; inference: hand-off to the engine, engine and hand-back;
+message: filling the TensorList; publish: the publish call, transport out and reading in the subscriber.
+"""
+
+_MS = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Percentiles:
+    """Hold percentiles in milliseconds, over ``count`` values."""
+
+    p50: float
+    p95: float
+    p99: float
+    count: int
+
+
+def percentiles(milliseconds: Sequence[float]) -> Percentiles | None:
+    """Return the percentiles of some values, None where there are none."""
+    if not len(milliseconds):
+        return None
+    p50, p95, p99 = (float(value) for value in np.percentile(np.asarray(milliseconds, np.float64), (50, 95, 99)))
+    return Percentiles(p50, p95, p99, len(milliseconds))
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """
+    Hold one uninterrupted measurement of one contestant.
+
+    :param stamps: header stamps of the frames that count, nanoseconds.
+    :param warm_up: frames sent just before them, which do not count.
+    :param began_ns: wall clock when the first was sent.
+    :param ended_ns: when the last was sent.
+    :param answers: everything that came meanwhile and a little after, as the listener noted it.
+    :param cpu_s: processor seconds by process, warm-up and settling included.
+    :param elapsed_s: time in which they were spent.
+    """
+
+    stamps: Sequence[int]
+    warm_up: int
+    began_ns: int
+    ended_ns: int
+    answers: Sequence[Mapping[str, int]]
+    cpu_s: Mapping[str, float]
+    elapsed_s: float
+
+    @property
+    def counted(self) -> list[Mapping[str, int]]:
+        """The answers to the frames that count."""
+        sent = set(self.stamps)
+        return [answer for answer in self.answers if answer['stamp_ns'] in sent]
+
+    @property
+    def latencies_ms(self) -> list[float]:
+        """Camera-to-tensors latency of each of these."""
+        return [(answer['arrival_ns'] - answer['stamp_ns']) * _MS for answer in self.counted]
+
+    @property
+    def answered_hz(self) -> float:
+        """Answers that arrived while frames were being sent, per second."""
+        inside = sum(self.began_ns <= answer['arrival_ns'] <= self.ended_ns for answer in self.answers)
+        return inside / max((self.ended_ns - self.began_ns) * 1e-9, 1e-9)
+
+
+def stages_of(answer: Mapping[str, int]) -> dict[str, float]:
+    """Return what each of STAGES took for one answer, milliseconds; they add up to its latency."""
+    inside = [answer[f'{stage}_ns'] for stage in ('queue', 'decode', 'preprocess', 'inference')]
+    durations = [
+        answer['receive_ns'] - answer['stamp_ns'],
+        *inside,
+        answer['total_ns'] - sum(inside),
+        answer['arrival_ns'] - answer['receive_ns'] - answer['total_ns'],
+    ]
+    return {stage: duration * _MS for stage, duration in zip(STAGES, durations, strict=True)}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Result:
+    """
+    Hold what one contestant did in one case.
+
+    :param latency: camera to tensors, all repetitions together; of one inference for the bare engine.
+    :param p50_by_repetition: milliseconds, in the order measured.
+    :param answered_hz: answers per second while frames were being sent, median of the repetitions.
+    :param stages: by name, as STAGES.
+    :param outside: callback entry to the message being complete, inference left out.
+    :param publish_call_ms: p50 of message and publish call together, by the node's own diagnostics; None for others.
+    :param sent: frames of all repetitions, warm-up included.
+    :param dropped: by policy, by the node's own count; None for those who cannot tell.
+    :param lost: neither answered nor dropped by policy: lost on the way, or pushed out of a queue.
+    :param cpu_ms_per_answer: processor time by process, for each answer.
+    :param cpu_percent: of one core, by process.
+    :param memory_mb: proportional set size, workers included.
+    :param start_s: from the start of the process to its subscriptions being matched.
+    :param idle_percent: of one core, active and without images.
+    """
+
+    name: str
+    title: str
+    latency: Percentiles | None
+    p50_by_repetition: tuple[float, ...] = ()
+    answered_hz: float = 0.0
+    stages: Mapping[str, Percentiles] = field(default_factory=dict)
+    outside: Percentiles | None = None
+    publish_call_ms: float | None = None
+    sent: int = 0
+    answered: int = 0
+    dropped: int | None = None
+    lost: int = 0
+    lost_before_node: str = ''
+    cpu_ms_per_answer: Mapping[str, float] = field(default_factory=dict)
+    cpu_percent: Mapping[str, float] = field(default_factory=dict)
+    memory_mb: float | None = None
+    start_s: float | None = None
+    idle_percent: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CaseResult:
+    """
+    Hold a case with what everyone did in it.
+
+    :param engine_ms: what the network took when it was made.
+    """
+
+    case: Case
+    engine_ms: float
+    sent_hz: float
+    results: Mapping[str, Result]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain values."""
+        return {
+            'name': self.case.name,
+            'case': asdict(self.case),
+            'engine_ms': self.engine_ms,
+            'sent_hz': self.sent_hz,
+            'results': {name: asdict(result) for name, result in self.results.items()},
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> CaseResult:
+        """Read what :meth:`to_json` wrote."""
+        case = dict(values['case'])
+        case['contestants'] = tuple(case['contestants'])
+        return cls(
+            Case(**case),
+            values['engine_ms'],
+            values['sent_hz'],
+            {name: _result_from(result) for name, result in values['results'].items()},
+        )
+
+
+def _result_from(values: Mapping[str, Any]) -> Result:
+    fields = dict(values)
+    for name in ('latency', 'outside'):
+        fields[name] = Percentiles(**fields[name]) if fields[name] else None
+    fields['stages'] = {stage: Percentiles(**figures) for stage, figures in fields['stages'].items()}
+    fields['p50_by_repetition'] = tuple(fields['p50_by_repetition'])
+    return Result(**fields)
+
+
+def summarise_bare(name: str, title: str, repetitions: Sequence[Sequence[int]]) -> Result:
+    """Return the figures of the bare engine from the nanoseconds of its inferences, one list a repetition."""
+    milliseconds = [[duration * _MS for duration in durations] for durations in repetitions]
+    pooled = [value for values in milliseconds for value in values]
+    return Result(
+        name=name,
+        title=title,
+        latency=percentiles(pooled),
+        p50_by_repetition=tuple(float(np.median(values)) for values in milliseconds),
+        answered_hz=float(np.median([1000.0 * len(values) / sum(values) for values in milliseconds])),
+        answered=len(pooled),
+    )
+
+
+def summarise(
+    name: str,
+    title: str,
+    blocks: Sequence[Block],
+    *,
+    statuses: Mapping[str, Mapping[str, str]] | None = None,
+    memory_mb: float | None = None,
+    start_s: float | None = None,
+    idle_percent: float | None = None,
+) -> Result:
+    """
+    Return the figures of a contestant.
+
+    :param blocks: one without stamps counts among frames sent and answered, and nowhere else.
+    :param statuses: of the node's diagnostics after the last block, None for a contestant that has none.
+    """
+    everything, blocks = blocks, [block for block in blocks if block.stamps]
+    counted = [answer for block in blocks for answer in block.counted]
+    split = [stages_of(answer) for answer in counted]
+    sent = sum(len(block.stamps) + block.warm_up for block in everything)
+    answered = sum(len(block.answers) for block in everything)
+    dropped: int | None = None
+    lost_before: list[str] = []
+    if statuses is not None:
+        streams = [values for status, values in statuses.items() if status.startswith('Stream ')]
+        dropped = sum(int(values.get('dropped_by_policy', 0)) for values in streams)
+        lost_before = [values.get('lost_before_node', 'unknown') for values in streams]
+    latency = (statuses or {}).get('Latency', {})
+    elapsed = sum(block.elapsed_s for block in blocks)
+    spent = {key: sum(block.cpu_s[key] for block in blocks) for key in (blocks[0].cpu_s if blocks else ())}
+    p50s = [percentiles(block.latencies_ms) for block in blocks]
+    stages = {stage: percentiles([one[stage] for one in split]) for stage in STAGES}
+    return Result(
+        name=name,
+        title=title,
+        latency=percentiles([value for block in blocks for value in block.latencies_ms]),
+        p50_by_repetition=tuple(figures.p50 for figures in p50s if figures),
+        answered_hz=float(np.median([block.answered_hz for block in blocks])) if blocks else 0.0,
+        stages={stage: figures for stage, figures in stages.items() if figures},
+        outside=percentiles([(answer['total_ns'] - answer['inference_ns']) * _MS for answer in counted]),
+        publish_call_ms=float(latency['publish_p50_ms']) if 'publish_p50_ms' in latency else None,
+        sent=sent,
+        answered=answered,
+        dropped=dropped,
+        lost=max(0, sent - answered - (dropped or 0)),
+        lost_before_node=', '.join(dict.fromkeys(lost_before)),
+        cpu_ms_per_answer={key: 1000.0 * seconds / max(answered, 1) for key, seconds in spent.items()},
+        cpu_percent={key: 100.0 * seconds / max(elapsed, 1e-9) for key, seconds in spent.items()},
+        memory_mb=memory_mb,
+        start_s=start_s,
+        idle_percent=idle_percent,
+    )
+
+
+def ratio_p50(result: Result, reference: Result) -> float | None:
+    """Return the median over repetitions of the p50 of one against that of the other, measured right after it."""
+    pairs = list(zip(result.p50_by_repetition, reference.p50_by_repetition, strict=False))
+    if not pairs:
+        return None
+    return float(np.median([one / other for one, other in pairs]))
+
+
+def ratio_p99(result: Result, reference: Result) -> float | None:
+    """Return the p99 of one against that of the other, all repetitions together."""
+    if result.latency is None or reference.latency is None:
+        return None
+    return result.latency.p99 / reference.latency.p99
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """
+    Hold a limit beside what was measured.
+
+    :param limit: as text, as ``<= 0.7``.
+    :param measured: as text.
+    :param where: the case it was measured in.
+    """
+
+    what: str
+    limit: str
+    measured: str
+    met: bool
+    where: str
+
+
+def verdicts(cases: Sequence[CaseResult]) -> list[Verdict]:
+    """Return every limit that these cases can tell anything about."""
+    found: list[Verdict] = []
+    for case in cases:
+        found += _against_forty_lines(case)
+        found += _outside_engine(case)
+        found += _throughput(case)
+        found += _isolation(case)
+        found += _transport(case)
+    shipped = [case.results[SHIPPED] for case in cases if SHIPPED in case.results]
+    found += _lasting('active and idle', 'of one core', [one.idle_percent for one in shipped], 2.0, ' %')
+    found += _lasting('process start to active', '', [one.start_s for one in shipped], 3.0, ' s')
+    return found
+
+
+def _at_most(what: str, measured: float | None, limit: float, where: str, unit: str = '') -> list[Verdict]:
+    if measured is None:
+        return []
+    return [Verdict(what, f'≤ {limit:g}{unit}', f'{measured:.2f}{unit}', measured <= limit, where)]
+
+
+def _lasting(what: str, of: str, values: Sequence[float | None], limit: float, unit: str) -> list[Verdict]:
+    measured = [value for value in values if value is not None]
+    if not measured:
+        return []
+    return _at_most(f'{what}, median', float(np.median(measured)), limit, of or 'all cases', unit)
+
+
+def _against_forty_lines(case: CaseResult) -> list[Verdict]:
+    node, reference = case.results.get(SHIPPED), case.results.get(FORTY_LINES)
+    if node is None or reference is None:
+        return []
+    strict = case.case.height == 1080 and case.case.model_ms == 5 and not case.case.is_overloaded
+    limit = 0.7 if strict and not case.case.large_outputs else 1.0
+    return [
+        *_at_most('latency p50 / forty lines', ratio_p50(node, reference), limit, case.case.title, ' x'),
+        *_at_most('latency p99 / forty lines', ratio_p99(node, reference), limit, case.case.title, ' x'),
+    ]
+
+
+def _outside_engine(case: CaseResult) -> list[Verdict]:
+    node = case.results.get(SHIPPED)
+    if node is None or node.outside is None or case.case.is_overloaded or case.case.large_outputs:
+        return []
+    if case.case.transport != SHIPPED_TRANSPORT:
+        return []
+    # Callback entry to publish returned: the message's own durations end before the publish call.
+    message = node.stages['message'].p50
+    measured = node.outside.p50 + max(0.0, (node.publish_call_ms or message) - message)
+    limit = 1.5 if case.case.height == 480 else 4.0
+    return _at_most('in the node outside inference, p50', measured, limit, case.case.title, ' ms')
+
+
+def _throughput(case: CaseResult) -> list[Verdict]:
+    node, bare = case.results.get(SHIPPED), case.results.get(BARE)
+    if node is None or bare is None or not case.case.is_saturated or case.case.model_ms < 30:
+        return []
+    ratio = node.answered_hz / bare.answered_hz
+    return [Verdict('answers per second / bare engine', '≥ 0.9 x', f'{ratio:.2f} x', ratio >= 0.9, case.case.title)]
+
+
+def _isolation(case: CaseResult) -> list[Verdict]:
+    node, inside = case.results.get(SHIPPED), case.results.get(IN_PROCESS)
+    if node is None or inside is None or case.case.is_overloaded:
+        return []
+    pairs = zip(node.p50_by_repetition, inside.p50_by_repetition, strict=False)
+    differences = [one - other for one, other in pairs]
+    if not differences:
+        return []
+    return _at_most(
+        'isolation process - none, p50', float(np.median(differences)), 0.3, case.case.title, ' ms'
+    )  # fmt: skip
+
+
+def _transport(case: CaseResult) -> list[Verdict]:
+    node = case.results.get(SHIPPED)
+    if node is None or case.case.height != 1080 or case.case.transport != SHIPPED_TRANSPORT:
+        return []
+    if case.case.cameras > 1 or case.case.is_overloaded:
+        return []
+    measured = f'{node.lost} of {node.sent}'
+    return [Verdict('lost by transport', '0', measured, node.lost == 0, case.case.title)]

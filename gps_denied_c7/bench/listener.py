@@ -1,0 +1,104 @@
+"""Who waits for the tensors: one process that notes when each answer was in its hands."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import rclpy
+from diagnostic_msgs.msg import DiagnosticArray
+from gps_denied_c7_msgs.msg import TensorList
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rclpy.signals import SignalHandlerOptions
+
+from gps_denied_c7.bench.commands import CommandLine
+from gps_denied_c7.ros.dds import apply_profile, tune_allocator
+
+__all__ = ['STAGES', 'Listener', 'main']
+
+STAGES = ('queue', 'decode', 'preprocess', 'inference', 'total')
+
+
+class Listener:
+    """
+    Collect the answers of every contestant, and what their diagnostics say.
+
+    :param contestants: names of their nodes.
+    """
+
+    def __init__(self, node: Node, contestants: Sequence[str]) -> None:
+        self._answers: dict[str, list[dict[str, int]]] = {name: [] for name in contestants}
+        self._statuses: dict[str, dict[str, str]] = {}
+        qos = QoSProfile(depth=50, reliability=ReliabilityPolicy.RELIABLE)
+        for name in contestants:
+            node.create_subscription(TensorList, f'/{name}/tensors', partial(self._on_tensors, name), qos)
+        node.create_subscription(DiagnosticArray, '/diagnostics', self._on_diagnostics, 50)
+
+    def _on_tensors(self, name: str, message: TensorList) -> None:
+        arrival_ns = time.time_ns()
+        answer = {f'{stage}_ns': int(getattr(message, f'{stage}_ns')) for stage in STAGES}
+        answer['stamp_ns'] = _nanoseconds(message.header.stamp)
+        answer['receive_ns'] = _nanoseconds(message.receive_stamp)
+        answer['arrival_ns'] = arrival_ns
+        answer['bytes'] = sum(len(tensor.data) for tensor in message.tensors)
+        self._answers[name].append(answer)
+
+    def _on_diagnostics(self, message: DiagnosticArray) -> None:
+        for status in message.status:
+            self._statuses[status.name] = {pair.key: pair.value for pair in status.values}
+
+    def collect(self, name: str) -> list[dict[str, int]]:
+        """Return a contestant's answers since the last time."""
+        answers, self._answers[name] = self._answers[name], []
+        return answers
+
+    def statuses(self, name: str) -> dict[str, dict[str, str]]:
+        """Return the values of a node's latest diagnostics by the name of the status."""
+        prefix = f'/{name}: '
+        return {
+            full.removeprefix(prefix): values for full, values in self._statuses.items() if full.startswith(prefix)
+        }
+
+
+def _nanoseconds(stamp: Any) -> int:
+    return int(stamp.sec) * 10**9 + int(stamp.nanosec)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Serve commands until standard input ends."""
+    parser = argparse.ArgumentParser(prog='c7_bench_listener')
+    parser.add_argument('contestants', nargs='+')
+    options = parser.parse_args(arguments)
+    commands = CommandLine()
+    apply_profile(os.environ)
+    tune_allocator()
+    rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
+    node = rclpy.create_node('c7_bench_listener', start_parameter_services=False, enable_rosout=False)
+    executor = SingleThreadedExecutor()
+    executor.add_node(node)
+    try:
+        listener = Listener(node, options.contestants)
+        commands.answer({'ready': True})
+        while True:
+            executor.spin_once(timeout_sec=0.02)
+            command = commands.poll()
+            if command is not None:
+                name = command['contestant']
+                commands.answer({'answers': listener.collect(name), 'statuses': listener.statuses(name)})
+    except EOFError:
+        return 0
+    finally:
+        executor.shutdown()
+        node.destroy_node()
+        rclpy.try_shutdown()
+
+
+if __name__ == '__main__':
+    sys.exit(main())

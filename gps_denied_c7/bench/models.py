@@ -1,0 +1,164 @@
+"""Networks made to measure: so many milliseconds on this machine, with small or large outputs."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gps_denied_c7.bench.cases import NETWORK_HEIGHT, NETWORK_WIDTH
+
+__all__ = ['INPUT', 'BenchModel', 'build_model', 'calibrated_model', 'engine_session', 'layers_for', 'time_engine']
+
+INPUT = 'image'
+_WIDTH_OF_BODY = 16
+_STRIDE = 8
+_OPSET, _IR_VERSION = 17, 8
+_PROBES = (4, 24)
+_MOST_LAYERS = 4000
+
+
+@dataclass(frozen=True, slots=True)
+class BenchModel:
+    """
+    Hold a network that was made.
+
+    :param engine_ms: median of one inference when it was made, milliseconds.
+    """
+
+    path: Path
+    layers: int
+    engine_ms: float
+
+
+def build_model(channels: int, layers: int, *, large_outputs: bool) -> bytes:
+    """
+    Return an ONNX model whose cost grows with ``layers``, the same at every call.
+
+    ``image`` 1xCx480x640 float32 gives ``descriptor`` 1x256 float32 and, where asked for, ``dense`` 1x5x480x640
+    float32 (6.1 MB). The body is 3x3 convolutions at an eighth of the resolution, as feature extractors have.
+    """
+    from onnx import TensorProto, checker, helper, numpy_helper
+
+    random = np.random.default_rng(7)
+    nodes: list[Any] = []
+    constants: list[Any] = []
+
+    def constant(name: str, value: Any) -> str:
+        constants.append(numpy_helper.from_array(value, name))
+        return name
+
+    def weights(name: str, *shape: int) -> str:
+        # He initialisation: values neither die nor explode, however many layers there are.
+        scale = np.sqrt(2.0 / np.prod(shape[1:]))
+        return constant(name, (random.standard_normal(shape) * scale).astype(np.float32))
+
+    def convolve(source: str, output: str, into: int, of: int, side: int, stride: int = 1) -> str:
+        pad = (side - 1) // 2 if stride == 1 else 0
+        nodes.append(
+            helper.make_node(
+                'Conv', [source, weights(f'{output}_w', into, of, side, side)], [output],
+                kernel_shape=[side, side], pads=[pad] * 4, strides=[stride, stride],
+            )  # fmt: skip
+        )
+        return output
+
+    body = convolve(INPUT, 'stem', _WIDTH_OF_BODY, channels, _STRIDE, _STRIDE)
+    for number in range(layers):
+        convolve(body, f'conv{number}', _WIDTH_OF_BODY, _WIDTH_OF_BODY, 3)
+        nodes.append(helper.make_node('Relu', [f'conv{number}'], [f'relu{number}']))
+        body = f'relu{number}'
+    nodes.append(helper.make_node('GlobalAveragePool', [body], ['pooled']))
+    nodes.append(helper.make_node('Flatten', ['pooled'], ['flat'], axis=1))
+    nodes.append(helper.make_node('MatMul', ['flat', weights('head', _WIDTH_OF_BODY, 256)], ['descriptor']))
+    outputs = [helper.make_tensor_value_info('descriptor', TensorProto.FLOAT, [1, 256])]
+    if large_outputs:
+        convolve(body, 'cells', 5 * _STRIDE**2, _WIDTH_OF_BODY, 1)
+        nodes.append(helper.make_node('DepthToSpace', ['cells'], ['dense'], blocksize=_STRIDE))
+        shape = [1, 5, NETWORK_HEIGHT, NETWORK_WIDTH]
+        outputs.append(helper.make_tensor_value_info('dense', TensorProto.FLOAT, shape))
+    image = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [1, channels, NETWORK_HEIGHT, NETWORK_WIDTH])
+    model = helper.make_model(
+        helper.make_graph(nodes, f'bench_{layers}', [image], outputs, constants),
+        ir_version=_IR_VERSION,
+        opset_imports=[helper.make_opsetid('', _OPSET)],
+        producer_name='gps_denied_c7',
+    )
+    checker.check_model(model, full_check=True)
+    return bytes(model.SerializeToString(deterministic=True))
+
+
+def engine_session(model: bytes | str, *, ort_defaults: bool = False) -> Any:
+    """
+    Return an ONNX Runtime session on the CPU with the threads and options that the node uses by default.
+
+    :param ort_defaults: leave ONNX Runtime its own: a thread for each core, which spin while they wait.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if not ort_defaults:
+        options.intra_op_num_threads = max(1, len(os.sched_getaffinity(0)) - 1)
+        options.inter_op_num_threads = 1
+        options.add_session_config_entry('session.intra_op.allow_spinning', '0')
+    return ort.InferenceSession(model, options, providers=['CPUExecutionProvider'])
+
+
+def time_engine(session: Any, seconds: float, warm_up: int = 3) -> list[int]:
+    """Return the nanoseconds of each inference that fits into ``seconds``, tensors bound in place, at least one."""
+    (spec,) = session.get_inputs()
+    binding = session.io_binding()
+    image = np.random.default_rng(1).random(spec.shape, np.float32)
+    binding.bind_cpu_input(spec.name, image)
+    outputs = [np.empty(output.shape, np.float32) for output in session.get_outputs()]
+    for output, array in zip(session.get_outputs(), outputs, strict=True):
+        binding.bind_output(output.name, 'cpu', 0, np.float32, array.shape, array.ctypes.data)
+    for _ in range(warm_up):
+        session.run_with_iobinding(binding)
+    durations: list[int] = []
+    began = now = time.perf_counter_ns()
+    while not durations or now - began < seconds * 1e9:
+        session.run_with_iobinding(binding)
+        before, now = now, time.perf_counter_ns()
+        durations.append(now - before)
+    return durations
+
+
+def layers_for(target_ms: float, probes: tuple[tuple[int, float], tuple[int, float]]) -> int:
+    """
+    Return how many layers take about ``target_ms``, from two (layers, milliseconds) that were measured.
+
+    At least one layer: a head that alone takes longer cannot be made faster.
+    """
+    (few, few_ms), (many, many_ms) = probes
+    per_layer = max((many_ms - few_ms) / (many - few), 1e-3)
+    return int(min(max(round(few + (target_ms - few_ms) / per_layer), 1), _MOST_LAYERS))
+
+
+def calibrated_model(
+    directory: Path, channels: int, target_ms: float, *, large_outputs: bool, seconds: float = 0.5
+) -> BenchModel:
+    """
+    Write a network that takes about ``target_ms`` here, and return it with what it took.
+
+    :param seconds: for each of the three timings.
+    """
+
+    def timed(layers: int) -> tuple[bytes, float]:
+        model = build_model(channels, layers, large_outputs=large_outputs)
+        return model, float(np.median(time_engine(engine_session(model), seconds))) / 1e6
+
+    few, many = _PROBES
+    layers = layers_for(target_ms, ((few, timed(few)[1]), (many, timed(many)[1])))
+    model, engine_ms = timed(layers)
+    kind = 'dense' if large_outputs else 'small'
+    digest = hashlib.sha256(model).hexdigest()[:8]
+    path = directory / f'bench_{channels}x{target_ms:g}ms_{kind}_{digest}.onnx'
+    path.write_bytes(model)
+    return BenchModel(path, layers, engine_ms)

@@ -1,0 +1,113 @@
+"""Bars of where the time goes and of how the contestants compare, drawn with OpenCV."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gps_denied_c7.bench.cases import BARE
+from gps_denied_c7.bench.figures import STAGES, CaseResult
+
+__all__ = ['draw_plots', 'latency_plot', 'throughput_plot']
+
+_PAPER, _INK, _FAINT = (255, 255, 255), (44, 40, 38), (150, 146, 144)
+# One colour for each stage, blue, green, red.
+_COLOURS = (
+    (180, 119, 31), (199, 199, 199), (44, 160, 44), (75, 190, 220), (40, 39, 214), (189, 103, 148), (14, 127, 255),
+)  # fmt: skip
+_WIDTH, _LABELS, _ROW, _TITLE = 1280, 400, 24, 34
+_RIGHT = 150
+
+
+def draw_plots(directory: Path, cases: Sequence[CaseResult]) -> dict[str, str]:
+    """Write the plots that these cases give, and return file name to caption."""
+    import cv2
+
+    drawn = {
+        'latency.png': ('Camera-to-tensors latency by stage, p50; the line ends at p99', latency_plot(cases)),
+        'throughput.png': ('Answers per second at saturation', throughput_plot(cases)),
+    }
+    written = {}
+    for name, (caption, picture) in drawn.items():
+        if picture is not None:
+            cv2.imwrite(str(directory / name), picture)
+            written[name] = caption
+    return written
+
+
+def latency_plot(cases: Sequence[CaseResult]) -> NDArray | None:
+    """Return stacked bars, one group for each case and one bar for each contestant; None without any answer."""
+    groups = [
+        (case, [result for result in case.results.values() if result.latency and result.stages]) for case in cases
+    ]
+    groups = [(case, results) for case, results in groups if results]
+    if not groups:
+        return None
+    height = _TITLE + sum(_TITLE + _ROW * len(results) + 12 for _, results in groups) + 12
+    picture = np.full((height, _WIDTH, 3), _PAPER, np.uint8)
+    left = 12
+    for stage, colour in zip(STAGES, _COLOURS, strict=True):
+        _rectangle(picture, (left, 10), (left + 14, 24), colour)
+        left = _write(picture, stage, (left + 20, 22)) + 18
+    top = _TITLE
+    room = _WIDTH - _LABELS - _RIGHT
+    for case, results in groups:
+        _write(picture, case.case.title, (12, top + 22), bold=True)
+        top += _TITLE
+        longest = max(result.latency.p99 for result in results if result.latency)
+        for result in results:
+            assert result.latency is not None
+            x = float(_LABELS)
+            _write(picture, result.title, (24, top + 15))
+            for stage, colour in zip(STAGES, _COLOURS, strict=True):
+                wide = max(0.0, result.stages[stage].p50) / longest * room
+                _rectangle(picture, (round(x), top + 3), (round(x + wide), top + _ROW - 5), colour)
+                x += wide
+            end = _LABELS + round(result.latency.p99 / longest * room)
+            _rectangle(picture, (round(x), top + _ROW // 2 - 1), (end, top + _ROW // 2), _INK)
+            _write(picture, f'{result.latency.p50:.1f} / {result.latency.p99:.1f} ms', (end + 8, top + 15))
+            top += _ROW
+        top += 12
+    return picture
+
+
+def throughput_plot(cases: Sequence[CaseResult]) -> NDArray | None:
+    """Return bars of answers per second for the saturated cases, None where there are none."""
+    groups = [case for case in cases if case.case.is_saturated and case.results]
+    if not groups:
+        return None
+    height = sum(_TITLE + _ROW * len(case.results) + 12 for case in groups) + 12
+    picture = np.full((height, _WIDTH, 3), _PAPER, np.uint8)
+    top = 0
+    for case in groups:
+        _write(picture, case.case.title, (12, top + 22), bold=True)
+        top += _TITLE
+        most = max(result.answered_hz for result in case.results.values()) or 1.0
+        for result in case.results.values():
+            end = _LABELS + round(result.answered_hz / most * (_WIDTH - _LABELS - _RIGHT))
+            _write(picture, result.title, (24, top + 15))
+            colour = _FAINT if result.name == BARE else _COLOURS[0]
+            _rectangle(picture, (_LABELS, top + 3), (end, top + _ROW - 5), colour)
+            _write(picture, f'{result.answered_hz:.1f} / s', (end + 8, top + 15))
+            top += _ROW
+        top += 12
+    return picture
+
+
+def _rectangle(picture: NDArray, start: tuple[int, int], end: tuple[int, int], colour: tuple[int, int, int]) -> None:
+    import cv2
+
+    if end[0] > start[0]:
+        cv2.rectangle(picture, start, end, colour, cv2.FILLED)
+
+
+def _write(picture: NDArray, text: str, at: tuple[int, int], *, bold: bool = False) -> int:
+    """Write a line of text and return where it ends."""
+    import cv2
+
+    font, size = cv2.FONT_HERSHEY_SIMPLEX, 0.46
+    cv2.putText(picture, text, at, font, size, _INK, 2 if bold else 1, cv2.LINE_AA)
+    return int(at[0] + cv2.getTextSize(text, font, size, 1)[0][0])

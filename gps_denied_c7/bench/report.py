@@ -1,0 +1,125 @@
+"""What a run found, as JSON and as Markdown tables with the limits beside the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from gps_denied_c7.bench.cases import FORTY_LINES
+from gps_denied_c7.bench.figures import STAGES, CaseResult, Result, ratio_p50, ratio_p99, verdicts
+
+__all__ = ['BenchReport']
+
+
+@dataclass(frozen=True, slots=True)
+class BenchReport:
+    """
+    Hold a whole run.
+
+    :param facts: about machine, versions and settings, for the reader.
+    :param pictures: file names of the plots with what each shows.
+    """
+
+    cases: tuple[CaseResult, ...]
+    facts: Mapping[str, str]
+    seconds: float
+    pictures: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as one JSON object."""
+        return {
+            'schema_version': 1,
+            'facts': dict(self.facts),
+            'seconds': round(self.seconds, 1),
+            'limits': [asdict(verdict) for verdict in verdicts(self.cases)],
+            'cases': [case.to_json() for case in self.cases],
+            'pictures': dict(self.pictures),
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> BenchReport:
+        """Read what :meth:`to_json` wrote."""
+        cases = tuple(CaseResult.from_json(case) for case in values['cases'])
+        return cls(cases, values['facts'], values['seconds'], values.get('pictures', {}))
+
+    def limits_table(self, style: str = 'github') -> str:
+        """Return each limit with what was measured; what was missed is set in bold."""
+        from tabulate import tabulate
+
+        def mark(text: str, met: bool) -> str:
+            return text if met or style != 'github' else f'**{text}**'
+
+        rows = [
+            [one.what, one.where, one.limit, mark(one.measured, one.met), mark('met' if one.met else 'missed', one.met)]
+            for one in verdicts(self.cases)
+        ]
+        return tabulate(rows, headers=['limit on', 'case', 'limit', 'measured', ''], tablefmt=style)
+
+    def case_table(self, case: CaseResult, style: str = 'github') -> str:
+        """Return latency, throughput and frames of everyone in one case."""
+        from tabulate import tabulate
+
+        reference = case.results.get(FORTY_LINES)
+        rows = []
+        for result in case.results.values():
+            latency = result.latency
+            figures = [f'{value:.2f}' for value in (latency.p50, latency.p95, latency.p99)] if latency else ['–'] * 3
+            ratios = ['', '']
+            if reference is not None and result.sent and result is not reference:
+                ratios = [_number(ratio_p50(result, reference)), _number(ratio_p99(result, reference))]
+            frames = _frames(result) if result.sent else ['', '', '', '']
+            rows.append([result.title, *figures, *ratios, f'{result.answered_hz:.1f}', *frames])
+        headers = [
+            '', 'p50 ms', 'p95', 'p99', 'p50 / forty', 'p99 / forty', 'answers/s', 'sent', 'answered',
+            'dropped by policy', 'lost',
+        ]  # fmt: skip
+        return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
+
+    def stage_table(self, case: CaseResult, style: str = 'github') -> str:
+        """Return where the time of one case goes, p50 in milliseconds, with processor time and memory."""
+        from tabulate import tabulate
+
+        rows = []
+        for result in case.results.values():
+            if not result.stages:
+                continue
+            stages = [f'{result.stages[stage].p50:.2f}' for stage in STAGES]
+            own = result.cpu_ms_per_answer.get('contestant')
+            rows.append(
+                [result.title, *stages, _number(own), _number(result.memory_mb, 0), _number(result.idle_percent, 1)]
+            )
+        headers = ['p50, ms', *STAGES, 'CPU ms / answer', 'memory MB', 'idle, % of a core']
+        return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
+
+    def markdown(self, heading: str = '#') -> str:
+        """Return the report as a Markdown document."""
+        missed = [one for one in verdicts(self.cases) if not one.met]
+        verdict = 'Every limit was met.' if not missed else f'{len(missed)} of {len(verdicts(self.cases))} missed.'
+        parts = [
+            f'{heading} Benchmark',
+            '\n'.join(f'- {name}: {value}' for name, value in self.facts.items()),
+            f'{heading}# Limits',
+            verdict,
+            self.limits_table(),
+        ]
+        for case in self.cases:
+            parts += [f'{heading}# {case.case.title}', self._remark(case), self.case_table(case)]
+            if any(result.stages for result in case.results.values()):
+                parts.append(self.stage_table(case))
+        parts += [f'![{what}]({name})' for name, what in self.pictures.items()]
+        return '\n\n'.join(filter(None, parts)) + '\n'
+
+    @staticmethod
+    def _remark(case: CaseResult) -> str:
+        text = f'{case.sent_hz:g} images a second and camera; the engine alone took {case.engine_ms:.2f} ms'
+        return f'{text} when the network was made.'
+
+
+def _number(value: float | None, digits: int = 2) -> str:
+    return '' if value is None else f'{value:.{digits}f}'
+
+
+def _frames(result: Result) -> Sequence[object]:
+    dropped = 'cannot tell' if result.dropped is None else result.dropped
+    return [result.sent, result.answered, dropped, result.lost]

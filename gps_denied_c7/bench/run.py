@@ -1,0 +1,441 @@
+"""The ``c7_bench`` executable: everyone in turn, again and again, in one run on one machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gps_denied_c7.bench.cases import (
+    BARE,
+    DEFAULT_TRANSPORT,
+    Case,
+    Contestant,
+    full_cases,
+    present_contestants,
+    quick_cases,
+)
+from gps_denied_c7.bench.figures import Block, CaseResult, Result, summarise, summarise_bare
+from gps_denied_c7.bench.models import BenchModel, calibrated_model
+from gps_denied_c7.bench.plots import draw_plots
+from gps_denied_c7.bench.report import BenchReport
+from gps_denied_c7.bench.resources import cpu_seconds, memory_mb
+from gps_denied_c7.demo.processes import Child, DemoError, child_environment, free_domain_id
+from gps_denied_c7.errors import C7Error
+from gps_denied_c7.host import package_versions
+
+__all__ = ['BenchOptions', 'main', 'run_bench']
+
+_MARKER = '.c7_bench'
+_READY_S = 90.0
+_MATCH_S = 60.0
+_FIRST_ANSWER_S = 20.0
+_SETTLE_S = 0.3
+_MATCHED_S = 0.5
+_DIAGNOSTICS_S = 1.2
+_BARE_SHARE = 0.5
+_PROFILE_VARIABLES = ('FASTRTPS_DEFAULT_PROFILES_FILE', 'FASTDDS_DEFAULT_PROFILES_FILE')
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BenchOptions:
+    """
+    Say what is measured and where the results go.
+
+    :param output: directory, made where needed.
+    :param seconds: of one measurement of one contestant.
+    :param warm_up_s: of frames before it that do not count.
+    :param repetitions: of each case, the contestants taking turns.
+    :param idle_s: how long each is watched while nothing is sent; 0 for not at all.
+    :param domain_id: ROS domain, a free one where None.
+    """
+
+    output: Path
+    cases: tuple[Case, ...]
+    form: str = 'quick'
+    seconds: float = 1.6
+    warm_up_s: float = 0.4
+    repetitions: int = 3
+    idle_s: float = 3.0
+    domain_id: int | None = None
+
+
+class _Service:
+    """Ask a child process that answers each line with a line."""
+
+    def __init__(self, child: Child) -> None:
+        self.child = child
+        self._answer()
+
+    def ask(self, **command: Any) -> dict[str, Any]:
+        """Return the answer to one command."""
+        assert self.child.process.stdin is not None
+        try:
+            print(json.dumps(command), file=self.child.process.stdin, flush=True)
+        except BrokenPipeError:
+            self.child.process.wait()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.child.process.stdout is not None
+        line = self.child.process.stdout.readline()
+        if not line:
+            self.child.process.wait()
+            self.child.check_alive()
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+@dataclass(slots=True)
+class _Running:
+    """
+    One contestant that runs.
+
+    :param service: of the bare engine, which is asked instead of being sent images.
+    """
+
+    contestant: Contestant
+    child: Child
+    topics: list[str]
+    started_s: float
+    service: _Service | None = None
+    start_s: float | None = None
+    idle_percent: float | None = None
+    blocks: list[Block] = field(default_factory=list)
+    durations: list[list[int]] = field(default_factory=list)
+
+
+def run_bench(options: BenchOptions, say: Callable[[str], None]) -> BenchReport:
+    """
+    Measure every case and write ``report.json``, ``report.md`` and the plots.
+
+    :param say: takes one line at a time.
+    :raises DemoError: a process did not start, answer or end.
+    """
+    # Here and not above: it is part of the ROS side, and the report of an old run can be read without that.
+    from gps_denied_c7.ros.parameters import PARAMETERS
+
+    began = time.monotonic()
+    output = _claim(options.output)
+    contestants = {one.name: one for one in present_contestants({declared.name for declared in PARAMETERS})}
+    models: dict[tuple[int, int, bool], BenchModel] = {}
+    done: list[CaseResult] = []
+    with ExitStack() as stack:
+        domain_id = options.domain_id
+        if domain_id is None:
+            domain_id = stack.enter_context(free_domain_id())
+        for number, case in enumerate(options.cases, 1):
+            key = (case.channels, case.model_ms, case.large_outputs)
+            if key not in models:
+                models[key] = calibrated_model(output, case.channels, case.model_ms, large_outputs=case.large_outputs)
+            chosen = [contestants[name] for name in case.contestants if name in contestants]
+            environ = _environment(case, domain_id, output, len(chosen) + 2)
+            done.append(_Measurement(options, case, models[key], chosen, environ, output / case.name).result())
+            elapsed = time.monotonic() - began
+            say(f'[{number}/{len(options.cases)}, {elapsed:.0f} s] {case.title}: {_in_short(done[-1])}')
+            report = BenchReport(tuple(done), _facts(options), elapsed, {})
+            _write(output, report)
+    report = BenchReport(report.cases, report.facts, time.monotonic() - began, draw_plots(output, report.cases))
+    _write(output, report)
+    return report
+
+
+def _in_short(result: CaseResult) -> str:
+    told = (one for one in result.results.values() if one.latency)
+    return ', '.join(f'{one.name} {one.latency.p50:.1f} ms {one.answered_hz:.1f}/s' for one in told if one.latency)
+
+
+def _write(output: Path, report: BenchReport) -> None:
+    (output / 'report.json').write_text(json.dumps(report.to_json(), indent=1) + '\n', encoding='utf-8')
+    (output / 'report.md').write_text(report.markdown(), encoding='utf-8')
+
+
+def _claim(output: Path) -> Path:
+    """Make the output directory, or clear what an earlier run made, and nothing else."""
+    output = output.resolve()
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        if any(output.iterdir()) and not (output / _MARKER).exists():
+            raise DemoError(f'{output} holds files not made by a benchmark.', remedy='Name another --output.')
+        shutil.rmtree(output)
+        output.mkdir()
+        (output / _MARKER).touch()
+    except OSError as error:
+        raise DemoError(f'{output} cannot be written: {error}.', remedy='Name another --output.') from error
+    return output
+
+
+def _environment(case: Case, domain_id: int, output: Path, processes: int) -> dict[str, str]:
+    environ = child_environment(domain_id, output, processes)
+    environ['ROS_LOG_DIR'] = str(output / 'ros_log')
+    if case.transport == DEFAULT_TRANSPORT:
+        for name in _PROFILE_VARIABLES:
+            environ.pop(name, None)
+        # Naming the built-in transports keeps every process from choosing the profile itself.
+        environ['FASTDDS_BUILTIN_TRANSPORTS'] = 'DEFAULT'
+    return environ
+
+
+def _facts(options: BenchOptions) -> dict[str, str]:
+    versions = package_versions()
+    model = next(
+        (line.partition(':')[2].strip() for line in _lines('/proc/cpuinfo') if line.startswith('model name')),
+        platform.processor(),
+    )
+    return {
+        'machine': f'{len(os.sched_getaffinity(0))} cores, {model or platform.machine()}',
+        'ROS': f'{os.environ.get("ROS_DISTRO", "unknown")}, Python {platform.python_version()}',
+        'versions': ', '.join(f'{name} {version}' for name, version in versions.items() if version),
+        'form': f'{options.form}: {options.repetitions} repetitions of {options.seconds:g} s for each contestant, in '
+        f'turn, after {options.warm_up_s:g} s of warm-up',
+        'load before': f'{os.getloadavg()[0]:.2f} processes running on average over the last minute',
+    }
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        return Path(path).read_text(encoding='utf-8').splitlines()
+    except OSError:
+        return []
+
+
+class _Measurement:
+    """Measure one case; every process of it starts and ends here."""
+
+    def __init__(
+        self,
+        options: BenchOptions,
+        case: Case,
+        model: BenchModel,
+        contestants: Sequence[Contestant],
+        environ: Mapping[str, str],
+        directory: Path,
+    ) -> None:
+        self._options = options
+        self._case = case
+        self._model = model
+        self._contestants = contestants
+        self._environ = environ
+        self._directory = directory
+        self._seconds = case.seconds or options.seconds
+        self._repetitions = case.repetitions or options.repetitions
+        self._hz = case.sent_hz(model.engine_ms)
+
+    def result(self) -> CaseResult:
+        """Return what came of it."""
+        self._directory.mkdir()
+        with ExitStack() as stack:
+            nodes = [one.name for one in self._contestants if one.name != BARE]
+            topics = {name: [f'/{name}/camera_{n}/image_raw' for n in range(self._case.cameras)] for name in nodes}
+            self._listener = self._service(stack, 'gps_denied_c7.bench.listener', nodes)
+            self._camera = self._service(
+                stack,
+                'gps_denied_c7.bench.camera',
+                ['--size', str(self._case.width), str(self._case.height), '--encoding', self._case.encoding,
+                 '--topics', *(f'{name}={",".join(own)}' for name, own in topics.items())],
+            )  # fmt: skip
+            running = [self._start(stack, one, topics.get(one.name, [])) for one in self._contestants]
+            self._watch_idle(running)
+            for repetition in range(self._repetitions):
+                # Whoever goes first changes: what one leaves behind, as heat, hits each of them.
+                turn = repetition % len(running)
+                for one in [*running[turn:], *running[:turn]]:
+                    self._measure(one)
+            time.sleep(_DIAGNOSTICS_S)
+            results = {one.contestant.name: self._summary(one) for one in running}
+            for one in running:
+                # All at once: each takes a second to leave its domain in order.
+                if one.service is None:
+                    one.child.process.send_signal(signal.SIGINT)
+            for one in running:
+                if one.service is None:
+                    one.child.wait()
+        return CaseResult(self._case, self._model.engine_ms, self._hz, results)
+
+    def _service(self, stack: ExitStack, module: str, arguments: Sequence[str], log: str = '') -> _Service:
+        path = self._directory / f'{log or module.rpartition(".")[2]}.log'
+        child = Child(module, arguments, self._environ, log=path, pipe=True, commands=True)
+        # Ending its input ends it in order; what does not end by that is ended by its context manager.
+        stack.enter_context(child)
+        assert child.process.stdin is not None
+        stack.callback(_end_input, child)
+        return _Service(child)
+
+    def _start(self, stack: ExitStack, contestant: Contestant, topics: list[str]) -> _Running:
+        began = time.time()
+        if contestant.name == BARE:
+            service = self._service(stack, contestant.module, ['--model', str(self._model.path)], contestant.name)
+            return _Running(contestant, service.child, topics, began, service)
+        log = self._directory / f'{contestant.name}.log'
+        arguments = self._arguments(contestant, topics)
+        child = stack.enter_context(Child(contestant.module, arguments, self._environ, log=log))
+        running = _Running(contestant, child, topics, began)
+        matched = self._camera.ask(do='match', contestant=contestant.name, timeout_s=_MATCH_S)['matched_s']
+        child.check_alive()
+        if matched is None:
+            raise DemoError(f'{contestant.name} did not subscribe in {_MATCH_S:.0f} s.\n{child.tail()}')
+        running.start_s = matched - began
+        # The other end may match a moment later, and an engine's first run is not like the others.
+        time.sleep(_MATCHED_S)
+        deadline = time.monotonic() + _FIRST_ANSWER_S
+        stamps = 0
+        answers: list[Mapping[str, int]] = []
+        while not answers:
+            stamps += len(self._camera.ask(do='send', contestant=contestant.name, rate_hz=5.0, seconds=0.2)['stamps'])
+            time.sleep(max(_SETTLE_S, 3e-3 * self._model.engine_ms))
+            answers = self._collect(contestant.name)['answers']
+            child.check_alive()
+            if time.monotonic() > deadline:
+                if self._case.transport == DEFAULT_TRANSPORT:
+                    break  # losing every image is what some hosts do without the profile
+                raise DemoError(f'{contestant.name} answered no image in {_FIRST_ANSWER_S:.0f} s.\n{child.tail()}')
+        running.blocks.append(Block((), stamps, 0, 0, answers, {}, 0.0))
+        return running
+
+    def _arguments(self, contestant: Contestant, topics: list[str]) -> list[str]:
+        rename = ['-r', f'__node:={contestant.name}']
+        if not contestant.is_node:
+            model = ['--model', str(self._model.path), '--topics', *topics]
+            return [*model, *contestant.arguments, '--ros-args', *rename]
+        values = {
+            'image_topics': topics,
+            'model_path': str(self._model.path),
+            'autostart': True,
+            'engine_cache_dir': str(self._directory / 'engines' / 'engine_cache'),
+            'ort_trt_cache_dir': str(self._directory / 'engines' / 'ort_trt_cache'),
+            **contestant.parameters,
+        }
+        path = self._directory / f'{contestant.name}.yaml'
+        lines = [f'    {name}: {json.dumps(value)}' for name, value in values.items()]
+        path.write_text('\n'.join(['/**:', '  ros__parameters:', *lines, '']), encoding='utf-8')
+        return ['--ros-args', *rename, '--params-file', str(path)]
+
+    def _watch_idle(self, everyone: Sequence[_Running]) -> None:
+        """See what each costs while nothing is sent to anyone."""
+        if not self._options.idle_s:
+            return
+        began = time.monotonic()
+        before = [cpu_seconds(one.child.process.pid) for one in everyone]
+        time.sleep(self._options.idle_s)
+        for one, was in zip(everyone, before, strict=True):
+            spent = cpu_seconds(one.child.process.pid) - was
+            one.idle_percent = 100.0 * spent / (time.monotonic() - began)
+
+    def _measure(self, running: _Running) -> None:
+        if running.service is not None:
+            seconds = self._seconds * _BARE_SHARE
+            running.durations.append(running.service.ask(seconds=seconds)['durations_ns'])
+            return
+        name = running.contestant.name
+        pids = {
+            'contestant': running.child.process.pid,
+            'camera': self._camera.child.process.pid,
+            'listener': self._listener.child.process.pid,
+        }
+        before = {key: cpu_seconds(pid) for key, pid in pids.items()}
+        began = time.monotonic()
+        warm_up = self._camera.ask(do='send', contestant=name, rate_hz=self._hz, seconds=self._options.warm_up_s)
+        sent = self._camera.ask(do='send', contestant=name, rate_hz=self._hz, seconds=self._seconds)
+        # A queue of five frames in front of the engine, and one in it, for each camera.
+        time.sleep(_SETTLE_S + 6e-3 * self._model.engine_ms * self._case.cameras)
+        spent = {key: cpu_seconds(pid) - before[key] for key, pid in pids.items()}
+        elapsed = time.monotonic() - began
+        running.child.check_alive()
+        running.blocks.append(
+            Block(
+                stamps=sent['stamps'],
+                warm_up=len(warm_up['stamps']),
+                began_ns=sent['began_ns'],
+                ended_ns=sent['ended_ns'],
+                answers=self._collect(name)['answers'],
+                cpu_s=spent,
+                elapsed_s=elapsed,
+            )
+        )
+
+    def _collect(self, name: str) -> dict[str, Any]:
+        return self._listener.ask(contestant=name)
+
+    def _summary(self, running: _Running) -> Result:
+        contestant = running.contestant
+        if running.service is not None:
+            return summarise_bare(contestant.name, contestant.title, running.durations)
+        collected = self._collect(contestant.name)
+        if collected['answers']:
+            running.blocks.append(Block((), 0, 0, 0, collected['answers'], {}, 0.0))
+        return summarise(
+            contestant.name,
+            contestant.title,
+            running.blocks,
+            statuses=collected['statuses'] if contestant.is_node else None,
+            memory_mb=memory_mb(running.child.process.pid),
+            start_s=running.start_s,
+            idle_percent=running.idle_percent,
+        )
+
+
+def _end_input(child: Child) -> None:
+    assert child.process.stdin is not None
+    child.process.stdin.close()
+    child.process.wait(5.0)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        prog='c7_bench',
+        description='Measure this node beside the bare engine and beside a forty-line node, and show the limits.',
+    )
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument('--quick', action='store_true', help='a choice of cases, about three minutes; the default')
+    form.add_argument('--full', action='store_true', help='the whole matrix, many hours')
+    parser.add_argument(
+        '--output', type=Path, default=Path('bench_output'), metavar='DIR',
+        help='made where missing; replaces what an earlier run left there; default: %(default)s',
+    )  # fmt: skip
+    parser.add_argument('--only', metavar='TEXT', default='', help='cases whose name holds this text')
+    parser.add_argument('--list', action='store_true', help='name the cases and end')
+    parser.add_argument('--seconds', type=float, metavar='S', help='of one measurement')
+    parser.add_argument('--repetitions', type=int, metavar='N', help='of each case')
+    parser.add_argument('--domain-id', type=int, metavar='N', help='ROS domain; default: a free one')
+    parsed = parser.parse_args(arguments)
+    cases = tuple(case for case in (full_cases() if parsed.full else quick_cases()) if parsed.only in case.name)
+    if parsed.list:
+        print('\n'.join(case.name for case in cases))
+        return 0
+    if not cases:
+        print(f'c7_bench: no case has {parsed.only!r} in its name; --list names them.', file=sys.stderr)
+        return 2
+    chosen: dict[str, Any] = {'form': 'full', 'seconds': 10.0, 'repetitions': 5} if parsed.full else {}
+    if parsed.seconds is not None:
+        chosen['seconds'] = parsed.seconds
+    if parsed.repetitions is not None:
+        chosen['repetitions'] = parsed.repetitions
+    options = BenchOptions(output=parsed.output, cases=cases, domain_id=parsed.domain_id, **chosen)
+    # Children have sessions of their own, so they are ended by leaving their context managers.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        report = run_bench(options, lambda line: print(line, flush=True))
+    except C7Error as error:
+        print(f'c7_bench: {error}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    print(f'\n{report.limits_table("simple_outline")}\n\n{report.seconds:.0f} s; tables, plots, logs: {options.output}')
+    # Ratios on a busy machine are figures, not a test: the exit status says that they were taken.
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())
