@@ -1,7 +1,7 @@
 # ROS_DISTRO=kilted make ... for the other distribution. Where ROS is sourced, that one is used.
 ENVIRONMENT := python3 tools/environment.py
 
-.PHONY: help setup demo bench test lint clean
+.PHONY: help setup demo bench test lint chaos clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -21,6 +21,9 @@ lint:  ## ruff and mypy
 
 test: lint  ## ruff, mypy and every test this machine can run; skips are listed with their reasons
 	$(ENVIRONMENT) run python3 -m pytest
+
+chaos:  ## kill, crash and stop the node's workers for minutes and account for every frame
+	$(ENVIRONMENT) run python3 test/measure/chaos.py
 
 clean:  ## remove every environment, build and output
 	rm -rf .venv .build build install log demo_output bench_output .mypy_cache .pytest_cache .ruff_cache .hypothesis

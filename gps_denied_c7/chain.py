@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NoReturn, Protocol
 
@@ -19,8 +19,10 @@ from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import (
     C7Error,
     ChainExhaustedError,
+    EngineSchemaMismatchError,
     InferenceError,
     RuntimeUnavailableError,
+    WorkerDiedError,
     join_reasons,
 )
 from gps_denied_c7.runtime import EngineFacts, ProviderSet
@@ -29,6 +31,16 @@ from gps_denied_c7.tensors import TensorSpec
 __all__ = ['Answer', 'ChainState', 'ChainStatus', 'Rung', 'RungHost', 'RuntimeChain', 'build_rungs']
 
 ORT_LABEL = 'onnx_trt_ep'
+
+_ATTEMPTS = 3
+_WARM_UPS = 4
+_LATE = 3.0
+_SHADOWED_FRAMES = 3
+_GIVEN_UP = 10.0
+_LOOK_S = 0.02
+_CANCEL_S = 1.0
+# What no second attempt can change while this process runs.
+_LASTING = (RuntimeUnavailableError, EngineSchemaMismatchError)
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +77,7 @@ class RungHost(Protocol):
     Where a rung's engine lives.
 
     It raises errors of this package's family; whatever else escapes it costs the rung, not the node.
+    For one thread, except :meth:`kill`.
     """
 
     @property
@@ -77,12 +90,30 @@ class RungHost(Protocol):
         """Canonical outputs, known once loaded."""
         ...
 
+    @property
+    def alive(self) -> bool:
+        """Whether it can still answer; never waits."""
+        ...
+
+    @property
+    def request_arrays(self) -> Mapping[str, NDArray]:
+        """Arrays by name that a request is read from without a copy; empty where there are none yet."""
+        ...
+
     def load(self) -> EngineFacts:
         """Load the engine and warm it up."""
         ...
 
-    def infer(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
-        """Run one request; outputs are valid until the next call."""
+    def begin(self, inputs: Mapping[str, NDArray]) -> None:
+        """Hand one request over, which is read before this returns or out of :attr:`request_arrays`."""
+        ...
+
+    def poll(self, timeout_s: float | None) -> dict[str, NDArray] | None:
+        """Return the answer, valid until the next :meth:`begin`; None where it is not there in time."""
+        ...
+
+    def kill(self) -> bool:
+        """End a request or a load that does not return, and the engine with it; False where that fails."""
         ...
 
     def release(self) -> None:
@@ -109,6 +140,7 @@ class ChainStatus:
     :param alerts: record kinds of the alerts that stand while this rung serves.
     :param failures: why each rung that was tried does not serve, in chain order.
     :param since_ns: steady clock since when, nanoseconds.
+    :param standby: the rung of the engine that answers when the serving one does not, None where there is none.
     :param switches: changes of the serving rung since the chain was loaded.
     :param gpu_lost: GPU rungs are not tried any more.
     """
@@ -122,6 +154,7 @@ class ChainStatus:
     alerts: tuple[str, ...] = ()
     failures: tuple[tuple[str, str], ...] = ()
     since_ns: int = 0
+    standby: Rung | None = None
     switches: int = 0
     gpu_lost: bool = False
 
@@ -142,18 +175,59 @@ class Answer:
     weights_digest: str
 
 
+@dataclass(eq=False, slots=True)
+class _Engine:
+    """
+    One loaded engine of the chain.
+
+    :param deadline_s: seconds after which a request counts as late, from its hand-over.
+    :param hang_s: seconds after which it counts as hung.
+    :param began_ns: hand-over of the request that it runs besides the serving engine's.
+    :param expected: what the serving engine answered to that request, where the two are compared.
+    :param agreements: live frames on which it gave the serving engine's answer.
+    """
+
+    rung: Rung
+    host: RungHost
+    facts: EngineFacts
+    deadline_s: float
+    hang_s: float
+    began_ns: int = 0
+    expected: dict[str, NDArray] | None = None
+    agreements: int = 0
+
+
+@dataclass(eq=False, slots=True)
+class _Load:
+    """One engine being loaded by a thread of its own."""
+
+    rung: Rung
+    done: threading.Event = field(default_factory=threading.Event)
+    host: RungHost | None = None
+    engine: _Engine | None = None
+    error: BaseException | None = None
+    cancelled: bool = False
+
+
+class _LateError(InferenceError):
+    """The serving engine has not answered yet, and another one is there."""
+
+
 class RuntimeChain:
     """
     Serve every request from the best rung that works, and say when that changes.
 
     Runtimes report facts; this class, which owns the rung that serves, emits the alerts (F-8).
+    With ``isolation: process`` a second engine stands by (F-3): it answers the same frame where the first one
+    dies, fails or is late, and a better rung that was out comes back once it has answered live frames as the
+    serving one did (F-6). A late engine stands by again when its answer comes, and is killed when it does not (F-4).
     A request may be at fault instead of an engine: the last usable rung is kept where it fails one and still
     passes its proof, so that one image cannot silence all that follow it.
     :meth:`status` never blocks. The other methods take turns and may last as long as an engine
     takes to load.
 
     :param rungs: by preference, from :func:`build_rungs`.
-    :param host_factory: makes the host of a rung; it may raise a C7Error instead.
+    :param host_factory: makes the host of a rung; it may raise a C7Error instead. Called from several threads.
     :param emit: takes ``(record kind, payload fields)``, as FdrRecorder.emit does.
     :param on_change: told the new status after every change of rung or state.
     :param monotonic_ns: steady clock in nanoseconds.
@@ -172,14 +246,21 @@ class RuntimeChain:
     ) -> None:
         self._bundle = bundle
         self._config = config
+        self._isolated = config.isolation == 'process'
         self._rungs = build_rungs(config, bundle) if rungs is None else rungs
         self._host_factory = host_factory
         self._emit = emit
         self._on_change = on_change
         self._monotonic_ns = monotonic_ns
         self._turn = threading.RLock()
-        self._host: RungHost | None = None
-        self._announced = False
+        self._closing = False
+        self._engine: _Engine | None = None
+        self._standby: _Engine | None = None
+        self._candidate: _Engine | None = None
+        self._late: list[_Engine] = []
+        self._loads: list[_Load] = []
+        self._pauses: dict[tuple[str, Rung], tuple[int, float]] = {}
+        self._announced: Rung | None = None
         self._failures: dict[str, BaseException] = {}
         self._golden: tuple[dict[str, NDArray], dict[str, NDArray]] | None = None
         self._gpu_faults: deque[tuple[int, Rung]] = deque(maxlen=8)
@@ -199,16 +280,28 @@ class RuntimeChain:
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """Canonical inputs: the bundle's, or what the engine of a bare model reports."""
-        return self._bundle.inputs or (self._host.inputs if self._host else ())
+        return self._bundle.inputs or (self._engine.host.inputs if self._engine else ())
+
+    def request_arrays(self) -> Mapping[str, NDArray]:
+        """
+        Return arrays by name that the next request is best written into; empty where there are none.
+
+        They stay readable whatever becomes of the engine, so that a frame can go to the next one.
+        """
+        engine = self._engine
+        return engine.host.request_arrays if engine is not None else {}
 
     def load(self) -> None:
         """
         Load and prove the first usable rung (N-1 configure).
 
+        A better rung that needs longer than ``configure_budget_s`` goes on loading in the background (F-5).
+
         :raises ChainExhaustedError: no rung is usable; nothing stays loaded.
         """
         with self._turn:
             self._walk(self._rungs)
+            self._order_loads()
 
     def prove(self) -> None:
         """
@@ -217,102 +310,214 @@ class RuntimeChain:
         :raises ChainExhaustedError: no rung is usable.
         """
         with self._turn:
-            if self._host is None:
+            if self._engine is None:
                 self._walk(self._rungs)
                 return
             try:
-                self._prove(self._host)
+                self._prove(self._engine.host, self._engine.hang_s)
             except Exception as error:
                 started_ns = self._monotonic_ns()
                 failed = self._fail_serving(error)
-                self._walk(self._after(failed))
+                self._replace_serving(self._after(failed))
                 self._record_switch(failed.name, str(error), started_ns, frames_affected=0)
 
     def infer(self, inputs: Mapping[str, NDArray]) -> Answer:
         """
-        Answer one request, moving to the next rung as often as it takes (F-2).
+        Answer one request, moving to the next engine as often as it takes (F-2).
 
-        :param inputs: arrays by canonical name, only read; the same frame goes to every rung tried.
+        :param inputs: arrays by canonical name, only read; the same frame goes to every engine tried.
         :raises InferenceError: every usable rung failed this request, and one that passes its proof all the
             same goes on serving.
         :raises ChainExhaustedError: every rung failed, or all had failed and the pause before the
             next attempt is not over.
         """
         with self._turn:
-            if self._host is None:
+            self._look_after_others()
+            if self._engine is None:
                 self._restart()
             started_ns = self._monotonic_ns()
             before = (tuple(self._gpu_faults), self._status.gpu_lost)
             failures: dict[Rung, Exception] = {}
+            loaded_afresh: Counter[Rung] = Counter()
+            late_before = False
             while True:
-                host = self._host
-                assert host is not None
+                engine = self._engine
+                assert engine is not None
                 try:
-                    outputs = host.infer(inputs)
+                    outputs = self._ask(engine, inputs)
+                except _LateError as late:
+                    _log.error('%s', late)
+                    self._late.append(engine)
+                    self._engine = None
+                    self._serve_standby()
+                    if late_before:
+                        # The second one has been given its whole hang limit; the request would cost a third.
+                        self._record_switch(engine.rung.name, str(late), started_ns, frames_affected=1)
+                        raise InferenceError(
+                            f'two engines in turn did not answer this request: {late}',
+                            remedy='Run the model on this input outside of this package, and correct it.',
+                        ) from late
+                    late_before = True
+                    failures.setdefault(engine.rung, late)
+                    continue
                 except Exception as error:
-                    rung = self._serving()
+                    rung = engine.rung
                     others, again = self._after(rung), rung in failures
                     failures.setdefault(rung, error)
-                    if (again or not others) and self._passes_proof(host):
+                    if self._closing:
+                        raise
+                    # A proof is written where the frame may have been.
+                    in_place = engine.host.request_arrays
+                    inputs = {
+                        name: array.copy() if array is in_place.get(name) else array for name, array in inputs.items()
+                    }
+                    if (again or not others) and engine.host.alive and self._passes_proof(engine):
                         self._restore_gpu(*before)
                         self._blame_request(failures, started_ns)
                     _log.error('%s failed a frame: %s', rung.name, error)
                     self._fail_serving(error)
                     # Where no other is usable, the rung itself may be, loaded afresh.
-                    self._walk(others if again else (*others, rung))
+                    # Dead by chance once more, or by this very request: so often and no further.
+                    attempts = _ATTEMPTS if isinstance(error, WorkerDiedError) else 1
+                    spent = again and loaded_afresh[rung] >= attempts
+                    if self._replace_serving(others if spent else (*others, rung)):
+                        loaded_afresh[self._serving()] += 1
                     continue
                 if failures:
                     self._record_first_switch(failures, started_ns)
                 self._backoff_s = 0.0
                 self._announce()
+                self._shadow(inputs, outputs)
+                self._order_loads()
                 return self._answer(outputs)
 
     def maintain(self) -> None:
-        """Try an exhausted chain again when its pause is over; to be called while no frame comes."""
+        """
+        Look after the engines, and try an exhausted chain again when its pause is over.
+
+        To be called several times a second while no frame comes.
+        """
         with self._turn:
-            if self._status.state is ChainState.EXHAUSTED and self._monotonic_ns() >= self._retry_at_ns:
+            self._look_after_others()
+            engine = self._engine
+            if engine is not None and not engine.host.alive:
+                error = InferenceError(f'{engine.rung.name} died while no frame came.')
+                _log.error('%s', error)
+                started_ns = self._monotonic_ns()
+                failed = self._fail_serving(error)
+                try:
+                    self._replace_serving((*self._after(failed), failed))
+                    self._record_switch(failed.name, str(error), started_ns, frames_affected=0)
+                except ChainExhaustedError as exhausted:
+                    _log.error('%s', exhausted)
+            elif self._status.state is ChainState.EXHAUSTED and self._monotonic_ns() >= self._retry_at_ns:
                 try:
                     self._restart()
                 except ChainExhaustedError as error:
                     _log.error('%s', error)
+            self._order_loads()
 
     def release(self, timeout_s: float = 2.0) -> None:
         """
-        Free the serving engine and forget every failure; safe to repeat.
+        Free every engine and forget every failure; safe to repeat.
 
-        :param timeout_s: seconds to wait for a request that is still running.
+        :param timeout_s: seconds to wait for a request that is still running; a worker is killed in half of them.
         :raises InferenceError: the request still runs; its engine stays loaded until it returns.
         """
-        if not self._turn.acquire(timeout=timeout_s):
-            raise InferenceError(
-                f'{self._status.active.name if self._status.active else "the chain"} still runs a request '
-                f'after {timeout_s:.1f} s; its engine cannot be freed.',
-                remedy='Restart the node to get its memory back.',
-            )
+        if not self._turn.acquire(timeout=timeout_s / 2):
+            self._closing = True
+            if (engine := self._engine) is not None:
+                engine.host.kill()
+            for load in list(self._loads):
+                if load.host is not None:
+                    load.host.kill()
+            if not self._turn.acquire(timeout=timeout_s / 2):
+                raise InferenceError(
+                    f'{self._status.active.name if self._status.active else "the chain"} still runs a request '
+                    f'after {timeout_s:.1f} s; its engine cannot be freed.',
+                    remedy='Restart the node to get its memory back.',
+                )
         try:
-            self._drop_host()
+            self._closing = True
+            self._drop_all()
             self._failures.clear()
+            self._pauses.clear()
             self._golden = None
             self._gpu_faults.clear()
             self._backoff_s = 0.0
-            self._set_status(state=ChainState.UNLOADED, active=None, facts=None, gpu_lost=False, switches=0)
+            self._set_status(
+                state=ChainState.UNLOADED, active=None, facts=None, standby=None, gpu_lost=False, switches=0
+            )
         finally:
+            self._closing = False
             self._turn.release()
+
+    # --- one request ------------------------------------------------------------------------------
+
+    def _ask(self, engine: _Engine, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        """
+        Return the answer of ``engine``; where it is late, wait while another one is being loaded (F-4).
+
+        :raises _LateError: it is late and another engine stands by.
+        :raises InferenceError: it failed, or has hung for so long that loading it afresh is the better bet.
+        """
+        engine.began_ns = self._monotonic_ns()
+        engine.host.begin(inputs)
+        outputs = engine.host.poll(engine.deadline_s)
+        while outputs is None:
+            if self._closing:
+                raise InferenceError(f'{engine.rung.name} still runs a request while the chain is released.')
+            self._look_after_others()
+            if self._standby is not None:
+                raise _LateError(
+                    f'{engine.rung.name} did not answer within its deadline of {engine.deadline_s * 1e3:.0f} ms.'
+                )
+            if self._age_s(engine) > _GIVEN_UP * engine.hang_s:
+                # Nothing could be loaded beside it in all that time; its memory may be what is missing.
+                engine.host.kill()
+                raise InferenceError(f'{engine.rung.name} has not answered for {self._age_s(engine):.1f} s.')
+            if self._age_s(engine) > engine.hang_s:
+                self._order_standby()
+            outputs = engine.host.poll(_LOOK_S)
+        return outputs
+
+    def _age_s(self, engine: _Engine) -> float:
+        return (self._monotonic_ns() - engine.began_ns) / 1e9
 
     # --- walking the chain ------------------------------------------------------------------------
 
+    def _replace_serving(self, candidates: tuple[Rung, ...]) -> bool:
+        """Have the standby serve, or the first of ``candidates`` that works; return whether one had to be loaded."""
+        if self._standby is not None and self._standby.host.alive and self._may_serve(self._standby.rung):
+            self._serve_standby()
+            return False
+        self._walk(candidates)
+        return True
+
+    def _serve_standby(self) -> None:
+        engine, self._standby = self._standby, None
+        assert engine is not None
+        self._serve(engine)
+
     def _walk(self, candidates: tuple[Rung, ...]) -> None:
         """Load and prove the first of ``candidates`` that works, or raise ChainExhaustedError."""
-        self._drop_host()
-        for rung in candidates:
-            if self._status.gpu_lost and rung.providers is not ProviderSet.CPU and not self._flies_gpu_only():
+        self._drop_serving()
+        end_ns = self._monotonic_ns() + int(self._config.configure_budget_s * 1e9)
+        for position, rung in enumerate(candidates):
+            if not self._may_serve(rung):
                 continue
+            if self._closing:
+                break
+            last = position == len(candidates) - 1
             try:
-                self._load_rung(rung)
+                engine = self._load_within(rung, None if last else (end_ns - self._monotonic_ns()) / 1e9)
             except Exception as error:
                 self._reject(rung, error)
                 continue
-            return
+            if engine is not None:
+                self._serve(engine)
+                return
+            _log.warning('%s is still loading; the next rung serves meanwhile.', rung.name)
         first, longest = self._config.restart_backoff_s
         self._backoff_s = min(longest, self._backoff_s * 2) if self._backoff_s else first
         self._retry_at_ns = self._monotonic_ns() + int(self._backoff_s * 1e9)
@@ -321,21 +526,65 @@ class RuntimeChain:
         self._emit('c7.chain_exhausted', model_name=self._bundle.name, reason=str(exhausted))
         raise exhausted
 
-    def _load_rung(self, rung: Rung) -> None:
-        host = self._host_factory(rung)
+    def _load_within(self, rung: Rung, budget_s: float | None) -> _Engine | None:
+        """Load ``rung``; None where it goes on loading in the background."""
+        load = next((load for load in self._loads if load.rung == rung), None)
+        if load is None:
+            if budget_s is None or not self._isolated or self._config.build_on_configure:
+                return self._load_engine(_Load(rung))
+            load = self._start_load(rung)
+        if not load.done.wait(None if budget_s is None else max(0.0, budget_s)):
+            return None
+        self._loads.remove(load)
+        if load.error is not None:
+            raise load.error
+        return load.engine
+
+    def _load_engine(self, load: _Load) -> _Engine:
+        for _ in range(_ATTEMPTS - 1):
+            try:
+                return self._try_to_load(load)
+            except WorkerDiedError as error:
+                # The engine may be what killed it, or somebody from outside: only another attempt tells.
+                _log.error('%s died while it was being loaded: %s', load.rung.name, error)
+                if self._closing or load.cancelled:
+                    raise
+        return self._try_to_load(load)
+
+    def _try_to_load(self, load: _Load) -> _Engine:
+        host = load.host = self._host_factory(load.rung)
         try:
             facts = host.load()
-            self._prove(host)
+            warm_up_s = self._prove(host, self._config.load_timeout_s)
+            if self._isolated:
+                for _ in range(_WARM_UPS):
+                    warm_up_s = max(warm_up_s, self._prove(host, self._config.load_timeout_s))
         except BaseException:
             host.release()
             raise
-        self._host = host
-        self._failures.pop(rung.name, None)
-        self._announced = False
-        for note in facts.notes:
-            _log.info('%s: %s', rung.name, note)
-        _log.info('%s serves %s on %s.', rung.name, self._bundle.name, facts.active_provider)
-        self._set_status(state=ChainState.READY, active=rung, facts=facts)
+        deadline_s = max(self._config.inference_deadline_ms / 1e3, _LATE * warm_up_s)
+        return _Engine(
+            load.rung, host, facts, deadline_s, max(self._config.hang_timeout_ms / 1e3, _LATE * deadline_s)
+        )
+
+    def _serve(self, engine: _Engine) -> None:
+        self._engine = engine
+        self._failures.pop(engine.rung.name, None)
+        if engine.rung != self._announced:
+            self._announced = None
+        for note in engine.facts.notes:
+            _log.info('%s: %s', engine.rung.name, note)
+        _log.info('%s serves %s on %s.', engine.rung.name, self._bundle.name, engine.facts.active_provider)
+        standby = self._standby
+        self._set_status(
+            state=ChainState.READY,
+            active=engine.rung,
+            facts=engine.facts,
+            standby=standby.rung if standby is not None else None,
+        )
+
+    def _may_serve(self, rung: Rung) -> bool:
+        return not self._status.gpu_lost or rung.providers is ProviderSet.CPU or self._flies_gpu_only()
 
     def _flies_gpu_only(self) -> bool:
         return all(rung.providers is not ProviderSet.CPU for rung in self._rungs)
@@ -343,11 +592,183 @@ class RuntimeChain:
     def _after(self, failed: Rung) -> tuple[Rung, ...]:
         return self._rungs[self._rungs.index(failed) + 1 :]
 
-    def _passes_proof(self, host: RungHost) -> bool:
+    # --- the other engines ------------------------------------------------------------------------
+
+    def _look_after_others(self) -> None:
+        """Take what came of loads, late answers and shadowed frames; never waits."""
+        self._take_loads()
+        for engine in list(self._late):
+            self._look_after_late(engine)
+        if self._standby is not None and not self._standby.host.alive:
+            _log.error('%s died standing by.', self._standby.rung.name)
+            self._drop_standby()
+        if self._candidate is not None:
+            self._look_after_candidate(self._candidate)
+
+    def _look_after_late(self, engine: _Engine) -> None:
         try:
-            self._prove(host)
+            answered = engine.host.poll(0.0) is not None
         except Exception as error:
-            _log.error('%s fails its proof: %s', self._serving().name, error)
+            _log.error('%s, which was late, failed: %s', engine.rung.name, error)
+            self._late.remove(engine)
+            self._note_fault(engine.rung)
+            engine.host.release()
+            return
+        if answered:
+            self._late.remove(engine)
+            _log.warning('%s answered after %.0f ms.', engine.rung.name, self._age_s(engine) * 1e3)
+            self._stand_by(engine)
+        elif self._age_s(engine) > engine.hang_s:
+            self._late.remove(engine)
+            _log.error('%s has not answered for %.1f s and is killed.', engine.rung.name, self._age_s(engine))
+            self._note_fault(engine.rung)
+            if not engine.host.kill():
+                self._emit('c7.worker_unkillable', rung=engine.rung.name, pid=getattr(engine.host, 'pid', None))
+                self._lose_gpu(engine.rung, 'a worker cannot be ended')
+            engine.host.release()
+
+    def _look_after_candidate(self, engine: _Engine) -> None:
+        if engine.expected is None:
+            return
+        try:
+            outputs = engine.host.poll(0.0)
+            if outputs is None and self._age_s(engine) > engine.hang_s:
+                raise InferenceError(f'it did not answer within {engine.hang_s:.1f} s.')
+            if outputs is None:
+                return
+            if self._bundle.rules and (problems := self._bundle.compare(outputs, engine.expected)):
+                raise InferenceError(f'it disagrees on a live frame: {" ".join(problems)}')
+        except Exception as error:
+            self._candidate = None
+            engine.host.release()
+            self._postpone('promotion', engine.rung)
+            self._emit('c7.promotion_delayed', rung=engine.rung.name, reason=str(error))
+            _log.warning('%s does not take over yet: %s', engine.rung.name, error)
+            return
+        engine.expected = None
+        engine.agreements += 1
+        if engine.agreements >= _SHADOWED_FRAMES:
+            self._promote(engine)
+
+    def _promote(self, engine: _Engine) -> None:
+        """Have a better rung serve from the next frame on; the one that served stands by."""
+        self._candidate = None
+        started_ns = self._monotonic_ns()
+        before, self._engine = self._engine, None
+        assert before is not None
+        self._serve(engine)
+        self._record_switch(before.rung.name, f'{engine.rung.name} is usable again', started_ns, frames_affected=0)
+        self._drop_standby()
+        self._stand_by(before)
+
+    def _shadow(self, inputs: Mapping[str, NDArray], outputs: Mapping[str, NDArray]) -> None:
+        """Give a better rung the frame that was just answered, to be compared later."""
+        engine = self._candidate
+        if engine is None or engine.expected is not None:
+            return
+        try:
+            engine.began_ns = self._monotonic_ns()
+            engine.host.begin(inputs)
+        except Exception as error:
+            _log.warning('%s does not take over yet: %s', engine.rung.name, error)
+            self._candidate = None
+            engine.host.release()
+            self._postpone('promotion', engine.rung)
+            return
+        engine.expected = {name: array.copy() for name, array in outputs.items()}
+
+    def _stand_by(self, engine: _Engine, *, ordered: bool = False) -> None:
+        wanted = ordered or self._config.hot_standby
+        if self._standby is None and wanted and self._may_serve(engine.rung):
+            self._standby = engine
+            self._set_status(standby=engine.rung)
+        else:
+            engine.host.release()
+
+    def _drop_standby(self) -> None:
+        engine, self._standby = self._standby, None
+        if engine is not None:
+            engine.host.release()
+            self._set_status(standby=None)
+
+    # --- loads in the background ------------------------------------------------------------------
+
+    def _order_loads(self) -> None:
+        """Begin what is missing: first an engine that stands by (F-3), then a better rung (F-6)."""
+        if not self._isolated or self._engine is None or self._loads or self._closing:
+            return
+        if self._config.hot_standby and self._standby is None and not self._late:
+            self._order_standby()
+        elif self._candidate is None:
+            for rung in self._rungs[: self._rungs.index(self._engine.rung)]:
+                error = self._failures.get(rung.name)
+                if self._may_serve(rung) and not isinstance(error, _LASTING) and self._due('promotion', rung):
+                    self._start_load(rung)
+                    return
+
+    def _order_standby(self) -> None:
+        engine = self._engine
+        if not self._isolated or engine is None or self._loads:
+            return
+        # One worker more of the same rung where no other is usable.
+        for rung in (*self._after(engine.rung), engine.rung):
+            usable = not isinstance(self._failures.get(rung.name), _LASTING)
+            if self._may_serve(rung) and usable and self._due('standby', rung):
+                self._start_load(rung)
+                return
+
+    def _start_load(self, rung: Rung) -> _Load:
+        load = _Load(rung)
+        self._loads.append(load)
+        threading.Thread(target=self._run_load, args=(load,), name='c7-load', daemon=True).start()
+        return load
+
+    def _run_load(self, load: _Load) -> None:
+        try:
+            load.engine = self._load_engine(load)
+        except BaseException as error:
+            load.error = error
+        load.done.set()
+        if load.cancelled and load.engine is not None:
+            load.engine.host.release()
+
+    def _take_loads(self) -> None:
+        for load in [load for load in self._loads if load.done.is_set()]:
+            self._loads.remove(load)
+            serving = self._engine
+            better = serving is not None and self._rungs.index(load.rung) < self._rungs.index(serving.rung)
+            if load.engine is not None and serving is not None and better and self._may_serve(load.rung):
+                if self._candidate is not None:
+                    self._candidate.host.release()
+                self._candidate = load.engine
+            elif load.engine is not None:
+                self._pauses.pop(('standby', load.rung), None)
+                self._stand_by(load.engine, ordered=True)
+            elif load.error is not None:
+                self._postpone('promotion' if better else 'standby', load.rung)
+                if better:
+                    self._failures[load.rung.name] = load.error
+                _log.info('%s could not be loaded beside: %s', load.rung.name, load.error)
+
+    def _due(self, purpose: str, rung: Rung) -> bool:
+        if (purpose, rung) not in self._pauses and purpose == 'promotion':
+            # It has just failed: its first attempt is one pause away.
+            self._postpone(purpose, rung)
+        return self._monotonic_ns() >= self._pauses.get((purpose, rung), (0, 0.0))[0]
+
+    def _postpone(self, purpose: str, rung: Rung) -> None:
+        config = self._config
+        first, longest = config.promotion_backoff_s if purpose == 'promotion' else config.restart_backoff_s
+        pause_s = min(longest, 2 * self._pauses[purpose, rung][1]) if (purpose, rung) in self._pauses else first
+        self._pauses[purpose, rung] = (self._monotonic_ns() + int(pause_s * 1e9), pause_s)
+
+    # --- failures ---------------------------------------------------------------------------------
+
+    def _passes_proof(self, engine: _Engine) -> bool:
+        try:
+            self._prove(engine.host, engine.hang_s)
+        except Exception as error:
+            _log.error('%s fails its proof: %s', engine.rung.name, error)
             return False
         return True
 
@@ -388,16 +809,24 @@ class RuntimeChain:
     def _fail_serving(self, error: Exception) -> Rung:
         rung = self._serving()
         _log_unexpected(rung, error)
-        self._drop_host()
+        self._drop_serving()
         self._failures[rung.name] = error
-        if rung.providers is not ProviderSet.CPU:
-            now_ns = self._monotonic_ns()
-            self._gpu_faults.append((now_ns, rung))
-            window_ns = int(self._config.gpu_fault_window_s * 1e9)
-            if len({fault for when_ns, fault in self._gpu_faults if now_ns - when_ns <= window_ns}) >= 2:
-                _log.error('two GPU rungs failed within %.0f s: the GPU is lost.', self._config.gpu_fault_window_s)
-                self._status = replace(self._status, gpu_lost=True)
+        self._note_fault(rung)
         return rung
+
+    def _note_fault(self, rung: Rung) -> None:
+        if rung.providers is ProviderSet.CPU:
+            return
+        now_ns = self._monotonic_ns()
+        self._gpu_faults.append((now_ns, rung))
+        window_ns = int(self._config.gpu_fault_window_s * 1e9)
+        if len({fault for when_ns, fault in self._gpu_faults if now_ns - when_ns <= window_ns}) >= 2:
+            self._lose_gpu(rung, f'two GPU rungs failed within {self._config.gpu_fault_window_s:.0f} s')
+
+    def _lose_gpu(self, rung: Rung, why: str) -> None:
+        if rung.providers is not ProviderSet.CPU:
+            _log.error('%s: the GPU is lost.', why)
+            self._status = replace(self._status, gpu_lost=True)
 
     def _reject(self, rung: Rung, error: Exception) -> None:
         _log_unexpected(rung, error)
@@ -406,29 +835,43 @@ class RuntimeChain:
         if not isinstance(error, RuntimeUnavailableError):
             self._emit('c7.engine_rejected', model_name=self._bundle.name, rung=rung.name, reason=str(error))
 
-    def _prove(self, host: RungHost) -> None:
-        """Run one inference that reaches no consumer; golden inputs where the bundle has them."""
-        if self._bundle.golden is not None:
-            if self._golden is None:
-                # Read once: an engine that is loaded must not fall with files that change on the disk.
-                self._golden = (self._bundle.golden_inputs(), self._bundle.golden_outputs())
-            request, answer = self._golden
-            if disagreements := self._bundle.compare(host.infer(request), answer):
-                raise InferenceError(
-                    f'the golden outputs are not reproduced: {" ".join(disagreements)}',
-                    remedy="Build the artefact again from the bundle's source weights.",
-                )
-            return
+    def _prove(self, host: RungHost, limit_s: float) -> float:
+        """
+        Run one inference that reaches no consumer; golden inputs where the bundle has them.
+
+        :return: seconds that it took.
+        :raises InferenceError: it fails, is not right, or takes longer than ``limit_s``.
+        """
+        if self._bundle.golden is not None and self._golden is None:
+            # Read once: an engine that is loaded must not fall with files that change on the disk.
+            self._golden = (self._bundle.golden_inputs(), self._bundle.golden_outputs())
         # A dynamic axis is proven at length one.
-        host.infer({spec.name: np.zeros([axis or 1 for axis in spec.shape], spec.dtype) for spec in host.inputs})
+        request = (
+            self._golden[0]
+            if self._golden is not None
+            else {spec.name: np.zeros([axis or 1 for axis in spec.shape], spec.dtype) for spec in host.inputs}
+        )
+        started = time.monotonic()
+        host.begin(request)
+        outputs = host.poll(limit_s)
+        took_s = time.monotonic() - started
+        if outputs is None:
+            host.kill()
+            raise InferenceError(f'its proof took longer than {limit_s:.1f} s.')
+        if self._golden is not None and (disagreements := self._bundle.compare(outputs, self._golden[1])):
+            raise InferenceError(
+                f'the golden outputs are not reproduced: {" ".join(disagreements)}',
+                remedy="Build the artefact again from the bundle's source weights.",
+            )
+        return took_s
 
     # --- what is told to others -------------------------------------------------------------------
 
     def _announce(self) -> None:
         """Emit the alerts of a serving episode with its first frame (AC-5, Risk-2)."""
-        if self._announced:
+        if self._announced is not None:
             return
-        self._announced = True
+        self._announced = self._serving()
         facts = self._status.facts
         assert facts is not None
         reason = join_reasons(self._status.failures)
@@ -489,10 +932,26 @@ class RuntimeChain:
         assert self._status.active is not None
         return self._status.active
 
-    def _drop_host(self) -> None:
-        host, self._host = self._host, None
-        if host is not None:
-            host.release()
+    def _drop_serving(self) -> None:
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.host.release()
+
+    def _drop_all(self) -> None:
+        self._drop_serving()
+        others = [*self._late, *filter(None, (self._standby, self._candidate))]
+        self._late, self._standby, self._candidate, self._announced = [], None, None, None
+        for engine in others:
+            engine.host.release()
+        loads, self._loads = self._loads, []
+        for load in loads:
+            load.cancelled = True
+            if load.host is not None:
+                load.host.kill()
+        for load in loads:
+            # One that ends later frees its engine itself.
+            if load.done.wait(_CANCEL_S) and load.engine is not None:
+                load.engine.host.release()
 
     def _set_status(self, **changes: object) -> None:
         status = replace(

@@ -11,10 +11,11 @@ from typing import Any
 
 from gps_denied_c7.errors import ConfigError
 
-__all__ = ['DEFAULT_CHAIN', 'RUNTIME_LABELS', 'C7InferenceConfig']
+__all__ = ['DEFAULT_CHAIN', 'ISOLATIONS', 'RUNTIME_LABELS', 'C7InferenceConfig']
 
 RUNTIME_LABELS = ('tensorrt', 'onnx_trt_ep', 'pytorch_fp16')
 DEFAULT_CHAIN = RUNTIME_LABELS
+ISOLATIONS = ('process', 'none')
 
 _ENGINE_ROOT = '/var/lib/gps-denied/engines'
 
@@ -34,6 +35,16 @@ class C7InferenceConfig:
     :param gpu_fault_window_s: seconds in which failures of two different GPU rungs mean that the GPU is lost.
     :param restart_backoff_s: first and longest pause in seconds before an exhausted chain is tried again.
     :param build_on_configure: engines may be built while configuring (minutes).
+    :param isolation: ``process``: each engine in a worker process of its own, so that no vendor library can end
+        the node; ``none``: all in this process, where a vendor's crash or hang is the node's.
+    :param hot_standby: keep a second engine loaded that answers when the serving one does not; workers only.
+    :param load_timeout_s: seconds in which a worker must have loaded its engine, or show progress with a build.
+    :param inference_deadline_ms: milliseconds after which the standby answers in place of a late worker; three
+        times the rung's own warm-up where that is longer.
+    :param hang_timeout_ms: milliseconds after which a worker that does not answer is killed; three times the
+        deadline where that is longer.
+    :param configure_budget_s: seconds that better rungs get to load before a worse one serves in their place.
+    :param promotion_backoff_s: first and longest pause in seconds before a better rung is tried again.
     :param cpu_threads: threads of one CPU inference, 0 for all cores but one, which flies the drone.
     :raises ConfigError: naming the field.
     """
@@ -47,6 +58,13 @@ class C7InferenceConfig:
     gpu_fault_window_s: float = 10.0
     restart_backoff_s: tuple[float, float] = (1.0, 30.0)
     build_on_configure: bool = False
+    isolation: str = 'process'
+    hot_standby: bool = True
+    load_timeout_s: float = 60.0
+    inference_deadline_ms: float = 200.0
+    hang_timeout_ms: float = 1000.0
+    configure_budget_s: float = 10.0
+    promotion_backoff_s: tuple[float, float] = (5.0, 300.0)
     cpu_threads: int = 0
 
     def __post_init__(self) -> None:
@@ -61,11 +79,17 @@ class C7InferenceConfig:
             object.__setattr__(self, name, Path(value))
         if self.gpu_memory_budget_bytes <= 0:
             raise ConfigError('gpu_memory_budget_bytes', f'{self.gpu_memory_budget_bytes} is not positive.')
-        if self.gpu_fault_window_s <= 0:
-            raise ConfigError('gpu_fault_window_s', f'{self.gpu_fault_window_s} is not positive.')
-        first, longest = self.restart_backoff_s
-        if not 0 < first <= longest:
-            raise ConfigError('restart_backoff_s', f'{self.restart_backoff_s} is not (first, longest) in seconds.')
+        for name in (
+            'gpu_fault_window_s', 'load_timeout_s', 'inference_deadline_ms', 'hang_timeout_ms', 'configure_budget_s',
+        ):  # fmt: skip
+            if not getattr(self, name) > 0:
+                raise ConfigError(name, f'{getattr(self, name)} is not positive.')
+        for name in ('restart_backoff_s', 'promotion_backoff_s'):
+            first, longest = getattr(self, name)
+            if not 0 < first <= longest:
+                raise ConfigError(name, f'{getattr(self, name)} is not (first, longest) in seconds.')
+        if self.isolation not in ISOLATIONS:
+            raise ConfigError('isolation', f'{self.isolation!r} unknown.', remedy=f'Known are {list(ISOLATIONS)}.')
         if self.cpu_threads < 0:
             raise ConfigError('cpu_threads', f'{self.cpu_threads} is negative.', remedy='0 means all cores but one.')
 

@@ -15,6 +15,7 @@ __all__ = [
     'InferenceError',
     'ModelBundleError',
     'RuntimeUnavailableError',
+    'WorkerDiedError',
     'join_reasons',
 ]
 
@@ -73,6 +74,10 @@ class EngineDeserializeError(C7Error):
 
 class InferenceError(C7Error):
     """A request that an engine failed: vendor error, non-finite output, wrong shape or dtype."""
+
+
+class WorkerDiedError(InferenceError):
+    """The process of an engine has ended: a crash of a vendor library, or a signal from outside."""
 
 
 class ChainExhaustedError(C7Error):

@@ -71,6 +71,7 @@ KINDS: Mapping[str, FdrKind] = {
         FdrKind('c7.model_swapped', Severity.INFO, ('model_name', 'weights_digest', 'outcome')),
         FdrKind('c7.worker_unkillable', Severity.ERROR, ('rung', 'pid')),
         FdrKind('c7.runtime_switched', Severity.WARN, ('from', 'to', 'reason', 'gap_ms', 'frames_affected')),
+        FdrKind('c7.promotion_delayed', Severity.WARN, ('rung', 'reason'), 60.0, ('rung', 'reason')),
         FdrKind('c7.engine_rejected', Severity.WARN, ('model_name', 'rung', 'reason'), 60.0, ('rung', 'reason')),
         FdrKind('c7.chain_exhausted', Severity.ERROR, ('model_name', 'reason'), 60.0, ('model_name', 'reason')),
         FdrKind('c7.thermal_state', Severity.INFO, ('level', 'source'), 10.0, ('level',)),

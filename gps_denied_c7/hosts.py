@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import functools
 import logging
 from collections.abc import Callable, Mapping
@@ -26,12 +27,45 @@ from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.thermal import ThermalStatePublisher
 
-__all__ = ['InProcessHost', 'in_process_hosts']
+__all__ = ['InProcessHost', 'SynchronousHost', 'in_process_hosts']
 
 _log = logging.getLogger(__name__)
 
 
-class InProcessHost:
+class SynchronousHost(abc.ABC):
+    """Give the two halves of a request to an engine that answers in the calling thread."""
+
+    _request: Mapping[str, NDArray] | None = None
+
+    @property
+    def alive(self) -> bool:
+        """Whether it can still answer: as long as this process can."""
+        return True
+
+    @property
+    def request_arrays(self) -> Mapping[str, NDArray]:
+        """No arrays are read in place."""
+        return {}
+
+    @abc.abstractmethod
+    def infer(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        """Run one request; outputs are views valid until the next call."""
+
+    def begin(self, inputs: Mapping[str, NDArray]) -> None:
+        """Keep the request for :meth:`poll`; its arrays are read there."""
+        self._request = inputs
+
+    def poll(self, timeout_s: float | None) -> dict[str, NDArray] | None:
+        """Run the request, however long it takes; None where none was begun."""
+        request, self._request = self._request, None
+        return None if request is None else self.infer(request)
+
+    def kill(self) -> bool:
+        """Return False: what runs in this process cannot be ended."""
+        return False
+
+
+class InProcessHost(SynchronousHost):
     """Run a rung's engine in the calling thread of this process; a vendor crash ends the process."""
 
     def __init__(self, runtime: InferenceRuntime, bundle: ModelBundle, build: BuildConfig) -> None:
@@ -96,5 +130,5 @@ def _local_gate() -> EngineGate | None:
     try:
         return EngineGate(local_host_profile())
     except RuntimeUnavailableError as error:
-        _log.info('engine files cannot be loaded here: %s', error)
+        _log.debug('engine files cannot be loaded here: %s', error)
         return None

@@ -78,9 +78,9 @@ class FramePipeline:
         self._on_unanswered = on_unanswered
         self._statistics = statistics
         self._next_seq: Counter[str] = Counter()
+        self._name = spec.name
         # A dynamic batch axis runs at one: one frame, one request.
         self._input = np.zeros([axis or 1 for axis in spec.shape], spec.dtype)
-        self._inputs = {spec.name: self._input}
 
     def process(self, frame: Frame) -> None:
         """Answer ``frame`` exactly once, or refuse it, or report it unanswered."""
@@ -88,7 +88,11 @@ class FramePipeline:
         try:
             pixels = self._decode(frame.message)
             decoded_ns = time.monotonic_ns()
-            self._preprocessor.run(pixels, self._input)
+            # Where an engine reads its input from, or, before it has told, an array of our own.
+            tensor = self._chain.request_arrays().get(self._name)
+            if tensor is None or tensor.shape != self._input.shape:
+                tensor = self._input
+            self._preprocessor.run(pixels, tensor)
         except ImageRejectedError as error:
             self._on_refused(frame, error)
             return
@@ -99,7 +103,7 @@ class FramePipeline:
         preprocessed_ns = time.monotonic_ns()
         seq = self._accept(frame)
         try:
-            answer = self._chain.infer(self._inputs)
+            answer = self._chain.infer({self._name: tensor})
             inferred_ns = time.monotonic_ns()
             durations_ns = {
                 'queue': taken_ns - frame.received_ns,

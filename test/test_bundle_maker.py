@@ -134,7 +134,9 @@ def test_m1_another_seed_gives_another_request(tmp_path: Path) -> None:
 def test_m1_a_chain_comes_up_on_the_bundle(tmp_path: Path) -> None:
     """The chain proves a rung on the golden request by the bundle's rules, then answers what it is asked."""
     bundle = made(tmp_path)
-    config = C7InferenceConfig(cpu_threads=1, engine_cache_dir=tmp_path / 'e', ort_trt_cache_dir=tmp_path / 'o')
+    config = C7InferenceConfig(
+        isolation='none', cpu_threads=1, engine_cache_dir=tmp_path / 'e', ort_trt_cache_dir=tmp_path / 'o'
+    )
     chain = RuntimeChain(
         bundle, config, in_process_hosts(bundle, config, UnknownThermalState()), emit=lambda *_, **__: None
     )

@@ -19,6 +19,7 @@ from gps_denied_c7.errors import (
     RuntimeUnavailableError,
     join_reasons,
 )
+from gps_denied_c7.hosts import SynchronousHost
 from gps_denied_c7.runtime import EngineFacts, ProviderSet
 from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.thermal import UnknownThermalState
@@ -35,7 +36,7 @@ def bundle():
     return ModelBundle(name='net', root='/', weights_digest='sha256:' + '0' * 64, inputs=(SPEC,), outputs=(SPEC,))
 
 
-class FakeHost:
+class FakeHost(SynchronousHost):
     """Stand in for an engine on hardware this machine lacks; ``script`` decides what each call does."""
 
     inputs = outputs = (SPEC,)
@@ -65,7 +66,7 @@ class Bench:
         self.records, self.statuses, self.calls, self.loaded = [], [], [], []
         self.faults = {}
         self.now_ns = 0
-        self.config = C7InferenceConfig(**config)
+        self.config = C7InferenceConfig(**{'isolation': 'none', **config})
         self.chain = RuntimeChain(
             bundle(),
             self.config,
@@ -381,7 +382,7 @@ def test_a_loaded_engine_outlives_its_bundle_on_the_disk(tmp_path):
     from gps_denied_c7.hosts import in_process_hosts
 
     on_disk = ModelBundle.load(write_demo_bundle(tmp_path / 'bundle'))
-    config = C7InferenceConfig(cpu_threads=1)
+    config = C7InferenceConfig(isolation='none', cpu_threads=1)
     hosts = in_process_hosts(on_disk, config, UnknownThermalState())
     chain = RuntimeChain(on_disk, config, hosts, emit=lambda kind, **payload: None, rungs=(CPU,))
     chain.load()

@@ -11,6 +11,7 @@ from gps_denied_c7.chain import ChainState, Rung, RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.decoding import Pixels
 from gps_denied_c7.errors import ImageRejectedError, InferenceError
+from gps_denied_c7.hosts import SynchronousHost
 from gps_denied_c7.pipeline import FramePipeline, InferenceThread
 from gps_denied_c7.preprocessing import PreprocessingSpec, Preprocessor
 from gps_denied_c7.runtime import EngineFacts, ProviderSet
@@ -29,7 +30,7 @@ def wait_until(condition, timeout_s=30.0):
         time.sleep(0.001)
 
 
-class CopyingHost:
+class CopyingHost(SynchronousHost):
     """Stand in for an engine: answers its input, or does what the test says for a rung."""
 
     inputs = outputs = (TensorSpec('image', 'float32', (1, 1, 4, 6)),)
@@ -59,7 +60,7 @@ class Bench:
         bundle = ModelBundle(name='net', root='/', weights_digest='sha256:' + '0' * 64, inputs=(), outputs=())
         self.chain = RuntimeChain(
             bundle,
-            C7InferenceConfig(),
+            C7InferenceConfig(isolation='none'),
             lambda rung: CopyingHost(rung, self.acts),
             emit=lambda kind, **payload: self.records.append((kind, payload)),
             rungs=(GPU, CPU),

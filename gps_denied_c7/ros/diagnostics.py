@@ -99,6 +99,7 @@ def runtime_report(
             'provider': facts.active_provider if facts else 'none',
             'requested_providers': ', '.join(facts.requested_providers) if facts else '',
             'cpu_nodes': 'unknown' if facts is None or facts.cpu_nodes is None else facts.cpu_nodes,
+            'standby': chain.standby.name if chain.standby else 'none',
             'is_fallback': chain.is_fallback,
             'alerts': ', '.join(chain.alerts),
             'switches': chain.switches,

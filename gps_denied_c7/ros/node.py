@@ -7,6 +7,7 @@ import threading
 import time
 import traceback
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 
 from gps_denied_c7.bundle import ModelBundle, default_preprocessing, image_input
-from gps_denied_c7.chain import ChainStatus, RuntimeChain
+from gps_denied_c7.chain import ChainStatus, Rung, RungHost, RuntimeChain
+from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import C7Error, ConfigError, ImageRejectedError
 from gps_denied_c7.host import describe_gpu, hardware_id, package_versions
 from gps_denied_c7.hosts import in_process_hosts
@@ -47,6 +49,7 @@ from gps_denied_c7.statistics import Statistics, StreamCounters
 from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.thermal import ThermalLevel, ThermalStatePublisher, UnknownThermalState
 from gps_denied_c7.thermal_policy import FrameShedding, ThermalPolicy
+from gps_denied_c7.worker_host import worker_hosts
 
 __all__ = ['DEFAULT_NODE_NAME', 'TENSORS_QOS', 'C7InferenceNode']
 
@@ -247,7 +250,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         chain = RuntimeChain(
             bundle,
             settings.config,
-            in_process_hosts(bundle, settings.config, self._thermal, on_build=self._on_build),
+            self._hosts(bundle, settings.config),
             emit=self.record,
             on_change=self._on_chain_change,
         )
@@ -266,6 +269,11 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         self._dropped_by_age.clear()
         self._mismatches.clear()
         self._loaded = _Loaded(settings, topics, chain, Preprocessor(spec), tensor)
+
+    def _hosts(self, bundle: ModelBundle, config: C7InferenceConfig) -> Callable[[Rung], RungHost]:
+        if config.isolation == 'none':
+            return in_process_hosts(bundle, config, self._thermal, on_build=self._on_build)
+        return worker_hosts(bundle, config, on_build=self._on_build)
 
     def _load(self, chain: RuntimeChain) -> None:
         try:

@@ -15,7 +15,7 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 from rclpy.validate_topic_name import validate_topic_name
 
-from gps_denied_c7.config import DEFAULT_CHAIN, RUNTIME_LABELS, C7InferenceConfig
+from gps_denied_c7.config import DEFAULT_CHAIN, ISOLATIONS, RUNTIME_LABELS, C7InferenceConfig
 from gps_denied_c7.errors import ConfigError
 from gps_denied_c7.preprocessing import PreprocessingSpec, ResizeMode
 from gps_denied_c7.thermal_policy import ThermalPolicy
@@ -125,6 +125,35 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
         limits=(0.1, 3600.0),
     ),
     ParameterDeclaration(
+        'isolation', Type.STRING, _DEFAULTS.isolation,
+        'process: each engine runs in a worker process, whose death or hang costs no frame; none: all in the node.',
+        constraints=f'One of {", ".join(ISOLATIONS)}.',
+    ),
+    ParameterDeclaration(
+        'hot_standby', Type.BOOL, _DEFAULTS.hot_standby,
+        'Keep a second engine loaded, which answers when the first one does not. Needs isolation process.',
+    ),
+    ParameterDeclaration(
+        'load_timeout_s', Type.DOUBLE, _DEFAULTS.load_timeout_s,
+        'A worker must have loaded its engine, or show progress with a build, within this many seconds.',
+        limits=(0.1, 3600.0),
+    ),
+    ParameterDeclaration(
+        'inference_deadline_ms', Type.DOUBLE, _DEFAULTS.inference_deadline_ms,
+        'The standby answers in place of an engine that takes longer than this, milliseconds; three times its own '
+        'warm-up where that is longer.', limits=(1.0, _HOUR_MS),
+    ),
+    ParameterDeclaration(
+        'hang_timeout_ms', Type.DOUBLE, _DEFAULTS.hang_timeout_ms,
+        'A worker that does not answer for longer than this is killed, milliseconds; three times the deadline where '
+        'that is longer.', limits=(1.0, _HOUR_MS),
+    ),
+    ParameterDeclaration(
+        'configure_budget_s', Type.DOUBLE, _DEFAULTS.configure_budget_s,
+        'A worse rung serves where better ones take longer than this to load, seconds; they go on loading beside.',
+        limits=(0.1, 3600.0),
+    ),
+    ParameterDeclaration(
         'cpu_threads', Type.INTEGER, _DEFAULTS.cpu_threads,
         'Threads of one CPU inference; 0 means all cores but one.', limits=(0, 256),
     ),
@@ -201,7 +230,8 @@ _BY_NAME = {declaration.name: declaration for declaration in PARAMETERS}
 _DECLARED = {declaration.name: declaration.default for declaration in PARAMETERS}
 _CONFIG_FIELDS = (
     'ort_disallow_cpu_fallback', 'build_on_configure', 'engine_cache_dir', 'ort_trt_cache_dir',
-    'gpu_memory_budget_bytes', 'gpu_fault_window_s', 'cpu_threads',
+    'gpu_memory_budget_bytes', 'gpu_fault_window_s', 'isolation', 'hot_standby', 'load_timeout_s',
+    'inference_deadline_ms', 'hang_timeout_ms', 'configure_budget_s', 'cpu_threads',
 )
 
 

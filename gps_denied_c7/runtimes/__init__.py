@@ -13,7 +13,7 @@ from gps_denied_c7.gate import EngineGate
 from gps_denied_c7.runtime import InferenceRuntime, ProviderSet
 from gps_denied_c7.thermal import ThermalStatePublisher
 
-__all__ = ['create_runtime']
+__all__ = ['create_runtime', 'require_strategy']
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +64,20 @@ def create_runtime(
     :param providers: the hardware that it may use.
     :raises RuntimeUnavailableError: unknown, switched off, or a package is missing.
     """
+    require_strategy(label, config)
+    module, _, name = _STRATEGIES[label].target.partition(':')
+    runtime: InferenceRuntime = getattr(importlib.import_module(module), name)(
+        config, thermal=thermal, gate=gate, providers=providers
+    )
+    return runtime
+
+
+def require_strategy(label: str, config: C7InferenceConfig) -> None:
+    """
+    Look whether this host has the strategy ``label``, importing nothing of it.
+
+    :raises RuntimeUnavailableError: unknown, switched off, or a package is missing.
+    """
     strategy = _STRATEGIES.get(label)
     if strategy is None:
         raise RuntimeUnavailableError(label, 'no such strategy.', remedy=f'Known are {list(_STRATEGIES)}.')
@@ -78,11 +92,6 @@ def create_runtime(
             f'Python packages not installed: {", ".join(missing)}.',
             remedy=f'pip install -r {strategy.requirements}',
         )
-    module, _, name = strategy.target.partition(':')
-    runtime: InferenceRuntime = getattr(importlib.import_module(module), name)(
-        config, thermal=thermal, gate=gate, providers=providers
-    )
-    return runtime
 
 
 def _is_installed(package: str) -> bool:

@@ -83,7 +83,9 @@ def bench(gate: EngineGate, tmp_path_factory: pytest.TempPathFactory) -> Bench:
     directory = tmp_path_factory.mktemp('superpoint')
     path = write_superpoint(directory / 'superpoint.onnx')
     config = C7InferenceConfig(
-        engine_cache_dir=directory / 'engines', ort_trt_cache_dir=directory / 'ort', gpu_memory_budget_bytes=8 << 30
+        isolation='none',
+        engine_cache_dir=directory / 'engines', ort_trt_cache_dir=directory / 'ort',
+        gpu_memory_budget_bytes=8 << 30,
     )
     model = bundle_around(path, 'onnx_trt_ep', inputs=superpoint_inputs(), outputs=superpoint_outputs())
     request = {'image': image()}

@@ -73,23 +73,24 @@ class Report:
 
 
 class ProcessorTime:
-    """Tell which share of all cores was busy since the start, and which share of them was somebody else's."""
+    """Tell which share of all cores was busy since the start, and how much of it was not ours."""
 
     def __init__(self, *pids: int) -> None:
         self._pids = pids
         self._before = self._read()
 
-    def _read(self) -> tuple[float, float, float]:
+    def _read(self) -> tuple[float, ...]:
         ticks = [int(word) for word in Path('/proc/stat').read_text().split('\n', 1)[0].split()[1:9]]
         ours = sum(
             sum(int(word) for word in Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[11:13])
             for pid in self._pids
         )
-        return sum(ticks), sum(ticks) - ticks[3] - ticks[4], ours
+        return sum(ticks), sum(ticks) - ticks[3] - ticks[4] - ticks[7], ours, ticks[7]
 
     def text(self) -> str:
-        total, busy, ours = (now - then for now, then in zip(self._read(), self._before, strict=True))
-        return f'{busy / total:.0%} busy, {max(0.0, busy - ours) / total:.0%} with other processes'
+        total, busy, ours, stolen = (now - then for now, then in zip(self._read(), self._before, strict=True))
+        others = max(0.0, busy - ours)
+        return f'{busy / total:.0%} busy, {others / total:.0%} with others, {stolen / total:.1%} taken by the host'
 
 
 def call_while(peer: Peer, going_on: Callable[[], bool]) -> dict[str, list[float]]:

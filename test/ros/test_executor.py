@@ -73,7 +73,8 @@ def test_n4_a_callback_is_handed_over_once_however_busy_the_interpreter_is(spin)
         over.set()
         busy.join()
     wait_until(lambda: not spinning.executor._handed_over, 'the last call to end')
-    assert spinning.handed_over == len(calls)
+    # The last one may be cancelled between its hand-over and its call.
+    assert spinning.handed_over in (len(calls), len(calls) + 1)
 
 
 def test_n4_callbacks_wait_for_a_thread_and_run_once_it_is_free(spin):

@@ -12,7 +12,7 @@ from networks import copying
 from rclpy.lifecycle import TransitionCallbackReturn
 
 from gps_denied_c7.errors import C7Error, InferenceError
-from gps_denied_c7.hosts import in_process_hosts
+from gps_denied_c7.hosts import SynchronousHost, in_process_hosts
 from gps_denied_c7.ros.lifecycle import ResponsiveLifecycleNode
 from gps_denied_c7.runtime import BuildProgress, EngineFacts, ProviderSet
 from gps_denied_c7.tensors import TensorSpec
@@ -122,7 +122,7 @@ def test_n4_a_second_transition_meanwhile_is_refused(scripted):
 # --- the inference node, with a rung that this machine lacks ------------------------------------------
 
 
-class FakeGpuHost:
+class FakeGpuHost(SynchronousHost):
     """Stand in for ONNX Runtime on a GPU, which this machine lacks: answers the image, fails when told to."""
 
     inputs = (TensorSpec('image', 'float32', (1, 1, 48, 64)),)
@@ -175,7 +175,7 @@ def peer(near_peer):
 
 @pytest.fixture
 def local(ros_context, tmp_path):
-    node = LocalNode(ros_context, model_path=copying(tmp_path), cpu_threads=1)
+    node = LocalNode(ros_context, model_path=copying(tmp_path), cpu_threads=1, isolation='none')
     yield node
     node.close()
 

@@ -324,7 +324,10 @@ def test_f7_images_without_an_answer_do_not_cost_those_that_have_one(tmp_path):
 
 def test_f7_all_rungs_fail_while_active(ros_context, near_peer, tmp_path, monkeypatch):
     """Stay active, answer services, ERROR on diagnostics, count the unanswered, come back."""
-    local, peer = LocalNode(ros_context, model_path=copying(tmp_path), image_topics=[LEFT], cpu_threads=1), near_peer
+    local = LocalNode(
+        ros_context, model_path=copying(tmp_path), image_topics=[LEFT], cpu_threads=1, isolation='none'
+    )
+    peer = near_peer
     try:
         peer.start()
         peer.wait_matched(LEFT)

@@ -14,6 +14,8 @@ import pytest
 from harness import ROOT, LocalNode, image, running_node, wait_until
 from networks import WHITE, copying, hanging_on_white, slow_to_load, slow_to_run
 
+from gps_denied_c7.config import ISOLATIONS
+
 CAMERA = '/camera/image_raw'
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 END_OF_TERMINAL = signal.SIGHUP
@@ -96,20 +98,24 @@ def test_n8_the_shared_memory_of_dds_goes_with_the_process(tmp_path):
 
 
 @pytest.mark.parametrize('number', SIGNALS)
-def test_n8_active_with_a_hung_engine(number, tmp_path):
-    with running_node({'model_path': hanging_on_white(tmp_path), 'autostart': True}) as (process, peer):
+@pytest.mark.parametrize('isolation', ISOLATIONS)
+def test_n8_active_with_a_hung_engine(number, isolation, tmp_path):
+    """A worker is killed; what hangs in the node's own process is left behind, and the record says so."""
+    parameters = {'model_path': hanging_on_white(tmp_path), 'autostart': True, 'isolation': isolation}
+    with running_node(parameters) as (process, peer):
         peer.wait_state('active')
         peer.wait_matched(CAMERA)
         assert peer.ask(CAMERA, image(1))
         peer.publisher(CAMERA).publish(image(2, data=WHITE))
         wait_until(lambda: peer.values(f'Stream {CAMERA}').get('accepted') == '2', 'the engine to be given the frame')
         assert peer.state() == 'active'
-        assert not end(process, peer, number)['clean']
+        assert end(process, peer, number)['clean'] is (isolation == 'process')
 
 
 @pytest.mark.parametrize('number', SIGNALS)
 def test_n8_deactivating_with_a_hung_engine(number, tmp_path):
-    with running_node({'model_path': hanging_on_white(tmp_path), 'autostart': True}) as (process, peer):
+    parameters = {'model_path': hanging_on_white(tmp_path), 'autostart': True, 'isolation': 'none'}
+    with running_node(parameters) as (process, peer):
         peer.wait_state('active')
         peer.wait_matched(CAMERA)
         peer.publisher(CAMERA).publish(image(2, data=WHITE))
@@ -193,7 +199,8 @@ def test_n8_an_end_without_memory_for_a_thread(ros_context, near_peer, monkeypat
 
 def test_n1_a_hung_engine_is_left_behind_and_a_new_one_loaded(tmp_path):
     """Deactivate and cleanup come back; the node says so, and configures and answers again."""
-    with running_node({'model_path': hanging_on_white(tmp_path), 'cpu_threads': 1}) as (process, peer):
+    parameters = {'model_path': hanging_on_white(tmp_path), 'cpu_threads': 1, 'isolation': 'none'}
+    with running_node(parameters) as (process, peer):
         peer.start()
         peer.wait_matched(CAMERA)
         peer.publisher(CAMERA).publish(image(2, data=WHITE))

@@ -19,6 +19,7 @@ from gps_denied_c7.runtimes import onnx_trt_ep
 @pytest.fixture
 def config(tmp_path: Path) -> C7InferenceConfig:
     return C7InferenceConfig(
+        isolation='none',
         engine_cache_dir=tmp_path / 'engine_cache', ort_trt_cache_dir=tmp_path / 'ort_trt_cache', cpu_threads=1
     )
 

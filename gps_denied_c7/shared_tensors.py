@@ -1,0 +1,138 @@
+"""Tensors that two processes see: named arrays in one sealed block of anonymous memory (F-1)."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import math
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gps_denied_c7.errors import InferenceError
+
+__all__ = ['SharedTensors', 'TensorLayout']
+
+_ALIGNMENT = 64
+_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_DTYPES = frozenset(np.dtype(code).name for code in '?bBhHiIlLqQefd')
+
+
+@dataclass(frozen=True, slots=True)
+class TensorLayout:
+    """
+    Say where each tensor of a segment lies.
+
+    :param tensors: name, NumPy type name, shape and offset in bytes of each.
+    """
+
+    tensors: tuple[tuple[str, str, tuple[int, ...], int], ...]
+
+    @classmethod
+    def of(cls, arrays: Mapping[str, NDArray]) -> TensorLayout:
+        """Lay ``arrays`` out one after another, each at a multiple of 64 bytes."""
+        tensors, offset = [], 0
+        for name, array in arrays.items():
+            tensors.append((name, array.dtype.name, array.shape, offset))
+            offset += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+        return cls(tuple(tensors))
+
+    @classmethod
+    def from_json(cls, value: object) -> TensorLayout:
+        """
+        Read what :meth:`to_json` wrote, from a process that nobody trusts.
+
+        :raises InferenceError: it is nothing of the kind.
+        """
+        try:
+            tensors = tuple(
+                (str(name), np.dtype(dtype).name, tuple(int(axis) for axis in shape), int(offset))
+                for name, dtype, shape, offset in value  # type: ignore[attr-defined]
+            )
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InferenceError(f'a tensor layout that cannot be read: {value!r:.200}.') from error
+        for name, dtype, shape, offset in tensors:
+            if dtype not in _DTYPES or offset < 0 or any(axis < 0 for axis in shape):
+                raise InferenceError(f'tensor {name!r} has an impossible layout: {dtype} {shape} at {offset}.')
+        return cls(tensors)
+
+    def to_json(self) -> list[list[object]]:
+        """Return it as lists, for JSON."""
+        return [[name, dtype, list(shape), offset] for name, dtype, shape, offset in self.tensors]
+
+    @property
+    def size(self) -> int:
+        """Bytes up to the end of the last tensor."""
+        return max((offset + _nbytes(dtype, shape) for _, dtype, shape, offset in self.tensors), default=0)
+
+
+class SharedTensors:
+    """
+    Map a sealed block of memory that has no name and cannot shrink.
+
+    Nothing of it stays behind when its last process ends, and no process can make another's access
+    fail. Whoever creates it hands the descriptor over and closes its own when it likes.
+
+    :param descriptor: of a memfd, owned by this object from now on.
+    :param writable: map it for writing.
+    :raises InferenceError: not a sealed memfd.
+    """
+
+    def __init__(self, descriptor: int, *, writable: bool) -> None:
+        self.descriptor = descriptor
+        try:
+            if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & _SEALS != _SEALS:
+                raise InferenceError('a tensor segment is not sealed.')
+            access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+            self._memory = mmap.mmap(descriptor, 0, access=access)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        self.size = len(self._memory)
+
+    @classmethod
+    def create(cls, size: int, *, writable: bool) -> SharedTensors:
+        """
+        Reserve ``size`` bytes now, so that no later access can find the memory gone.
+
+        :raises OSError: no memory.
+        """
+        descriptor = os.memfd_create('c7-tensors', os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.posix_fallocate(descriptor, 0, max(size, _ALIGNMENT))
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return cls(descriptor, writable=writable)
+
+    def arrays(self, layout: TensorLayout) -> dict[str, NDArray]:
+        """
+        Return views by name; read-only where the segment was mapped so, valid as long as they are kept.
+
+        :raises InferenceError: a tensor lies outside of the segment.
+        """
+        views = {}
+        for name, dtype, shape, offset in layout.tensors:
+            if offset + _nbytes(dtype, shape) > self.size:
+                raise InferenceError(f'tensor {name!r} reaches past the {self.size} bytes of its segment.')
+            count = math.prod(shape)
+            views[name] = np.frombuffer(self._memory, dtype, count, offset).reshape(shape)
+        return views
+
+    def close(self) -> None:
+        """Give the descriptor and, as soon as the last view is gone, the memory back; safe to repeat."""
+        descriptor, self.descriptor = self.descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+        # Views that are still held keep the mapping until they go.
+        with contextlib.suppress(BufferError):
+            self._memory.close()
+
+
+def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
+    return np.dtype(dtype).itemsize * math.prod(shape)

@@ -1,0 +1,132 @@
+"""How a node and its worker processes talk: small packets over a socket pair, with descriptors beside them (F-1)."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from gps_denied_c7 import errors
+from gps_denied_c7.errors import C7Error, EngineSchemaMismatchError, InferenceError, RuntimeUnavailableError
+
+__all__ = ['Channel', 'ChannelClosedError', 'error_from_json', 'error_to_json']
+
+_PACKET_BYTES = 1 << 16
+_TEXT_CHARACTERS = 8000
+_ANCILLARY_BYTES = socket.CMSG_SPACE(4 * array.array('i').itemsize)
+
+
+class ChannelClosedError(C7Error):
+    """The process at the other end is gone."""
+
+
+class Channel:
+    """
+    Send and receive packets, each one JSON object.
+
+    A packet arrives whole or not at all. What comes from a worker is data only: nothing in it is executed.
+
+    :param end: one end of a ``SOCK_SEQPACKET`` pair, owned by this object.
+    """
+
+    def __init__(self, end: socket.socket) -> None:
+        self._end = end
+
+    @classmethod
+    def pair(cls) -> tuple[Channel, Channel]:
+        """Return two connected channels."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        return cls(ours), cls(theirs)
+
+    def fileno(self) -> int:
+        """Return the descriptor, to be polled."""
+        return self._end.fileno()
+
+    def send(self, packet: Mapping[str, Any], descriptors: Iterable[int] = ()) -> None:
+        """
+        Send ``packet``; a copy of each descriptor goes with it.
+
+        :raises ChannelClosedError: nobody is there to receive it.
+        """
+        data = json.dumps(packet, separators=(',', ':')).encode()
+        try:
+            socket.send_fds(self._end, [data], list(descriptors))
+        except OSError as error:
+            raise ChannelClosedError(f'a packet could not be sent: {error}.') from error
+
+    def receive(self, *, block: bool = True) -> tuple[dict[str, Any], list[int]] | None:
+        """
+        Return the next packet and its descriptors, which the caller then owns; None when none waits.
+
+        :raises ChannelClosedError: the other end is closed.
+        :raises InferenceError: the packet cannot be read.
+        """
+        # Not socket.recv_fds, which drops its flags.
+        flags = socket.MSG_CMSG_CLOEXEC | (0 if block else socket.MSG_DONTWAIT)
+        try:
+            data, ancillary, kind, _ = self._end.recvmsg(_PACKET_BYTES, _ANCILLARY_BYTES, flags)
+        except BlockingIOError:
+            return None
+        except OSError as error:
+            raise ChannelClosedError(f'a packet could not be received: {error}.') from error
+        descriptors = array.array('i')
+        for level, what, content in ancillary:
+            if (level, what) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
+        if not data:
+            raise ChannelClosedError('the other end is closed.')
+        try:
+            packet = json.loads(data)
+            if kind & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or not isinstance(packet, dict):
+                raise ValueError('cut off, or no object')
+        except ValueError as error:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            raise InferenceError(f'a packet cannot be read ({error}): {data!r:.100}') from error
+        return packet, list(descriptors)
+
+    def close(self) -> None:
+        """Close this end; safe to repeat."""
+        with contextlib.suppress(OSError):
+            self._end.close()
+
+
+def error_to_json(error: BaseException) -> dict[str, Any]:
+    """Return what :func:`error_from_json` makes an error of the same kind from."""
+    if not isinstance(error, C7Error):
+        return {'kind': 'InferenceError', 'message': f'{type(error).__name__}: {error}'[:_TEXT_CHARACTERS]}
+    fields = {name: getattr(error, name, '') for name in ('label', 'field', 'expected', 'found')}
+    return {
+        'kind': type(error).__name__,
+        'message': error.message[:_TEXT_CHARACTERS],
+        'remedy': error.remedy[:_TEXT_CHARACTERS],
+        'fields': {name: str(value)[:_TEXT_CHARACTERS] for name, value in fields.items()},
+    }
+
+
+def error_from_json(value: Any) -> C7Error:
+    """Return the error that a worker met; of the base's kind where nobody knows the one it names."""
+    value = value if isinstance(value, dict) else {'message': repr(value)[:200]}
+    message, remedy = str(value.get('message', '')), str(value.get('remedy', ''))
+    kind = getattr(errors, str(value.get('kind')), InferenceError)
+    fields = value.get('fields')
+    fields = fields if isinstance(fields, dict) else {}
+    error: C7Error
+    if kind is EngineSchemaMismatchError:
+        error = EngineSchemaMismatchError(
+            str(fields.get('field', '')), expected=fields.get('expected'), found=fields.get('found')
+        )
+    elif kind is RuntimeUnavailableError:
+        error = RuntimeUnavailableError(str(fields.get('label', '')), '')
+    elif kind in (errors.EngineDeserializeError, errors.ModelBundleError, InferenceError):
+        error = kind('')
+    else:
+        error = InferenceError('')
+    # The text was made where the error was met.
+    error.message, error.remedy = message, remedy
+    error.args = (f'{message} {remedy}' if remedy else message,)
+    return error

@@ -1,0 +1,209 @@
+"""
+Kill, crash and stop the workers of a node that answers a camera, and account for every frame.
+
+Run it in the environment that runs the tests (``make chaos``):
+
+    python test/measure/chaos.py [--deaths 200] [--hangs 20] [--rate 30]
+
+Exits with 1 where a frame is lost, answered twice or out of order, or the node leaves ``active``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'ros'))
+
+from gps_denied_c7_msgs.msg import TensorList
+from harness import NodeProcess, image, running_node, wait_until
+from rclpy.publisher import Publisher
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+
+from gps_denied_c7.demo.network import write_demo_bundle
+
+CAMERA = '/camera/image_raw'
+
+
+@dataclass
+class Account:
+    """
+    What came of every frame and every blow.
+
+    :param blows: monotonic seconds, what was done and to whom (``serving`` or ``standby``).
+    :param sent: monotonic seconds of publication by stamp.
+    :param answered: monotonic seconds and frame number of each answer, by stamp, in order of arrival.
+    """
+
+    blows: list[tuple[float, str, str]] = field(default_factory=list)
+    sent: dict[int, float] = field(default_factory=dict)
+    answered: list[tuple[int, float, int]] = field(default_factory=list)
+    counters: dict[str, str] = field(default_factory=dict)
+    switches: list[dict] = field(default_factory=list)
+    left_active: bool = False
+
+    def problems(self) -> list[str]:
+        """Name every broken promise."""
+        found = []
+        stamps = [stamp for stamp, _, _ in self.answered]
+        if len(set(stamps)) != len(stamps):
+            found.append(f'{len(stamps) - len(set(stamps))} frames were answered twice')
+        if stamps != sorted(stamps):
+            found.append('answers came out of order')
+        if [seq for _, _, seq in self.answered] != list(range(len(self.answered))):
+            found.append('frame numbers have gaps')
+        if len(stamps) != int(self.counters['accepted']):
+            found.append(f'{self.counters["accepted"]} frames were accepted and {len(stamps)} answered')
+        if self.counters['unanswered'] != '0':
+            found.append(f'{self.counters["unanswered"]} frames stayed unanswered')
+        if self.left_active:
+            found.append('the node left active')
+        return found
+
+    def latencies_after(self, *kinds: str, within_s: float) -> list[float]:
+        """Return, for each blow to the serving worker of that kind, the slowest answer to a frame sent since."""
+        slowest = []
+        arrived = {stamp: when for stamp, when, _ in self.answered}
+        for when, kind, role in self.blows:
+            if kind not in kinds or role != 'serving':
+                continue
+            took = [
+                arrived[stamp] - sent
+                for stamp, sent in self.sent.items()
+                if when - 0.1 <= sent <= when + within_s and stamp in arrived
+            ]
+            if took:
+                slowest.append(max(took))
+        return slowest
+
+
+def workers(process: NodeProcess) -> list[int]:
+    """Return the process ids of a node's workers, oldest first."""
+    listed = subprocess.run(
+        ['pgrep', '-P', str(process.process.pid), '-f', 'gps_denied_c7.worker'], capture_output=True, text=True
+    )  # fmt: skip
+    return [int(word) for word in listed.stdout.split()]
+
+
+class _Camera:
+    """Publish numbered frames from a thread of its own."""
+
+    def __init__(self, publisher: Publisher, account: Account, rate_hz: float) -> None:
+        self._publisher, self._account, self._period_s = publisher, account, 1 / rate_hz
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        message, number, due = image(width=640, height=480), 0, time.monotonic()
+        while not self._over.wait(max(0.0, due - time.monotonic())):
+            due += self._period_s
+            number += 1
+            message.header.stamp.sec = number
+            self._account.sent[number] = time.monotonic()
+            self._publisher.publish(message)
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+def run(
+    directory: Path, *, deaths: int, hangs: int, rate_hz: float, pause_s: tuple[float, float], seed: int = 1
+) -> Account:
+    """
+    Strike the workers of a node ``deaths + hangs`` times at random moments, and account for it.
+
+    :param directory: for the model.
+    :param pause_s: shortest and longest pause between two blows, seconds.
+    """
+    chance = random.Random(seed)
+    account = Account()
+    blows = [
+        *(chance.choice(['SIGKILL', 'SIGSEGV']) for _ in range(deaths)),
+        *('SIGSTOP' for _ in range(hangs)),
+    ]  # fmt: skip
+    chance.shuffle(blows)
+    parameters = {'model_path': str(write_demo_bundle(directory / 'bundle')), 'cpu_threads': 1}
+    with running_node(parameters) as (process, peer):
+        peer.start()
+        peer.wait_matched(CAMERA)
+        wait_until(lambda: peer.values('Runtime').get('standby') not in (None, 'none'), 'a standby')
+        peer.node.create_subscription(
+            TensorList,
+            f'{peer.node_name}/tensors',
+            lambda message: account.answered.append((message.header.stamp.sec, time.monotonic(), message.frame_seq)),
+            QoSProfile(depth=200, reliability=ReliabilityPolicy.RELIABLE),
+        )
+        publisher = peer.publisher(CAMERA)
+        wait_until(lambda: peer.node.count_subscribers(f'{peer.node_name}/tensors') == 2, 'both subscribers')
+        time.sleep(1.0)
+        camera = _Camera(publisher, account, rate_hz)
+        try:
+            for blow in blows:
+                time.sleep(chance.uniform(*pause_s))
+                targets = wait_until(lambda: workers(process), 'a worker')
+                target = chance.choice(targets)
+                role = 'serving' if target == targets[0] else 'standby'
+                account.blows.append((time.monotonic(), blow, role))
+                try:
+                    os.kill(target, getattr(signal, blow))
+                except ProcessLookupError:
+                    account.blows.pop()
+                account.left_active |= process.process.poll() is not None
+            time.sleep(2.0)
+            account.left_active |= peer.state() != 'active'
+        finally:
+            camera.stop()
+
+        def settled() -> bool:
+            account.counters = dict(peer.values(f'Stream {CAMERA}'))
+            return int(account.counters['accepted']) == int(account.counters['answered']) == len(account.answered)
+
+        deadline = time.monotonic() + 10.0
+        while not settled() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        account.switches = peer.payloads('c7.runtime_switched')
+    return account
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--deaths', type=int, default=200, help='SIGKILL and SIGSEGV, half and half')
+    parser.add_argument('--hangs', type=int, default=20, help='SIGSTOP for good')
+    parser.add_argument('--rate', type=float, default=30.0, help='images a second')
+    parser.add_argument('--seed', type=int, default=1)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as directory:
+        account = run(
+            Path(directory), deaths=options.deaths, hangs=options.hangs, rate_hz=options.rate, pause_s=(0.2, 1.5),
+            seed=options.seed,
+        )  # fmt: skip
+    arrived = {stamp: when for stamp, when, _ in account.answered}
+    usual = np.median([when - account.sent[stamp] for stamp, when in arrived.items()]) * 1e3
+    print(f'blows: {len(account.blows)}, {sum(role == "serving" for *_, role in account.blows)} to who served')
+    print(f'frames: {len(account.sent)} sent, {account.counters}')
+    print(f'switches recorded: {len(account.switches)}; camera to tensors p50 {usual:.1f} ms')
+    for name, kinds in (('death', ('SIGKILL', 'SIGSEGV')), ('hang', ('SIGSTOP',))):
+        slowest = np.array(account.latencies_after(*kinds, within_s=0.1)) * 1e3
+        if slowest.size:
+            p50, p95 = np.percentile(slowest, (50, 95))
+            print(f'slowest answer around a {name}: p50 {p50:.0f}, p95 {p95:.0f}, max {slowest.max():.0f} ms')
+    for problem in account.problems():
+        print(f'BROKEN  {problem}')
+    return 1 if account.problems() else 0
+
+
+if __name__ == '__main__':
+    sys.exit(main())

@@ -1,0 +1,315 @@
+"""F-1, F-4: real worker processes that answer, die, hang, lie, and leave nothing behind."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip('onnx')
+pytest.importorskip('onnxruntime')
+
+from gps_denied_c7.bundle import ModelBundle
+from gps_denied_c7.chain import Rung, RuntimeChain
+from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.demo.network import write_demo_bundle
+from gps_denied_c7.errors import (
+    EngineDeserializeError,
+    EngineSchemaMismatchError,
+    InferenceError,
+    ModelBundleError,
+    RuntimeUnavailableError,
+)
+from gps_denied_c7.hosts import in_process_hosts
+from gps_denied_c7.runtime import ProviderSet
+from gps_denied_c7.thermal import UnknownThermalState
+from gps_denied_c7.worker_channel import Channel, ChannelClosedError, error_from_json, error_to_json
+from gps_denied_c7.worker_host import WorkerHost, worker_environment, worker_hosts
+
+CPU = Rung('onnx_trt_ep', ProviderSet.CPU)
+CONFIG = C7InferenceConfig(cpu_threads=1)
+
+
+@pytest.fixture(scope='module')
+def bundle(tmp_path_factory) -> ModelBundle:
+    return ModelBundle.load(write_demo_bundle(tmp_path_factory.mktemp('model') / 'bundle'))
+
+
+@pytest.fixture
+def worker(bundle):
+    host = worker_hosts(bundle, CONFIG)(CPU)
+    host.load()
+    yield host
+    host.release()
+
+
+def wait_until(condition, what, timeout_s=30.0):
+    deadline = time.monotonic() + timeout_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, what
+        time.sleep(0.01)
+    return value
+
+
+def descriptors() -> int:
+    return len(os.listdir('/proc/self/fd'))
+
+
+def is_gone(pid: int) -> bool:
+    return not Path(f'/proc/{pid}').exists()
+
+
+def test_f1_a_worker_answers_as_the_same_runtime_in_this_process_does(bundle, worker):
+    here = in_process_hosts(bundle, CONFIG, UnknownThermalState())(CPU)
+    here.load()
+    assert (worker.inputs, worker.outputs) == (here.inputs, here.outputs)
+    request = bundle.golden_inputs()
+    for _ in range(3):
+        ours, theirs = here.infer(request), worker.infer(request)
+        assert list(ours) == list(theirs)
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+            assert not theirs[name].flags.writeable
+    here.release()
+
+
+def test_f1_a_request_may_be_written_in_place(bundle, worker):
+    request = bundle.golden_inputs()
+    expected = {name: array.copy() for name, array in worker.infer(request).items()}
+    in_place = worker.request_arrays
+    for name, array in in_place.items():
+        array[...] = 0
+        array[...] = request[name]
+    for name, array in worker.infer(in_place).items():
+        np.testing.assert_array_equal(array, expected[name])
+
+
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGTERM])
+def test_f1_a_death_while_idle_is_an_error_that_names_the_signal(bundle, worker, number):
+    os.kill(worker.pid, number)
+    wait_until(lambda: not worker.alive, 'the death to be seen')
+    with pytest.raises(InferenceError, match=number.name):
+        worker.infer(bundle.golden_inputs())
+
+
+def test_f1_a_death_at_work_is_an_error_and_the_request_stays_readable(bundle, worker):
+    request = bundle.golden_inputs()
+    worker.infer(request)
+    in_place = dict(worker.request_arrays)
+    os.kill(worker.pid, signal.SIGSTOP)
+    worker.begin(in_place)
+    assert worker.poll(0.05) is None
+    os.kill(worker.pid, signal.SIGKILL)
+    with pytest.raises(InferenceError, match='SIGKILL'):
+        worker.poll(None)
+    worker.release()
+    for name, array in in_place.items():
+        np.testing.assert_array_equal(array, request[name])
+
+
+def test_f4_a_hung_worker_is_killed_and_a_late_one_answers(bundle, worker):
+    os.kill(worker.pid, signal.SIGSTOP)
+    worker.begin(bundle.golden_inputs())
+    assert worker.poll(0.05) is None
+    os.kill(worker.pid, signal.SIGCONT)
+    assert worker.poll(30.0) is not None
+    os.kill(worker.pid, signal.SIGSTOP)
+    worker.begin(bundle.golden_inputs())
+    assert worker.kill()
+    with pytest.raises(InferenceError, match='SIGKILL'):
+        worker.poll(None)
+
+
+def test_f1_nothing_stays_behind(bundle):
+    """No process, no zombie, no descriptor, no segment; released twice, at work, or dead."""
+    before = None
+    for turn in range(6):
+        host = worker_hosts(bundle, CONFIG)(CPU)
+        host.load()
+        pid = host.pid
+        host.infer(bundle.golden_inputs())
+        if turn % 3 == 1:
+            host.begin(bundle.golden_inputs())
+        elif turn % 3 == 2:
+            os.kill(pid, signal.SIGKILL)
+        host.release()
+        host.release()
+        assert is_gone(pid)
+        if turn == 2:
+            before = wait_until_flat()
+    assert wait_until_flat() <= before
+
+
+def wait_until_flat() -> int:
+    """Return the number of descriptors once the threads that forward logs have ended."""
+    import threading
+
+    wait_until(lambda: not [t for t in threading.enumerate() if t.name == 'c7-worker-log'], 'the log threads')
+    return descriptors()
+
+
+def test_f1_a_worker_dies_with_its_node(bundle, tmp_path):
+    """Also where the node is killed and can free nothing, and the worker is stopped."""
+    code = f"""
+import sys, time
+from gps_denied_c7.bundle import ModelBundle
+from gps_denied_c7.chain import Rung
+from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.runtime import ProviderSet
+from gps_denied_c7.worker_host import worker_hosts
+host = worker_hosts(ModelBundle.load(__import__('pathlib').Path({str(bundle.root)!r})), C7InferenceConfig())(
+    Rung('onnx_trt_ep', ProviderSet.CPU))
+host.load()
+print(host.pid, flush=True)
+time.sleep(600)
+"""
+    for stop_first in (False, True):
+        node = subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.PIPE, text=True)
+        pid = int(node.stdout.readline())
+        if stop_first:
+            os.kill(pid, signal.SIGSTOP)
+        node.kill()
+        node.wait()
+        node.stdout.close()
+        wait_until(lambda pid=pid: is_gone(pid) or 'Z' in Path(f'/proc/{pid}/stat').read_text().split()[2], 'its end')
+
+
+def test_f1_what_a_worker_is(worker):
+    """Its own session, no signal of the terminal, no core dump, first in line when memory runs out."""
+    status = Path(f'/proc/{worker.pid}/status').read_text()
+    ignored = int(next(line for line in status.splitlines() if line.startswith('SigIgn')).split()[1], 16)
+    assert ignored & 1 << (signal.SIGINT - 1)
+    assert os.getsid(worker.pid) == worker.pid
+    assert 'Max core file size        0                    0' in Path(f'/proc/{worker.pid}/limits').read_text()
+    assert int(Path(f'/proc/{worker.pid}/oom_score_adj').read_text()) > int(
+        Path('/proc/self/oom_score_adj').read_text()
+    )
+
+
+def test_f2_the_cpu_worker_sees_no_gpu_and_nothing_of_ros(monkeypatch):
+    environ = {'CUDA_VISIBLE_DEVICES': '0', 'ROS_DOMAIN_ID': '7', 'PATH': '/bin', 'FASTRTPS_DEFAULT_PROFILES_FILE': 'x'}
+    cpu = worker_environment(environ, ProviderSet.CPU)
+    assert cpu['CUDA_VISIBLE_DEVICES'] == '' and cpu['PATH'] == '/bin'
+    assert not {'ROS_DOMAIN_ID', 'FASTRTPS_DEFAULT_PROFILES_FILE'} & set(cpu)
+    assert worker_environment(environ, ProviderSet.GPU)['CUDA_VISIBLE_DEVICES'] == '0'
+
+
+def test_f5_a_load_that_takes_too_long_ends_the_worker(bundle):
+    host = WorkerHost(CPU, bundle, C7InferenceConfig(load_timeout_s=0.01))
+    with pytest.raises(EngineDeserializeError, match='load_timeout_s'):
+        host.load()
+    pid = host.pid
+    host.release()
+    assert is_gone(pid)
+
+
+def test_f1_an_error_of_the_runtime_arrives_as_what_it_is(bundle, tmp_path):
+    broken = ModelBundle.load(write_demo_bundle(tmp_path / 'bundle'))
+    for file in Path(broken.root).glob('*.onnx'):
+        file.write_bytes(file.read_bytes()[:1000])
+    host = worker_hosts(broken, CONFIG)(CPU)
+    with pytest.raises(EngineSchemaMismatchError, match='model_sha256'):
+        host.load()
+    host.release()
+
+
+def test_f1_no_process_is_started_for_a_strategy_that_is_absent(bundle):
+    config = C7InferenceConfig(disabled_runtimes=('tensorrt',))
+    with pytest.raises(RuntimeUnavailableError, match='switched off'):
+        worker_hosts(bundle, config)(Rung('tensorrt', ProviderSet.GPU))
+
+
+def test_inputs_that_do_not_fit_do_not_reach_the_worker(bundle, worker):
+    with pytest.raises(InferenceError):
+        worker.infer({'nothing': np.zeros(3)})
+    assert worker.infer(bundle.golden_inputs())
+
+
+def test_n8_what_a_worker_says_is_logged_with_its_level(worker, bundle, caplog):
+    from gps_denied_c7 import worker_host
+
+    read, write = os.pipe()
+    os.write(write, b'\x1e40 from logging\nfrom a vendor\n\n')
+    os.close(write)
+    with caplog.at_level(logging.DEBUG, 'gps_denied_c7'):
+        worker_host._forward_log(read, 'worker 1')
+    assert [(record.levelno, record.message) for record in caplog.records] == [
+        (logging.ERROR, 'worker 1: from logging'), (logging.WARNING, 'worker 1: from a vendor'),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    'error',
+    [
+        InferenceError('a.', remedy='b.'), EngineDeserializeError('c.'), ModelBundleError('d.'),
+        RuntimeUnavailableError('tensorrt', 'is missing.', remedy='Install it.'), ValueError('no family'),
+    ],
+)  # fmt: skip
+def test_errors_keep_their_kind_and_words(error):
+    received = error_from_json(json.loads(json.dumps(error_to_json(error))))
+    assert str(error) in str(received)
+    if not isinstance(error, ValueError):
+        assert type(received) is type(error) and str(received) == str(error)
+        assert (received.message, received.remedy) == (error.message, error.remedy)
+
+
+@pytest.mark.parametrize('data', [b'{', b'[]', b'\xff', b'1', b'{"a":' * 200])
+def test_a_packet_that_cannot_be_read_is_an_error(data):
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    channel = Channel(ours)
+    assert channel.receive(block=False) is None
+    read, write = os.pipe()
+    before = descriptors()
+    socket.send_fds(theirs, [data], [read])
+    with pytest.raises(InferenceError, match='cannot be read'):
+        channel.receive()
+    assert descriptors() == before
+    for descriptor in (read, write):
+        os.close(descriptor)
+    theirs.close()
+    with pytest.raises(ChannelClosedError):
+        channel.receive()
+    channel.close()
+
+
+def test_f2_f3_a_chain_of_real_workers_answers_every_frame(bundle):
+    """Deaths and a hang of whoever serves, of whoever stands by, and of both."""
+    records = []
+    config = C7InferenceConfig(cpu_threads=1, inference_deadline_ms=100.0, hang_timeout_ms=300.0)
+    chain = RuntimeChain(
+        bundle, config, worker_hosts(bundle, config),
+        emit=lambda kind, **payload: records.append(kind), rungs=(CPU,),
+    )  # fmt: skip
+    chain.load()
+    try:
+        request = bundle.golden_inputs()
+        expected = {name: array.copy() for name, array in chain.infer(request).outputs.items()}
+
+        def stand_by():
+            chain.maintain()
+            return chain._standby
+
+        for turn in range(8):
+            wait_until(stand_by, 'a standby')
+            number = [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP, signal.SIGKILL][turn % 4]
+            os.kill(chain._engine.host.pid, number)
+            if turn % 4 == 3:
+                os.kill(chain._standby.host.pid, signal.SIGKILL)
+            for _ in range(3):
+                answer = chain.infer(request)
+                for name, array in answer.outputs.items():
+                    np.testing.assert_array_equal(array, expected[name])
+        assert records.count('c7.runtime_switched') == 8
+    finally:
+        chain.release()
+    wait_until(lambda: not subprocess.run(['pgrep', '-P', str(os.getpid()), '-f', 'gps_denied_c7.worker'],
+                                          capture_output=True).stdout, 'every worker to be gone')  # fmt: skip
