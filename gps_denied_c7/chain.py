@@ -32,7 +32,8 @@ __all__ = ['Answer', 'ChainState', 'ChainStatus', 'Rung', 'RungHost', 'RuntimeCh
 
 ORT_LABEL = 'onnx_trt_ep'
 
-_ATTEMPTS = 3
+_ATTEMPTS, _LAST_ATTEMPTS = 2, 6
+_SHORTEST_LOAD_S = 2.0
 _WARM_UPS = 4
 _LATE = 3.0
 _SHADOWED_FRAMES = 3
@@ -259,6 +260,7 @@ class RuntimeChain:
         self._candidate: _Engine | None = None
         self._late: list[_Engine] = []
         self._loads: list[_Load] = []
+        self._load_s: dict[Rung, float] = {}
         self._pauses: dict[tuple[str, Rung], tuple[int, float]] = {}
         self._announced: Rung | None = None
         self._failures: dict[str, BaseException] = {}
@@ -378,7 +380,7 @@ class RuntimeChain:
                     self._fail_serving(error)
                     # Where no other is usable, the rung itself may be, loaded afresh.
                     # Dead by chance once more, or by this very request: so often and no further.
-                    attempts = _ATTEMPTS if isinstance(error, WorkerDiedError) else 1
+                    attempts = self._attempts(rung) if isinstance(error, WorkerDiedError) else 1
                     spent = again and loaded_afresh[rung] >= attempts
                     if self._replace_serving(others if spent else (*others, rung)):
                         loaded_afresh[self._serving()] += 1
@@ -541,17 +543,34 @@ class RuntimeChain:
         return load.engine
 
     def _load_engine(self, load: _Load) -> _Engine:
-        for _ in range(_ATTEMPTS - 1):
+        # A rung that has been loaded before is known to need about so long; one that hangs meanwhile is not waited for.
+        known_s = self._load_s.get(load.rung)
+        limit_s = self._config.load_timeout_s if known_s is None else max(_SHORTEST_LOAD_S, _LATE * known_s)
+        attempts = self._attempts(load.rung)
+        while True:
+            attempts -= 1
+            limit_s = min(limit_s, self._config.load_timeout_s)
+            watchdog = threading.Timer(limit_s, lambda: load.host is not None and load.host.kill())
+            watchdog.daemon = True
+            if known_s is not None and self._isolated:
+                watchdog.start()
             try:
                 return self._try_to_load(load)
             except WorkerDiedError as error:
                 # The engine may be what killed it, or somebody from outside: only another attempt tells.
                 _log.error('%s died while it was being loaded: %s', load.rung.name, error)
-                if self._closing or load.cancelled:
+                if not attempts or self._closing or load.cancelled:
                     raise
-        return self._try_to_load(load)
+                limit_s *= 2
+            finally:
+                watchdog.cancel()
+
+    def _attempts(self, rung: Rung) -> int:
+        """Return how often ``rung`` is loaded in a row while its workers die; there is nothing after the last one."""
+        return _LAST_ATTEMPTS if rung == self._rungs[-1] else _ATTEMPTS
 
     def _try_to_load(self, load: _Load) -> _Engine:
+        started = time.monotonic()
         host = load.host = self._host_factory(load.rung)
         try:
             facts = host.load()
@@ -562,6 +581,7 @@ class RuntimeChain:
         except BaseException:
             host.release()
             raise
+        self._load_s[load.rung] = max(self._load_s.get(load.rung, 0.0), time.monotonic() - started)
         deadline_s = max(self._config.inference_deadline_ms / 1e3, _LATE * warm_up_s)
         return _Engine(
             load.rung, host, facts, deadline_s, max(self._config.hang_timeout_ms / 1e3, _LATE * deadline_s)

@@ -119,6 +119,8 @@ class Case:
             parts.append(f'{self.cameras}cameras')
         if self.transport != SHIPPED_TRANSPORT:
             parts.append(f'{self.transport}_transport')
+        if self.seconds is not None:
+            parts.append(f'{self.seconds:g}s')
         return '_'.join(parts)
 
     @property
