@@ -25,6 +25,7 @@ __all__ = [
 
 BARE = 'bare_engine'
 FORTY_LINES = 'forty_lines'
+BY_THE_BOOK = 'forty_lines_by_the_book'
 ORT_DEFAULTS = 'forty_lines_ort_defaults'
 IN_PROCESS = 'node_in_process'
 SHIPPED = 'node'
@@ -64,6 +65,12 @@ class Contestant:
 CONTESTANTS = (
     Contestant(BARE, 'bare engine loop, no ROS', 'gps_denied_c7.bench.engine_loop'),
     Contestant(FORTY_LINES, 'forty-line node', 'gps_denied_c7.bench.forty_lines'),
+    Contestant(
+        BY_THE_BOOK,
+        'forty-line node, colours converted as tutorials do',
+        'gps_denied_c7.bench.forty_lines',
+        arguments=('--by-the-book',),
+    ),
     Contestant(
         ORT_DEFAULTS,
         'forty-line node, ONNX Runtime with its default threads',
@@ -168,7 +175,7 @@ def quick_cases() -> tuple[Case, ...]:
     """Return the cases of the form that takes about three minutes."""
     return (
         Case(**_SMALL, model_ms=5),
-        Case(**_HD, model_ms=5),
+        Case(**_HD, model_ms=5, contestants=(BARE, FORTY_LINES, BY_THE_BOOK, IN_PROCESS, SHIPPED)),
         Case(**_HD, model_ms=5, large_outputs=True),
         Case(**_SMALL, model_ms=30, rate_hz=0),
         Case(**_SMALL, model_ms=100, rate_hz=0),
@@ -180,7 +187,7 @@ def quick_cases() -> tuple[Case, ...]:
 
 def full_cases() -> tuple[Case, ...]:
     """Return the whole matrix, and a minute of 1080p at 30 Hz with each transport."""
-    contestants = (BARE, FORTY_LINES, ORT_DEFAULTS, IN_PROCESS, SHIPPED)
+    contestants = (BARE, FORTY_LINES, BY_THE_BOOK, ORT_DEFAULTS, IN_PROCESS, SHIPPED)
     matrix = [
         Case(
             **image, model_ms=model_ms, large_outputs=large, rate_hz=rate_hz, cameras=cameras, contestants=contestants

@@ -41,11 +41,12 @@ def _image_converter() -> Any:
 class FortyLines(Node):
     """Subscribe, convert, run, publish."""
 
-    def __init__(self, model: str, topics: list[str], ort_defaults: bool) -> None:
+    def __init__(self, model: str, topics: list[str], *, ort_defaults: bool = False, by_the_book: bool = False) -> None:
         import cv2
 
         super().__init__('forty_lines')
-        self.resize = cv2.resize
+        self.resize, self.convert, self.bgr_to_rgb = cv2.resize, cv2.cvtColor, cv2.COLOR_BGR2RGB
+        self.by_the_book = by_the_book
         self.to_cv2 = _image_converter()
         self.session = engine_session(model, ort_defaults=ort_defaults)
         self.input = self.session.get_inputs()[0]
@@ -59,8 +60,11 @@ class FortyLines(Node):
         """Answer one image."""
         began = time.monotonic_ns()
         received = self.get_clock().now().to_msg()
-        image = self.to_cv2(message, self.encoding)
+        in_colour = self.by_the_book and self.encoding == 'rgb8'
+        image = self.to_cv2(message, 'bgr8' if in_colour else self.encoding)
         decoded = time.monotonic_ns()
+        if in_colour:
+            image = self.convert(image, self.bgr_to_rgb)
         height, width = self.input.shape[2:]
         if image.shape[:2] != (height, width):
             image = self.resize(image, (width, height))
@@ -88,10 +92,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument('--model', required=True)
     parser.add_argument('--topics', nargs='+', required=True)
     parser.add_argument('--ort-defaults', action='store_true', help='threads as ONNX Runtime chooses them')
+    parser.add_argument('--by-the-book', action='store_true', help='bgr8 from the bridge, RGB from that, then resize')
     options, ros = parser.parse_known_args(arguments)
     rclpy.init(args=ros)
     try:
-        rclpy.spin(FortyLines(options.model, options.topics, options.ort_defaults))
+        node = FortyLines(
+            options.model, options.topics, ort_defaults=options.ort_defaults, by_the_book=options.by_the_book
+        )
+        rclpy.spin(node)
     except (KeyboardInterrupt, rclpy.executors.ExternalShutdownException):
         pass
     finally:

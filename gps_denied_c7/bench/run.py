@@ -42,6 +42,7 @@ _MATCH_S = 60.0
 _FIRST_ANSWER_S = 20.0
 _SETTLE_S = 0.3
 _MATCHED_S = 0.5
+_QUIET_S, _QUIET_SHARE, _QUIET_AT_LAST_S = 0.5, 0.03, 6.0
 _DIAGNOSTICS_S = 1.2
 _BARE_SHARE = 0.5
 _PROFILE_VARIABLES = ('FASTRTPS_DEFAULT_PROFILES_FILE', 'FASTDDS_DEFAULT_PROFILES_FILE')
@@ -56,7 +57,7 @@ class BenchOptions:
     :param seconds: of one measurement of one contestant.
     :param warm_up_s: of frames before it that do not count.
     :param repetitions: of each case, the contestants taking turns.
-    :param idle_s: how long each is watched while nothing is sent; 0 for not at all.
+    :param idle_s: how long, in the first case, each is watched while nothing is sent; 0 for not at all.
     :param domain_id: ROS domain, a free one where None.
     """
 
@@ -140,7 +141,10 @@ def run_bench(options: BenchOptions, say: Callable[[str], None]) -> BenchReport:
                 models[key] = calibrated_model(output, case.channels, case.model_ms, large_outputs=case.large_outputs)
             chosen = [contestants[name] for name in case.contestants if name in contestants]
             environ = _environment(case, domain_id, output, len(chosen) + 2)
-            done.append(_Measurement(options, case, models[key], chosen, environ, output / case.name).result())
+            measurement = _Measurement(
+                options, case, models[key], chosen, environ, output / case.name, with_idle=number == 1
+            )
+            done.append(measurement.result())
             elapsed = time.monotonic() - began
             say(f'[{number}/{len(options.cases)}, {elapsed:.0f} s] {case.title}: {_in_short(done[-1])}')
             report = BenchReport(tuple(done), _facts(options), elapsed, {})
@@ -220,8 +224,11 @@ class _Measurement:
         contestants: Sequence[Contestant],
         environ: Mapping[str, str],
         directory: Path,
+        *,
+        with_idle: bool,
     ) -> None:
         self._options = options
+        self._with_idle = with_idle and options.idle_s > 0
         self._case = case
         self._model = model
         self._contestants = contestants
@@ -245,7 +252,9 @@ class _Measurement:
                  '--topics', *(f'{name}={",".join(own)}' for name, own in topics.items())],
             )  # fmt: skip
             running = [self._start(stack, one, topics.get(one.name, [])) for one in self._contestants]
-            self._watch_idle(running)
+            self._wait_quiet(running)
+            if self._with_idle:
+                self._watch_idle(running)
             for repetition in range(self._repetitions):
                 # Whoever goes first changes: what one leaves behind, as heat, hits each of them.
                 turn = repetition % len(running)
@@ -320,10 +329,18 @@ class _Measurement:
         path.write_text('\n'.join(['/**:', '  ros__parameters:', *lines, '']), encoding='utf-8')
         return ['--ros-args', *rename, '--params-file', str(path)]
 
+    def _wait_quiet(self, everyone: Sequence[_Running]) -> None:
+        """Wait until nobody loads anything beside any more, as a node its standby, but not forever."""
+        deadline = time.monotonic() + _QUIET_AT_LAST_S
+        spent = sum(cpu_seconds(one.child.process.pid) for one in everyone)
+        while time.monotonic() < deadline:
+            time.sleep(_QUIET_S)
+            before, spent = spent, sum(cpu_seconds(one.child.process.pid) for one in everyone)
+            if spent - before < _QUIET_SHARE * _QUIET_S * len(everyone):
+                return
+
     def _watch_idle(self, everyone: Sequence[_Running]) -> None:
         """See what each costs while nothing is sent to anyone."""
-        if not self._options.idle_s:
-            return
         began = time.monotonic()
         before = [cpu_seconds(one.child.process.pid) for one in everyone]
         time.sleep(self._options.idle_s)

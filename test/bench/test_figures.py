@@ -1,0 +1,158 @@
+"""The benchmark's arithmetic: stages that add up, frames that are accounted for, ratios, limits."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from gps_denied_c7.bench.cases import BARE, FORTY_LINES, IN_PROCESS, SHIPPED, Case
+from gps_denied_c7.bench.figures import (
+    STAGES,
+    Block,
+    CaseResult,
+    Result,
+    percentiles,
+    ratio_p50,
+    ratio_p99,
+    stages_of,
+    summarise,
+    summarise_bare,
+    verdicts,
+)
+
+MS = 10**6
+SMALL = Case(width=640, height=480, encoding='mono8', model_ms=5)
+HD = Case(width=1920, height=1080, encoding='rgb8', model_ms=5)
+
+
+def answer(stamp_ns: int, *, latency_ms: int = 20, inference_ms: int = 5) -> dict[str, int]:
+    """One frame: 4 ms on its way in, 1 queued, 1 decoded, 2 pre-processed, engine, 1 into a message, the rest out."""
+    inside = {'queue': 1, 'decode': 1, 'preprocess': 2, 'inference': inference_ms}
+    return {
+        **{f'{stage}_ns': duration * MS for stage, duration in inside.items()},
+        'total_ns': (sum(inside.values()) + 1) * MS,
+        'stamp_ns': stamp_ns,
+        'receive_ns': stamp_ns + 4 * MS,
+        'arrival_ns': stamp_ns + latency_ms * MS,
+        'bytes': 1024,
+    }
+
+
+def block(latencies_ms: list[int], *, warm_up: int = 0, missing: int = 0, **cpu_s: float) -> Block:
+    """Frames 100 ms apart; the last ``missing`` are not answered."""
+    stamps = [10**18 + number * 100 * MS for number in range(len(latencies_ms) + missing)]
+    answers = [answer(stamp, latency_ms=latency) for stamp, latency in zip(stamps, latencies_ms, strict=False)]
+    warm = [answer(10**18 - (number + 1) * 100 * MS, latency_ms=50) for number in range(warm_up)]
+    return Block(stamps, warm_up, stamps[0], stamps[0] + 10**9, [*warm, *answers], cpu_s, 2.0)
+
+
+def result(name: str, p50s: list[float], p99: float, **fields: object) -> Result:
+    figures = dataclasses.replace(percentiles(p50s), p99=p99)
+    return Result(name=name, title=name, latency=figures, p50_by_repetition=tuple(p50s), **fields)
+
+
+def test_stages_add_up_to_the_latency():
+    stages = stages_of(answer(10**18, latency_ms=20))
+    assert list(stages) == list(STAGES)
+    assert list(stages.values()) == pytest.approx([4, 1, 1, 2, 5, 1, 6])
+    assert sum(stages.values()) == pytest.approx(20)
+
+
+def test_percentiles_of_nothing_are_nothing():
+    assert percentiles([]) is None
+    figures = percentiles(list(range(101)))
+    assert (figures.p50, figures.p95, figures.p99, figures.count) == (50, 95, 99, 101)
+
+
+def test_a_summary_counts_warm_up_among_frames_and_nowhere_else():
+    blocks = [block([10, 20, 30], warm_up=2, contestant=0.3), block([20, 40, 60], warm_up=2, contestant=0.5)]
+    found = summarise('one', 'One', blocks)
+    assert (found.sent, found.answered, found.lost, found.dropped) == (10, 10, 0, None)
+    assert found.latency.count == 6 and found.latency.p50 == pytest.approx(25)
+    assert found.p50_by_repetition == pytest.approx((20, 40))
+    assert found.answered_hz == pytest.approx(3)
+    assert found.outside.p50 == pytest.approx(5)
+    assert found.cpu_ms_per_answer == pytest.approx({'contestant': 80})
+    assert found.cpu_percent == pytest.approx({'contestant': 20})
+
+
+def test_frames_dropped_by_policy_are_not_lost():
+    statuses = {
+        'Stream /one/camera_0/image_raw': {'dropped_by_policy': '3', 'lost_before_node': '2'},
+        'Stream /one/camera_1/image_raw': {'dropped_by_policy': '1', 'lost_before_node': 'unknown'},
+        'Latency': {'publish_p50_ms': '0.25'},
+    }
+    early = Block((), 4, 0, 0, [answer(1)], {}, 0.0)
+    found = summarise('one', 'One', [early, block([10, 20], missing=3, contestant=0.1)], statuses=statuses)
+    assert (found.sent, found.answered, found.dropped, found.lost) == (9, 3, 4, 2)
+    assert found.lost_before_node == '2, unknown'
+    assert found.publish_call_ms == 0.25
+    # The block before the first repetition changes no figure but the counts.
+    assert found.p50_by_repetition == pytest.approx((15,)) and found.answered_hz == pytest.approx(2)
+
+
+def test_a_contestant_that_answers_nothing_has_no_figures():
+    found = summarise('one', 'One', [block([], missing=5, contestant=0.1)])
+    assert found.latency is None and not found.stages and found.p50_by_repetition == ()
+    assert (found.sent, found.answered, found.lost) == (5, 0, 5)
+
+
+def test_the_bare_engine_is_counted_by_its_own_time():
+    found = summarise_bare(BARE, 'bare', [[10 * MS] * 10, [20 * MS] * 5, [40 * MS] * 2])
+    assert found.answered_hz == pytest.approx(50)
+    assert found.p50_by_repetition == pytest.approx((10, 20, 40))
+
+
+def test_ratios_pair_the_repetitions():
+    """A machine that is twice as slow for one repetition moves neither contestant's ratio."""
+    one, other = result('one', [8, 16, 8], 30), result('other', [10, 20, 10], 20)
+    assert ratio_p50(one, other) == pytest.approx(0.8)
+    assert ratio_p99(one, other) == pytest.approx(1.5)
+    assert ratio_p50(summarise('none', '', []), other) is None
+    assert ratio_p99(summarise('none', '', []), other) is None
+
+
+def limits(case: Case, **fields: object) -> dict[str, tuple[str, bool]]:
+    stages = {'message': percentiles([0.2])}
+    node = result(SHIPPED, [10.0], 20, stages=stages, outside=percentiles([1.2]), publish_call_ms=0.4, **fields)
+    results = {
+        BARE: result(BARE, [5], 6, answered_hz=30.0),
+        FORTY_LINES: result(FORTY_LINES, [12.5], 16),
+        IN_PROCESS: result(IN_PROCESS, [9.8], 20),
+        SHIPPED: node,
+    }
+    return {one.what: (one.measured, one.met) for one in verdicts([CaseResult(case, 5.0, 30.0, results)])}
+
+
+def test_limits_are_met_and_missed_by_their_figures():
+    found = limits(SMALL, idle_percent=2.5, start_s=2.0)
+    assert found == {
+        'latency p50 / forty lines': ('0.80 x', True),
+        'latency p99 / forty lines': ('1.25 x', False),
+        'in the node outside inference, p50': ('1.40 ms', True),
+        'isolation process - none, p50': ('0.20 ms', True),
+        'active and idle, median': ('2.50 %', False),
+        'process start to active, median': ('2.00 s', True),
+    }
+
+
+def test_1080p_has_the_stricter_limit_and_must_lose_nothing():
+    found = limits(HD, sent=100, lost=1)
+    assert found['latency p50 / forty lines'] == ('0.80 x', False)
+    assert found['lost by transport'] == ('1 of 100', False)
+    assert limits(HD, sent=100)['lost by transport'] == ('0 of 100', True)
+    assert limits(dataclasses.replace(HD, large_outputs=True))['latency p50 / forty lines'][1]
+
+
+@pytest.mark.parametrize(('answered_hz', 'met'), [(27.0, True), (26.9, False)])
+def test_saturated_throughput_is_held_against_the_bare_engine(answered_hz, met):
+    case = dataclasses.replace(SMALL, model_ms=30, rate_hz=0)
+    found = limits(case, answered_hz=answered_hz)
+    assert found['answers per second / bare engine'][1] is met
+    assert 'isolation process - none, p50' not in found, 'waiting for one another says nothing about hand-over'
+
+
+def test_a_case_survives_json():
+    case = CaseResult(HD, 5.1, 30.0, {'one': summarise('one', 'One', [block([10, 20], contestant=0.1)])})
+    assert CaseResult.from_json(case.to_json()) == case

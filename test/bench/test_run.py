@@ -1,0 +1,162 @@
+"""c7_bench end to end: real engine, real processes, real DDS; every frame accounted for, nothing left behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gps_denied_c7.bench.cases import BARE, FORTY_LINES, IN_PROCESS, SHIPPED
+from gps_denied_c7.bench.resources import cpu_seconds, descendants, memory_mb
+
+pytest.importorskip('onnxruntime')
+
+needs_ros = pytest.mark.skipif(
+    any(importlib.util.find_spec(name) is None for name in ('rclpy', 'gps_denied_c7_msgs')),
+    reason='needs rclpy and gps_denied_c7_msgs',
+)
+BENCH = [sys.executable, '-m', 'gps_denied_c7.bench.run']
+
+
+def processes_naming(path: Path) -> list[int]:
+    """Return the processes, but this one, whose command line or environment names ``path``."""
+    found = []
+    for entry in Path('/proc').glob('[0-9]*'):
+        try:
+            text = (entry / 'cmdline').read_bytes() + (entry / 'environ').read_bytes()
+            state = (entry / 'stat').read_text().rpartition(')')[2].split()[0]
+        except OSError:
+            continue
+        if os.fsencode(path) in text and state != 'Z' and int(entry.name) != os.getpid():
+            found.append(int(entry.name))
+    return found
+
+
+@needs_ros
+def test_a_short_run_measures_everyone(tmp_path):
+    """One case, one repetition: all answer over DDS, and report, tables and plot are written."""
+    output = tmp_path / 'out'
+    command = [*BENCH, '--output', str(output), '--only', '480p_mono8_5ms', '--seconds', '0.5', '--repetitions', '1']
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    report = json.loads((output / 'report.json').read_text())
+    [case] = report['cases']
+    results = case['results']
+    assert {BARE, FORTY_LINES, SHIPPED} <= set(results) <= {BARE, FORTY_LINES, IN_PROCESS, SHIPPED}
+    assert results[BARE]['latency']['count'] > 5
+    for name, result in results.items():
+        if name != BARE:
+            assert result['sent'] == result['answered'] + (result['dropped'] or 0) + result['lost']
+            assert result['answered'] > 5 and result['latency']['p50'] > result['stages']['inference']['p50'] > 0
+            assert result['memory_mb'] > 20 and result['cpu_ms_per_answer']['contestant'] > 0
+            assert 0 < result['start_s'] < 100
+    assert results[SHIPPED]['dropped'] is not None and results[FORTY_LINES]['dropped'] is None
+    assert {'latency p50 / forty lines', 'in the node outside inference, p50'} <= {
+        limit['what'] for limit in report['limits']
+    }
+    assert 'this node as shipped' in (output / 'report.md').read_text()
+    assert (output / 'latency.png').stat().st_size > 1000
+    assert processes_naming(output) == []
+
+
+def test_what_is_not_the_benchmarks_is_left_alone(tmp_path):
+    if importlib.util.find_spec('rclpy') is None:
+        pytest.skip('needs rclpy')
+    (tmp_path / 'precious').write_text('kept')
+    run = subprocess.run([*BENCH, '--output', str(tmp_path)], capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2
+    assert 'not made by a benchmark' in run.stderr
+    assert (tmp_path / 'precious').read_text() == 'kept'
+
+
+def test_an_unknown_case_is_refused(tmp_path):
+    command = [*BENCH, '--only', 'no such case', '--output', str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert run.returncode == 2 and '--list' in run.stderr
+
+
+@pytest.mark.parametrize('large', [False, True])
+def test_networks_are_reproducible_finite_and_as_large_as_said(large):
+    from gps_denied_c7.bench.models import build_model, engine_session
+
+    model = build_model(3, 30, large_outputs=large)
+    assert model == build_model(3, 30, large_outputs=large)
+    session = engine_session(model)
+    outputs = session.run(None, {'image': np.random.default_rng(0).random((1, 3, 480, 640), np.float32)})
+    assert all(np.isfinite(output).all() and output.std() > 0 for output in outputs)
+    nbytes = sum(output.nbytes for output in outputs)
+    assert (nbytes > 6e6) if large else (nbytes == 1024)
+
+
+def test_layers_follow_from_two_timings():
+    from gps_denied_c7.bench.models import layers_for
+
+    assert layers_for(30.0, ((4, 2.0), (24, 12.0))) == 60
+    assert layers_for(1.0, ((4, 6.0), (24, 12.0))) == 1
+
+
+def test_engine_options_are_the_nodes(monkeypatch, tmp_path):
+    """The bare loop and the forty lines run the engine with the options that the node gives it by default."""
+    import onnxruntime
+
+    from gps_denied_c7.bench.models import build_model, engine_session
+    from gps_denied_c7.bundle import ModelBundle
+    from gps_denied_c7.config import C7InferenceConfig
+    from gps_denied_c7.runtime import BuildConfig, ProviderSet
+    from gps_denied_c7.runtimes import create_runtime
+
+    made = []
+
+    class Options(onnxruntime.SessionOptions):
+        def __init__(self):
+            super().__init__()
+            made.append(self)
+
+    monkeypatch.setattr(onnxruntime, 'SessionOptions', Options)
+    model = build_model(1, 1, large_outputs=False)
+    engine_session(model)
+    (tmp_path / 'model.onnx').write_bytes(model)
+    runtime = create_runtime('onnx_trt_ep', C7InferenceConfig(), providers=ProviderSet.CPU)
+    entry = runtime.compile_engine(ModelBundle.load(tmp_path / 'model.onnx'), BuildConfig())
+    runtime.release_engine(runtime.deserialize_engine(entry))
+    ours, nodes = made[0], made[-1]
+    assert len(made) == 2
+    for name in ('intra_op_num_threads', 'inter_op_num_threads', 'execution_mode', 'graph_optimization_level'):
+        assert getattr(ours, name) == getattr(nodes, name)
+    spinning = 'session.intra_op.allow_spinning'
+    assert ours.get_session_config_entry(spinning) == nodes.get_session_config_entry(spinning)
+
+
+@needs_ros
+def test_a_stamp_is_patched_where_the_message_has_it():
+    from rclpy.serialization import deserialize_message, serialize_message
+    from sensor_msgs.msg import Image
+
+    from gps_denied_c7.bench.camera import stamped
+
+    image = Image(width=2, height=1, encoding='mono8', step=2, data=b'\x07\x08')
+    image.header.frame_id = 'camera'
+    found = deserialize_message(stamped(serialize_message(image), 1_700_000_000_123_456_789), Image)
+    assert (found.header.stamp.sec, found.header.stamp.nanosec) == (1_700_000_000, 123_456_789)
+    found.header.stamp = image.header.stamp
+    assert found == image
+
+
+def test_time_and_memory_of_a_process_include_its_children():
+    burn = 'import time; end = time.process_time() + 0.2\nwhile time.process_time() < end: pass\ninput()'
+    parent = f'import subprocess, sys; subprocess.run([sys.executable, "-c", {burn!r}])'
+    process = subprocess.Popen([sys.executable, '-c', parent], stdin=subprocess.PIPE)
+    try:
+        while cpu_seconds(process.pid) < 0.2:
+            assert process.poll() is None
+        assert len(descendants(process.pid)) == 2
+        assert memory_mb(process.pid) > 1
+    finally:
+        process.communicate()
+    assert cpu_seconds(process.pid) == 0
