@@ -108,7 +108,8 @@ class _Camera:
     def _run(self) -> None:
         message, number, due = image(width=640, height=480), 0, time.monotonic()
         while not self._over.wait(max(0.0, due - time.monotonic())):
-            due += self._period_s
+            # A camera that was held up does not make up for it.
+            due = max(due, time.monotonic()) + self._period_s
             number += 1
             message.header.stamp.sec = number
             self._account.sent[number] = time.monotonic()
@@ -194,6 +195,8 @@ def main() -> int:
     usual = np.median([when - account.sent[stamp] for stamp, when in arrived.items()]) * 1e3
     print(f'blows: {len(account.blows)}, {sum(role == "serving" for *_, role in account.blows)} to who served')
     print(f'frames: {len(account.sent)} sent, {account.counters}')
+    pauses = np.diff(sorted(account.sent.values())) * 1e3
+    print(f'longest pause of the camera: {pauses.max():.0f} ms')
     print(f'switches recorded: {len(account.switches)}; camera to tensors p50 {usual:.1f} ms')
     for name, kinds in (('death', ('SIGKILL', 'SIGSEGV')), ('hang', ('SIGSTOP',))):
         slowest = np.array(account.latencies_after(*kinds, within_s=0.1)) * 1e3

@@ -149,9 +149,12 @@ def run_camera(seconds: float) -> None:
     wait_until(publisher.get_subscription_count, 'a subscriber')
     time.sleep(0.5)
     message = image(width=WIDTH, height=HEIGHT)
-    sent, started = 0, time.monotonic()
-    while (due := sent / RATE_HZ) < seconds:
-        time.sleep(max(0.0, started + due - time.monotonic()))
+    sent = 0
+    started = due = time.monotonic()
+    while due < started + seconds:
+        time.sleep(max(0.0, due - time.monotonic()))
+        # A camera that was held up does not make up for it.
+        due = max(due, time.monotonic()) + 1 / RATE_HZ
         message.header.stamp.sec = sent + 1
         publisher.publish(message)
         sent += 1
