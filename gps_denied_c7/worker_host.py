@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import pickle
@@ -104,6 +105,7 @@ class WorkerHost:
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
         self._channel: Channel | None = None
+        self._poller = select.poll()
         self._lifetime = -1
         self._requests: SharedTensors | None = None
         self._answers: SharedTensors | None = None
@@ -303,6 +305,9 @@ class WorkerHost:
             )
             self._channel = ours
             self._pidfd = os.pidfd_open(self._process.pid)
+            self._poller = select.poll()
+            self._poller.register(ours.fileno(), select.POLLIN)
+            self._poller.register(self._pidfd, select.POLLIN)
         except OSError as error:
             ours.close()
             os.close(log_read)
@@ -329,12 +334,9 @@ class WorkerHost:
         channel = self._channel
         if channel is None:
             raise InferenceError('no engine is loaded.')
-        poller = select.poll()
-        poller.register(channel.fileno(), select.POLLIN)
-        poller.register(self._pidfd, select.POLLIN)
         while True:
             remaining = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1e3
-            ready = {descriptor for descriptor, _ in poller.poll(remaining)}
+            ready = {descriptor for descriptor, _ in self._poller.poll(remaining)}
             try:
                 received = channel.receive(block=False)
             except ChannelClosedError as error:
@@ -435,14 +437,18 @@ def worker_hosts(
     Return the host factory that RuntimeChain wants, with a process for each engine.
 
     It raises RuntimeUnavailableError for a strategy that this host lacks, and starts no process for it.
+    The engines that can be loaded at a time share ``gpu_memory_budget_bytes`` equally.
 
     :param on_build: told how far the building of an engine is.
     """
     generations = iter(range(1, 1 << 62))
+    # One that serves, one that is loaded to take over, and with a standby one more.
+    share = config.gpu_memory_budget_bytes // (3 if config.hot_standby else 2)
+    worker_config = dataclasses.replace(config, gpu_memory_budget_bytes=share)
 
     def make(rung: Rung) -> WorkerHost:
         require_strategy(rung.strategy, config)
-        return WorkerHost(rung, bundle, config, generation=next(generations), on_build=on_build)
+        return WorkerHost(rung, bundle, worker_config, generation=next(generations), on_build=on_build)
 
     return make
 

@@ -203,6 +203,13 @@ def test_f2_the_cpu_worker_sees_no_gpu_and_nothing_of_ros(monkeypatch):
     assert worker_environment(environ, ProviderSet.GPU)['CUDA_VISIBLE_DEVICES'] == '0'
 
 
+def test_the_engines_that_can_be_loaded_at_a_time_share_the_memory(bundle):
+    for hot_standby, engines in ((True, 3), (False, 2)):
+        config = C7InferenceConfig(gpu_memory_budget_bytes=6 << 30, hot_standby=hot_standby)
+        host = worker_hosts(bundle, config)(CPU)
+        assert host._task.config.gpu_memory_budget_bytes * engines == 6 << 30
+
+
 def test_f5_a_load_that_takes_too_long_ends_the_worker(bundle):
     host = WorkerHost(CPU, bundle, C7InferenceConfig(load_timeout_s=0.01))
     with pytest.raises(EngineDeserializeError, match='load_timeout_s'):
