@@ -117,7 +117,8 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ),
     ParameterDeclaration(
         'gpu_memory_budget_bytes', Type.INTEGER, _DEFAULTS.gpu_memory_budget_bytes,
-        'GPU memory for all engines together, bytes: the serving one, its standby, one that is to take over.', limits=(64 << 20, 1 << 40),
+        'GPU memory for all engines together, bytes: the serving one, its standby, one that is to take over.',
+        limits=(64 << 20, 1 << 40),
     ),
     ParameterDeclaration(
         'gpu_fault_window_s', Type.DOUBLE, _DEFAULTS.gpu_fault_window_s,
