@@ -17,7 +17,7 @@ import pytest
 from source_tree import PACKAGE, REPOSITORY
 
 MESSAGES = 'gps_denied_c7_msgs'
-EXECUTABLES = ('c7_demo', 'c7_engine', 'c7_inference_node', 'c7_replay')
+EXECUTABLES = ('c7_bench', 'c7_demo', 'c7_engine', 'c7_inference_node', 'c7_replay')
 MARKER = f'share/ament_index/resource_index/packages/{MESSAGES}'
 
 needs_ros = pytest.mark.skipif(
