@@ -167,18 +167,17 @@ def test_ac2_silent_retry_of_onnxruntime_is_off(config: C7InferenceConfig, tmp_p
     assert all(attempt['enable_fallback'] == 0 for attempt in fake.attempts)
 
 
-class Untouchable:
-    """Stands where onnxruntime would be, and fails the test when anybody looks at it."""
-
-    def __getattribute__(self, name: str) -> object:
-        raise AssertionError(f'onnxruntime.{name} was touched')
+@pytest.fixture
+def no_onnxruntime(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every import of onnxruntime fail, so that a test sees also one that touches nothing in it."""
+    monkeypatch.setitem(sys.modules, 'onnxruntime', None)
 
 
 @pytest.mark.parametrize('change', [{'sm': 90}, {'gpu': 'NVIDIA H200'}, {'engine_sha256': '0' * 64}])
+@pytest.mark.usefixtures('no_onnxruntime')
 def test_ac3_refused_engine_never_touches_onnxruntime(
-    config: C7InferenceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: dict[str, object]
+    config: C7InferenceConfig, tmp_path: Path, change: dict[str, object]
 ) -> None:
-    monkeypatch.setitem(sys.modules, 'onnxruntime', Untouchable())
     error = refusal(config, write_engine(tmp_path, **change), ProviderSet.GPU, gate=EngineGate(HOST))
     assert isinstance(error, EngineSchemaMismatchError)
     assert error.field == next(iter(change))
@@ -191,20 +190,16 @@ def test_ac3_engine_is_held_to_the_bundles_digest(config: C7InferenceConfig, tmp
         runtime.deserialize_engine(entry)
 
 
-def test_ac3_engine_without_a_gate_is_refused(
-    config: C7InferenceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, 'onnxruntime', Untouchable())
+@pytest.mark.usefixtures('no_onnxruntime')
+def test_ac3_engine_without_a_gate_is_refused(config: C7InferenceConfig, tmp_path: Path) -> None:
     entry = OnnxTrtEpRuntime(config, gate=EngineGate(HOST)).compile_engine(write_engine(tmp_path), BUILD)
     with pytest.raises(EngineDeserializeError, match='without an engine gate') as caught:
         OnnxTrtEpRuntime(config).deserialize_engine(entry)
     assert caught.value.remedy
 
 
-def test_ac3_engine_is_refused_on_the_cpu(
-    config: C7InferenceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, 'onnxruntime', Untouchable())
+@pytest.mark.usefixtures('no_onnxruntime')
+def test_ac3_engine_is_refused_on_the_cpu(config: C7InferenceConfig, tmp_path: Path) -> None:
     model = write_engine(tmp_path)
     runtime = OnnxTrtEpRuntime(config, gate=EngineGate(HOST), providers=ProviderSet.CPU)
     with pytest.raises(RuntimeUnavailableError):
@@ -588,7 +583,6 @@ def test_r1_vendor_error_while_the_session_is_looked_at_is_the_cause(
 def test_r1_damaged_model_never_reaches_onnxruntime(
     config: C7InferenceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: bytes
 ) -> None:
-    monkeypatch.setitem(sys.modules, 'onnxruntime', Untouchable())
     path = tmp_path / 'damaged.onnx'
     path.write_bytes(content)
     error = refusal(config, ModelBundle.load(path))
@@ -770,7 +764,6 @@ def test_external_weights_are_found_through_a_link_to_the_model(config: C7Infere
 def test_external_weights_elsewhere_are_refused(
     config: C7InferenceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, 'onnxruntime', Untouchable())
     (tmp_path / 'weights.bin').write_bytes(bytes(16))
     directory = tmp_path / 'model'
     directory.mkdir()
@@ -782,7 +775,6 @@ def test_external_weights_elsewhere_are_refused(
 def test_external_weights_in_a_subgraph_are_seen(
     config: C7InferenceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, 'onnxruntime', Untouchable())
     tensor = onnx.TensorProto(name='w', data_type=TensorProto.FLOAT, dims=[4], data_location=TensorProto.EXTERNAL)
     tensor.external_data.add(key='location', value='/etc/hostname')
     value = helper.make_tensor_value_info
@@ -805,7 +797,6 @@ def test_g1_engine_hidden_in_an_onnx_does_not_pass_by_the_gate(
         [value('x', TensorProto.FLOAT, [1])],
         [value('y', TensorProto.FLOAT, [1])],
     )
-    monkeypatch.setitem(sys.modules, 'onnxruntime', Untouchable())
     assert 'EPContext' in str(refusal(config, bare_bundle(tmp_path, model)))
 
 
