@@ -14,6 +14,7 @@ __all__ = [
     'WIDTH',
     'copying',
     'failing_on_white',
+    'greedy_on_white',
     'hanging_on_white',
     'slow',
     'slow_to_load',
@@ -92,6 +93,19 @@ def failing_on_white(directory: Path) -> str:
         helper.make_node('Div', ['one', 'is not white'], ['work']),
     ]
     return _write(directory / 'failing_on_white.onnx', nodes, initialisers=[one], outputs=('work',))
+
+
+def greedy_on_white(directory: Path, *, gigabytes: int) -> str:
+    """Write a copying network that fills so much memory for an all-white image, and next to none for others."""
+    size = numpy_helper.from_array(np.array([gigabytes << 28], np.int64), 'size')
+    one = helper.make_tensor('value', FLOAT, [1], [1.0])
+    nodes = [
+        *_is_white(INT64),
+        helper.make_node('Mul', ['is white', 'size'], ['wanted']),
+        helper.make_node('ConstantOfShape', ['wanted'], ['filled'], value=one),
+        helper.make_node('ReduceSum', ['filled'], ['work'], keepdims=0),
+    ]
+    return _write(directory / 'greedy_on_white.onnx', nodes, initialisers=[size], outputs=('work',))
 
 
 def _is_white(dtype: int) -> list[NodeProto]:
