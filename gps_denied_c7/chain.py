@@ -284,6 +284,11 @@ class RuntimeChain:
         """Canonical inputs: the bundle's, or what the engine of a bare model reports."""
         return self._bundle.inputs or (self._engine.host.inputs if self._engine else ())
 
+    @property
+    def outputs(self) -> tuple[TensorSpec, ...]:
+        """Canonical outputs: the bundle's, or what the engine of a bare model reports."""
+        return self._bundle.outputs or (self._engine.host.outputs if self._engine else ())
+
     def request_arrays(self) -> Mapping[str, NDArray]:
         """
         Return arrays by name that the next request is best written into; empty where there are none.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import time
+from collections.abc import Container
 
 import numpy as np
 from builtin_interfaces.msg import Time
@@ -114,8 +115,12 @@ def _bytes_of(values: NDArray) -> array.array:
     return data
 
 
-def to_tensor_list(result: FrameResult) -> TensorList:
-    """Return the message for one answered frame; the outputs are copied, the header is the image's own."""
+def to_tensor_list(result: FrameResult, published: Container[str] | None = None) -> TensorList:
+    """
+    Return the message for one answered frame; the outputs are copied, the header is the image's own.
+
+    :param published: names of the outputs that go into it, None for all.
+    """
     frame, answer, durations = result.frame, result.answer, result.durations_ns
     image = frame.message
     message = TensorList(
@@ -139,6 +144,7 @@ def to_tensor_list(result: FrameResult) -> TensorList:
         tensors=[
             Tensor(name=name, dtype=values.dtype.name, shape=values.shape, data=_bytes_of(values))
             for name, values in answer.outputs.items()
+            if published is None or name in published
         ],
     )
     message.total_ns = time.monotonic_ns() - frame.received_ns

@@ -70,6 +70,7 @@ class _Loaded:
     chain: RuntimeChain
     preprocessor: Preprocessor
     image_input: TensorSpec
+    published: frozenset[str]
 
 
 class C7InferenceNode(ResponsiveLifecycleNode):
@@ -260,6 +261,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
             # Refused here, what does not fit would be refused again at every frame.
             tensor = image_input(chain.inputs, spec)
             _require_alone(tensor, chain.inputs)
+            published = settings.published(output.name for output in chain.outputs)
         except BaseException:
             chain.release()
             raise
@@ -268,7 +270,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         self._unanswered_ns.clear()
         self._dropped_by_age.clear()
         self._mismatches.clear()
-        self._loaded = _Loaded(settings, topics, chain, Preprocessor(spec), tensor)
+        self._loaded = _Loaded(settings, topics, chain, Preprocessor(spec), tensor, published)
 
     def _hosts(self, bundle: ModelBundle, config: C7InferenceConfig) -> Callable[[Rung], RungHost]:
         if config.isolation == 'none':
@@ -304,7 +306,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
             loaded.preprocessor,
             loaded.image_input,
             decode=functools.partial(decode_message, scratch=Scratch()),
-            publish=self._publish,
+            publish=functools.partial(self._publish, loaded.published),
             on_refused=lambda frame, error: self._refuse(frame.topic, error),
             on_unanswered=self._report_unanswered,
             statistics=self._statistics,
@@ -353,8 +355,8 @@ class C7InferenceNode(ResponsiveLifecycleNode):
 
     # --- frames -----------------------------------------------------------------------------------
 
-    def _publish(self, result: FrameResult) -> None:
-        self._tensors.publish(to_tensor_list(result))
+    def _publish(self, published: frozenset[str], result: FrameResult) -> None:
+        self._tensors.publish(to_tensor_list(result, published))
 
     def _count(self, topic: str, event: str) -> None:
         self._statistics.count(topic, event)

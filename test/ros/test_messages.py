@@ -91,6 +91,12 @@ def test_a_result_becomes_a_message_without_loss():
         np.testing.assert_array_equal(read, values)
 
 
+def test_outputs_that_nobody_asked_for_are_left_out():
+    outputs = {name: np.zeros(2, np.float32) for name in ('scores', 'descriptors', 'mask')}
+    message = to_tensor_list(result(image(), outputs), {'mask', 'scores'})
+    assert [each.name for each in message.tensors] == ['scores', 'mask']
+
+
 @given(
     st.sampled_from(['uint8', 'int16', 'uint32', 'int64', 'float16', 'float32', 'float64', 'bool']),
     st.lists(st.integers(0, 4), max_size=4),

@@ -140,6 +140,20 @@ def test_n1_the_same_topic_under_two_names_fails_configure(idle, tmp_path):
     assert idle.change_state('configure') and idle.change_state('cleanup')
 
 
+def test_outputs_are_published_as_asked_for_and_unknown_ones_fail_configure(idle, tmp_path):
+    idle.set_parameter('model_path', copying(tmp_path))
+    idle.set_parameter('output_tensors', ['mean', 'scores'])
+    assert not idle.change_state('configure')
+    wait_until(lambda: "no ['scores']" in idle.message('Runtime'), 'the output that the model lacks')
+    idle.set_parameter('output_tensors', ['mean'])
+    idle.start()
+    idle.wait_matched('/camera/image_raw')
+    answer = idle.ask('/camera/image_raw', image())
+    assert [each.name for each in answer.tensors] == ['mean']
+    assert idle.change_state('deactivate') and idle.change_state('cleanup')
+    assert idle.set_parameter('output_tensors', ['']).successful
+
+
 def test_n2_autostart_waits_for_its_model(tmp_path):
     """ERROR meanwhile, one record for each distinct reason, active by itself once the model is there."""
     ready, path = copying(tmp_path), tmp_path / 'late' / 'net.onnx'

@@ -58,6 +58,7 @@ def test_the_shipped_parameter_file_holds_the_defaults():
         ('image_topics', [''], 'empty'),
         ('image_topics', ['a', 'a'], 'twice'),
         ('image_topics', ['not a topic'], 'not a topic'),
+        ('output_tensors', ['scores', 'scores'], 'twice'),
         ('runtime_chain', [], 'empty'),
         ('runtime_chain', ['tensorflow'], 'tensorflow'),
         ('runtime_chain', ['tensorrt', 'tensorrt'], 'twice'),
