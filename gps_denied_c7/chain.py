@@ -352,15 +352,15 @@ class RuntimeChain:
                     self._late.append(engine)
                     self._engine = None
                     self._serve_standby()
+                    failures.setdefault(engine.rung, late)
                     if late_before:
                         # The second one has been given its whole hang limit; the request would cost a third.
-                        self._record_switch(engine.rung.name, str(late), started_ns, frames_affected=1)
+                        self._record_first_switch(failures, started_ns)
                         raise InferenceError(
                             f'two engines in turn did not answer this request: {late}',
                             remedy='Run the model on this input outside of this package, and correct it.',
                         ) from late
                     late_before = True
-                    failures.setdefault(engine.rung, late)
                     continue
                 except Exception as error:
                     rung = engine.rung

@@ -21,7 +21,8 @@ _ALIGNMENT = 64
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _DTYPES = frozenset(np.dtype(code).name for code in '?bBhHiIlLqQefd')
 _MAX_RANK = 32
-_MAX_AXIS = (1 << 63) - 1
+# NumPy counts with the axes of no size left out.
+_MAX_BYTES = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,8 +59,8 @@ class TensorLayout:
         except (TypeError, ValueError, OverflowError) as error:
             raise InferenceError(f'a tensor layout that cannot be read: {value!r:.200}.') from error
         for name, dtype, shape, offset in tensors:
-            possible = dtype in _DTYPES and offset >= 0 and len(shape) <= _MAX_RANK
-            if not possible or any(not 0 <= axis <= _MAX_AXIS for axis in shape):
+            possible = dtype in _DTYPES and offset >= 0 and len(shape) <= _MAX_RANK and all(axis >= 0 for axis in shape)
+            if not possible or _nbytes(dtype, tuple(axis or 1 for axis in shape)) > _MAX_BYTES:
                 raise InferenceError(f'tensor {name!r} has an impossible layout: {dtype} {shape} at {offset}.')
         return cls(tensors)
 

@@ -80,18 +80,21 @@ class ScriptedWorker:
 class Bench:
     """A chain over scripted workers, with its clock, and everything it told."""
 
+    worker_type, rules = ScriptedWorker, ()
+
     def __init__(self, *rungs, **config):
         self.records, self.workers, self.now_ns = [], [], 0
         self.load_faults = {}
         self.loads_may_end = threading.Event()
         self.loads_may_end.set()
         self.bundle = ModelBundle(
-            name='net', root='/', weights_digest='sha256:' + '0' * 64, inputs=(SPEC,), outputs=(SPEC,)
-        )
+            name='net', root='/', weights_digest='sha256:' + '0' * 64, inputs=(SPEC,), outputs=(SPEC,),
+            rules=self.rules,
+        )  # fmt: skip
         self.chain = RuntimeChain(
             self.bundle,
             C7InferenceConfig(**config),
-            lambda rung: ScriptedWorker(rung, self),
+            lambda rung: self.worker_type(rung, self),
             emit=lambda kind, **payload: self.records.append((kind, payload)),
             monotonic_ns=lambda: self.now_ns,
             rungs=rungs,
