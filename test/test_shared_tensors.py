@@ -58,7 +58,7 @@ def test_a_segment_that_is_not_sealed_is_refused():
 
 def test_a_tensor_outside_of_its_segment_is_refused():
     segment = SharedTensors.create(64, writable=False)
-    for tensors in ([['x', 'float32', [17], 0]], [['x', 'uint8', [1], 64]], [['x', 'float64', [1 << 60], 0]]):
+    for tensors in ([['x', 'float32', [17], 0]], [['x', 'uint8', [1], 64]], [['x', 'float64', [1 << 59], 0]]):
         with pytest.raises(InferenceError, match='reaches past'):
             segment.arrays(TensorLayout.from_json(tensors))
 

@@ -123,8 +123,8 @@ def lay_out(value: object) -> bool:
 
 DTYPES = st.sampled_from(
     ('float32', 'f4', '>f4', '<i8', 'f4,' * 900, '(9,)f4', '9' * 30 + 'f4', 'O', 'V8', 'M8[ns]', 'U99999999999',
-     'float128', 'complex64', '', ' ', '\0', None, 5, ['f4'], [['a', 'f4']], {'names': ['a'], 'formats': ['f4']}, {'names': 3},
-     {'a': ['f4', 0]}, 'a', '|b1', '=f8', '{f4}')
+     'float128', 'complex64', '', ' ', '\0', None, 5, ['f4'], [['a', 'f4']], {'names': ['a'], 'formats': ['f4']},
+     {'names': 3}, {'a': ['f4', 0]}, 'a', '|b1', '=f8', '{f4}')
 )  # fmt: skip
 SIZES = st.sampled_from((0, 1, 2, 64, -1, 1 << 31, 1 << 62, 1 << 63, 10**40, '2', None, 1.5, True, float('inf')))
 AXES = st.lists(SIZES, max_size=4) | st.integers(0, 120).map(lambda rank: [1] * rank) | st.just('12')
