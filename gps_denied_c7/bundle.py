@@ -87,6 +87,7 @@ _DTYPES = (
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,127}')
 _DEVICE = re.compile(r'any|cpu|cuda|sm[0-9]{2,3}')
 _MAX_RANK = 8
+_MODEL_JSON_LIMIT_BYTES = 1 << 24
 
 _logger = logging.getLogger(__name__)
 
@@ -226,7 +227,7 @@ class ModelBundle:
             if not os.path.lexists(path):
                 raise ModelBundleError(f'{path} does not exist.', remedy='Correct the path.')
             raise ModelBundleError(f'{path} is no model.', remedy=f'Name a directory with {MODEL_JSON}, or an .onnx.')
-        content = read_file(file)
+        content = read_file(file, limit=_MODEL_JSON_LIMIT_BYTES)
         try:
             bundle = _bundle_from_json(parse_json(content), file.parent)
         except C7Error as error:

@@ -25,6 +25,8 @@ __all__ = ['BundleFile', 'file_sha256', 'npz_bytes', 'read_file', 'read_npz', 'w
 
 _HEX = re.compile(r'[0-9a-f]{64}')
 _CHUNK_BYTES = 1 << 20
+# What any reader here holds in memory as a whole: a protobuf ends at 2 GiB, a zip archive without extras at 4.
+_LIMIT_BYTES = 4 << 30
 
 
 def file_sha256(path: Path) -> str:
@@ -40,14 +42,21 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def read_file(path: Path) -> bytes:
+def read_file(path: Path, *, limit: int = _LIMIT_BYTES) -> bytes:
     """
     Return the bytes of a regular file.
 
-    :raises ModelBundleError: the file is missing, unreadable, a directory or a device.
+    :param limit: bytes that it may have at most.
+    :raises ModelBundleError: the file is missing, unreadable, a directory or a device, or too large.
     """
     with _reading(path) as file:
-        return file.read()
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise ModelBundleError(f'{path}: has {size} bytes, more than {limit}.', remedy='Copy it again.')
+        try:
+            return file.read()
+        except MemoryError as error:
+            raise ModelBundleError(f'{path}: no memory for its {size} bytes.', remedy='Free some.') from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +93,24 @@ class BundleFile:
         return content
 
 
-def read_npz(file: BundleFile) -> dict[str, NDArray]:
+def read_npz(file: BundleFile, *, limit: int = 1 << 30) -> dict[str, NDArray]:
     """
     Return the arrays of an ``.npz``, read from the bytes whose digest was checked.
 
+    :param limit: bytes that they may unpack to: a few kilobytes of zip can hold gigabytes of zeros.
     :raises ModelBundleError: the file is missing, not the one named, or holds anything but plain arrays.
     """
     content = file.read_verified()
     try:
         with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+            unpacked = sum(entry.file_size for entry in archive.zip.infolist())
+            if unpacked > limit:
+                raise ValueError(f'it unpacks to {unpacked} bytes, more than {limit}')
+            arrays = {name: archive[name] for name in archive.files}
+        # NumPy gives the bytes of an entry that is no array.
+        if strange := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+            raise ValueError(f'{strange} are no arrays')
+        return arrays
     except Exception as error:  # what NumPy, zipfile and zlib raise for a damaged file is theirs to choose
         raise ModelBundleError(
             f'{file.path}: no .npz of plain arrays: {error}.', remedy='Write the golden files again.'

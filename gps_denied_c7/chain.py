@@ -318,14 +318,15 @@ class RuntimeChain:
         """
         with self._turn:
             if self._engine is None:
-                self._walk(self._rungs)
+                self._restart(at_once=True)
                 return
             try:
                 self._prove(self._engine.host, self._engine.hang_s)
             except Exception as error:
                 started_ns = self._monotonic_ns()
                 failed = self._fail_serving(error)
-                self._replace_serving(self._after(failed))
+                # It may have died by chance: loaded afresh it is proven again, after those that come next.
+                self._replace_serving((*self._after(failed), failed))
                 self._record_switch(failed.name, str(error), started_ns, frames_affected=0)
 
     def infer(self, inputs: Mapping[str, NDArray]) -> Answer:
@@ -357,15 +358,15 @@ class RuntimeChain:
                     self._late.append(engine)
                     self._engine = None
                     self._serve_standby()
+                    failures.setdefault(engine.rung, late)
                     if late_before:
                         # The second one has been given its whole hang limit; the request would cost a third.
-                        self._record_switch(engine.rung.name, str(late), started_ns, frames_affected=1)
+                        self._record_first_switch(failures, started_ns)
                         raise InferenceError(
                             f'two engines in turn did not answer this request: {late}',
                             remedy='Run the model on this input outside of this package, and correct it.',
                         ) from late
                     late_before = True
-                    failures.setdefault(engine.rung, late)
                     continue
                 except Exception as error:
                     rung = engine.rung
@@ -481,12 +482,17 @@ class RuntimeChain:
                 )
             if self._age_s(engine) > _GIVEN_UP * engine.hang_s:
                 # Nothing could be loaded beside it in all that time; its memory may be what is missing.
-                engine.host.kill()
+                self._kill(engine)
                 raise InferenceError(f'{engine.rung.name} has not answered for {self._age_s(engine):.1f} s.')
             if self._age_s(engine) > engine.hang_s:
                 self._order_standby()
             outputs = engine.host.poll(_LOOK_S)
         return outputs
+
+    def _kill(self, engine: _Engine) -> None:
+        if not engine.host.kill():
+            self._emit('c7.worker_unkillable', rung=engine.rung.name, pid=getattr(engine.host, 'pid', None))
+            self._lose_gpu(engine.rung, 'a worker cannot be ended')
 
     def _age_s(self, engine: _Engine) -> float:
         return (self._monotonic_ns() - engine.began_ns) / 1e9
@@ -647,9 +653,7 @@ class RuntimeChain:
             self._late.remove(engine)
             _log.error('%s has not answered for %.1f s and is killed.', engine.rung.name, self._age_s(engine))
             self._note_fault(engine.rung)
-            if not engine.host.kill():
-                self._emit('c7.worker_unkillable', rung=engine.rung.name, pid=getattr(engine.host, 'pid', None))
-                self._lose_gpu(engine.rung, 'a worker cannot be ended')
+            self._kill(engine)
             engine.host.release()
 
     def _look_after_candidate(self, engine: _Engine) -> None:
@@ -819,9 +823,9 @@ class RuntimeChain:
         rung, error = next(iter(failures.items()))
         self._record_switch(rung.name, str(error), started_ns, frames_affected=1)
 
-    def _restart(self) -> None:
+    def _restart(self, *, at_once: bool = False) -> None:
         before = self._status
-        if before.state is ChainState.EXHAUSTED and self._monotonic_ns() < self._retry_at_ns:
+        if before.state is ChainState.EXHAUSTED and not at_once and self._monotonic_ns() < self._retry_at_ns:
             raise self._exhausted()
         if before.state is ChainState.EXHAUSTED:
             # Nothing serves, so nothing is risked by trying what was given up for the CPU's sake.

@@ -107,8 +107,8 @@ class MatchedDistance:
         for start in range(0, len(points), _ROWS_AT_A_TIME):
             with np.errstate(invalid='ignore', over='ignore'):
                 apart = points[start : start + _ROWS_AT_A_TIME, None, :] - others[None, :, :]
-                squared = np.einsum('ijk,ijk->ij', apart, apart)
-            matched += int((squared <= self.max_distance**2).any(axis=1).sum())
+                distance = np.sqrt(np.einsum('ijk,ijk->ij', apart, apart))
+            matched += int((distance <= self.max_distance).any(axis=1).sum())
         return matched / len(points)
 
 

@@ -128,11 +128,13 @@ ENCODINGS = tuple(_TABLE)
 
 _SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-# Within a scan, FF 00 is a stuffed FF, FF D0..D7 are restart markers and FF FF is fill.
-_JPEG_MARKER = re.compile(rb'\xff[^\x00\xff\xd0-\xd7]')
+# FF 00 is a stuffed FF within a scan and FF FF is fill; FF 01 and the restart markers FF D0..D7 have no length.
+_JPEG_MARKER = re.compile(rb'\xff[^\x00\x01\xff\xd0-\xd7]')
 _PNG_SIGNATURE = b'\x89PNG\r\n\x1a\n'
 # What a file of any honest size needs, so that a garbage one cannot keep a callback busy.
 _MAX_JPEG_SEGMENTS = 1 << 12
+# A decoder goes over the whole image for each scan, also an empty one. Progressive files have about ten.
+_MAX_JPEG_SCANS = 32
 _MAX_PNG_CHUNKS = 1 << 16
 
 
@@ -318,7 +320,7 @@ def _jpeg_size(data: memoryview) -> tuple[int, int]:
     # Walked segment by segment: the end mark of a thumbnail inside APP1 is not the end of the image.
     # ISO/IEC 10918-1, annex B.
     size = None
-    in_scan = False
+    scans = 0
     position = 2
     for _ in range(_MAX_JPEG_SEGMENTS):
         found = _JPEG_MARKER.search(data, position)
@@ -326,13 +328,18 @@ def _jpeg_size(data: memoryview) -> tuple[int, int]:
             break
         marker, position = found[0][1], found.end()
         if marker == _EOI:
-            if size is None or not in_scan:
+            if size is None or not scans:
                 raise ImageRejectedError('data', 'JPEG ends before its first scan.')
             return size
         if marker in _SOF:
+            if size is not None:
+                # Which of them the decoder would believe, and allocate for, is its own affair.
+                raise ImageRejectedError('data', 'JPEG has two frame headers.')
             frame = data[position : position + 7]
             size = (int.from_bytes(frame[5:7], 'big'), int.from_bytes(frame[3:5], 'big'))
-        in_scan = in_scan or marker == _SOS
+        scans += marker == _SOS
+        if scans > _MAX_JPEG_SCANS:
+            raise ImageRejectedError('data', f'JPEG has more than {_MAX_JPEG_SCANS} scans.')
         position += int.from_bytes(data[position : position + 2], 'big')
     raise ImageRejectedError(
         'data', f'JPEG of {data.nbytes} bytes is cut short: no end mark.', remedy='Look for loss on the way here.'

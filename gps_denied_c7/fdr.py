@@ -14,6 +14,7 @@ from enum import IntEnum, unique
 from typing import Any, TypeVar
 
 from gps_denied_c7.errors import FdrSchemaError
+from gps_denied_c7.json_fields import decode_json
 
 __all__ = ['KINDS', 'SCHEMA_VERSION', 'FdrKind', 'FdrRecord', 'FdrRecorder', 'Severity', 'in_order', 'read_payload']
 
@@ -133,8 +134,8 @@ def read_payload(text: str) -> dict[str, Any]:
     :raises FdrSchemaError: ``text`` is no JSON object.
     """
     try:
-        payload = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        payload = decode_json(text)
+    except ValueError as error:
         raise FdrSchemaError(f'payload_json is no JSON: {error}.') from error
     if not isinstance(payload, dict):
         raise FdrSchemaError(f'payload_json holds a {type(payload).__name__}, not an object.')

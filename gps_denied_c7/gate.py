@@ -387,7 +387,7 @@ def read_trusted(path: Path, limit: int) -> bytes:
                     'file', expected=f'at most {limit} bytes', found=f'{info.st_size} bytes in {path}', remedy=_REBUILD
                 )
             return file.readall()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise EngineSchemaMismatchError('file', expected='a regular file', found=str(error), remedy=_REBUILD) from error
 
 

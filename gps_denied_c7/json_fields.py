@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 
 from gps_denied_c7.errors import ModelBundleError
 
-__all__ = ['Fields', 'parse_json', 'require', 'require_digest', 'require_known']
+__all__ = ['Fields', 'decode_json', 'parse_json', 'require', 'require_digest', 'require_known']
 
 _DIGEST = re.compile(r'sha256:[0-9a-f]{64}')
 _MAX_NAME_BYTES = 255
+_MAX_DEPTH = 32
 _T = TypeVar('_T')
 
 
@@ -33,6 +34,8 @@ class Fields:
         self._values = value
         self._where = where
         self._taken: set[str] = set()
+        for name in value:
+            require(_is_plain(name), where or 'the file', f'has a key {name!a}, which is no text.')
 
     def names(self) -> list[str]:
         """Return the keys found."""
@@ -61,6 +64,7 @@ class Fields:
         """Return a required string."""
         value = self.take(name)
         self.check(isinstance(value, str), name, f'expected a string, found {_json_type(value)}.')
+        self.check(_is_plain(value), name, f'{value!a} is no text: half of a surrogate pair cannot be written.')
         return str(value)
 
     def integer(self, name: str) -> int:
@@ -137,6 +141,34 @@ def _json_type(value: object) -> str:
     return names.get(type(value), type(value).__name__)
 
 
+def _is_plain(text: str) -> bool:
+    return text.isascii() or not any('\ud800' <= character <= '\udfff' for character in text)
+
+
+def decode_json(text: str, unique: Callable[[list[tuple[str, Any]]], Any] | None = None) -> object:
+    """
+    Parse JSON that is nested 32 levels deep at most, so that whoever walks, prints or writes it again comes to an end.
+
+    :param unique: makes an object from its pairs of key and value, where it is to refuse some.
+    :raises ValueError: the text is none, or nested deeper.
+    """
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except RecursionError as error:
+        raise ValueError('it is nested too deep') from error
+    level = [value]
+    for _ in range(_MAX_DEPTH + 1):
+        level = [
+            inner
+            for holder in level
+            if isinstance(holder, (dict, list))
+            for inner in (holder.values() if isinstance(holder, dict) else holder)
+        ]
+        if not level:
+            return value
+    raise ValueError(f'it is nested deeper than {_MAX_DEPTH} levels')
+
+
 def parse_json(content: bytes) -> object:
     """
     Parse UTF-8 JSON without doubled keys; NaN and infinity are left to who takes the number.
@@ -152,9 +184,8 @@ def parse_json(content: bytes) -> object:
         return values
 
     try:
-        text = content.decode('utf-8')
-        return json.loads(text, object_pairs_hook=refuse_duplicates)
-    except (ValueError, RecursionError) as error:
+        return decode_json(content.decode('utf-8'), refuse_duplicates)
+    except ValueError as error:
         raise ModelBundleError(f'not JSON: {error}.', remedy='Write the bundle again.') from error
 
 

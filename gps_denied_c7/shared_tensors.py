@@ -20,6 +20,9 @@ __all__ = ['SharedTensors', 'TensorLayout']
 _ALIGNMENT = 64
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _DTYPES = frozenset(np.dtype(code).name for code in '?bBhHiIlLqQefd')
+_MAX_RANK = 32
+# NumPy counts with the axes of no size left out.
+_MAX_BYTES = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +53,14 @@ class TensorLayout:
         """
         try:
             tensors = tuple(
-                (str(name), np.dtype(dtype).name, tuple(int(axis) for axis in shape), int(offset))
+                (str(name), str(dtype), tuple(int(axis) for axis in shape), int(offset))
                 for name, dtype, shape, offset in value  # type: ignore[attr-defined]
             )
         except (TypeError, ValueError, OverflowError) as error:
             raise InferenceError(f'a tensor layout that cannot be read: {value!r:.200}.') from error
         for name, dtype, shape, offset in tensors:
-            if dtype not in _DTYPES or offset < 0 or any(axis < 0 for axis in shape):
+            possible = dtype in _DTYPES and offset >= 0 and len(shape) <= _MAX_RANK and all(axis >= 0 for axis in shape)
+            if not possible or _nbytes(dtype, tuple(axis or 1 for axis in shape)) > _MAX_BYTES:
                 raise InferenceError(f'tensor {name!r} has an impossible layout: {dtype} {shape} at {offset}.')
         return cls(tensors)
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from gps_denied_c7 import errors
 from gps_denied_c7.errors import C7Error, EngineSchemaMismatchError, InferenceError, RuntimeUnavailableError
+from gps_denied_c7.json_fields import decode_json
 
-__all__ = ['Channel', 'ChannelClosedError', 'error_from_json', 'error_to_json']
+__all__ = ['Channel', 'ChannelClosedError', 'error_from_json', 'error_to_json', 'plain_text']
 
 _PACKET_BYTES = 1 << 16
 _TEXT_CHARACTERS = 8000
@@ -46,15 +47,21 @@ class Channel:
         """Return the descriptor, to be polled."""
         return self._end.fileno()
 
-    def send(self, packet: Mapping[str, Any], descriptors: Iterable[int] = ()) -> None:
+    def send(self, packet: Mapping[str, Any], descriptors: Iterable[int] = (), *, block: bool = True) -> None:
         """
         Send ``packet``; a copy of each descriptor goes with it.
 
+        :param block: wait where many packets lie unread at the other end.
         :raises ChannelClosedError: nobody is there to receive it.
+        :raises InferenceError: it would have to wait.
         """
         data = json.dumps(packet, separators=(',', ':')).encode()
+        beside = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', descriptors))]
         try:
-            socket.send_fds(self._end, [data], list(descriptors))
+            # Not socket.send_fds, which drops its flags.
+            self._end.sendmsg([data], beside, 0 if block else socket.MSG_DONTWAIT)
+        except BlockingIOError as error:
+            raise InferenceError('a packet could not be sent: the other end reads none.') from error
         except OSError as error:
             raise ChannelClosedError(f'a packet could not be sent: {error}.') from error
 
@@ -77,15 +84,17 @@ class Channel:
         for level, what, content in ancillary:
             if (level, what) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
-        if not data:
-            raise ChannelClosedError('the other end is closed.')
         try:
-            packet = json.loads(data)
+            if not data:
+                raise ChannelClosedError('the other end is closed.')
+            packet = decode_json(data.decode())
             if kind & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or not isinstance(packet, dict):
                 raise ValueError('cut off, or no object')
-        except ValueError as error:
+        except (ChannelClosedError, ValueError) as error:
             for descriptor in descriptors:
                 os.close(descriptor)
+            if isinstance(error, ChannelClosedError):
+                raise
             raise InferenceError(f'a packet cannot be read ({error}): {data!r:.100}') from error
         return packet, list(descriptors)
 
@@ -108,10 +117,15 @@ def error_to_json(error: BaseException) -> dict[str, Any]:
     }
 
 
+def plain_text(value: object) -> str:
+    """Return what a worker told as text that can be written anywhere, halves of surrogate pairs spelled out."""
+    return str(value).encode('utf-8', 'backslashreplace').decode()
+
+
 def error_from_json(value: Any) -> C7Error:
     """Return the error that a worker met; of the base's kind where nobody knows the one it names."""
     value = value if isinstance(value, dict) else {'message': repr(value)[:200]}
-    message, remedy = str(value.get('message', '')), str(value.get('remedy', ''))
+    message, remedy = plain_text(value.get('message', '')), plain_text(value.get('remedy', ''))
     kind = getattr(errors, str(value.get('kind')), InferenceError)
     fields = value.get('fields')
     fields = fields if isinstance(fields, dict) else {}

@@ -29,12 +29,14 @@ from gps_denied_c7.runtimes import require_strategy
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.tensors import TensorSpec, check_inputs, check_outputs
 from gps_denied_c7.worker import LOG_MARK, WorkerTask
-from gps_denied_c7.worker_channel import Channel, ChannelClosedError, error_from_json
+from gps_denied_c7.worker_channel import Channel, ChannelClosedError, error_from_json, plain_text
 
 __all__ = ['WorkerHost', 'worker_hosts']
 
 _REAP_S = 2.0
 _LARGEST_ANSWER_BYTES = 1 << 30
+# A request has one answer, and another packet where the answer needs a larger segment.
+_MOST_PACKETS = 8
 _KEPT_VARIABLES = ('PATH', 'LD_LIBRARY_PATH', 'HOME', 'USER', 'LANG', 'TZ', 'TMPDIR', '_ROS_WHEELS_BOOTSTRAP_COMPLETE')
 _KEPT_PREFIXES = ('LC_', 'XDG_', 'PYTHON', 'VIRTUAL_ENV', 'MALLOC_', 'OMP_', 'CUDA_', 'NVIDIA_', 'ORT_', 'TORCH')
 
@@ -113,6 +115,7 @@ class WorkerHost:
         self._sent_layout: TensorLayout | None = None
         self._outputs: dict[str, NDArray] = {}
         self._number = 0
+        self._packets = 0
         self._releasing = threading.Lock()
         self._running = False
         self._input_specs: tuple[TensorSpec, ...] = ()
@@ -199,10 +202,10 @@ class WorkerHost:
             packet['layout'] = layout.to_json()
             self._sent_layout = layout
         try:
-            self._channel.send(packet)
+            self._channel.send(packet, block=False)
         except ChannelClosedError as error:
             raise self._died() from error
-        self._running = True
+        self._running, self._packets = True, 0
 
     def poll(self, timeout_s: float | None) -> dict[str, NDArray] | None:
         """
@@ -216,6 +219,10 @@ class WorkerHost:
             packet = self._receive(deadline)
             if packet is None:
                 return None
+            self._packets += 1
+            if self._packets > _MOST_PACKETS:
+                # It would be listened to beyond every deadline.
+                raise InferenceError(f'{self._name()} says more than a request needs.')
             if packet.get('say') == 'needs':
                 self._grow(packet)
                 continue
@@ -357,7 +364,7 @@ class WorkerHost:
         if process is None or not _readable(self._pidfd, _REAP_S):
             return WorkerDiedError(f'{self._name()} closed its channel.')
         code = process.wait()
-        how = f'was ended by {signal.Signals(-code).name}' if code < 0 else f'ended with exit code {code}'
+        how = f'was ended by {_signal_name(-code)}' if code < 0 else f'ended with exit code {code}'
         return WorkerDiedError(f'{self._name()} {how}.')
 
     def _name(self) -> str:
@@ -373,27 +380,29 @@ class WorkerHost:
             self._input_specs = tuple(_spec(spec) for spec in packet['inputs'])
             self._output_specs = tuple(_spec(spec) for spec in packet['outputs'])
             return EngineFacts(
-                active_provider=str(facts['active_provider']),
-                requested_providers=tuple(str(name) for name in facts['requested_providers']),
+                active_provider=plain_text(facts['active_provider']),
+                requested_providers=tuple(plain_text(name) for name in facts['requested_providers']),
                 cpu_only=bool(facts['cpu_only']),
                 cpu_nodes=None if nodes is None else int(nodes),
-                notes=tuple(str(note) for note in facts['notes']),
+                notes=tuple(plain_text(note) for note in facts['notes']),
                 load_s=float(facts['load_s']),
             )
-        except (KeyError, TypeError, ValueError) as error:
-            raise EngineDeserializeError(f'{self._name()} told something unreadable: {packet!r:.300}') from error
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise EngineDeserializeError(f'{self._name()} told something unreadable: {packet!a:.300}') from error
 
     def _tell_progress(self, packet: dict[str, Any]) -> None:
         if self._on_build is None:
             return
         fraction = packet.get('fraction')
-        self._on_build(
-            BuildProgress(
-                str(packet.get('phase', '')),
+        try:
+            progress = BuildProgress(
+                plain_text(packet.get('phase', '')),
                 float(packet.get('elapsed_s', 0.0)),
                 None if fraction is None else float(fraction),
             )
-        )
+        except (TypeError, ValueError, OverflowError) as error:
+            raise EngineDeserializeError(f'{self._name()} told something unreadable: {packet!a:.300}') from error
+        self._on_build(progress)
 
     def _prepare(self, inputs: Mapping[str, NDArray]) -> None:
         """Have a segment whose arrays are shaped like ``inputs``."""
@@ -409,6 +418,8 @@ class WorkerHost:
         size = packet.get('bytes')
         if not isinstance(size, int) or not 0 <= size <= _LARGEST_ANSWER_BYTES:
             raise InferenceError(f'{self._name()} asks for an impossible segment of {size!r} bytes.')
+        # Views of the segment before are no answer to anything that comes.
+        self._outputs = {}
         self._answers = self._replace(self._answers, 'answers', size)
 
     def _replace(self, before: SharedTensors | None, role: str, size: int) -> SharedTensors:
@@ -420,10 +431,14 @@ class WorkerHost:
         except OSError as error:
             raise InferenceError(f'no memory for a segment of {size} bytes: {error}.') from error
         try:
-            self._channel.send({'do': 'map', 'segment': role}, [segment.descriptor])
+            # A worker that reads nothing must not hold up this process.
+            self._channel.send({'do': 'map', 'segment': role}, [segment.descriptor], block=False)
         except ChannelClosedError as error:
             segment.close()
             raise self._died() from error
+        except InferenceError:
+            segment.close()
+            raise
         return segment
 
 
@@ -485,7 +500,16 @@ def _forward_log(descriptor: int, name: str) -> None:
 
 def _spec(value: Any) -> TensorSpec:
     name, dtype, shape = value
-    return TensorSpec(str(name), np.dtype(dtype).name, tuple(None if axis is None else int(axis) for axis in shape))
+    axes = tuple(None if axis is None else int(axis) for axis in shape)
+    return TensorSpec(plain_text(name), np.dtype(str(dtype)).name, axes)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        # Of the real-time signals, only the first and the last have names.
+        return f'signal {number}'
 
 
 def _readable(descriptor: int, timeout_s: float = 0.0) -> bool:

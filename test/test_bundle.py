@@ -7,6 +7,7 @@ import json
 import os
 import time
 import tracemalloc
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ from gps_denied_c7.bundle import (
     image_input,
     write_bundle,
 )
+from gps_denied_c7.bundle_files import read_npz
 from gps_denied_c7.errors import ModelBundleError
 from gps_denied_c7.preprocessing import PreprocessingSpec, ResizeMode
 from gps_denied_c7.tensors import TensorSpec
@@ -801,3 +803,65 @@ def test_m1_no_json_raises_anything_but_a_refusal(root, written, changes, whole)
         return
     _rewrite(root, bundle.to_json())
     assert ModelBundle.load(root) == bundle
+
+
+@pytest.mark.parametrize('depth', [40, 200, 500, 800, 900, 950, 980, 990, 100_000])
+@pytest.mark.parametrize('key', ['"shape": [1, 4]', '"mean": [0.0]', '"rtol": 0.001'])
+def test_m1_values_nested_to_any_depth_are_refused(root, key, depth):
+    text = json.dumps(_json(root))
+    assert text.count(key) == 1
+    _rewrite(root, text.replace(key, f'{key.partition(":")[0]}: {"[" * depth}{"]" * depth}'))
+    with pytest.raises(ModelBundleError, match='nested'):
+        ModelBundle.load(root)
+
+
+def test_m1_a_name_that_cannot_be_published_is_refused(root):
+    text = json.dumps(_json(root))
+    for surrogate in (r'\ud800', r'\udfff'):
+        _rewrite(root, text.replace('"heat"', f'"{surrogate}"'))
+        with pytest.raises(ModelBundleError, match='no text'):
+            ModelBundle.load(root)
+
+
+def test_m1_a_model_json_of_a_tebibyte_is_not_read(root):
+    os.truncate(root / 'model.json', 1 << 40)
+    with pytest.raises(ModelBundleError, match='more than'):
+        ModelBundle.load(root)
+
+
+def test_m1_a_golden_file_of_a_tebibyte_is_not_read(root):
+    os.truncate(root / 'golden_outputs.npz', 1 << 40)
+    with pytest.raises(ModelBundleError, match='more than'):
+        ModelBundle.load(root).golden_outputs()
+
+
+def _with_golden_outputs(root, content):
+    (root / 'golden_outputs.npz').write_bytes(content)
+    _rewrite(root, _put(_json(root), 'golden.outputs.sha256', hashlib.sha256(content).hexdigest()))
+    return ModelBundle.load(root)
+
+
+def test_m1_an_entry_that_is_no_array_is_refused(root):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, 'w') as archive:
+        for spec in _OUTPUTS:
+            archive.writestr(f'{spec.name}.npy', b'no array')
+    with pytest.raises(ModelBundleError, match='no arrays'):
+        _with_golden_outputs(root, content.getvalue()).golden_outputs()
+
+
+def test_m1_an_archive_that_unpacks_to_more_than_its_limit_is_refused(root):
+    content = io.BytesIO()
+    np.savez_compressed(content, places=np.zeros(1 << 21))
+    (root / 'bomb.npz').write_bytes(content.getvalue())
+    assert len(content.getvalue()) < 1 << 16
+    file = BundleFile(root / 'bomb.npz', file_sha256(root / 'bomb.npz'))
+    assert read_npz(file)['places'].nbytes == 1 << 24
+    with pytest.raises(ModelBundleError, match='unpacks to'):
+        read_npz(file, limit=1 << 24)
+
+
+@pytest.mark.parametrize('max_distance', [1e154, 1e155, 1e200, 1e308])
+def test_m1_a_distance_whose_square_is_no_number_is_compared_all_the_same(max_distance):
+    points = np.zeros((3, 2), np.float32)
+    assert MatchedDistance('points', max_distance, 1.0).disagreement(points, points + 5) is None

@@ -493,3 +493,42 @@ def test_n7_no_damaged_file_raises_anything_but_a_refusal(name, format, flips, c
 def test_n7_no_garbage_raises_anything_but_a_refusal(start, rest):
     with pytest.raises(ImageRejectedError):
         decode_compressed('jpeg', start + rest)
+
+
+def _segment(marker, content):
+    return bytes((0xFF, marker)) + struct.pack('>H', len(content) + 2) + content
+
+
+def _frame(width, height):
+    return _segment(0xC0, struct.pack('>BHHB', 8, height, width, 1) + b'\x01\x11\x00')
+
+
+def _jpeg(width=32, height=24):
+    return cv2.imencode('.jpg', np.zeros((height, width), np.uint8))[1].tobytes()
+
+
+def test_n7_a_second_frame_header_does_not_hide_the_size_of_the_first():
+    """The decoder takes the first, and allocates for it."""
+    jpeg = _jpeg()
+    huge = jpeg.replace(struct.pack('>HH', 24, 32), struct.pack('>HH', 16000, 16385))
+    for data in (huge[:-2] + _frame(32, 24) + b'\xff\xd9', jpeg[:2] + _frame(16000, 16000) + jpeg[2:]):
+        with pytest.raises(ImageRejectedError) as refused:
+            check_compressed('jpeg', data)
+        assert refused.value.reason in ('data', 'size')
+
+
+def test_n7_a_marker_without_a_length_hides_no_segment():
+    """FF 01 has none; what looks like its length would skip the header that the decoder takes."""
+    jpeg = _jpeg()
+    hidden = jpeg[2:-2].replace(struct.pack('>HH', 24, 32), struct.pack('>HH', 16000, 16385))
+    data = jpeg[:2] + b'\xff\x01' + struct.pack('>H', len(hidden) + 2) + hidden + jpeg[2:]
+    with pytest.raises(ImageRejectedError):
+        check_compressed('jpeg', data)
+
+
+def test_n7_scans_without_end_are_refused():
+    jpeg = cv2.imencode('.jpg', np.zeros((24, 32, 3), np.uint8), [cv2.IMWRITE_JPEG_PROGRESSIVE, 1])[1].tobytes()
+    check_compressed('jpeg', jpeg)
+    scan = jpeg[jpeg.rindex(b'\xff\xda') : -2]
+    with pytest.raises(ImageRejectedError, match='scans'):
+        check_compressed('jpeg', jpeg[:-2] + scan * 40 + b'\xff\xd9')

@@ -156,3 +156,15 @@ def test_records_that_arrive_in_any_order_are_put_into_the_order_of_writing():
     assert in_order(arrived, lambda mark: mark) == [
         ('late', 0), ('late', 1), ('late', 2), ('late', 3), ('next', 0), ('next', 1),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize('depth', [10, 31, 33, 300, 900, 990, 100_000])
+def test_a_payload_nested_to_any_depth_is_refused_or_can_be_written_again(recorder, records, depth):
+    text = f'{{"a": {"[" * depth}{"]" * depth}}}'
+    try:
+        payload = read_payload(text)
+    except FdrSchemaError:
+        assert depth > 31
+        return
+    recorder.emit('c7.session_ended', reason='', clean=True, **payload)
+    assert read_payload(records[0].payload_json())['a'] == payload['a']

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gps_denied_c7.errors import EngineSchemaMismatchError
-from gps_denied_c7.gate import EngineGate, EngineManifest, EngineName, HostProfile, manifest_path
+from gps_denied_c7.gate import EngineGate, EngineManifest, EngineName, HostProfile, manifest_path, read_manifest
 from gps_denied_c7.tensors import TensorSpec
 
 HOST = HostProfile(gpu='Orin', sm=87, tensorrt='8.6.2', platform='linux-aarch64')
@@ -348,3 +348,18 @@ def test_g1_mutated_manifest_is_never_admitted(well_formed: Path, mutated: bytes
 @given(st.text(max_size=80).filter(lambda text: '/' not in text and '\0' not in text))
 def test_g1_any_file_name_is_refused_with_the_typed_error_alone(name: str) -> None:
     refused(Path('/nowhere') / name)
+
+
+def test_g1_a_manifest_nested_to_any_depth_is_refused_with_the_typed_error_alone(tmp_path: Path) -> None:
+    path = write_engine(tmp_path, manifest_of())
+    content = json.loads(manifest_path(path).read_bytes())
+    for depth in (30, 100, 200, 300, 400, 500, 700, 900, 990, 100_000):
+        text = json.dumps({**content, 'builder_flags': ['here']}, sort_keys=True, indent=1)
+        manifest_path(path).write_text(text.replace('"here"', '[' * depth + ']' * depth))
+        assert refused(path).field.startswith('manifest')
+
+
+@pytest.mark.parametrize('name', ['\ud800', 'a\0b'])
+def test_g1_a_name_that_no_file_has_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(EngineSchemaMismatchError, match='file'):
+        read_manifest(tmp_path / name)

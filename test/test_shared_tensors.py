@@ -58,7 +58,7 @@ def test_a_segment_that_is_not_sealed_is_refused():
 
 def test_a_tensor_outside_of_its_segment_is_refused():
     segment = SharedTensors.create(64, writable=False)
-    for tensors in ([['x', 'float32', [17], 0]], [['x', 'uint8', [1], 64]], [['x', 'float64', [1 << 60], 0]]):
+    for tensors in ([['x', 'float32', [17], 0]], [['x', 'uint8', [1], 64]], [['x', 'float64', [1 << 59], 0]]):
         with pytest.raises(InferenceError, match='reaches past'):
             segment.arrays(TensorLayout.from_json(tensors))
 
@@ -84,3 +84,11 @@ def test_whatever_a_worker_says_of_its_tensors_is_a_layout_or_an_error(told):
     finally:
         segment.close()
     assert all(view.nbytes <= 64 for view in views.values())
+
+
+@pytest.mark.parametrize('shape', [[1] * 65, [1] * 1000, [0, 1 << 63], [0, 1 << 62, 1 << 62], [0, 10**40]])
+def test_a_shape_that_numpy_cannot_have_is_an_error(shape):
+    segment = SharedTensors.create(64, writable=False)
+    with pytest.raises(InferenceError):
+        segment.arrays(TensorLayout.from_json([['x', 'float32', shape, 0]]))
+    segment.close()

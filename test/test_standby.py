@@ -80,18 +80,21 @@ class ScriptedWorker:
 class Bench:
     """A chain over scripted workers, with its clock, and everything it told."""
 
+    worker_type, rules = ScriptedWorker, ()
+
     def __init__(self, *rungs, **config):
         self.records, self.workers, self.now_ns = [], [], 0
         self.load_faults = {}
         self.loads_may_end = threading.Event()
         self.loads_may_end.set()
         self.bundle = ModelBundle(
-            name='net', root='/', weights_digest='sha256:' + '0' * 64, inputs=(SPEC,), outputs=(SPEC,)
-        )
+            name='net', root='/', weights_digest='sha256:' + '0' * 64, inputs=(SPEC,), outputs=(SPEC,),
+            rules=self.rules,
+        )  # fmt: skip
         self.chain = RuntimeChain(
             self.bundle,
             C7InferenceConfig(**config),
-            lambda rung: ScriptedWorker(rung, self),
+            lambda rung: self.worker_type(rung, self),
             emit=lambda kind, **payload: self.records.append((kind, payload)),
             monotonic_ns=lambda: self.now_ns,
             rungs=rungs,
@@ -260,6 +263,46 @@ def test_f4_a_worker_that_hangs_for_good_is_given_up_where_no_other_can_be_loade
     bench.load_faults.clear()
     bench.now_ns += int(60e9)
     bench.ask()
+
+
+def test_f4_a_worker_that_is_given_up_and_cannot_be_killed_is_told_of():
+    bench = Bench(GPU, CPU, hot_standby=False).ready()
+    bench.load_faults[GPU] = bench.load_faults[CPU] = EngineDeserializeError('no memory.')
+    hung = bench.serving()
+    hung.act, hung.killable = 'late', False
+    with pytest.raises(ChainExhaustedError):
+        bench.ask()
+    assert 'c7.worker_unkillable' in [kind for kind, _ in bench.records]
+    assert bench.chain.status().gpu_lost
+
+
+def test_f8_two_late_engines_in_turn_are_one_switch_from_the_first():
+    bench = Bench(GPU, OTHER_GPU, CPU).ready()
+    bench.serving().act = bench.standby().act = 'late'
+    with pytest.raises(InferenceError, match='two engines in turn'):
+        bench.ask()
+    (switch,) = bench.switches()
+    assert (switch['from'], switch['to']) == (GPU.name, bench.chain.status().active.name)
+
+
+def test_n1_a_last_rung_that_died_is_loaded_afresh_when_it_is_proven():
+    bench = Bench(CPU, hot_standby=False).ready()
+    bench.serving().alive = False
+    bench.chain.prove()
+    assert bench.serving().alive and len(bench.switches()) == 1
+
+
+def test_n1_an_exhausted_chain_that_is_proven_tries_a_lost_gpu_again_and_tells_of_the_switch():
+    bench = Bench(GPU, OTHER_GPU, CPU)
+    for rung in (GPU, OTHER_GPU, CPU):
+        bench.load_faults[rung] = EngineDeserializeError('no memory.')
+    with pytest.raises(ChainExhaustedError):
+        bench.chain.load()
+    bench.load_faults.clear()
+    bench.chain.prove()
+    assert bench.chain.status().active == GPU
+    (switch,) = bench.switches()
+    assert (switch['from'], switch['to']) == ('none', GPU.name)
 
 
 def test_f6_a_better_rung_comes_back_after_three_live_frames():

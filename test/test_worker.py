@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -320,3 +321,88 @@ def test_f2_f3_a_chain_of_real_workers_answers_every_frame(bundle):
         chain.release()
     wait_until(lambda: not subprocess.run(['pgrep', '-P', str(os.getpid()), '-f', 'gps_denied_c7.worker'],
                                           capture_output=True).stdout, 'every worker to be gone')  # fmt: skip
+
+
+@pytest.mark.parametrize('depth', [40, 300, 900, 990, 30_000])
+def test_a_packet_nested_to_any_depth_is_an_error(depth):
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    channel = Channel(ours)
+    theirs.send(b'{"say": ' + b'[' * depth + b']' * depth + b'}')
+    with pytest.raises(InferenceError, match='nested'):
+        channel.receive()
+    channel.close()
+    theirs.close()
+
+
+def test_f1_descriptors_beside_an_empty_packet_are_closed():
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    channel = Channel(ours)
+    before = descriptors()
+    socket.send_fds(theirs, [b''], [ours.fileno()])
+    with pytest.raises(ChannelClosedError):
+        channel.receive()
+    assert descriptors() == before
+    channel.close()
+    theirs.close()
+
+
+def test_f1_a_worker_that_reads_nothing_does_not_hold_up_who_sends():
+    ours, theirs = Channel.pair()
+    with pytest.raises(InferenceError, match='reads none'):
+        for _ in range(100_000):
+            ours.send({'do': 'infer'}, block=False)
+    ours.close()
+    theirs.close()
+
+
+def test_f1_a_worker_that_talks_without_end_is_not_listened_to_without_end(bundle, worker, monkeypatch):
+    """Each packet would be looked at, whatever the deadline says."""
+    os.kill(worker.pid, signal.SIGSTOP)
+    worker.begin(bundle.golden_inputs())
+    heard = itertools.count()
+    stale = {'say': 'answered', 'id': -1}
+    monkeypatch.setattr(worker, '_receive', lambda deadline: stale if next(heard) < 1000 else None)
+    with pytest.raises(InferenceError, match='more than a request needs'):
+        worker.poll(0.01)
+    monkeypatch.undo()
+
+
+def test_f1_an_answer_of_a_segment_that_was_replaced_is_none(bundle, worker, monkeypatch):
+    """What lies in the one before is the answer to another request."""
+    worker.infer(bundle.golden_inputs())
+    os.kill(worker.pid, signal.SIGSTOP)
+    worker.begin(bundle.golden_inputs())
+    said = [{'say': 'needs', 'bytes': 64}, {'say': 'answered', 'id': worker._number}]
+    monkeypatch.setattr(worker, '_receive', lambda deadline: said.pop(0))
+    with pytest.raises(InferenceError, match='layout'):
+        worker.poll(0.01)
+    monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    'packet',
+    [
+        {'say': 'progress', 'elapsed_s': []}, {'say': 'progress', 'fraction': 'half'},
+        {'say': 'progress', 'elapsed_s': 10**400},
+        {'say': 'loaded', 'facts': {'active_provider': '', 'requested_providers': [], 'cpu_only': True,
+                                    'cpu_nodes': float('inf'), 'notes': [], 'load_s': 1}, 'inputs': [], 'outputs': []},
+    ],
+)  # fmt: skip
+def test_f1_what_a_worker_tells_of_its_load_is_an_error_where_it_is_unreadable(bundle, monkeypatch, packet):
+    host = WorkerHost(CPU, bundle, CONFIG, on_build=lambda progress: None)
+    monkeypatch.setattr(host, '_receive', lambda deadline: packet)
+    with pytest.raises(EngineDeserializeError, match='unreadable'):
+        host.load()
+    host.release()
+
+
+def test_f1_a_death_by_a_signal_without_a_name_is_an_error(bundle, worker):
+    os.kill(worker.pid, signal.SIGRTMIN + 3)
+    wait_until(lambda: not worker.alive, 'the death to be seen')
+    with pytest.raises(InferenceError, match='signal 37'):
+        worker.infer(bundle.golden_inputs())
+
+
+def test_what_a_worker_tells_can_be_written_anywhere():
+    error = error_from_json({'kind': 'InferenceError', 'message': 'caf\udce9 \ud800', 'remedy': '\udfff'})
+    assert str(error).encode() and error.remedy.encode()

@@ -230,13 +230,21 @@ def _external_files(model: Path, tensors: Sequence[onnx.TensorProto]) -> tuple[s
         if entry.key == 'location'
     }
     for file in files:
-        target = model.parent / file
-        if not target.resolve().is_relative_to(model.parent):
+        try:
+            # Protobuf gives what is no UTF-8 as bytes.
+            target = model.parent / str(file)
+            inside = isinstance(file, str) and target.resolve().is_relative_to(model.parent)
+            there = inside and target.is_file()
+        except (OSError, RuntimeError, ValueError) as error:
+            raise EngineDeserializeError(
+                f'{model} keeps weights in {str(file)[:200]!r}, which cannot be followed: {error}.', remedy=_COPY_AGAIN
+            ) from error
+        if not inside:
             raise EngineDeserializeError(
                 f'{model} keeps weights in {file!r}, outside its own directory.',
                 remedy='Put the weights beside the model and export it with relative names.',
             )
-        if not target.is_file():
+        if not there:
             raise EngineDeserializeError(
                 f'{model} keeps weights in {file!r}, which is not there.', remedy='Copy that file beside the model.'
             )

@@ -1,0 +1,220 @@
+"""M-1: whatever becomes of a bundle's files, what comes out is the bundle or a typed error."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from fuzz_mutations import damaged, fuzz, hostile_json
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gps_denied_c7.bundle import (
+    AllClose,
+    Artefact,
+    MatchedDistance,
+    ModelBundle,
+    SetOverlap,
+    default_preprocessing,
+    write_bundle,
+)
+from gps_denied_c7.bundle_files import npz_bytes
+from gps_denied_c7.errors import ModelBundleError
+from gps_denied_c7.preprocessing import PreprocessingSpec, ResizeMode
+from gps_denied_c7.tensors import TensorSpec
+
+WEIGHTS = f'sha256:{"a" * 64}'
+INPUTS = {'image': np.linspace(0, 1, 48, dtype=np.float32).reshape(1, 1, 6, 8)}
+OUTPUTS = {
+    'heat': np.linspace(-1, 1, 48, dtype=np.float32).reshape(1, 1, 6, 8),
+    'points': np.arange(40, dtype=np.float32).reshape(20, 2),
+    'places': np.array([[4, 9, 1, 7]]),
+}
+NPZ = npz_bytes(OUTPUTS)
+
+
+def make_bundle(root: Path) -> Path:
+    root.mkdir(exist_ok=True)
+    (root / 'net.onnx').write_bytes(b'a graph')
+    write_bundle(
+        root,
+        name='net',
+        weights_digest=WEIGHTS,
+        inputs=[TensorSpec('image', 'float32', (1, 1, 6, 8))],
+        outputs=[
+            TensorSpec('heat', 'float32', (1, 1, 6, 8)),
+            TensorSpec('points', 'float32', (None, 2)),
+            TensorSpec('places', 'int64', (1, 4)),
+        ],
+        preprocessing=PreprocessingSpec(width=8, height=6, colour='gray', resize=ResizeMode.LETTERBOX),
+        artefacts=[
+            Artefact.of_file(
+                root / 'net.onnx', strategy='onnx_trt_ep', weights_digest=WEIGHTS, precision='fp32',
+                io_names={'input.1': 'image', '/head/Sigmoid': 'heat'},
+            )
+        ],
+        rules=(AllClose('heat', 1e-3, 1e-4), MatchedDistance('points', 1.5, 0.9), SetOverlap('places', 0.5, 'values')),
+        golden_inputs=INPUTS,
+        golden_outputs=OUTPUTS,
+    )  # fmt: skip
+    return root
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_bundle(tmp_path_factory.mktemp('bundle') / 'net')
+
+
+@pytest.fixture(scope='module')
+def values(root: Path) -> dict:
+    return json.loads((root / 'model.json').read_text())
+
+
+def use(root: Path) -> bool:
+    """Do with a bundle all that a node does before an engine is asked; return whether nothing was refused."""
+    try:
+        bundle = ModelBundle.load(root)
+        for artefact in bundle.artefacts:
+            artefact.verify()
+        bundle.artefacts_for('onnx_trt_ep')
+        bundle.golden_inputs()
+        bundle.compare(bundle.golden_outputs(), OUTPUTS)
+        bundle.image_input()
+        default_preprocessing(bundle.inputs)
+        assert ModelBundle.load(root).to_json() == bundle.to_json()
+    except ModelBundleError as error:
+        assert str(error)
+        return False
+    return True
+
+
+@pytest.fixture
+def whole_json(root: Path):
+    content = (root / 'model.json').read_bytes()
+    yield content
+    (root / 'model.json').write_bytes(content)
+
+
+@fuzz(120)
+@given(data=st.data())
+def test_m1_a_damaged_model_json_is_read_or_refused(root: Path, whole_json: bytes, data: st.DataObject) -> None:
+    (root / 'model.json').write_bytes(data.draw(damaged(whole_json, (NPZ,))))
+    use(root)
+
+
+@fuzz(160)
+@given(data=st.data())
+def test_m1_a_model_json_of_other_values_is_read_or_refused(
+    root: Path, values: dict, whole_json: bytes, data: st.DataObject
+) -> None:
+    (root / 'model.json').write_bytes(data.draw(hostile_json(values)))
+    use(root)
+
+
+@fuzz(60)
+@given(data=st.data(), name=st.sampled_from(('net.onnx', 'golden_inputs.npz', 'golden_outputs.npz')))
+def test_m1_a_damaged_file_is_never_taken_for_the_one_that_was_named(
+    root: Path, data: st.DataObject, name: str
+) -> None:
+    file = root / name
+    content = file.read_bytes()
+    file.write_bytes(data.draw(damaged(content, (NPZ,))))
+    try:
+        assert not use(root)
+    finally:
+        file.write_bytes(content)
+
+
+def archive_of(entries: list[tuple[str, bytes]], method: int) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, 'w', method) as archive:
+        for name, entry in entries:
+            archive.writestr(zipfile.ZipInfo(name), entry, method)
+    return content.getvalue()
+
+
+def array_file(shape: str, dtype: str, content: bytes = b'') -> bytes:
+    header = f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + '\n'
+    return b'\x93NUMPY\x01\x00' + len(header).to_bytes(2, 'little') + header.encode('latin-1', 'replace') + content
+
+
+ARRAYS = {f'{name}.npy': zipfile.ZipFile(io.BytesIO(NPZ)).read(f'{name}.npy') for name in OUTPUTS}
+ARRAY_FILES = st.one_of(
+    st.builds(
+        array_file,
+        st.sampled_from(('(1, 4)', '(1 << 40,)', '(1099511627776,)', '(-1, 4)', '()', '(0,)', "'4'", '[1, 4]',
+                         '(1, 4.0)', '(' * 90 + ')' * 90, '(1,' * 40, '(True, 4)', '(99999999999999999999,)',
+                         '(0, 99999999999999999999)', '(1,)*99')),
+        st.sampled_from(("'<i8'", "'<f4'", "'|O'", "'|V0'", "'<U0'", "'<U9999999'", "[('a', '<i8')]", "'>i8'", 'None',
+                         "'<M8[ns]'", "'(3,)<i8'", "{'names': []}")),
+        st.binary(max_size=64),
+    ),
+    st.sampled_from(sorted(ARRAYS)).flatmap(lambda name: damaged(ARRAYS[name])),
+    st.binary(max_size=64),
+)  # fmt: skip
+HOSTILE_NPZ = st.one_of(
+    damaged(NPZ),
+    st.builds(
+        archive_of,
+        st.lists(
+            st.tuples(st.sampled_from((*ARRAYS, 'places', 'other.npy', '../x.npy', '')), ARRAY_FILES), max_size=2
+        ).map(lambda extra: [*((n, c) for n, c in ARRAYS.items() if n not in dict(extra)), *extra]),
+        st.sampled_from((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)),
+    ),
+)
+
+
+@pytest.mark.filterwarnings('ignore')
+@fuzz(160)
+@given(content=HOSTILE_NPZ)
+def test_m1_golden_arrays_with_a_right_digest_fit_or_are_refused(
+    root: Path, values: dict, whole_json: bytes, content: bytes
+) -> None:
+    file = root / 'golden_outputs.npz'
+    before = file.read_bytes()
+    file.write_bytes(content)
+    outputs = {**values['golden']['outputs'], 'sha256': hashlib.sha256(content).hexdigest()}
+    golden = {**values['golden'], 'outputs': outputs}
+    (root / 'model.json').write_text(json.dumps({**values, 'golden': golden}))
+    try:
+        use(root)
+    finally:
+        file.write_bytes(before)
+
+
+NUMBERS = st.floats() | st.sampled_from((0, 1, 1e-320, 1e154, 1e200, 1.7e308, 10**400)) | st.integers()
+
+
+@pytest.mark.filterwarnings('ignore')
+@fuzz(120)
+@given(
+    first=NUMBERS,
+    second=NUMBERS,
+    members=st.sampled_from(('nonzero', 'values', 'top_k', '')),
+    k=NUMBERS,
+    found=st.lists(st.floats(width=32), min_size=40, max_size=40),
+)
+def test_m1_rules_of_any_numbers_compare_any_arrays(
+    root: Path, values: dict, whole_json: bytes, first: float, second: float, members: str, k: float, found: list
+) -> None:
+    rules = {
+        'heat': {'kind': 'allclose', 'rtol': first, 'atol': second},
+        'points': {'kind': 'matched_distance', 'max_distance': first, 'min_fraction': second},
+        'places': {'kind': 'set_overlap', 'min_iou': second, 'members': members},
+    }
+    if members == 'top_k':
+        rules['places']['k'] = k
+    # One rule at a time: the others stay as they are, so that one refusal does not hide the rest.
+    for output, rule in rules.items():
+        (root / 'model.json').write_text(json.dumps({**values, 'rules': {**values['rules'], output: rule}}))
+        try:
+            bundle = ModelBundle.load(root)
+        except ModelBundleError:
+            continue
+        points = np.array(found, np.float32)
+        bundle.compare({**OUTPUTS, 'points': points.reshape(20, 2), 'heat': np.resize(points, (1, 1, 6, 8))})
