@@ -298,17 +298,39 @@ class RuntimeChain:
         engine = self._engine
         return engine.host.request_arrays if engine is not None else {}
 
-    def load(self) -> None:
+    def load(self, *, beside: bool = False) -> None:
         """
         Load and prove the first usable rung (N-1 configure).
 
         A better rung that needs longer than ``configure_budget_s`` goes on loading in the background (F-5).
 
+        :param beside: another chain serves meanwhile and needs the memory: what stands by is loaded with the
+            first :meth:`infer` only.
         :raises ChainExhaustedError: no rung is usable; nothing stays loaded.
         """
         with self._turn:
             self._walk(self._rungs)
-            self._order_loads()
+            if not beside:
+                self._order_loads()
+
+    def shadow(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        """
+        Run one request whose answer reaches no consumer: no alert, no other engine tried (N-10).
+
+        :param inputs: arrays by canonical name, only read.
+        :return: read-only arrays by canonical name, valid until the chain's next call.
+        :raises InferenceError: nothing is loaded, or the engine fails the request or hangs.
+        """
+        with self._turn:
+            engine = self._engine
+            if engine is None:
+                raise InferenceError('no engine is loaded.')
+            engine.host.begin(inputs)
+            outputs = engine.host.poll(engine.hang_s)
+            if outputs is None:
+                engine.host.kill()
+                raise InferenceError(f'{engine.rung.name} did not answer a live frame within {engine.hang_s:.1f} s.')
+            return outputs
 
     def prove(self) -> None:
         """
@@ -536,7 +558,8 @@ class RuntimeChain:
         self._retry_at_ns = self._monotonic_ns() + int(self._backoff_s * 1e9)
         self._set_status(state=ChainState.EXHAUSTED, active=None, facts=None)
         exhausted = self._exhausted()
-        self._emit('c7.chain_exhausted', model_name=self._bundle.name, reason=str(exhausted))
+        if not self._closing:
+            self._emit('c7.chain_exhausted', model_name=self._bundle.name, reason=str(exhausted))
         raise exhausted
 
     def _load_within(self, rung: Rung, budget_s: float | None) -> _Engine | None:
@@ -544,7 +567,7 @@ class RuntimeChain:
         load = next((load for load in self._loads if load.rung == rung), None)
         if load is None:
             if budget_s is None or not self._isolated or self._config.build_on_configure:
-                return self._load_engine(_Load(rung))
+                return self._load_here(rung)
             load = self._start_load(rung)
         if not load.done.wait(None if budget_s is None else max(0.0, budget_s)):
             return None
@@ -552,6 +575,15 @@ class RuntimeChain:
         if load.error is not None:
             raise load.error
         return load.engine
+
+    def _load_here(self, rung: Rung) -> _Engine:
+        load = _Load(rung)
+        # Listed, so that a release from another thread can end it.
+        self._loads.append(load)
+        try:
+            return self._load_engine(load)
+        finally:
+            self._loads.remove(load)
 
     def _load_engine(self, load: _Load) -> _Engine:
         # A rung that has been loaded before is known to need about so long; one that hangs meanwhile is not waited for.
@@ -861,7 +893,7 @@ class RuntimeChain:
         _log_unexpected(rung, error)
         self._failures[rung.name] = error
         _log.warning('%s is out: %s', rung.name, error)
-        if not isinstance(error, RuntimeUnavailableError):
+        if not isinstance(error, RuntimeUnavailableError) and not self._closing:
             self._emit('c7.engine_rejected', model_name=self._bundle.name, rung=rung.name, reason=str(error))
 
     def _prove(self, host: RungHost, limit_s: float) -> float:

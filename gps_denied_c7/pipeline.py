@@ -7,12 +7,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import Answer, RuntimeChain
 from gps_denied_c7.decoding import Pixels
 from gps_denied_c7.errors import C7Error, ImageRejectedError
@@ -21,9 +22,10 @@ from gps_denied_c7.slots import Frame, FrameSlots
 from gps_denied_c7.statistics import Statistics
 from gps_denied_c7.tensors import TensorSpec
 
-__all__ = ['FramePipeline', 'FrameResult', 'InferenceThread']
+__all__ = ['FramePipeline', 'FrameResult', 'FrameTap', 'InferenceThread', 'ServedModel']
 
 _IDLE_S = 0.5
+_LOOK_S = 0.02
 
 _log = logging.getLogger(__name__)
 
@@ -47,11 +49,69 @@ class FrameResult:
     durations_ns: Mapping[str, int]
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class ServedModel:
+    """
+    Hold what answers frames, so that all of it changes at once.
+
+    :param image_input: the network's input that ``preprocessor`` fills.
+    """
+
+    bundle: ModelBundle
+    chain: RuntimeChain
+    preprocessor: Preprocessor
+    image_input: TensorSpec
+    _own: NDArray = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        # A dynamic batch axis runs at one: one frame, one request.
+        shape = [axis or 1 for axis in self.image_input.shape]
+        object.__setattr__(self, '_own', np.zeros(shape, self.image_input.dtype))
+
+    def request(self, pixels: Pixels) -> dict[str, NDArray]:
+        """
+        Return the request for one image, valid until the next call.
+
+        :raises ImageRejectedError: the image does not fit.
+        """
+        name = self.image_input.name
+        # Where an engine reads its input from, or, before it has told, an array of our own.
+        tensor = self.chain.request_arrays().get(name)
+        if tensor is None or tensor.shape != self._own.shape:
+            tensor = self._own
+        self.preprocessor.run(pixels, tensor)
+        return {name: tensor}
+
+
+class FrameTap:
+    """Give copies of decoded frames to another thread, one for each time that it asks."""
+
+    def __init__(self) -> None:
+        self._wanted = False
+        self._pixels: Pixels | None = None
+        self._arrived = threading.Event()
+
+    def take(self, timeout_s: float) -> Pixels | None:
+        """Return the pixels of the next answered frame, owned by the caller; None where none came in time."""
+        self._arrived.clear()
+        self._wanted = True
+        arrived = self._arrived.wait(timeout_s)
+        self._wanted = False
+        return self._pixels if arrived else None
+
+    def offer(self, pixels: Pixels) -> None:
+        """Copy ``pixels`` if somebody waits for them; nothing is done otherwise."""
+        if self._wanted:
+            self._wanted = False
+            self._pixels = Pixels(pixels.array.copy(), pixels.order)
+            self._arrived.set()
+
+
 class FramePipeline:
     """
     Answer frames one at a time, from one thread.
 
-    :param spec: the network's image input.
+    :param model: answers until :meth:`replace`.
     :param decode: takes an image message, returns its pixels; raises ImageRejectedError.
     :param publish: takes each result and hands it on before the next frame is touched.
     :param on_refused: told every image that cannot be decoded or does not fit.
@@ -60,9 +120,7 @@ class FramePipeline:
 
     def __init__(
         self,
-        chain: RuntimeChain,
-        preprocessor: Preprocessor,
-        spec: TensorSpec,
+        model: ServedModel,
         *,
         decode: Callable[[Any], Pixels],
         publish: Callable[[FrameResult], None],
@@ -70,29 +128,31 @@ class FramePipeline:
         on_unanswered: Callable[[Frame, Exception], None],
         statistics: Statistics,
     ) -> None:
-        self._chain = chain
-        self._preprocessor = preprocessor
+        self._model = model
         self._decode = decode
         self._publish = publish
         self._on_refused = on_refused
         self._on_unanswered = on_unanswered
         self._statistics = statistics
         self._next_seq: Counter[str] = Counter()
-        self._name = spec.name
-        # A dynamic batch axis runs at one: one frame, one request.
-        self._input = np.zeros([axis or 1 for axis in spec.shape], spec.dtype)
+        self.answered = FrameTap()
+
+    def replace(self, model: ServedModel) -> None:
+        """Have ``model`` answer from the next frame on; the frame numbers go on. From the thread of :meth:`process`."""
+        self._model = model
+
+    def maintain(self) -> None:
+        """Look after the engines while no frame comes."""
+        self._model.chain.maintain()
 
     def process(self, frame: Frame) -> None:
         """Answer ``frame`` exactly once, or refuse it, or report it unanswered."""
         taken_ns = time.monotonic_ns()
+        model = self._model
         try:
             pixels = self._decode(frame.message)
             decoded_ns = time.monotonic_ns()
-            # Where an engine reads its input from, or, before it has told, an array of our own.
-            tensor = self._chain.request_arrays().get(self._name)
-            if tensor is None or tensor.shape != self._input.shape:
-                tensor = self._input
-            self._preprocessor.run(pixels, tensor)
+            request = model.request(pixels)
         except ImageRejectedError as error:
             self._on_refused(frame, error)
             return
@@ -103,7 +163,7 @@ class FramePipeline:
         preprocessed_ns = time.monotonic_ns()
         seq = self._accept(frame)
         try:
-            answer = self._chain.infer({self._name: tensor})
+            answer = model.chain.infer(request)
             inferred_ns = time.monotonic_ns()
             durations_ns = {
                 'queue': taken_ns - frame.received_ns,
@@ -112,7 +172,7 @@ class FramePipeline:
                 'inference': inferred_ns - preprocessed_ns,
             }
             height, width = pixels.array.shape[:2]
-            matrix = self._preprocessor.network_to_image(width, height)
+            matrix = model.preprocessor.network_to_image(width, height)
             self._publish(FrameResult(frame, seq, (width, height), matrix, answer, durations_ns))
         except Exception as error:  # an accepted frame is either answered or counted, whatever went wrong
             self._give_up(frame, error)
@@ -122,6 +182,7 @@ class FramePipeline:
         self._statistics.observe(
             {**durations_ns, 'publish': published_ns - inferred_ns, 'total': published_ns - frame.received_ns}
         )
+        self.answered.offer(pixels)
 
     def _accept(self, frame: Frame) -> int:
         self._statistics.count(frame.topic, 'accepted')
@@ -146,7 +207,6 @@ class InferenceThread:
         self,
         slots: FrameSlots,
         pipeline: FramePipeline,
-        chain: RuntimeChain,
         *,
         too_old: Callable[[Frame], bool],
         shed: Callable[[Frame], bool],
@@ -154,17 +214,38 @@ class InferenceThread:
     ) -> None:
         self._slots = slots
         self._pipeline = pipeline
-        self._chain = chain
         self._too_old = too_old
         self._shed = shed
         self._statistics = statistics
         self._stopping = False
+        self._replacing = threading.Lock()
+        self._replacement: ServedModel | None = None
         # A daemon: an engine that never returns must not keep the process from ending.
         self._thread = threading.Thread(target=self._run, name='c7-inference', daemon=True)
 
     def start(self) -> None:
         """Begin serving."""
         self._thread.start()
+
+    def answered_frame(self, timeout_s: float) -> Pixels | None:
+        """Return a copy of the next answered frame's pixels, None where none came in time; for one thread."""
+        return self._pipeline.answered.take(timeout_s)
+
+    def replace(self, model: ServedModel, cancelled: threading.Event) -> bool:
+        """
+        Have ``model`` answer from the next frame on, and wait until it does; for one thread.
+
+        :return: whether it does; False where ``cancelled`` was set before.
+        """
+        with self._replacing:
+            self._replacement = model
+        while self._replacement is model:
+            if cancelled.wait(_LOOK_S):
+                with self._replacing:
+                    withdrawn = self._replacement is model
+                    self._replacement = None
+                return not withdrawn
+        return True
 
     def stop(self, timeout_s: float) -> bool:
         """
@@ -183,9 +264,10 @@ class InferenceThread:
     def _run(self) -> None:
         while not self._stopping:
             try:
+                self._take_replacement()
                 frame = self._slots.take(_IDLE_S)
                 if frame is None:
-                    self._chain.maintain()
+                    self._pipeline.maintain()
                 elif self._too_old(frame):
                     self._statistics.count(frame.topic, 'too_old')
                 elif self._shed(frame):
@@ -197,3 +279,11 @@ class InferenceThread:
             except Exception:
                 # The thread is the node's only way to answer: it outlives whatever one frame brings.
                 _log.exception('the inference thread met an unexpected error and goes on')
+
+    def _take_replacement(self) -> None:
+        if self._replacement is None:
+            return
+        with self._replacing:
+            if self._replacement is not None:
+                self._pipeline.replace(self._replacement)
+                self._replacement = None

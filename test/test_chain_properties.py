@@ -205,10 +205,8 @@ class ChainMachine(RuleBasedStateMachine):
 
     @rule()
     def prove(self):
-        try:
+        with contextlib.suppress(ChainExhaustedError):
             self.chain.prove()
-        except ChainExhaustedError:
-            pass
         self.follow()
 
     @rule()

@@ -12,7 +12,7 @@ from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.decoding import Pixels
 from gps_denied_c7.errors import ImageRejectedError, InferenceError
 from gps_denied_c7.hosts import SynchronousHost
-from gps_denied_c7.pipeline import FramePipeline, InferenceThread
+from gps_denied_c7.pipeline import FramePipeline, InferenceThread, ServedModel
 from gps_denied_c7.preprocessing import PreprocessingSpec, Preprocessor
 from gps_denied_c7.runtime import EngineFacts, ProviderSet
 from gps_denied_c7.slots import Frame, FrameSlots
@@ -67,10 +67,9 @@ class Bench:
         )
         self.chain.load()
         self.slots = FrameSlots(topics, on_replaced=lambda frame: self.statistics.count(frame.topic, 'replaced'))
+        preprocessor = Preprocessor(PreprocessingSpec(width=6, height=4, colour='gray', scale=1.0))
         self.pipeline = FramePipeline(
-            self.chain,
-            Preprocessor(PreprocessingSpec(width=6, height=4, colour='gray', scale=1.0)),
-            SPEC,
+            ServedModel(bundle, self.chain, preprocessor, SPEC),
             decode=lambda message: self.decode(message),
             publish=self.publish,
             on_refused=lambda frame, error: self.refused.append((frame, error)),
@@ -78,7 +77,7 @@ class Bench:
             statistics=self.statistics,
         )
         self.thread = InferenceThread(
-            self.slots, self.pipeline, self.chain, too_old=too_old, shed=shed, statistics=self.statistics
+            self.slots, self.pipeline, too_old=too_old, shed=shed, statistics=self.statistics
         )
 
     def publish(self, result):
@@ -150,7 +149,7 @@ def test_an_image_that_the_pre_processing_refuses_is_refused(bench, monkeypatch)
     def refuse(pixels, out):
         raise ImageRejectedError('size', 'too small.')
 
-    monkeypatch.setattr(bench.pipeline._preprocessor, 'run', refuse)
+    monkeypatch.setattr(bench.pipeline._model.preprocessor, 'run', refuse)
     bench.pipeline.process(bench.frame())
     assert [error.reason for _, error in bench.refused] == ['size']
     assert (bench.results, bench.counters().accepted) == ([], 0)

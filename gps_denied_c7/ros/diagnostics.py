@@ -12,6 +12,7 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.node import Node
 
 from gps_denied_c7.chain import ChainState, ChainStatus
+from gps_denied_c7.model_swap import SwapStatus
 from gps_denied_c7.runtime import BuildProgress
 from gps_denied_c7.statistics import Percentiles, StreamCounters
 from gps_denied_c7.thermal import ThermalLevel, ThermalState
@@ -78,6 +79,7 @@ def runtime_report(
     callback_failures: Mapping[str, int],
     notices: tuple[str, ...] = (),
     building: BuildProgress | None = None,
+    swap: SwapStatus | None = None,
 ) -> Report:
     """
     Judge the runtime: what serves, and what stands against it.
@@ -85,10 +87,13 @@ def runtime_report(
     :param start_problem: why the last configure or activate failed, empty when it did not.
     :param notices: lasting remarks on the host, each a full sentence with its remedy.
     :param building: how far the engine is that is being built now, None where none is.
+    :param swap: the latest swap of the model since configure, None before the first.
     """
     values: dict[str, Any] = {'lifecycle_state': lifecycle_state}
     if building is not None:
         values |= {'building': building.phase, 'building_s': f'{building.elapsed_s:.0f}'}
+    if swap is not None:
+        values |= {'model_swap': swap.phase.value, 'model_swap_path': swap.path, 'model_swap_reason': swap.reason}
     if chain is not None:
         facts = chain.facts
         values |= {
@@ -113,6 +118,10 @@ def runtime_report(
         level, message = WARN, f'building an engine, which may take many minutes: {building}'
     if level == OK and (callback_failures or notices):
         level, message = WARN, notices[0] if notices else f'{message}, but callbacks have failed'
+    if swap is not None and swap.under_way:
+        message = f'{message}; a swap to {swap.path} is under way ({swap.phase.value})'
+    elif swap is not None and swap.unsuccessful:
+        level, message = max(level, WARN), f'{message}; the swap to {swap.path} {swap.phase.value}: {swap.reason}'
     return Report('Runtime', level, message, values)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import threading
 import time
@@ -18,14 +19,14 @@ from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 
-from gps_denied_c7.bundle import ModelBundle, default_preprocessing, image_input
+from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import ChainStatus, Rung, RungHost, RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import C7Error, ConfigError, ImageRejectedError
 from gps_denied_c7.host import describe_gpu, hardware_id, package_versions
 from gps_denied_c7.hosts import in_process_hosts
-from gps_denied_c7.pipeline import FramePipeline, FrameResult, InferenceThread
-from gps_denied_c7.preprocessing import Preprocessor
+from gps_denied_c7.model_swap import ModelSwapper, SwapStatus, fit_model
+from gps_denied_c7.pipeline import FramePipeline, FrameResult, InferenceThread, ServedModel
 from gps_denied_c7.ros.autostart import Autostart
 from gps_denied_c7.ros.diagnostics import (
     DiagnosticsPublisher,
@@ -46,7 +47,6 @@ from gps_denied_c7.runtime import BuildProgress
 from gps_denied_c7.scratch import Scratch
 from gps_denied_c7.slots import Frame, FrameSlots
 from gps_denied_c7.statistics import Statistics, StreamCounters
-from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.thermal import ThermalLevel, ThermalStatePublisher, UnknownThermalState
 from gps_denied_c7.thermal_policy import FrameShedding, ThermalPolicy
 from gps_denied_c7.worker_host import worker_hosts
@@ -57,6 +57,7 @@ DEFAULT_NODE_NAME = 'c7_inference'
 TENSORS_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.RELIABLE)
 
 _FINISH_FRAME_S = 5.0
+_CANCEL_SWAP_S = 2.0
 _WARN_EVERY_S = 5.0
 _DRAIN_S = 0.5
 
@@ -67,10 +68,7 @@ class _Loaded:
 
     settings: NodeSettings
     topics: tuple[str, ...]
-    chain: RuntimeChain
-    preprocessor: Preprocessor
-    image_input: TensorSpec
-    published: frozenset[str]
+    model: ServedModel
 
 
 class C7InferenceNode(ResponsiveLifecycleNode):
@@ -97,6 +95,8 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         self._loaded: _Loaded | None = None
         self._streams: tuple[ImageStream, ...] = ()
         self._inference: InferenceThread | None = None
+        self._swapper: ModelSwapper | None = None
+        self._swap: SwapStatus | None = None
         self._left_behind = False
         self._building: BuildProgress | None = None
         self._start_problem = ''
@@ -110,7 +110,11 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         super().__init__(node_name, **kwargs)
         self._recorder = FlightRecorder(self)
         self._settings = NodeParameters(
-            self, fixed=self._why_fixed, on_live=self._set_live, on_failure=self.report_callback_failure
+            self,
+            fixed=self._why_fixed,
+            on_live=self._set_live,
+            on_model_path=self._begin_swap,
+            on_failure=self.report_callback_failure,
         )
         self._live = self._settings.live()
         self._tensors = self.create_lifecycle_publisher(TensorList, '~/tensors', TENSORS_QOS)
@@ -248,29 +252,24 @@ class C7InferenceNode(ResponsiveLifecycleNode):
             raise ConfigError('model_path', 'is not set.', remedy='Name a model bundle or an .onnx file.')
         bundle = ModelBundle.load(Path(settings.model_path))
         topics = self._resolve_topics(settings.image_topics)
-        chain = RuntimeChain(
-            bundle,
-            settings.config,
-            self._hosts(bundle, settings.config),
-            emit=self.record,
-            on_change=self._on_chain_change,
-        )
+        chain = self._make_chain(bundle, settings.config)
         try:
             self._load(chain)
-            spec = settings.preprocessing_for(bundle.preprocessing or default_preprocessing(chain.inputs))
-            # Refused here, what does not fit would be refused again at every frame.
-            tensor = image_input(chain.inputs, spec)
-            _require_alone(tensor, chain.inputs)
-            published = settings.published(output.name for output in chain.outputs)
+            model = fit_model(bundle, chain, settings)
         except BaseException:
             chain.release()
             raise
+        self._swap = None
         self._statistics.open_streams(topics)
         self._refused_ns.clear()
         self._unanswered_ns.clear()
         self._dropped_by_age.clear()
         self._mismatches.clear()
-        self._loaded = _Loaded(settings, topics, chain, Preprocessor(spec), tensor, published)
+        self._loaded = _Loaded(settings, topics, model)
+
+    def _make_chain(self, bundle: ModelBundle, config: C7InferenceConfig) -> RuntimeChain:
+        hosts = self._hosts(bundle, config)
+        return RuntimeChain(bundle, config, hosts, emit=self.record, on_change=self._on_chain_change)
 
     def _hosts(self, bundle: ModelBundle, config: C7InferenceConfig) -> Callable[[Rung], RungHost]:
         if config.isolation == 'none':
@@ -297,24 +296,23 @@ class C7InferenceNode(ResponsiveLifecycleNode):
 
     def _activate(self, state: LifecycleState) -> None:
         loaded = self._require_loaded()
-        loaded.chain.prove()
+        loaded.model.chain.prove()
         if super().on_activate(state) != TransitionCallbackReturn.SUCCESS:
             raise C7Error('the tensor publisher could not be activated.')
         slots = FrameSlots(loaded.topics, on_replaced=lambda frame: self._count(frame.topic, 'replaced'))
         pipeline = FramePipeline(
-            loaded.chain,
-            loaded.preprocessor,
-            loaded.image_input,
+            loaded.model,
             decode=functools.partial(decode_message, scratch=Scratch()),
-            publish=functools.partial(self._publish, loaded.published),
+            publish=functools.partial(self._publish, frozenset(loaded.settings.output_tensors)),
             on_refused=lambda frame, error: self._refuse(frame.topic, error),
             on_unanswered=self._report_unanswered,
             statistics=self._statistics,
         )
         self._inference = InferenceThread(
-            slots, pipeline, loaded.chain, too_old=self._too_old, shed=self._shed, statistics=self._statistics
+            slots, pipeline, too_old=self._too_old, shed=self._shed, statistics=self._statistics
         )
         self._inference.start()
+        self._swapper = ModelSwapper(loaded.model, self._inference, self, loaded.settings)
         # One by one, so that a topic that cannot be subscribed leaves no earlier one behind unseen.
         for topic in loaded.topics:
             stream = ImageStream(
@@ -334,6 +332,9 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         super().on_deactivate(state)
 
     def _close_streams(self) -> None:
+        swapper, self._swapper = self._swapper, None
+        if swapper is not None and not swapper.stop(_CANCEL_SWAP_S):
+            self._left_behind = True
         # One by one, so that error processing closes what a failure has left.
         while self._streams:
             stream, *others = self._streams
@@ -349,14 +350,14 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         loaded, self._loaded = self._loaded, None
         if loaded is not None:
             try:
-                loaded.chain.release()
+                loaded.model.chain.release()
             except C7Error as error:
                 self.get_logger().error(str(error))
 
     # --- frames -----------------------------------------------------------------------------------
 
-    def _publish(self, published: frozenset[str], result: FrameResult) -> None:
-        self._tensors.publish(to_tensor_list(result, published))
+    def _publish(self, chosen: frozenset[str], result: FrameResult) -> None:
+        self._tensors.publish(to_tensor_list(result, chosen or None))
 
     def _count(self, topic: str, event: str) -> None:
         self._statistics.count(topic, event)
@@ -409,11 +410,47 @@ class C7InferenceNode(ResponsiveLifecycleNode):
             more = f' ({held} more jumps since the last warning)' if held else ''
             self.get_logger().warning(f'{topic}: stamps jumped back by {backwards_s:.1f} s; going on from there{more}')
 
+    # --- model swap -------------------------------------------------------------------------------
+
+    def make_chain(self, bundle: ModelBundle) -> RuntimeChain:
+        """Return a chain for another model with the settings in use; engines are not built in flight (F-5)."""
+        config = self._require_loaded().settings.config
+        return self._make_chain(bundle, dataclasses.replace(config, build_on_configure=False))
+
+    def path_accepted(self, path: str) -> bool:
+        """Return whether ``model_path`` is ``path`` for everybody who asks."""
+        return bool(self.get_parameter('model_path').value == path)
+
+    def model_swapped(self, path: str, model: ServedModel) -> None:
+        """Have diagnostics and the next cleanup see the model that answers now."""
+        loaded = self._require_loaded()
+        settings = dataclasses.replace(loaded.settings, model_path=path)
+        self._loaded = dataclasses.replace(loaded, settings=settings, model=model)
+
+    def keep_model(self, path: str) -> None:
+        """Take ``model_path`` back to the model that goes on answering."""
+        self._settings.restore('model_path', self._require_loaded().settings.model_path)
+
+    def swap_changed(self, status: SwapStatus) -> None:
+        """Show how far the swap is, at once."""
+        self._swap = status
+        try:
+            self._diagnostics.publish()
+        except Exception as error:
+            self.report_callback_failure('diagnostics', error)
+
+    def _begin_swap(self, path: str) -> None:
+        swapper = self._swapper
+        if swapper is not None:
+            swapper.begin(path)
+        elif why := self._why_fixed('model_path'):
+            raise ConfigError('model_path', why)
+
     # --- parameters -------------------------------------------------------------------------------
 
-    def _why_fixed(self) -> str | None:
+    def _why_fixed(self, name: str) -> str | None:
         state = self.lifecycle_state
-        if state == 'unconfigured':
+        if state == 'unconfigured' or (name == 'model_path' and self._swapper is not None):
             return None
         if state == 'finalized':
             return 'cannot change any more; start the node again.'
@@ -475,11 +512,12 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         reports = [
             runtime_report(
                 self.lifecycle_state,
-                loaded.chain.status() if loaded else None,
+                loaded.model.chain.status() if loaded else None,
                 self._start_problem,
                 snapshot.callback_failures,
                 self._notices,
                 self._building,
+                self._swap,
             )
         ]
         open_streams = {stream.topic: stream for stream in self._streams}
@@ -515,13 +553,3 @@ class C7InferenceNode(ResponsiveLifecycleNode):
 
 def _since_s(now_ns: int, then_ns: int | None) -> float | None:
     return None if then_ns is None else (now_ns - then_ns) / 1e9
-
-
-def _require_alone(image: TensorSpec, inputs: tuple[TensorSpec, ...]) -> None:
-    """Refuse a model whose other inputs nothing here would fill."""
-    if others := [spec.name for spec in inputs if spec != image]:
-        raise ConfigError(
-            'model_path',
-            f'the model also takes {others}, and an image fills {image.name!r} alone.',
-            remedy='Export the model with a single image input.',
-        )

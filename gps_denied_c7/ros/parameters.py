@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,7 @@ from rclpy.parameter import Parameter
 from rclpy.validate_topic_name import validate_topic_name
 
 from gps_denied_c7.config import DEFAULT_CHAIN, ISOLATIONS, RUNTIME_LABELS, C7InferenceConfig
-from gps_denied_c7.errors import ConfigError
+from gps_denied_c7.errors import C7Error, ConfigError
 from gps_denied_c7.preprocessing import PreprocessingSpec, ResizeMode
 from gps_denied_c7.thermal_policy import ThermalPolicy
 
@@ -44,6 +44,7 @@ class ParameterDeclaration:
         unset instead, because rclpy answers a get_parameters call that names an unset one with nothing at all, and
         ``ros2 param dump`` asks for all in one call.
     :param live: a change takes effect at once; otherwise with the next configure.
+    :param swapped: a change takes effect while active too, in the background, or is taken back.
     :param limits: least and greatest value of a number.
     :param read_only: only settable when the node starts.
     """
@@ -56,12 +57,17 @@ class ParameterDeclaration:
     limits: tuple[float, float] | None = None
     constraints: str = ''
     read_only: bool = False
+    swapped: bool = False
 
     def descriptor(self) -> ParameterDescriptor:
         """Return the descriptor that ``ros2 param describe`` shows."""
-        effect = 'Read-only.' if self.read_only else (
-            'Takes effect at once.' if self.live else 'Takes effect with the next configure.'
-        )
+        effect = 'Takes effect with the next configure.'
+        if self.read_only:
+            effect = 'Read-only.'
+        elif self.live:
+            effect = 'Takes effect at once.'
+        elif self.swapped:
+            effect = 'Takes effect in the background while active, otherwise with the next configure.'
         descriptor = ParameterDescriptor(
             description=f'{self.description} {effect}',
             additional_constraints=self.constraints,
@@ -87,7 +93,9 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
         constraints='At least one, none twice.',
     ),
     ParameterDeclaration(
-        'model_path', Type.STRING, '', 'Model bundle (a directory with model.json) or a bare .onnx file.',
+        'model_path', Type.STRING, '',
+        'Model bundle (a directory with model.json) or a bare .onnx file. While active, another one is loaded and '
+        'proven beside the one that serves and then takes over; where it fails, the value goes back.', swapped=True,
     ),
     ParameterDeclaration(
         'output_tensors', Type.STRING_ARRAY, [''],
@@ -269,16 +277,14 @@ class NodeSettings:
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     output_tensors: tuple[str, ...] = ()
 
-    def published(self, outputs: Iterable[str]) -> frozenset[str]:
+    def check_outputs(self, names: Collection[str]) -> None:
         """
-        Return the names of those ``outputs`` that are published.
+        Refuse a model that lacks an output which is to be published.
 
-        :raises ConfigError: ``output_tensors`` names one that the model does not have.
+        :raises ConfigError: naming ``output_tensors``.
         """
-        names = frozenset(outputs)
-        if unknown := sorted(set(self.output_tensors) - names):
+        if unknown := sorted(set(self.output_tensors).difference(names)):
             raise ConfigError('output_tensors', f'the model has no {unknown}.', remedy=f'It has {sorted(names)}.')
-        return frozenset(self.output_tensors) or names
 
     def preprocessing_for(self, spec: PreprocessingSpec) -> PreprocessingSpec:
         """
@@ -346,8 +352,10 @@ class NodeParameters:
     A value of the wrong type or out of range in the parameter file must not end the process: the
     default is declared in its place and ``configure`` is refused until the value is set.
 
-    :param fixed: says why parameters that are not live cannot be set now, or None when they can.
+    :param fixed: says why the parameter of that name, which is not live, cannot be set now, or None when it can.
     :param on_live: told the new live settings after each change.
+    :param on_model_path: told each new ``model_path`` that is valid so far, before it is set; raises a C7Error to
+        refuse it.
     :param on_failure: told the callback's name and an exception that nobody expected.
     """
 
@@ -355,15 +363,18 @@ class NodeParameters:
         self,
         node: Node,
         *,
-        fixed: Callable[[], str | None],
+        fixed: Callable[[str], str | None],
         on_live: Callable[[LiveSettings], None],
+        on_model_path: Callable[[str], None],
         on_failure: Callable[[str, Exception], None],
     ) -> None:
         self._node = node
         self._fixed = fixed
         self._on_live = on_live
+        self._on_model_path = on_model_path
         self._on_failure = on_failure
         self._lock = threading.Lock()
+        self._restoring: int | None = None
         self._broken: dict[str, str] = {}
         for declaration in PARAMETERS:
             self._declare(declaration)
@@ -387,6 +398,20 @@ class NodeParameters:
             values = {name: self._values[name] for name in LiveSettings.__dataclass_fields__}
             return LiveSettings(**values)
 
+    def restore(self, name: str, value: Any) -> None:
+        """
+        Take a parameter back to a value that it had, in any lifecycle state and without further effect.
+
+        :raises ConfigError: it cannot be set.
+        """
+        self._restoring = threading.get_ident()
+        try:
+            result = self._node.set_parameters([Parameter(name, value=value)])[0]
+        finally:
+            self._restoring = None
+        if not result.successful:
+            raise ConfigError(name, f'could not be taken back to {value!r}: {result.reason}')
+
     @property
     def autostart(self) -> bool:
         """Whether the node is to take itself to active."""
@@ -409,7 +434,7 @@ class NodeParameters:
     def _on_set(self, parameters: list[Parameter]) -> SetParametersResult:
         try:
             self._apply(parameters)
-        except ConfigError as error:
+        except C7Error as error:
             return SetParametersResult(successful=False, reason=str(error))
         except Exception as error:
             # Let out, it would leave the asker without a result.
@@ -421,8 +446,10 @@ class NodeParameters:
         ours = {parameter.name: _plain(parameter.value) for parameter in parameters if parameter.name in _BY_NAME}
         if not ours:
             return
-        for name, value in ours.items():
-            if not _BY_NAME[name].live and not _same(value, self._values[name]) and (why := self._fixed()):
+        changed = {name: value for name, value in ours.items() if not _same(value, self._values[name])}
+        restoring = self._restoring == threading.get_ident()
+        for name in changed:
+            if not _BY_NAME[name].live and not restoring and (why := self._fixed(name)):
                 raise ConfigError(name, why)
         with self._lock:
             values = {**self._values, **ours}
@@ -432,6 +459,8 @@ class NodeParameters:
                 # Start values that were wrong before must not keep a right one from being set.
                 if _usable(self._values) or not _usable({**_DECLARED, **ours}):
                     raise
+            if 'model_path' in changed and not restoring:
+                self._on_model_path(changed['model_path'])
             self._values = values
             self._broken = {name: problem for name, problem in self._broken.items() if name not in ours}
         self._on_live(self.live())
@@ -444,6 +473,7 @@ def parameter_table() -> str:
         default = f'`{json.dumps(declaration.default)}`'.replace('NaN', '.nan')
         text = ' '.join(filter(None, (declaration.description, declaration.constraints)))
         effect = ' *At once.*' if declaration.live else ' *Read-only.*' if declaration.read_only else ''
+        effect = ' *In the background.*' if declaration.swapped else effect
         kind = declaration.type.name.lower().replace('_array', '[]')
         rows.append(f'| `{declaration.name}` | {kind} | {default} | {text}{effect} |')
     return '\n'.join(rows)

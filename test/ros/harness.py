@@ -330,7 +330,7 @@ class LocalNode:
 
     def chain(self) -> Any:
         """Return the status of the loaded chain."""
-        return self.node._loaded.chain.status()
+        return self.node._loaded.model.chain.status()
 
     def close(self) -> None:
         """Shut the node down."""

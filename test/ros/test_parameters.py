@@ -104,7 +104,7 @@ class Bench:
 
     def __init__(self, context, **overrides):
         self.why_fixed = None
-        self.live, self.failures = [], []
+        self.live, self.failures, self.model_paths = [], [], []
         self.node = Node(
             'bench',
             context=context,
@@ -115,7 +115,8 @@ class Bench:
         )
         self.parameters = NodeParameters(
             self.node,
-            fixed=lambda: self.why_fixed,
+            fixed=lambda name: self.why_fixed,
+            on_model_path=self.model_paths.append,
             on_live=self.live.append,
             on_failure=lambda name, error: self.failures.append((name, error)),
         )

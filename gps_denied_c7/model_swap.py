@@ -1,0 +1,381 @@
+"""Another model in place of the one that serves, while it serves: load beside, shadow, hand over, free (N-10)."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+from typing import Protocol
+
+from gps_denied_c7.bundle import ModelBundle, default_preprocessing, image_input
+from gps_denied_c7.chain import RuntimeChain
+from gps_denied_c7.decoding import Pixels
+from gps_denied_c7.errors import C7Error, ConfigError, InferenceError
+from gps_denied_c7.pipeline import ServedModel
+from gps_denied_c7.preprocessing import PreprocessingSpec, Preprocessor
+from gps_denied_c7.tensors import TensorSpec
+
+__all__ = ['ModelSwapper', 'SwapPhase', 'SwapStatus', 'fit_model']
+
+_SHADOWED_FRAMES = 3
+_NO_FRAME_S = 5.0
+_ACCEPTED_S = 1.0
+_KILL_S = 0.4
+_LOOK_S = 0.02
+_FRAME_S = 0.1
+
+_log = logging.getLogger(__name__)
+
+
+class ModelSettings(Protocol):
+    """What is asked of every model that is to answer frames."""
+
+    def preprocessing_for(self, spec: PreprocessingSpec) -> PreprocessingSpec:
+        """Return a bundle's own pre-processing with what is set otherwise; raise ConfigError where that cannot be."""
+        ...
+
+    def check_outputs(self, names: Collection[str]) -> None:
+        """Raise ConfigError where an output that is to be published is not among ``names``."""
+        ...
+
+
+def fit_model(bundle: ModelBundle, chain: RuntimeChain, settings: ModelSettings) -> ServedModel:
+    """
+    Return what a loaded chain needs to answer frames; refused here, what does not fit is not refused at every frame.
+
+    :raises C7Error: the pre-processing fills no input of the model, or not the only one; an output is missing.
+    """
+    spec, tensor = _fit_preprocessing(bundle, chain.inputs, settings)
+    settings.check_outputs([output.name for output in chain.outputs])
+    return ServedModel(bundle, chain, Preprocessor(spec), tensor)
+
+
+def _fit_preprocessing(
+    bundle: ModelBundle, inputs: Sequence[TensorSpec], settings: ModelSettings
+) -> tuple[PreprocessingSpec, TensorSpec]:
+    spec = settings.preprocessing_for(bundle.preprocessing or default_preprocessing(inputs))
+    tensor = image_input(inputs, spec)
+    if others := [other.name for other in inputs if other != tensor]:
+        raise ConfigError(
+            'model_path',
+            f'the model also takes {others}, and an image fills {tensor.name!r} alone.',
+            remedy='Export the model with a single image input.',
+        )
+    return spec, tensor
+
+
+class SwapPhase(str, Enum):
+    """How far a swap is, or how it ended."""
+
+    LOADING = 'loading'
+    SHADOWING = 'shadowing'
+    HANDING_OVER = 'handing over'
+    SWAPPED = 'swapped'
+    FAILED = 'failed'
+    CANCELLED = 'cancelled'
+
+
+@dataclass(frozen=True, slots=True)
+class SwapStatus:
+    """
+    Describe the latest swap.
+
+    :param path: of the new model.
+    :param reason: why the old model goes on serving, empty otherwise.
+    """
+
+    path: str
+    phase: SwapPhase
+    reason: str = ''
+
+    @property
+    def under_way(self) -> bool:
+        """Whether it has not ended yet."""
+        return self.phase in (SwapPhase.LOADING, SwapPhase.SHADOWING, SwapPhase.HANDING_OVER)
+
+    @property
+    def unsuccessful(self) -> bool:
+        """Whether it ended with the old model serving."""
+        return self.phase in (SwapPhase.FAILED, SwapPhase.CANCELLED)
+
+
+class HandOver(Protocol):
+    """What the swap needs of the InferenceThread."""
+
+    def answered_frame(self, timeout_s: float) -> Pixels | None:
+        """Return a copy of the next answered frame's pixels, None where none came in time."""
+        ...
+
+    def replace(self, model: ServedModel, cancelled: threading.Event) -> bool:
+        """Wait until ``model`` answers; False where ``cancelled`` was set before."""
+        ...
+
+
+class SwapOwner(Protocol):
+    """Who has models swapped; called from the swap's thread, except where :meth:`ModelSwapper.stop` says."""
+
+    def make_chain(self, bundle: ModelBundle) -> RuntimeChain:
+        """Return a chain for ``bundle`` that is not loaded yet."""
+        ...
+
+    def path_accepted(self, path: str) -> bool:
+        """Return whether ``path`` has become the value of the parameter; never waits."""
+        ...
+
+    def model_swapped(self, path: str, model: ServedModel) -> None:
+        """Take note that ``model`` answers from now on."""
+        ...
+
+    def keep_model(self, path: str) -> None:
+        """Take the parameter back, ``path`` is not served."""
+        ...
+
+    def swap_changed(self, status: SwapStatus) -> None:
+        """Show ``status``."""
+        ...
+
+    def record(self, kind: str, **payload: object) -> None:
+        """Write a flight record."""
+        ...
+
+
+class _SwapCancelledError(C7Error):
+    """The streams are being closed."""
+
+
+@dataclass(eq=False, slots=True)
+class _Swap:
+    """
+    One swap under way.
+
+    :param chain: of the new model until it is handed over; another thread may release it to end its load.
+    :param model: the new one, once it answers.
+    """
+
+    path: str
+    bundle: ModelBundle
+    previous: ServedModel
+    started: float = field(default_factory=time.monotonic)
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    chain: RuntimeChain | None = None
+    model: ServedModel | None = None
+    concluded: bool = False
+    thread: threading.Thread | None = None
+
+
+class ModelSwapper:
+    """
+    Swap the model of an InferenceThread, in a thread of its own and one at a time, until it is stopped.
+
+    The new model is loaded and proven beside the old one, answers live frames that reach no consumer, takes over
+    between two frames, and only then is the old one freed. Whatever fails before leaves the old one as it is.
+
+    :param served: the model that answers now.
+    :param settings: what is asked of the new model too.
+    """
+
+    def __init__(
+        self,
+        served: ServedModel,
+        inference: HandOver,
+        owner: SwapOwner,
+        settings: ModelSettings,
+        *,
+        no_frame_s: float = _NO_FRAME_S,
+    ) -> None:
+        self._served = served
+        self._inference = inference
+        self._owner = owner
+        self._settings = settings
+        self._no_frame_s = no_frame_s
+        self._lock = threading.Lock()
+        self._swap: _Swap | None = None
+        self._stopped = False
+
+    def begin(self, path: str) -> None:
+        """
+        Check the model at ``path`` as far as that is cheap, and have it swapped in.
+
+        :raises ConfigError: it is refused; nothing has been begun.
+        :raises ModelBundleError: it cannot be used; nothing has been begun.
+        """
+        if not path:
+            raise ConfigError('model_path', 'is empty.', remedy='Name a model bundle or an .onnx file.')
+        self._require_free()
+        bundle = ModelBundle.load(Path(path))
+        if _same_model(bundle, self._served.bundle):
+            raise ConfigError('model_path', f'{path} holds the model that serves already ({bundle.weights_digest}).')
+        if bundle.inputs:
+            _fit_preprocessing(bundle, bundle.inputs, self._settings)
+            self._settings.check_outputs([output.name for output in bundle.outputs])
+        with self._lock:
+            self._require_free()
+            swap = _Swap(path, bundle, self._served)
+            swap.thread = threading.Thread(target=self._run, args=(swap,), name='c7-model-swap', daemon=True)
+            self._swap = swap
+            try:
+                swap.thread.start()
+            except BaseException:
+                self._swap = None
+                raise
+
+    def stop(self, timeout_s: float) -> bool:
+        """
+        Refuse further swaps and cancel the one under way, killing a load in a worker.
+
+        :return: False where a load in this process still runs after ``timeout_s``; what it loads is freed
+            as soon as it returns, and its outcome has been told from the calling thread.
+        """
+        deadline = time.monotonic() + timeout_s
+        with self._lock:
+            self._stopped = True
+            swap = self._swap
+        if swap is None or swap.thread is None:
+            return True
+        swap.cancelled.set()
+        while swap.thread.is_alive() and time.monotonic() < deadline:
+            with self._lock:
+                # Again and again: the load may just be between two workers.
+                if swap.chain is not None:
+                    _release(swap.chain, _KILL_S)
+            swap.thread.join(_LOOK_S)
+        if swap.thread.is_alive():
+            _log.error('the swap to %s still runs after %.1f s; left behind.', swap.path, timeout_s)
+            self._conclude(swap, _SwapCancelledError('the streams were closed.'))
+            return False
+        return True
+
+    def _require_free(self) -> None:
+        if self._stopped:
+            raise ConfigError('model_path', 'cannot change while the streams are being closed.')
+        if (swap := self._swap) is not None:
+            raise ConfigError(
+                'model_path',
+                f'a swap to {swap.path} is under way.',
+                remedy='Wait for its record c7.model_swapped, or deactivate.',
+            )
+
+    def _run(self, swap: _Swap) -> None:
+        error: BaseException | None = None
+        try:
+            self._replace(swap)
+        except BaseException as failure:
+            error = failure
+            if not isinstance(error, C7Error):
+                _log.error('the swap to %s met an unexpected error', swap.path, exc_info=error)
+        try:
+            unused = swap.chain if swap.model is None else swap.previous.chain
+            if unused is not None:
+                _release(unused)
+            self._conclude(swap, error)
+        finally:
+            with self._lock:
+                self._swap = None
+
+    def _replace(self, swap: _Swap) -> None:
+        self._show(swap, SwapPhase.LOADING)
+        self._await_accepted(swap)
+        chain = self._owner.make_chain(swap.bundle)
+        with self._lock:
+            swap.chain = chain
+        _require_wanted(swap)
+        chain.load(beside=True)
+        model = fit_model(swap.bundle, chain, self._settings)
+        self._show(swap, SwapPhase.SHADOWING)
+        self._shadow(swap, model)
+        self._show(swap, SwapPhase.HANDING_OVER)
+        with self._lock:
+            _require_wanted(swap)
+            # From here on nobody else may release it: it may be the one that serves.
+            swap.chain = None
+        if not self._inference.replace(model, swap.cancelled):
+            swap.chain = chain
+            _require_wanted(swap)
+        swap.model = model
+        self._served = model
+        self._owner.model_swapped(swap.path, model)
+
+    def _await_accepted(self, swap: _Swap) -> None:
+        # A callback further on may still refuse the parameter, and it must not be taken back before it is set.
+        deadline = time.monotonic() + _ACCEPTED_S
+        while not self._owner.path_accepted(swap.path):
+            if time.monotonic() > deadline:
+                raise ConfigError('model_path', f'was not set to {swap.path} after all.')
+            time.sleep(_LOOK_S)
+
+    def _shadow(self, swap: _Swap, model: ServedModel) -> None:
+        """Answer live frames that reach no consumer; where none come, the proof has to do."""
+        deadline = time.monotonic() + self._no_frame_s
+        remaining = _SHADOWED_FRAMES
+        while remaining and time.monotonic() < deadline:
+            pixels = self._inference.answered_frame(_FRAME_S)
+            _require_wanted(swap)
+            if pixels is not None:
+                try:
+                    model.chain.shadow(model.request(pixels))
+                except C7Error as error:
+                    _require_wanted(swap)
+                    raise InferenceError(f'the new model fails a live frame: {error.message}') from error
+                remaining -= 1
+                deadline = time.monotonic() + self._no_frame_s
+        if remaining:
+            _log.warning('no frame came for %.1f s: %s is swapped in on its proof.', self._no_frame_s, swap.path)
+
+    def _show(self, swap: _Swap, phase: SwapPhase, reason: str = '') -> None:
+        _require_wanted(swap)
+        self._owner.swap_changed(SwapStatus(swap.path, phase, reason))
+
+    def _conclude(self, swap: _Swap, error: BaseException | None) -> None:
+        """Tell the outcome, once."""
+        with self._lock:
+            if swap.concluded:
+                return
+            swap.concluded = True
+        phase, reason = SwapPhase.SWAPPED, ''
+        if swap.model is None:
+            phase = SwapPhase.CANCELLED if swap.cancelled.is_set() else SwapPhase.FAILED
+            reason = 'the streams were closed meanwhile.' if swap.cancelled.is_set() else _describe(error)
+            try:
+                self._owner.keep_model(swap.path)
+            except C7Error as failure:
+                reason = f'{reason} {failure}'
+            _log.error('%s was not swapped in, %s goes on: %s', swap.path, swap.previous.bundle.name, reason)
+        else:
+            _log.info('%s answers in place of %s.', swap.bundle.name, swap.previous.bundle.name)
+        self._owner.swap_changed(SwapStatus(swap.path, phase, reason))
+        self._owner.record(
+            'c7.model_swapped',
+            model_name=swap.bundle.name,
+            weights_digest=swap.bundle.weights_digest,
+            outcome=phase.value,
+            previous_weights_digest=swap.previous.bundle.weights_digest,
+            seconds=round(time.monotonic() - swap.started, 3),
+            **({'reason': reason} if reason else {}),
+        )
+
+
+def _same_model(bundle: ModelBundle, other: ModelBundle) -> bool:
+    def identity(model: ModelBundle) -> tuple[object, ...]:
+        return model.weights_digest, model.preprocessing, {artefact.sha256 for artefact in model.artefacts}
+
+    return identity(bundle) == identity(other)
+
+
+def _require_wanted(swap: _Swap) -> None:
+    if swap.cancelled.is_set():
+        raise _SwapCancelledError('the streams are being closed.')
+
+
+def _release(chain: RuntimeChain, timeout_s: float = 2.0) -> None:
+    try:
+        chain.release(timeout_s)
+    except C7Error as error:
+        _log.error('%s', error)
+
+
+def _describe(error: BaseException | None) -> str:
+    return str(error) if isinstance(error, C7Error) else f'{type(error).__name__}: {error}'
