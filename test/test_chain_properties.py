@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 
 import numpy as np
@@ -205,10 +206,8 @@ class ChainMachine(RuleBasedStateMachine):
 
     @rule()
     def prove(self):
-        try:
+        with contextlib.suppress(ChainExhaustedError):
             self.chain.prove()
-        except ChainExhaustedError:
-            pass
         self.follow()
 
     @rule()
