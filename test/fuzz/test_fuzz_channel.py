@@ -57,9 +57,14 @@ PLAIN_PACKETS = st.sampled_from(PACKETS).map(lambda packet: json.dumps(packet).e
 
 
 def descriptors() -> list[str]:
-    # A mapped segment keeps its descriptor as long as a view of it lives.
-    gc.collect()
     return sorted(os.listdir('/proc/self/fd'), key=int)
+
+
+def check_nothing_stays(before: list[str]) -> None:
+    if descriptors() != before:
+        # A mapped segment keeps its descriptor as long as a view of it lives.
+        gc.collect()
+        assert descriptors() == before
 
 
 @pytest.fixture
@@ -94,7 +99,7 @@ def test_f1_any_packet_is_an_object_or_a_typed_error(ends: tuple, data: bytes, h
         assert repr(packet) and isinstance(error_from_json(packet), C7Error)
         for descriptor in owned:
             os.close(descriptor)
-    assert descriptors() == before
+    check_nothing_stays(before)
 
 
 @fuzz(160)
@@ -249,7 +254,7 @@ def answer_from(process: subprocess.Popen, turns: list[list[bytes]], reads: bool
 def test_f1_any_tale_of_an_engine_is_taken_or_refused(idle_process: subprocess.Popen, packets: list[bytes]) -> None:
     before = descriptors()
     load_from(idle_process, packets)
-    assert descriptors() == before
+    check_nothing_stays(before)
 
 
 @fuzz(140)
@@ -261,7 +266,7 @@ def test_f1_any_answer_fits_or_is_a_typed_error(
 ) -> None:
     before = descriptors()
     answer_from(idle_process, turns, reads)
-    assert descriptors() == before
+    check_nothing_stays(before)
 
 
 def test_f1_the_fake_worker_is_believed_where_it_keeps_to_the_protocol(idle_process: subprocess.Popen) -> None:
