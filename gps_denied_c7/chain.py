@@ -363,6 +363,7 @@ class RuntimeChain:
         """
         with self._turn:
             self._look_after_others()
+            self._leave_lost_gpu()
             if self._engine is None:
                 self._restart()
             started_ns = self._monotonic_ns()
@@ -429,6 +430,7 @@ class RuntimeChain:
         """
         with self._turn:
             self._look_after_others()
+            self._leave_lost_gpu()
             engine = self._engine
             if engine is not None and not engine.host.alive:
                 error = InferenceError(f'{engine.rung.name} died while no frame came.')
@@ -665,6 +667,8 @@ class RuntimeChain:
         if self._standby is not None and not self._standby.host.alive:
             _log.error('%s died standing by.', self._standby.rung.name)
             self._drop_standby()
+        elif self._standby is not None and not self._may_serve(self._standby.rung):
+            self._drop_standby()
         if self._candidate is not None:
             self._look_after_candidate(self._candidate)
 
@@ -710,6 +714,20 @@ class RuntimeChain:
         engine.agreements += 1
         if engine.agreements >= _SHADOWED_FRAMES:
             self._promote(engine)
+
+    def _leave_lost_gpu(self) -> None:
+        """Have the CPU serve where the GPU was lost by another engine than the one that serves (F-2)."""
+        engine, standby = self._engine, self._standby
+        if engine is None or self._may_serve(engine.rung):
+            return
+        if standby is None:
+            # It answers meanwhile, so that no frame waits for the load.
+            self._order_standby()
+            return
+        started_ns = self._monotonic_ns()
+        self._drop_serving()
+        self._serve_standby()
+        self._record_switch(engine.rung.name, 'the GPU is lost', started_ns, frames_affected=0)
 
     def _promote(self, engine: _Engine) -> None:
         """Have a better rung serve from the next frame on; the one that served stands by."""

@@ -242,8 +242,9 @@ class ChainMachine(RuleBasedStateMachine):
         status, failures = self.chain.status(), self.chain._failures
         assert status.state is ChainState.READY
         usable = [rung for rung in self.chain.rungs if not isinstance(failures.get(rung.name), LASTING)]
-        # An engine that serves goes on where another one's end loses the GPU.
-        if usable and not status.gpu_lost:
+        if status.gpu_lost and CPU in self.chain.rungs:
+            assert status.active == CPU
+        elif usable and not status.gpu_lost:
             assert status.active == usable[0]
 
     # --- what holds after each step ---------------------------------------------------------------

@@ -220,6 +220,29 @@ def test_f4_a_worker_that_cannot_be_killed_loses_the_gpu():
     assert bench.chain.status().gpu_lost
 
 
+@pytest.mark.parametrize('hot_standby', [True, False])
+def test_f2_a_lost_gpu_is_left_also_by_an_engine_that_still_answers(hot_standby):
+    """It goes on answering until the CPU is loaded; nothing of the GPU serves or stands by from then on."""
+    bench = Bench(GPU, OTHER_GPU, CPU, hot_standby=hot_standby).ready()
+    if not hot_standby:
+        bench.chain._order_standby()
+        bench.settle()
+    hung = bench.serving()
+    hung.act, hung.killable = 'late', False
+    bench.ask(1.0)
+    bench.loads_may_end.clear()
+    bench.now_ns += int(10e9)
+    bench.ask(2.0)
+    assert (bench.chain.status().gpu_lost, bench.serving().rung) == (True, OTHER_GPU)
+    bench.loads_may_end.set()
+    bench.settle()
+    bench.ask(3.0)
+    bench.settle()
+    assert bench.serving().rung is CPU
+    assert {worker.rung for worker in bench.workers} == {CPU}
+    assert (bench.switches()[-1]['from'], bench.switches()[-1]['reason']) == (OTHER_GPU.name, 'the GPU is lost')
+
+
 def test_f4_the_last_worker_is_killed_for_no_lateness_before_another_one_is_there():
     bench = Bench(CPU, hang_timeout_ms=30_000.0).ready()
     bench.loads_may_end.clear()

@@ -6,7 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper, load_from_string, numpy_helper
+
+from gps_denied_c7.bundle import Artefact, ModelBundle, write_bundle
+from gps_denied_c7.bundle_files import file_sha256
+from gps_denied_c7.demo.network import build_model
 
 __all__ = [
     'HEIGHT',
@@ -16,6 +20,7 @@ __all__ = [
     'failing_on_white',
     'greedy_on_white',
     'hanging_on_white',
+    'scoring_twofold',
     'slow',
     'slow_to_load',
     'slow_to_run',
@@ -106,6 +111,41 @@ def greedy_on_white(directory: Path, *, gigabytes: int) -> str:
         helper.make_node('ReduceSum', ['filled'], ['work'], keepdims=0),
     ]
     return _write(directory / 'greedy_on_white.onnx', nodes, initialisers=[size], outputs=('work',))
+
+
+def scoring_twofold(demo_bundle: str, directory: Path, *, golden_factor: float = 2.0) -> str:
+    """
+    Write a bundle of the demo network with other weights: its ``scores`` are twice as great.
+
+    :param golden_factor: of the scores in the golden answer; another than 2 makes a bundle that fails its proof.
+    """
+    model = load_from_string(build_model())
+    for node in model.graph.node:
+        for names in (node.input, node.output):
+            names[:] = ['single scores' if name == 'scores' else name for name in names]
+    model.graph.initializer.append(numpy_helper.from_array(np.array(2.0, np.float32), 'two'))
+    model.graph.node.append(helper.make_node('Mul', ['single scores', 'two'], ['scores']))
+    directory.mkdir()
+    path = directory / 'twofold.onnx'
+    path.write_bytes(model.SerializeToString())
+    digest = f'sha256:{file_sha256(path)}'
+    demo = ModelBundle.load(demo_bundle)
+    golden = demo.golden_outputs()
+    write_bundle(
+        directory,
+        name='twofold',
+        weights_digest=digest,
+        inputs=demo.inputs,
+        outputs=demo.outputs,
+        preprocessing=demo.preprocessing,
+        artefacts=[
+            Artefact.of_file(path, strategy='onnx_trt_ep', weights_digest=digest, precision='fp32', device='any')
+        ],
+        rules=demo.rules,
+        golden_inputs=demo.golden_inputs(),
+        golden_outputs={**golden, 'scores': golden['scores'] * np.float32(golden_factor)},
+    )
+    return str(directory)
 
 
 def _is_white(dtype: int) -> list[NodeProto]:

@@ -4,6 +4,7 @@ import pytest
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 
 from gps_denied_c7.chain import ChainState, ChainStatus, Rung
+from gps_denied_c7.model_swap import SwapPhase, SwapStatus
 from gps_denied_c7.ros.diagnostics import (
     DiagnosticsPublisher,
     Report,
@@ -182,3 +183,21 @@ def test_f5_an_engine_being_built_warns_and_says_how_far_it_is():
     assert report.level == WARN
     assert 'timing tactics (25%, 75 s)' in report.message
     assert (report.values['building'], report.values['building_s']) == ('timing tactics', '75')
+
+
+def test_n10_a_swap_under_way_shows_and_a_failed_one_warns():
+    def report(phase, reason='', **changes):
+        swap = SwapStatus('/models/new', phase, reason)
+        return runtime_report('active', chain(**changes), '', {}, swap=swap)
+
+    loading = report(SwapPhase.LOADING)
+    assert loading.level == OK and '/models/new is under way (loading)' in loading.message
+    failed = report(SwapPhase.FAILED, 'its golden outputs are not reproduced.')
+    assert failed.level == WARN and 'golden' in failed.message and '/models/new' in failed.message
+    assert failed.values['model_swap'] == 'failed'
+    assert report(SwapPhase.CANCELLED, 'closed.').level == WARN
+    exhausted = report(SwapPhase.FAILED, 'why.', state=ChainState.EXHAUSTED, active=None, facts=None)
+    assert exhausted.level == ERROR
+    swapped = report(SwapPhase.SWAPPED)
+    assert swapped.level == OK
+    assert 'swap' not in swapped.message

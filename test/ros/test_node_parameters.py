@@ -68,7 +68,7 @@ def test_n10_a_limit_on_stamps_from_the_future_takes_effect_at_once(active):
 
 def test_n10_what_is_not_live_is_refused_with_the_reason_while_active(active):
     for name, value in (
-        ('image_topics', ['/other']), ('model_path', '/other'), ('cpu_threads', 2),
+        ('image_topics', ['/other']), ('cpu_threads', 2),
         ('preprocess.resize', 'letterbox'), ('ort_disallow_cpu_fallback', True),
     ):  # fmt: skip
         refused = active.set_parameter(name, value)

@@ -11,7 +11,7 @@ from rcl_interfaces.msg import ParameterType
 from rclpy.node import Node
 from rclpy.parameter import Parameter
 
-from gps_denied_c7.errors import ConfigError
+from gps_denied_c7.errors import ConfigError, ModelBundleError
 from gps_denied_c7.preprocessing import PreprocessingSpec, ResizeMode
 from gps_denied_c7.ros.parameters import PARAMETERS, NodeParameters, settings_from
 
@@ -105,6 +105,7 @@ class Bench:
     def __init__(self, context, **overrides):
         self.why_fixed = None
         self.live, self.failures, self.model_paths = [], [], []
+        self.on_model_path = self.model_paths.append
         self.node = Node(
             'bench',
             context=context,
@@ -116,7 +117,7 @@ class Bench:
         self.parameters = NodeParameters(
             self.node,
             fixed=lambda name: self.why_fixed,
-            on_model_path=self.model_paths.append,
+            on_model_path=lambda path: self.on_model_path(path),
             on_live=self.live.append,
             on_failure=lambda name, error: self.failures.append((name, error)),
         )
@@ -219,6 +220,43 @@ def test_any_other_is_refused_with_the_reason_while_configured(bench, declaratio
     assert made.set(**{declaration.name: value}).successful
     made.why_fixed = 'again.'
     assert made.set(**{declaration.name: value}).successful, 'the value it has already changes nothing'
+
+
+def test_a_new_model_path_is_told_before_it_is_set_and_can_be_refused(bench):
+    made = bench(model_path='/old')
+
+    def refuse(path):
+        raise ModelBundleError(f'{path} does not exist.')
+
+    assert made.set(model_path='/old').successful
+    assert made.model_paths == []
+    assert made.set(model_path='/new', latency_warn_ms=5.0).successful
+    assert made.model_paths == ['/new']
+    made.on_model_path = refuse
+    refused = made.set(model_path='/newer', latency_warn_ms=6.0)
+    assert (refused.successful, refused.reason) == (False, '/newer does not exist.')
+    assert (made.parameters.settings().model_path, made.parameters.live().latency_warn_ms) == ('/new', 5.0)
+    assert made.failures == []
+
+
+def test_what_is_refused_for_another_reason_begins_no_swap(bench):
+    made = bench(model_path='/old')
+    made.parameters._fixed = lambda name: None if name == 'model_path' else 'cannot change while active.'
+    assert 'cpu_threads' in made.set(model_path='/new', cpu_threads=2).reason
+    assert not made.set(model_path='/new', image_topics=['a', 'a']).successful
+    assert made.model_paths == [] and made.parameters.settings().model_path == '/old'
+
+
+def test_a_parameter_is_taken_back_in_any_state_without_effect(bench):
+    made = bench(model_path='/old')
+    assert made.set(model_path='/new').successful
+    made.why_fixed = 'cannot change while deactivating.'
+    made.parameters.restore('model_path', '/old')
+    assert made.model_paths == ['/new'], 'taking back is no swap'
+    assert made.node.get_parameter('model_path').value == made.parameters.settings().model_path == '/old'
+    assert not made.set(model_path='/new').successful
+    with pytest.raises(ConfigError, match='taken back'):
+        made.parameters.restore('model_path', 5)
 
 
 def test_a_read_only_parameter_is_refused(bench):
