@@ -320,11 +320,13 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
         """Refuse before any session where this build of ONNX Runtime already rules out what is needed."""
         available = ort.get_available_providers()
         needed = [name for name in request.requested if name != CPU]
-        if not request.takes_cpu and not set(needed) & set(available):
-            raise EngineDeserializeError(
-                f'{request.path} needs {" or ".join(needed)}, and this onnxruntime has only {available}.',
-                remedy=self._gpu_remedy(),
-            )
+        if request.takes_cpu or set(needed) & set(available):
+            return
+        lack = f'{request.path} needs {" or ".join(needed)}, and this onnxruntime has only {available}.'
+        if self._config.ort_disallow_cpu_fallback:
+            raise EngineDeserializeError(lack, remedy=self._gpu_remedy())
+        # As lasting as a package that is not installed: no later attempt is worth a process of its own.
+        raise RuntimeUnavailableError(self.label, lack, remedy=self._gpu_remedy())
 
     def _gpu_remedy(self) -> str:
         if self._config.ort_disallow_cpu_fallback:

@@ -71,7 +71,7 @@ def load(
 
 
 def refusal(config: C7InferenceConfig, model: ModelBundle, *arguments: object, **options: object) -> C7Error:
-    with pytest.raises((EngineDeserializeError, EngineSchemaMismatchError)) as caught:
+    with pytest.raises((EngineDeserializeError, EngineSchemaMismatchError, RuntimeUnavailableError)) as caught:
         load(config, model, *arguments, **options)
     assert caught.value.remedy
     return caught.value
@@ -240,7 +240,8 @@ def test_g4_engine_without_the_tensorrt_provider_is_refused(
     behaviour: dict[str, object],
 ) -> None:
     fake = fake_gpu(**behaviour)
-    refusal(config, write_engine(tmp_path), providers, gate=EngineGate(HOST))
+    error = refusal(config, write_engine(tmp_path), providers, gate=EngineGate(HOST))
+    assert isinstance(error, RuntimeUnavailableError if 'available' in behaviour else EngineDeserializeError)
     assert fake.runs == 0
 
 
@@ -437,7 +438,8 @@ def test_risk2_gpu_set_refuses_what_came_up_on_the_cpu_before_a_run(
 ) -> None:
     fake = fake_gpu(**behaviour)
     error = refusal(config, bare_bundle(tmp_path), ProviderSet.GPU, build)
-    assert isinstance(error, EngineDeserializeError)
+    # What this build of ONNX Runtime lacks, no later attempt finds; anything else may be there next time.
+    assert isinstance(error, RuntimeUnavailableError if 'available' in behaviour else EngineDeserializeError)
     assert fake.runs == 0
 
 
