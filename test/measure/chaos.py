@@ -3,7 +3,7 @@ Kill, crash and stop the workers of a node that answers a camera, and account fo
 
 Run it in the environment that runs the tests (``make chaos``):
 
-    python test/measure/chaos.py [--deaths 200] [--hangs 20] [--rate 30]
+    python test/measure/chaos.py [--deaths 200] [--hangs 20] [--rate 30] [--pause 0.2 1.5]
 
 Exits with 1 where a frame is lost, answered twice or out of order, or the node leaves ``active``.
 """
@@ -190,12 +190,15 @@ def main() -> int:
     parser.add_argument('--deaths', type=int, default=200, help='SIGKILL and SIGSEGV, half and half')
     parser.add_argument('--hangs', type=int, default=20, help='SIGSTOP for good')
     parser.add_argument('--rate', type=float, default=30.0, help='images a second')
+    parser.add_argument(
+        '--pause', type=float, nargs=2, default=(0.2, 1.5), metavar=('MIN', 'MAX'), help='between two blows, seconds'
+    )
     parser.add_argument('--seed', type=int, default=1)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         account = run(
-            Path(directory), deaths=options.deaths, hangs=options.hangs, rate_hz=options.rate, pause_s=(0.2, 1.5),
-            seed=options.seed,
+            Path(directory), deaths=options.deaths, hangs=options.hangs, rate_hz=options.rate,
+            pause_s=tuple(options.pause), seed=options.seed,
         )  # fmt: skip
     arrived = {stamp: when for stamp, when, _ in account.answered}
     usual = np.median([when - account.sent[stamp] for stamp, when in arrived.items() if stamp in account.sent]) * 1e3
