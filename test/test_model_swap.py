@@ -82,6 +82,7 @@ class Bench:
         self.statuses, self.kept, self.parameter = [], [], None
         self.on_accept = lambda path: True
         self.before_publish = lambda: None
+        self.on_status = lambda status: None
         self.statistics = Statistics()
         self.statistics.open_streams((TOPIC,))
         bundle = ModelBundle.load(self.model('old'))
@@ -194,6 +195,7 @@ class Bench:
 
     def swap_changed(self, status):
         self.statuses.append(status)
+        self.on_status(status)
 
     def record(self, kind, **payload):
         self.records.append((kind, payload))
@@ -226,9 +228,12 @@ def test_n10_the_new_model_takes_over_between_two_frames_and_the_old_one_is_free
 
 def test_f6_three_live_frames_are_answered_in_the_shadow(bench):
     """With the pixels that the old model answered, and without an alert before the first frame that counts."""
-    seen = []
+    seen, alerts_before = [], []
     script = Script()
     bench.scripts['new'] = script
+    bench.on_status = lambda status: status.under_way and alerts_before.append(
+        [payload['model_name'] for _, payload in bench.records]
+    )
     script.on_infer = lambda inputs: seen.append(inputs['image'].flat[0])
     bench.answered_by('old')
     bench.flowing.set()
@@ -240,6 +245,7 @@ def test_f6_three_live_frames_are_answered_in_the_shadow(bench):
     assert all(value > 0 for value in seen[1:4]), 'frames, not the blank proof'
     bench.outcome()
     bench.answered_by('new')
+    assert all('new' not in names for names in alerts_before), 'no alert of the new model before it serves'
     alerts = [payload['model_name'] for kind, payload in bench.records if kind == 'c7.cpu_fallback']
     assert alerts == ['old', 'new']
 

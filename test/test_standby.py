@@ -375,6 +375,32 @@ def test_release_frees_every_worker_also_those_being_loaded():
     assert bench.chain.status().standby is None
 
 
+def test_n10_a_chain_that_is_loaded_beside_another_loads_its_standby_with_its_first_frame():
+    bench = Bench(GPU, CPU)
+    bench.chain.load(beside=True)
+    bench.chain.shadow({'x': np.ones((1, 2), np.float32)})
+    assert len(bench.workers) == 1 and not bench.chain._loads
+    bench.ask()
+    bench.settle()
+    assert bench.chain.status().standby == CPU
+
+
+def test_n10_a_frame_in_the_shadow_alerts_nobody_and_tries_no_other_engine():
+    bench = Bench(GPU, CPU)
+    with pytest.raises(InferenceError, match='no engine'):
+        bench.chain.shadow({'x': np.ones((1, 2), np.float32)})
+    bench.chain.load(beside=True)
+    before = list(bench.records)
+    answer = bench.chain.shadow({'x': np.full((1, 2), 3, np.float32)})
+    assert (answer['x'] == 3).all()
+    for act, reason in (('fail', 'failed'), ('late', 'live frame')):
+        bench.serving().act = act
+        with pytest.raises(InferenceError, match=reason):
+            bench.chain.shadow({'x': np.ones((1, 2), np.float32)})
+    assert not bench.serving().alive, 'the one that hangs is ended'
+    assert bench.records == before and len(bench.workers) == 1
+
+
 ACTS = st.sampled_from(['answer', 'die', 'late', 'fail', 'disagree'])
 STEPS = st.lists(
     st.one_of(
