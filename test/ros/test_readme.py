@@ -1,13 +1,16 @@
-"""README's tables say what the code does."""
+"""README's tables say what the code does, and what the pages link to is there."""
 
 import re
 from pathlib import Path
+
+import pytest
 
 from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.fdr import KINDS
 from gps_denied_c7.ros.parameters import PARAMETERS, parameter_table
 
-README = (Path(__file__).resolve().parents[2] / 'README.md').read_text()
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / 'README.md').read_text()
 
 
 def test_every_parameter_is_described():
@@ -18,7 +21,7 @@ def test_every_parameter_is_described():
 
 
 def test_every_record_kind_that_is_emitted_is_explained():
-    source = ''.join(path.read_text() for path in Path(__file__).resolve().parents[2].glob('gps_denied_c7/**/*.py'))
+    source = ''.join(path.read_text() for path in ROOT.glob('gps_denied_c7/**/*.py'))
     emitted = {kind for kind in KINDS if source.count(f"'{kind}'") > 1}
     assert emitted
     assert not {kind for kind in emitted if f'`{kind}`' not in README}
@@ -31,3 +34,13 @@ def test_the_model_json_shown_is_one_that_is_read(tmp_path: Path):
     bundle = ModelBundle.load(tmp_path)
     assert [rule.output for rule in bundle.rules] == ['scores']
     assert bundle.artefacts_for('onnx_trt_ep')[0].path == tmp_path / 'superpoint.onnx'
+
+
+@pytest.mark.parametrize('page', [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))], ids=lambda page: page.name)
+def test_what_the_pages_name_is_there(page: Path):
+    """Links, and the files of this repository that are named by their path."""
+    text = page.read_text()
+    links = [link for link in re.findall(r'\]\(([^)#\s]+)\)', text) if '://' not in link]
+    files = re.findall(r'`((?:test|config|docs|launch|gps_denied_c7)/[\w/.-]+)`', text)
+    missing = [link for link in links if not (page.parent / link).exists()]
+    assert not missing + [file for file in files if not (ROOT / file).exists()]
