@@ -36,7 +36,10 @@ def test_the_model_json_shown_is_one_that_is_read(tmp_path: Path):
     assert bundle.artefacts_for('onnx_trt_ep')[0].path == tmp_path / 'superpoint.onnx'
 
 
-@pytest.mark.parametrize('page', [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))], ids=lambda page: page.name)
+PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+
+
+@pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
 def test_what_the_pages_name_is_there(page: Path):
     """Links, and the files of this repository that are named by their path."""
     text = page.read_text()
