@@ -18,7 +18,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -63,7 +63,7 @@ class _Worker:
         self._requests: SharedTensors | None = None
         self._answers: SharedTensors | None = None
         self._inputs: dict[str, NDArray] = {}
-        self._outputs: tuple[TensorLayout, dict[str, NDArray]] | None = None
+        self._outputs: dict[str, NDArray] | None = None
         self._host: Any = None
 
     def run(self) -> None:
@@ -126,9 +126,9 @@ class _Worker:
 
     def _write(self, outputs: dict[str, NDArray]) -> dict[str, Any]:
         """Copy ``outputs`` into the segment and return what has to be told of it."""
-        layout = TensorLayout.of(outputs)
         told: dict[str, Any] = {}
-        if self._outputs is None or self._outputs[0] != layout:
+        if self._outputs is None or not _alike(self._outputs, outputs):
+            layout = TensorLayout.of(outputs)
             if self._answers is None or layout.size > self._answers.size:
                 # Only the node makes segments: what it hands over cannot shrink under its feet.
                 self._channel.send({'say': 'needs', 'bytes': layout.size})
@@ -136,11 +136,17 @@ class _Worker:
                 assert received is not None
                 self._map(*received)
             assert self._answers is not None
-            self._outputs = (layout, self._answers.arrays(layout))
+            self._outputs = self._answers.arrays(layout)
             told['layout'] = layout.to_json()
-        for name, array in self._outputs[1].items():
+        for name, array in self._outputs.items():
             array[...] = outputs[name]
         return told
+
+
+def _alike(arrays: Mapping[str, NDArray], others: Mapping[str, NDArray]) -> bool:
+    return arrays.keys() == others.keys() and all(
+        array.shape == others[name].shape and array.dtype == others[name].dtype for name, array in arrays.items()
+    )
 
 
 def die_with_parent() -> None:

@@ -36,6 +36,8 @@ class Channel:
 
     def __init__(self, end: socket.socket) -> None:
         self._end = end
+        # A packet is read into one place, so that none costs an allocation of the largest one's size.
+        self._packet = bytearray(_PACKET_BYTES)
 
     @classmethod
     def pair(cls) -> tuple[Channel, Channel]:
@@ -75,7 +77,7 @@ class Channel:
         # Not socket.recv_fds, which drops its flags.
         flags = socket.MSG_CMSG_CLOEXEC | (0 if block else socket.MSG_DONTWAIT)
         try:
-            data, ancillary, kind, _ = self._end.recvmsg(_PACKET_BYTES, _ANCILLARY_BYTES, flags)
+            size, ancillary, kind, _ = self._end.recvmsg_into([self._packet], _ANCILLARY_BYTES, flags)
         except BlockingIOError:
             return None
         except OSError as error:
@@ -84,6 +86,7 @@ class Channel:
         for level, what, content in ancillary:
             if (level, what) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                 descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
+        data = bytes(self._packet[:size])
         try:
             if not data:
                 raise ChannelClosedError('the other end is closed.')

@@ -112,7 +112,7 @@ class WorkerHost:
         self._requests: SharedTensors | None = None
         self._answers: SharedTensors | None = None
         self._inputs: dict[str, NDArray] = {}
-        self._sent_layout: TensorLayout | None = None
+        self._layout_sent = False
         self._outputs: dict[str, NDArray] = {}
         self._number = 0
         self._packets = 0
@@ -190,17 +190,14 @@ class WorkerHost:
             raise InferenceError('no engine is loaded.')
         if self._running:
             raise InferenceError(f'{self._name()} still runs the request before.')
-        check_inputs(self._input_specs, inputs)
-        self._prepare(inputs)
-        for name, array in self._inputs.items():
-            if inputs[name] is not array:
-                np.copyto(array, inputs[name])
+        # Its own arrays, filled in place, are what they were when they were laid out.
+        if self._inputs.keys() != inputs.keys() or any(inputs[name] is not own for name, own in self._inputs.items()):
+            self._copy(inputs)
         self._number += 1
         packet: dict[str, Any] = {'do': 'infer', 'id': self._number}
-        layout = TensorLayout.of(self._inputs)
-        if layout != self._sent_layout:
-            packet['layout'] = layout.to_json()
-            self._sent_layout = layout
+        if not self._layout_sent:
+            packet['layout'] = TensorLayout.of(self._inputs).to_json()
+            self._layout_sent = True
         try:
             self._channel.send(packet, block=False)
         except ChannelClosedError as error:
@@ -282,7 +279,7 @@ class WorkerHost:
             if descriptor >= 0:
                 os.close(descriptor)
         self._pidfd = self._lifetime = -1
-        self._inputs, self._outputs, self._sent_layout, self._running = {}, {}, None, False
+        self._inputs, self._outputs, self._layout_sent, self._running = {}, {}, False, False
         for segment in (self._requests, self._answers):
             if segment is not None:
                 segment.close()
@@ -404,6 +401,14 @@ class WorkerHost:
             raise EngineDeserializeError(f'{self._name()} told something unreadable: {packet!a:.300}') from error
         self._on_build(progress)
 
+    def _copy(self, inputs: Mapping[str, NDArray]) -> None:
+        """Copy ``inputs`` to where the worker reads them."""
+        check_inputs(self._input_specs, inputs)
+        self._prepare(inputs)
+        for name, array in self._inputs.items():
+            if inputs[name] is not array:
+                np.copyto(array, inputs[name])
+
     def _prepare(self, inputs: Mapping[str, NDArray]) -> None:
         """Have a segment whose arrays are shaped like ``inputs``."""
         if self._inputs and all(self._inputs[name].shape == array.shape for name, array in inputs.items()):
@@ -412,7 +417,7 @@ class WorkerHost:
         if self._requests is None or self._requests.size < layout.size:
             self._requests = self._replace(self._requests, 'requests', layout.size)
         self._inputs = self._requests.arrays(layout)
-        self._sent_layout = None
+        self._layout_sent = False
 
     def _grow(self, packet: dict[str, Any]) -> None:
         size = packet.get('bytes')
