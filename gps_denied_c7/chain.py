@@ -33,6 +33,7 @@ __all__ = ['Answer', 'ChainState', 'ChainStatus', 'Rung', 'RungHost', 'RuntimeCh
 ORT_LABEL = 'onnx_trt_ep'
 
 _ATTEMPTS, _LAST_ATTEMPTS = 2, 6
+_DEATHS = 3
 _SHORTEST_LOAD_S = 2.0
 _WARM_UPS = 4
 _LATE = 3.0
@@ -409,8 +410,15 @@ class RuntimeChain:
                     self._fail_serving(error)
                     # Where no other is usable, the rung itself may be, loaded afresh.
                     # Dead by chance once more, or by this very request: so often and no further.
-                    attempts = self._attempts(rung) if isinstance(error, WorkerDiedError) else 1
-                    spent = again and loaded_afresh[rung] >= attempts
+                    died = isinstance(error, WorkerDiedError)
+                    spent = again and loaded_afresh[rung] >= (_DEATHS if died else 1)
+                    if spent and died and not others:
+                        self._replace_serving((rung,))
+                        if self._serving() in failures:
+                            # Afresh it passes its proof once more: the request is what it does not survive.
+                            self._restore_gpu(*before)
+                            self._blame_request(failures, started_ns)
+                        continue
                     if self._replace_serving(others if spent else (*others, rung)):
                         loaded_afresh[self._serving()] += 1
                     continue

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import ChainState, Rung, RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.errors import ChainExhaustedError, EngineDeserializeError, InferenceError
+from gps_denied_c7.errors import ChainExhaustedError, EngineDeserializeError, InferenceError, WorkerDiedError
 from gps_denied_c7.runtime import EngineFacts, ProviderSet
 from gps_denied_c7.tensors import TensorSpec
 
@@ -218,6 +218,36 @@ def test_f4_a_worker_that_cannot_be_killed_loses_the_gpu():
     bench.ask(2.0)
     assert 'c7.worker_unkillable' in [kind for kind, _ in bench.records]
     assert bench.chain.status().gpu_lost
+
+
+class DiesOfThirteen(ScriptedWorker):
+    """Stand in for an engine that one request kills."""
+
+    def poll(self, timeout_s):
+        if self.alive and self.request is not None and (self.request['x'] == 13).all():
+            self.alive, self.request = False, None
+            self.bench.deaths += 1
+            raise WorkerDiedError('the worker was ended by SIGKILL.')
+        return super().poll(timeout_s)
+
+
+class PoisonedBench(Bench):
+    """A chain of engines that one request kills."""
+
+    worker_type, deaths = DiesOfThirteen, 0
+
+
+@pytest.mark.parametrize('hot_standby', [True, False])
+@pytest.mark.parametrize('rungs', [(CPU,), (GPU, CPU), (GPU, OTHER_GPU)])
+def test_f2_a_request_that_kills_every_engine_costs_itself_and_no_other(rungs, hot_standby):
+    """The engine is loaded once more for those that follow, which come at once."""
+    bench = PoisonedBench(*rungs, hot_standby=hot_standby).ready()
+    with pytest.raises(InferenceError, match='no runtime can answer this request'):
+        bench.ask(13.0)
+    assert bench.deaths <= 8
+    assert bench.chain.status().state is ChainState.READY
+    assert not bench.chain.status().gpu_lost
+    assert bench.ask(1.0)
 
 
 @pytest.mark.parametrize('hot_standby', [True, False])
