@@ -86,7 +86,9 @@ def test_m1_values_agree_with_a_plain_computation_in_floating_point(mode, source
     difference = np.abs(_run(spec, pixels)[0, 0] - _expected(pixels.array, mode, spec))
     stages = 1 + max(0, math.floor(math.log2(max(source))))
     assert difference.max() <= 0.5 * stages + 0.5
-    assert min(*source, *network) < 10 or difference.mean() <= 0.75
+    # Half of all pairs have a half for their mean, and each halving rounds it the same way.
+    halvings = math.floor(math.log2(max(1, *(whole / size for whole, size in zip(source, network, strict=True)))))
+    assert min(*source, *network) < 10 or difference.mean() <= max(0.75, 0.25 * (2 + halvings))
 
 
 @pytest.mark.parametrize(
