@@ -361,8 +361,6 @@ class NodeProcess:
             stdout=self.log,
             stderr=subprocess.STDOUT,
             cwd=tempfile.gettempdir(),
-            # Where the tests themselves run under nohup, the node would leave SIGHUP alone as well.
-            preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
             env={
                 **os.environ,
                 'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),
