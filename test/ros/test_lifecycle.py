@@ -295,7 +295,8 @@ def test_n5_an_exception_on_the_way_down_frees_everything_all_the_same(gpu, loca
     assert gpu.loaded == 0
     assert 'on the way down' in peer.wait_record('c7.callback_failed')['error']
     wait_until(lambda: f'failures in transition {label}' in peer.values('Runtime'), 'the failure to be counted')
-    assert peer.level('Runtime') == 'ERROR' and 'on the way down' in peer.message('Runtime')
+    wait_until(lambda: 'on the way down' in peer.message('Runtime'), 'the reason')
+    assert peer.level('Runtime') == 'ERROR'
     assert peer.payloads('c7.start_failed') == []
     assert local.node.transition('configure') and local.node.transition('activate')
     peer.wait_level('Runtime', 'WARN')
