@@ -41,7 +41,6 @@ LOG_MARK = '\x1e'
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
-_OOM_SCORE_ADJ = 600
 
 _log = logging.getLogger(__name__)
 
@@ -180,12 +179,6 @@ def _set_up_process() -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_Marked())
     logging.basicConfig(level=logging.INFO, handlers=[handler])
-    try:
-        # Rather this process than the node, which then goes on with another one.
-        with open('/proc/self/oom_score_adj', 'w') as file:
-            file.write(str(_OOM_SCORE_ADJ))
-    except OSError as error:
-        _log.debug('oom_score_adj stays as it is: %s', error)
 
 
 class _Marked(logging.Formatter):

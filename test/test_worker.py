@@ -196,6 +196,19 @@ def test_f1_what_a_worker_is(worker):
     )
 
 
+def test_f1_a_worker_comes_first_where_memory_runs_out_before_it_runs_any_python(bundle, tmp_path, monkeypatch):
+    """F-1: while another one's memory is still being freed, it is the only one to take besides the node."""
+    found = tmp_path / 'score'
+    interpreter = tmp_path / 'python'
+    interpreter.write_text(f'#!/bin/sh\ncat /proc/self/oom_score_adj >{found}\nexec {sys.executable} "$@"\n')
+    interpreter.chmod(0o755)
+    monkeypatch.setattr(sys, 'executable', str(interpreter))
+    host = worker_hosts(bundle, CONFIG)(CPU)
+    host.load()
+    host.release()
+    assert int(found.read_text()) == min(1000, int(Path('/proc/self/oom_score_adj').read_text()) + 600)
+
+
 def test_f2_the_cpu_worker_sees_no_gpu_and_nothing_of_ros(monkeypatch):
     environ = {'CUDA_VISIBLE_DEVICES': '0', 'ROS_DOMAIN_ID': '7', 'PATH': '/bin', 'FASTRTPS_DEFAULT_PROFILES_FILE': 'x'}
     cpu = worker_environment(environ, ProviderSet.CPU)
