@@ -5,7 +5,10 @@ Run it in the environment that runs the tests (``make chaos``):
 
     python test/measure/chaos.py [--deaths 200] [--hangs 20] [--rate 30] [--pause 0.2 1.5]
 
-Exits with 1 where a frame is lost, answered twice or out of order, or the node leaves ``active``.
+Exits with 1 where a frame is lost, answered twice or out of order, the node leaves ``active``, or something of it is
+left when it has ended. An hour with a death every ten seconds, and what the node's memory does meanwhile:
+
+    python test/measure/chaos.py --deaths 360 --hangs 0 --pause 10 10
 """
 
 from __future__ import annotations
@@ -44,6 +47,9 @@ class Account:
     :param blows: monotonic seconds, what was done and to whom (``serving`` or ``standby``).
     :param sent: monotonic seconds of publication by stamp.
     :param answered: monotonic seconds and frame number of each answer, by stamp, in order of arrival.
+    :param levels: monotonic seconds, resident bytes and open descriptors of the node before each blow.
+    :param workers: process ids of all workers that were seen.
+    :param left: what was there after the node had ended; Fast DDS's files are counted in ``left_by_dds``.
     """
 
     blows: list[tuple[float, str, str]] = field(default_factory=list)
@@ -52,6 +58,16 @@ class Account:
     counters: dict[str, str] = field(default_factory=dict)
     switches: list[dict] = field(default_factory=list)
     left_active: bool = False
+    levels: list[tuple[float, int, int]] = field(default_factory=list)
+    workers: set[int] = field(default_factory=set)
+    left: list[str] = field(default_factory=list)
+    left_by_dds: int = 0
+
+    def take_level(self, pid: int) -> None:
+        """Note what a process holds now."""
+        pages = int(Path(f'/proc/{pid}/statm').read_text().split()[1])
+        descriptors = len(os.listdir(f'/proc/{pid}/fd'))
+        self.levels.append((time.monotonic(), pages * os.sysconf('SC_PAGE_SIZE'), descriptors))
 
     def problems(self) -> list[str]:
         """Name every broken promise."""
@@ -70,7 +86,7 @@ class Account:
             found.append(f'{self.counters["unanswered"]} frames stayed unanswered')
         if self.left_active:
             found.append('the node left active')
-        return found
+        return [*found, *self.left]
 
     def latencies_after(self, *kinds: str, within_s: float) -> list[float]:
         """Return, for each blow to the serving worker of that kind, the slowest answer to a frame sent since."""
@@ -160,6 +176,8 @@ def run(
             for blow in blows:
                 time.sleep(chance.uniform(*pause_s))
                 targets = wait_until(lambda: workers(process), 'a worker')
+                account.workers.update(targets)
+                account.take_level(process.process.pid)
                 target = chance.choice(targets)
                 role = 'serving' if target == targets[0] else 'standby'
                 account.blows.append((time.monotonic(), blow, role))
@@ -182,7 +200,34 @@ def run(
         while not settled() and time.monotonic() < deadline:
             time.sleep(0.1)
         account.switches = peer.payloads('c7.runtime_switched')
+        account.workers.update(workers(process))
+        segments = process.shared_memory()
+        process.signal(signal.SIGTERM)
+        if code := process.wait():
+            account.left.append(f'the node ended with {code}')
+        account.left += [f'worker {pid} is left' for pid in account.workers if _is_worker(pid)]
+        account.left_by_dds = sum(path.exists() for path in segments)
     return account
+
+
+def _is_worker(pid: int) -> bool:
+    try:
+        return b'gps_denied_c7.worker' in Path(f'/proc/{pid}/cmdline').read_bytes()
+    except FileNotFoundError:
+        return False
+
+
+def _describe_levels(levels: list[tuple[float, int, int]], settled_s: float = 300.0) -> str:
+    """Say how the node's memory and descriptors went, since it had settled where it ran for long enough."""
+    later = [level for level in levels if level[0] >= levels[0][0] + settled_s] or levels
+    sizes = np.array([size for _, size, _ in later]) / 2**20
+    descriptors = [count for *_, count in later]
+    # A worker that is being started holds a few more for a moment.
+    return (
+        f'node over {later[-1][0] - later[0][0]:.0f} s: resident {sizes[0]:.1f} MiB, then {sizes.min():.1f} to '
+        f'{sizes.max():.1f}, at last {sizes[-1]:.1f}; descriptors {descriptors[0]}, then {min(descriptors)} to '
+        f'{max(descriptors)}, at last {descriptors[-1]}'
+    )
 
 
 def main() -> int:
@@ -212,6 +257,8 @@ def main() -> int:
         if slowest.size:
             p50, p95 = np.percentile(slowest, (50, 95))
             print(f'slowest answer around a {name}: p50 {p50:.0f}, p95 {p95:.0f}, max {slowest.max():.0f} ms')
+    print(_describe_levels(account.levels))
+    print(f'left by Fast DDS: {account.left_by_dds} files; by the node: {len(account.left)}')
     for problem in account.problems():
         print(f'BROKEN  {problem}')
     return 1 if account.problems() else 0
