@@ -18,6 +18,25 @@ sys.path.append(str(HERE.parent / 'runtimes'))
 GPU_SIGNS = ('/proc/driver/nvidia/version', '/dev/nvidia0', '/dev/nvidiactl', '/dev/nvhost-gpu')
 
 
+@pytest.fixture(scope='session')
+def superpoint_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle around the SuperPoint-shaped network, golden answers from ONNX Runtime on the CPU in FP32."""
+    from superpoint import write_superpoint
+
+    from gps_denied_c7.bundle_maker import BundleRequest, make_bundle
+
+    directory = tmp_path_factory.mktemp('superpoint_bundle')
+    onnx = write_superpoint(directory / 'superpoint.onnx')
+    return make_bundle(BundleRequest(model=onnx, output=directory / 'bundle')).bundle.root
+
+
+@pytest.fixture(scope='session')
+def flight_caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Parameters that name the caches of the node's engines: what one test has built, the later ones load."""
+    root = tmp_path_factory.mktemp('flight_caches')
+    return {'engine_cache_dir': str(root / 'engines'), 'ort_trt_cache_dir': str(root / 'ort')}
+
+
 def absent_gpu() -> str | None:
     """Say why the suite cannot run here, None where it can."""
     if any(Path(sign).exists() for sign in GPU_SIGNS):

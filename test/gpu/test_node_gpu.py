@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -12,7 +13,6 @@ from typing import Any
 
 import pytest
 from results import record
-from superpoint import write_superpoint
 
 rclpy_missing = None
 try:
@@ -30,28 +30,12 @@ if rclpy_missing is None:
 
 
 @pytest.fixture(scope='module')
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle around the SuperPoint-shaped network, golden answers from ONNX Runtime on the CPU in FP32."""
-    from gps_denied_c7.bundle_maker import BundleRequest, make_bundle
-
-    directory = tmp_path_factory.mktemp('model')
-    onnx = write_superpoint(directory / 'superpoint.onnx')
-    return make_bundle(BundleRequest(model=onnx, output=directory / 'bundle')).bundle.root
-
-
-@pytest.fixture(scope='module')
 def bag(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return record_flight(tmp_path_factory.mktemp('bag'))
 
 
-@pytest.fixture(scope='module')
-def caches(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp('caches')
-    return {'engine_cache_dir': str(root / 'engines'), 'ort_trt_cache_dir': str(root / 'ort')}
-
-
 @pytest.fixture
-def flown(model: Path, bag: Path, caches: dict[str, str]) -> Iterator[Any]:
+def flown(superpoint_bundle: Path, bag: Path, flight_caches: dict[str, str]) -> Iterator[Any]:
     """Fly the bag through a node with further parameters; return its answers, records and diagnostics."""
 
     def fly(**parameters: Any) -> dict[str, Any]:
@@ -60,7 +44,13 @@ def flown(model: Path, bag: Path, caches: dict[str, str]) -> Iterator[Any]:
             start = time.monotonic()
             node = NodeProcess(
                 domain_id,
-                {'autostart': True, 'model_path': str(model), 'image_topics': [IMAGE_TOPIC], **caches, **parameters},
+                {
+                    'autostart': True,
+                    'model_path': str(superpoint_bundle),
+                    'image_topics': [IMAGE_TOPIC],
+                    **flight_caches,
+                    **parameters,
+                },
             )
             peer = Peer(domain_id)
             asked = []
@@ -97,7 +87,7 @@ def flown(model: Path, bag: Path, caches: dict[str, str]) -> Iterator[Any]:
     yield fly
 
 
-def test_node_builds_on_configure_and_flies_on_tensorrt(flown: Any, caches: dict[str, str]) -> None:
+def test_node_builds_on_configure_and_flies_on_tensorrt(flown: Any) -> None:
     """R-2, F-5: built with progress while services answer, then served from the cache without a build."""
     built = flown(build_on_configure=True)
     cached = flown()
@@ -116,15 +106,16 @@ def test_node_builds_on_configure_and_flies_on_tensorrt(flown: Any, caches: dict
         )
 
 
-def test_node_with_a_refused_engine_flies_on_onnxruntime_on_the_gpu(flown: Any, caches: dict[str, str]) -> None:
+def test_node_with_a_refused_engine_flies_on_onnxruntime_on_the_gpu(
+    flown: Any, flight_caches: dict[str, str], tmp_path: Path
+) -> None:
     """AC-3, AC-5: the gate refuses a damaged engine, ONNX Runtime serves on the GPU, with the alert."""
-    engines = list(Path(caches['engine_cache_dir']).glob('*.engine'))
-    if not engines:
-        pytest.skip('no engine was built')
-    plan = bytearray(engines[0].read_bytes())
+    shutil.copytree(flight_caches['engine_cache_dir'], tmp_path / 'engines')
+    (engine,) = (tmp_path / 'engines').glob('*.engine')
+    plan = bytearray(engine.read_bytes())
     plan[len(plan) // 2] ^= 0x40
-    engines[0].write_bytes(plan)
-    flight = flown()
+    engine.write_bytes(plan)
+    flight = flown(engine_cache_dir=str(tmp_path / 'engines'))
     assert {answer.runtime_label for answer in flight['answers']} == {'onnx_trt_ep'}
     providers = {answer.active_provider for answer in flight['answers']}
     assert providers <= {'TensorrtExecutionProvider', 'CUDAExecutionProvider'}

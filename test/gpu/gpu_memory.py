@@ -1,0 +1,43 @@
+"""How much memory of the GPU is taken, and that it comes back."""
+
+from __future__ import annotations
+
+import time
+
+__all__ = ['free_bytes', 'returned_mib', 'used_bytes']
+
+_LIMIT_S = 5.0
+_LIMIT_MIB = 64.0
+
+
+def _memory() -> tuple[int, int]:
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        memory = pynvml.nvmlDeviceGetMemoryInfo(pynvml.nvmlDeviceGetHandleByIndex(0))
+        return int(memory.used), int(memory.free)
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def used_bytes() -> int:
+    """Return the bytes of the first GPU that are taken by all processes together."""
+    return _memory()[0]
+
+
+def free_bytes() -> int:
+    """Return the bytes of the first GPU that nobody has taken."""
+    return _memory()[1]
+
+
+def returned_mib(before: int) -> float:
+    """
+    Return by how many MiB more is taken than ``before``, once that is little enough or five seconds have passed.
+
+    :param before: from :func:`used_bytes`.
+    """
+    deadline = time.monotonic() + _LIMIT_S
+    while (more := (used_bytes() - before) / 2**20) > _LIMIT_MIB and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return round(more, 1)

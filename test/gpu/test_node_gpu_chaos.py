@@ -1,0 +1,274 @@
+"""§5 on a real GPU: engines of a whole node are killed, poisoned and starved of memory, and every frame is answered."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gpu_memory import free_bytes, returned_mib, used_bytes
+from results import percentiles, record
+
+from gps_denied_c7.bundle import ModelBundle
+from gps_denied_c7.chain import RuntimeChain
+from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.gate import EngineManifest, manifest_path
+from gps_denied_c7.worker_host import worker_hosts
+
+missing = None
+try:
+    import pynvml  # noqa: F401
+    import rclpy  # noqa: F401
+    import tensorrt  # noqa: F401
+except ImportError as error:
+    missing = str(error)
+
+pytestmark = pytest.mark.skipif(missing is not None, reason=f'the node, TensorRT and NVML: {missing}')
+
+if missing is None:
+    sys.path += [str(Path(__file__).parents[1] / name) for name in ('ros', 'measure')]
+    import chaos
+    from harness import image, running_node, wait_until
+
+CAMERA = '/camera/image_raw'
+KILLS = 50
+POISONS = 16
+LEFT_FREE_BYTES = 96 << 20
+
+_HOARDER = """
+import sys, time
+try:
+    from cuda.bindings import runtime as cudart
+except ImportError:
+    from cuda import cudart
+size = int(sys.argv[1])
+kept = []
+while size >= 1 << 20:
+    error, address = cudart.cudaMalloc(size)
+    if int(error):
+        cudart.cudaGetLastError()
+        size //= 2
+    else:
+        kept.append(address)
+        size = min(size, cudart.cudaMemGetInfo()[1] - int(sys.argv[2]))
+print('taken', flush=True)
+time.sleep(600)
+"""
+
+
+@contextmanager
+def hoarder(left_bytes: int) -> Iterator[None]:
+    """Have another process take the GPU's memory but for ``left_bytes``."""
+    process = subprocess.Popen(
+        [sys.executable, '-c', _HOARDER, str(free_bytes() - left_bytes), str(left_bytes)], stdout=subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None and process.stdout.readline() == b'taken\n'
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope='module')
+def built(superpoint_bundle: Path, flight_caches: dict[str, str]) -> dict[str, Any]:
+    """Parameters of a node whose engines lie in its caches, TensorRT's and those of ONNX Runtime's provider."""
+    parameters = {'model_path': str(superpoint_bundle), **flight_caches}
+    with running_node({**parameters, 'build_on_configure': True, 'load_timeout_s': 300.0}) as (_, peer):
+        peer.start()
+        wait_until(lambda: peer.values('Runtime').get('standby') not in (None, 'none'), 'a standby', 300.0)
+    return parameters
+
+
+def flying(peer: Any, **values: str) -> None:
+    """Have the node reach ``active`` with these values of its runtime on diagnostics, and its subscription matched."""
+    peer.start()
+    peer.wait_matched(CAMERA)
+    until(peer, **values)
+
+
+def until(peer: Any, **values: str) -> None:
+    wait_until(lambda: values.items() <= peer.values('Runtime').items(), f'{values}', 60.0)
+
+
+def stand_by(peer: Any) -> None:
+    wait_until(lambda: peer.values('Runtime').get('standby') not in (None, 'none'), 'a standby', 60.0)
+
+
+def frame(number: int) -> Any:
+    return image(number, width=640, height=480)
+
+
+def end(process: Any, before: int) -> float:
+    """End the node in order; return the MiB of GPU memory that stayed taken."""
+    process.signal(signal.SIGTERM)
+    assert process.wait() == 0
+    return returned_mib(before)
+
+
+def test_f2_fifty_kills_in_mid_execution_cost_no_frame(built: dict[str, Any]) -> None:
+    """F-1, F-2, F-6: whichever worker is killed, and wherever in the request, the same frame is answered once."""
+    chance = random.Random(5)
+    before = used_bytes()
+    took_s, who = [], Counter[str]()
+    # The kills come from outside, closer together than a GPU that is lost would have it.
+    with running_node({**built, 'gpu_fault_window_s': 0.01, 'promotion_backoff_s': [0.5, 2.0]}) as (process, peer):
+        flying(peer, runtime='tensorrt')
+        for number in range(1, KILLS + 1):
+            stand_by(peer)
+            target = chance.choice(chaos.workers(process))
+            answers = len(peer.tensors)
+            started = time.monotonic()
+            peer.publisher(CAMERA).publish(frame(number))
+            time.sleep(chance.uniform(0.0, 0.006))
+            os.kill(target, signal.SIGKILL)
+            wait_until(lambda answers=answers: len(peer.tensors) > answers, f'the answer to frame {number}')
+            took_s.append(time.monotonic() - started)
+            who[peer.tensors[-1].runtime_label + '/' + peer.tensors[-1].active_provider] += 1
+            assert peer.tensors[-1].header.stamp.sec == number
+            assert peer.ask(CAMERA, frame(1000 + number)).header.stamp.sec == 1000 + number
+        assert peer.state() == 'active'
+        stamps = [answer.header.stamp.sec for answer in peer.tensors]
+        assert len(stamps) == len(set(stamps)) == 2 * KILLS
+        switches = len(peer.payloads('c7.runtime_switched'))
+        more = end(process, before)
+    record(
+        'chaos: SIGKILL in mid-execution', kills=KILLS, frames=f'{len(stamps)} of {2 * KILLS}', answered_by=dict(who),
+        publish_to_answer=percentiles(took_s), switches=switches, gpu_memory_left_mib=more,
+    )  # fmt: skip
+    assert more <= 64
+
+
+def test_f2_an_engine_file_fails_over_to_cuda_and_to_the_cpu(built: dict[str, Any], tmp_path: Path) -> None:
+    """F-2, F-8: TensorRT's engine dies, ONNX Runtime's CUDA provider answers; that dies, the CPU does."""
+    before = used_bytes()
+    seen = []
+    parameters = {**built, 'ort_trt_cache_dir': str(tmp_path / 'empty'), 'promotion_backoff_s': [300.0, 300.0]}
+    with running_node(parameters) as (process, peer):
+        flying(peer, runtime='tensorrt', standby='onnx_trt_ep/gpu')
+        for number in range(1, 4):
+            if number > 1:
+                os.kill(chaos.workers(process)[0], signal.SIGKILL)
+            answer = peer.ask(CAMERA, frame(number))
+            assert answer.header.stamp.sec == number
+            seen.append(f'{answer.runtime_label}/{answer.active_provider}')
+            if number == 2:
+                until(peer, standby='onnx_trt_ep/cpu')
+        assert peer.state() == 'active'
+        wait_until(lambda: 'c7.cpu_fallback' in peer.kinds(), 'the alert')
+        alerts = [kind for kind in peer.kinds() if 'fallback' in kind]
+        gaps = [payload['gap_ms'] for payload in peer.payloads('c7.runtime_switched')]
+        more = end(process, before)
+    record('chaos: an engine fails over', answered_by=seen, alerts=alerts, gap_ms=gaps, gpu_memory_left_mib=more)
+    assert seen == [
+        'tensorrt/TensorrtExecutionProvider', 'onnx_trt_ep/CUDAExecutionProvider', 'onnx_trt_ep/CPUExecutionProvider',
+    ]  # fmt: skip
+    assert alerts == ['c7.fallback_to_onnx_trt_ep', 'c7.cpu_fallback']
+    assert more <= 64
+
+
+def test_f3_a_standby_that_finds_no_gpu_memory_costs_no_frame(built: dict[str, Any]) -> None:
+    """F-3: what serves goes on, and the standby comes back once there is memory."""
+    before = used_bytes()
+    with running_node(built) as (process, peer):
+        flying(peer, runtime='tensorrt', standby='onnx_trt_ep/gpu')
+        assert peer.ask(CAMERA, frame(1)).runtime_label == 'tensorrt'
+        with hoarder(LEFT_FREE_BYTES):
+            free_mib = round(free_bytes() / 2**20)
+            os.kill(chaos.workers(process)[1], signal.SIGKILL)
+            until(peer, standby='none')
+            labels = Counter(peer.ask(CAMERA, frame(number)).runtime_label for number in range(2, 62))
+            waited = time.monotonic() + 12.0
+            while time.monotonic() < waited:
+                labels[peer.ask(CAMERA, frame(62)).runtime_label] += 1
+                time.sleep(0.1)
+            meanwhile = peer.values('Runtime').get('standby')
+        wait_until(lambda: peer.values('Runtime').get('standby') == 'onnx_trt_ep/gpu', 'the standby', 60.0)
+        assert peer.state() == 'active'
+        more = end(process, before)
+    record(
+        'chaos: no GPU memory for the standby', free_mib=free_mib, frames=dict(labels), standby_meanwhile=meanwhile,
+        gpu_memory_left_mib=more,
+    )  # fmt: skip
+    assert set(labels) == {'tensorrt'}
+    assert more <= 64
+
+
+def damaged(plan: bytes, chance: random.Random) -> bytes:
+    """Return a copy with up to 63 bits flipped, which ruins a CUDA context as often as not."""
+    content = bytearray(plan)
+    for position in chance.sample(range(len(content)), chance.randint(1, 63)):
+        content[position] ^= 1 << chance.randrange(8)
+    return bytes(content)
+
+
+def let_past_the_gate(engine: Path, plan: bytes) -> None:
+    """Write a plan with a manifest that calls it the one that was built: what no gate can see."""
+    manifest = EngineManifest.from_json(manifest_path(engine).read_bytes())
+    engine.write_bytes(plan)
+    manifest_path(engine).write_bytes(
+        replace(manifest, engine_sha256=hashlib.sha256(plan).hexdigest(), engine_bytes=len(plan)).to_json()
+    )
+
+
+def test_f1_a_poisoned_worker_takes_nothing_with_it(built: dict[str, Any], tmp_path: Path) -> None:
+    """F-1, M-1: damaged engines with forged manifests die or are found out alone; the first that dies, in a node."""
+    before = used_bytes()
+    shutil.copytree(built['engine_cache_dir'], tmp_path / 'engines')
+    (engine,) = (tmp_path / 'engines').glob('*.engine')
+    plan = engine.read_bytes()
+    bundle = ModelBundle.load(built['model_path'])
+    config = C7InferenceConfig(
+        engine_cache_dir=tmp_path / 'engines', ort_trt_cache_dir=Path(built['ort_trt_cache_dir']), hot_standby=False
+    )
+    chance = random.Random(7)
+    ends: Counter[str] = Counter()
+    poison = None
+    for _ in range(POISONS):
+        content = damaged(plan, chance)
+        let_past_the_gate(engine, content)
+        chain = RuntimeChain(bundle, config, worker_hosts(bundle, config), emit=lambda kind, **payload: None)
+        try:
+            chain.load()
+            outputs = chain.infer(bundle.golden_inputs()).outputs
+            assert not bundle.compare(outputs, bundle.golden_outputs())
+            why = dict(chain.status().failures).get('tensorrt/gpu')
+        finally:
+            chain.release()
+        if why is None:
+            ends['answers as the whole one does'] += 1
+        elif 'golden' in why:
+            ends['wrong answers, refused by its proof'] += 1
+        elif 'TensorRT refused' in why:
+            ends['refused by TensorRT'] += 1
+        else:
+            ends['CUDA error or death of its worker'] += 1
+            poison = poison or (content, why)
+    assert poison is not None, ends
+    let_past_the_gate(engine, poison[0])
+    with running_node({**built, 'engine_cache_dir': str(tmp_path / 'engines')}) as (process, peer):
+        flying(peer, runtime='onnx_trt_ep')
+        answers = [peer.ask(CAMERA, frame(number)) for number in range(1, 31)]
+        assert [answer.header.stamp.sec for answer in answers] == list(range(1, 31))
+        providers = sorted({answer.active_provider for answer in answers})
+        assert peer.state() == 'active'
+        more = end(process, before)
+    record(
+        'chaos: damaged engines past the gate', engines=POISONS, ends=dict(ends), one=poison[1][:300],
+        node_answers=len(answers), node_provider=providers, gpu_memory_left_mib=more,
+    )  # fmt: skip
+    assert not np.intersect1d(providers, ['CPUExecutionProvider']).size
+    assert more <= 64
