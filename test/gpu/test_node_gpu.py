@@ -29,6 +29,10 @@ if rclpy_missing is None:
     from scenario import IMAGE_TOPIC, record_flight, replay
 
 
+if rclpy_missing is None:
+    STREAM = f'Stream {IMAGE_TOPIC}'
+
+
 @pytest.fixture(scope='module')
 def bag(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return record_flight(tmp_path_factory.mktemp('bag'))
@@ -64,12 +68,13 @@ def flown(superpoint_bundle: Path, bag: Path, flight_caches: dict[str, str]) -> 
 
                 wait_until(active, 'state active', 300.0)
                 start_s = time.monotonic() - start
+                wait_until(lambda: peer.values('Runtime').get('standby') not in (None, 'none'), 'a standby', 60.0)
                 (topic,) = replay(bag, domain_id)['topics']
-                sent = topic['sent']
-                wait_until(lambda: len(peer.tensors) >= sent, f'{sent} answers', 60.0)
-                wait_until(lambda: peer.values('Latency').get('frames') == str(sent), 'the latency report', 30.0)
+                sent = str(topic['sent'])
+                wait_until(lambda: peer.values(STREAM).get('received') == sent, f'{sent} images', 10.0)
+                wait_until(lambda: peer.values('Latency').get('frames') == sent, f'{sent} answers', 10.0)
                 return {
-                    'sent': sent,
+                    'sent': topic['sent'],
                     'answers': list(peer.tensors),
                     'kinds': peer.kinds(),
                     'runtime': peer.status('Runtime'),
@@ -78,7 +83,7 @@ def flown(superpoint_bundle: Path, bag: Path, flight_caches: dict[str, str]) -> 
                     'slowest_get_state_ms': round(max(asked) * 1e3, 1),
                 }
             except AssertionError:
-                print(node.output())
+                print(peer.values(STREAM), peer.values('Runtime'))
                 raise
             finally:
                 node.close()
