@@ -263,7 +263,7 @@ class RuntimeChain:
         self._loads: list[_Load] = []
         self._load_s: dict[Rung, float] = {}
         self._pauses: dict[tuple[str, Rung], tuple[int, float]] = {}
-        self._announced: Rung | None = None
+        self._announced: frozenset[str] = frozenset()
         self._failures: dict[str, BaseException] = {}
         self._golden: tuple[dict[str, NDArray], dict[str, NDArray]] | None = None
         self._gpu_faults: deque[tuple[int, Rung]] = deque(maxlen=8)
@@ -643,8 +643,6 @@ class RuntimeChain:
     def _serve(self, engine: _Engine) -> None:
         self._engine = engine
         self._failures.pop(engine.rung.name, None)
-        if engine.rung != self._announced:
-            self._announced = None
         for note in engine.facts.notes:
             _log.info('%s: %s', engine.rung.name, note)
         _log.info('%s serves %s on %s.', engine.rung.name, self._bundle.name, engine.facts.active_provider)
@@ -655,6 +653,7 @@ class RuntimeChain:
             facts=engine.facts,
             standby=standby.rung if standby is not None else None,
         )
+        self._announced &= frozenset(self._status.alerts)
 
     def _may_serve(self, rung: Rung) -> bool:
         return not self._status.gpu_lost or rung.providers is ProviderSet.CPU or self._flies_gpu_only()
@@ -955,14 +954,19 @@ class RuntimeChain:
     # --- what is told to others -------------------------------------------------------------------
 
     def _announce(self) -> None:
-        """Emit the alerts of a serving episode with its first frame (AC-5, Risk-2)."""
-        if self._announced is not None:
+        """
+        Emit the alerts that stand since this frame (AC-5, Risk-2).
+
+        One that stands already is not repeated by another rung of which it is true as well.
+        """
+        fresh = [kind for kind in self._status.alerts if kind not in self._announced]
+        if not fresh:
             return
-        self._announced = self._serving()
+        self._announced |= frozenset(fresh)
         facts = self._status.facts
         assert facts is not None
         reason = join_reasons(self._status.failures)
-        for kind in self._status.alerts:
+        for kind in fresh:
             _log.warning('%s: %s runs on %s, because %s', kind, self._bundle.name, facts.active_provider, reason)
             asked = {'requested_providers': list(facts.requested_providers)} if kind == 'c7.cpu_fallback' else {}
             self._emit(
@@ -1027,7 +1031,7 @@ class RuntimeChain:
     def _drop_all(self) -> None:
         self._drop_serving()
         others = [*self._late, *filter(None, (self._standby, self._candidate))]
-        self._late, self._standby, self._candidate, self._announced = [], None, None, None
+        self._late, self._standby, self._candidate, self._announced = [], None, None, frozenset()
         for engine in others:
             engine.host.release()
         loads, self._loads = self._loads, []

@@ -205,6 +205,19 @@ def test_risk2_cpu_alert_once_per_serving_episode():
     assert bench.kinds() == ['c7.cpu_fallback'] * 2
 
 
+def test_ac5_one_episode_of_the_fallback_has_one_alert_whatever_provider_it_moves_to():
+    """AC-5, Risk-2: from the GPU to the CPU only what is new is told; a better rung in between ends the episode."""
+    bench = Bench(TRT, ORT, CPU)
+    bench.faults = unavailable(TRT)
+    bench.chain.load()
+    bench.chain.infer(FRAME)
+    bench.faults[(ORT, 'infer')] = InferenceError('CUDA error 700')
+    bench.chain.infer(FRAME)
+    assert bench.statuses[-1].alerts == ('c7.fallback_to_onnx_trt_ep', 'c7.cpu_fallback')
+    alerts = [kind for kind in bench.kinds() if 'fallback' in kind]
+    assert alerts == ['c7.fallback_to_onnx_trt_ep', 'c7.cpu_fallback']
+
+
 def test_deactivation_does_not_end_a_serving_episode():
     bench = Bench(CPU)
     bench.chain.load()

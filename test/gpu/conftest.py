@@ -57,6 +57,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Print a failure at once: a run on a lent machine may be cut off before pytest sums up."""
+    if report.failed and os.environ.get(VARIABLE):
+        print('', report.nodeid, report.when, report.longreprtext[-3000:], report.capstdout[-3000:], sep='\n', flush=True)
+
+
 def pytest_sessionfinish() -> None:
     """Let the suite write its report from everything measured so far."""
     results = os.environ.get(VARIABLE)

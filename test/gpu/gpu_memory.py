@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-__all__ = ['free_bytes', 'returned_mib', 'used_bytes']
+__all__ = ['free_bytes', 'returned_mib', 'settled_bytes']
 
 _LIMIT_S = 5.0
 _LIMIT_MIB = 64.0
@@ -21,9 +21,14 @@ def _memory() -> tuple[int, int]:
         pynvml.nvmlShutdown()
 
 
-def used_bytes() -> int:
-    """Return the bytes of the first GPU that are taken by all processes together."""
-    return _memory()[0]
+def settled_bytes() -> int:
+    """Return the bytes of the first GPU that all processes together have taken, once nobody gives any back."""
+    last, since = _memory()[0], time.monotonic()
+    while time.monotonic() - since < 1.0:
+        time.sleep(0.1)
+        if (now := _memory()[0]) != last:
+            last, since = now, time.monotonic()
+    return last
 
 
 def free_bytes() -> int:
@@ -35,9 +40,9 @@ def returned_mib(before: int) -> float:
     """
     Return by how many MiB more is taken than ``before``, once that is little enough or five seconds have passed.
 
-    :param before: from :func:`used_bytes`.
+    :param before: from :func:`settled_bytes`.
     """
     deadline = time.monotonic() + _LIMIT_S
-    while (more := (used_bytes() - before) / 2**20) > _LIMIT_MIB and time.monotonic() < deadline:
+    while (more := (_memory()[0] - before) / 2**20) > _LIMIT_MIB and time.monotonic() < deadline:
         time.sleep(0.1)
     return round(more, 1)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu_memory import returned_mib, used_bytes
+from gpu_memory import returned_mib, settled_bytes
 from onnx_models import arithmetic, bundle_around, write_model
 from results import record
 from torch_models import REQUEST, write_program
@@ -73,7 +73,7 @@ def test_f4_a_kernel_that_never_ends_costs_its_worker_and_no_frame(
         promotion_backoff_s=(0.5, 2.0),
         gpu_fault_window_s=0.01,
     )
-    before = used_bytes()
+    before = settled_bytes()
     records: list[str] = []
     chain = RuntimeChain(
         bundle, config, worker_hosts(bundle, config), emit=lambda kind, **payload: records.append(kind)

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu_memory import free_bytes, returned_mib, used_bytes
+from gpu_memory import free_bytes, returned_mib, settled_bytes
 from results import percentiles, record
 
 from gps_denied_c7.bundle import ModelBundle
@@ -128,41 +128,57 @@ def end(process: Any, before: int) -> float:
 
 
 def test_f2_fifty_kills_in_mid_execution_cost_no_frame(built: dict[str, Any]) -> None:
-    """F-1, F-2, F-6: whichever worker is killed, and wherever in the request, the same frame is answered once."""
+    """F-1, F-2, F-6: one worker or all of them, somewhere in a request; it is answered, and TensorRT serves again."""
     chance = random.Random(5)
-    before = used_bytes()
-    took_s, who = [], Counter[str]()
+    took_s, back_s, who = [], [], Counter[str]()
+    number = 0
+    before = settled_bytes()
     # The kills come from outside, closer together than a GPU that is lost would have it.
-    with running_node({**built, 'gpu_fault_window_s': 0.1, 'promotion_backoff_s': [0.5, 2.0]}) as (process, peer):
+    with running_node({**built, 'gpu_fault_window_s': 0.1, 'promotion_backoff_s': [0.5, 1.0]}) as (process, peer):
         flying(peer, runtime='tensorrt')
-        for number in range(1, KILLS + 1):
-            until(peer)
-            target = chance.choice(chaos.workers(process))
-            answers = len(peer.tensors)
+        for _ in range(KILLS):
             started = time.monotonic()
+            # Frames are what a better engine is compared on before it serves again.
+            while not on_tensorrt(peer):
+                assert time.monotonic() - started < 60.0, peer.values('Runtime')
+                number += 1
+                assert peer.ask(CAMERA, frame(number)).header.stamp.sec == number
+            back_s.append(time.monotonic() - started)
+            targets = chaos.workers(process)
+            number += 1
+            answers, published = len(peer.tensors), time.monotonic()
             peer.publisher(CAMERA).publish(frame(number))
             time.sleep(chance.uniform(0.0, 0.006))
-            os.kill(target, signal.SIGKILL)
+            for target in chance.sample(targets, chance.randint(1, len(targets))):
+                os.kill(target, signal.SIGKILL)
             wait_until(lambda answers=answers: len(peer.tensors) > answers, f'the answer to frame {number}')
-            took_s.append(time.monotonic() - started)
-            who[peer.tensors[-1].runtime_label + '/' + peer.tensors[-1].active_provider] += 1
+            took_s.append(time.monotonic() - published)
             assert peer.tensors[-1].header.stamp.sec == number
-            assert peer.ask(CAMERA, frame(1000 + number)).header.stamp.sec == 1000 + number
+            who[f'{peer.tensors[-1].runtime_label}/{peer.tensors[-1].active_provider}'] += 1
         assert peer.state() == 'active'
         stamps = [answer.header.stamp.sec for answer in peer.tensors]
-        assert len(stamps) == len(set(stamps)) == 2 * KILLS
+        assert stamps == list(range(1, number + 1))
         switches = len(peer.payloads('c7.runtime_switched'))
         more = end(process, before)
     record(
-        'chaos: SIGKILL in mid-execution', kills=KILLS, frames=f'{len(stamps)} of {2 * KILLS}', answered_by=dict(who),
-        publish_to_answer=percentiles(took_s), switches=switches, gpu_memory_left_mib=more,
+        'chaos: SIGKILL in mid-execution', kills=KILLS, frames=f'{len(stamps)} of {number}', answered_by=dict(who),
+        publish_to_answer=percentiles(took_s), tensorrt_serves_again=percentiles(back_s[1:], 's'), switches=switches,
+        gpu_memory_left_mib=more,
     )  # fmt: skip
     assert more <= 64
 
 
+def on_tensorrt(peer: Any) -> bool:
+    """Return whether a diagnostic that is made from now on says that TensorRT serves and another engine stands by."""
+    seen = len(peer.diagnostics)
+    wait_until(lambda: len(peer.diagnostics) > seen + 1, 'diagnostics', 10.0)
+    values = peer.values('Runtime')
+    return bool(values['runtime'] == 'tensorrt' and values['standby'] != 'none')
+
+
 def test_f2_an_engine_file_fails_over_to_cuda_and_to_the_cpu(built: dict[str, Any], tmp_path: Path) -> None:
     """F-2, F-8: TensorRT's engine dies, ONNX Runtime's CUDA provider answers; that dies, the CPU does."""
-    before = used_bytes()
+    before = settled_bytes()
     seen = []
     parameters = {**built, 'ort_trt_cache_dir': str(tmp_path / 'empty'), 'promotion_backoff_s': [300.0, 300.0]}
     with running_node(parameters) as (process, peer):
@@ -183,7 +199,7 @@ def test_f2_an_engine_file_fails_over_to_cuda_and_to_the_cpu(built: dict[str, An
         more = end(process, before)
     record('chaos: an engine fails over', answered_by=seen, alerts=alerts, gap_ms=gaps, gpu_memory_left_mib=more)
     assert seen == [
-        'tensorrt/TensorrtExecutionProvider', 'onnx_trt_ep/CUDAExecutionProvider', 'onnx_trt_ep/CPUExecutionProvider',
+        'tensorrt/TensorRT', 'onnx_trt_ep/CUDAExecutionProvider', 'onnx_trt_ep/CPUExecutionProvider',
     ]  # fmt: skip
     assert alerts == ['c7.fallback_to_onnx_trt_ep', 'c7.cpu_fallback']
     assert more <= 64
@@ -191,7 +207,7 @@ def test_f2_an_engine_file_fails_over_to_cuda_and_to_the_cpu(built: dict[str, An
 
 def test_f3_a_standby_that_finds_no_gpu_memory_costs_no_frame(built: dict[str, Any]) -> None:
     """F-3: what serves goes on, and the standby comes back once there is memory."""
-    before = used_bytes()
+    before = settled_bytes()
     with running_node(built) as (process, peer):
         flying(peer, runtime='tensorrt')
         until(peer, 'onnx_trt_ep/gpu')
@@ -236,7 +252,7 @@ def let_past_the_gate(engine: Path, plan: bytes) -> None:
 
 def test_f1_a_poisoned_worker_takes_nothing_with_it(built: dict[str, Any], tmp_path: Path) -> None:
     """F-1, M-1: damaged engines with forged manifests die or are found out alone; the first that dies, in a node."""
-    before = used_bytes()
+    before = settled_bytes()
     shutil.copytree(built['engine_cache_dir'], tmp_path / 'engines')
     (engine,) = (tmp_path / 'engines').glob('*.engine')
     plan = engine.read_bytes()
