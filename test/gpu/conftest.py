@@ -60,7 +60,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Print a failure at once: a run on a lent machine may be cut off before pytest sums up."""
     if report.failed and os.environ.get(VARIABLE):
-        print('', report.nodeid, report.when, report.longreprtext[-3000:], report.capstdout[-3000:], sep='\n', flush=True)
+        told = report.longreprtext[-3000:], report.capstdout[-3000:]
+        print('', report.nodeid, report.when, *told, sep='\n', flush=True)
 
 
 def pytest_sessionfinish() -> None:
