@@ -23,6 +23,7 @@ from gps_denied_c7.runtime import (
     ProviderSet,
 )
 from gps_denied_c7.runtimes import create_runtime
+from gps_denied_c7.runtimes.base import BaseRuntime
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.thermal import ThermalStatePublisher
@@ -94,6 +95,11 @@ class InProcessHost(SynchronousHost):
         if self._handle is None:
             raise InferenceError('no engine is loaded.')
         return self._runtime.infer(self._handle, inputs)
+
+    def place_outputs(self, outputs: Mapping[str, NDArray]) -> None:
+        """Have later answers written into these arrays where the runtime can; see BaseRuntime."""
+        if self._handle is not None and isinstance(self._runtime, BaseRuntime):
+            self._runtime.place_outputs(self._handle, outputs)
 
     def release(self) -> None:
         """Free the engine; safe to repeat."""

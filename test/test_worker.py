@@ -32,6 +32,7 @@ from gps_denied_c7.errors import (
 )
 from gps_denied_c7.hosts import in_process_hosts
 from gps_denied_c7.runtime import ProviderSet
+from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.thermal import UnknownThermalState
 from gps_denied_c7.worker_channel import Channel, ChannelClosedError, error_from_json, error_to_json
 from gps_denied_c7.worker_host import WorkerHost, worker_environment, worker_hosts
@@ -81,6 +82,24 @@ def test_f1_a_worker_answers_as_the_same_runtime_in_this_process_does(bundle, wo
             np.testing.assert_array_equal(ours[name], theirs[name])
             assert not theirs[name].flags.writeable
     here.release()
+
+
+def test_f1_the_engine_writes_its_answers_into_the_segment(bundle):
+    """F-1: from the second answer on nothing is copied, whatever segment is current."""
+    host = in_process_hosts(bundle, CONFIG, UnknownThermalState())(CPU)
+    host.load()
+    request = bundle.golden_inputs()
+    first = host.infer(request)
+    for _ in range(2):
+        segment = SharedTensors.create(TensorLayout.of(first).size, writable=True)
+        views = segment.arrays(TensorLayout.of(first))
+        host.place_outputs(views)
+        answer = host.infer(request)
+        for name, view in views.items():
+            assert np.shares_memory(answer[name], view)
+            assert not answer[name].flags.writeable
+        assert not bundle.compare(views, bundle.golden_outputs())
+    host.release()
 
 
 def test_f1_a_request_may_be_written_in_place(bundle, worker):

@@ -144,6 +144,18 @@ class BaseRuntime(ABC, Generic[EngineT]):
             _forget_locals(error)
             raise
 
+    def place_outputs(self, handle: EngineHandle, outputs: Mapping[str, NDArray]) -> None:
+        """
+        Have later answers written into arrays of the caller's, by those vendors' libraries that can.
+
+        Nothing promises it: whoever needs the answer elsewhere than where :meth:`infer` returns it copies it.
+
+        :param outputs: C-contiguous arrays by canonical name; not to be read while a request runs. Kept until the
+            engine is released or others are placed.
+        """
+        bound = self._bound(handle)
+        self._place(bound.engine, {own: outputs[name] for name, own in bound.own_outputs.items() if name in outputs})
+
     def release_engine(self, handle: EngineHandle) -> None:
         """Free the engine; a foreign or released handle is a silent no-op."""
         bound = self._engines.pop(handle, None) if isinstance(handle, _Handle) else None
@@ -220,6 +232,9 @@ class BaseRuntime(ABC, Generic[EngineT]):
     def _settle(self, engine: EngineT) -> Sequence[str]:
         """Do what wants an engine that has run, as capturing a graph; return remarks for its facts."""
         return ()
+
+    def _place(self, engine: EngineT, outputs: Mapping[str, NDArray]) -> None:
+        """Write later answers into ``outputs``, by the file's own names, where that saves a copy."""
 
     def _witness(self, engine: EngineT, facts: EngineFacts) -> EngineFacts:
         """Return the facts as the warm-up run has shown them to be, or raise to refuse the engine."""

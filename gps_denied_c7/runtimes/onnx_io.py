@@ -35,6 +35,10 @@ class TensorIo(Protocol):
         """Run one request, all by the session's own names; the arrays returned are valid until the next run."""
         ...
 
+    def place(self, outputs: Mapping[str, NDArray]) -> None:
+        """Write later answers into these arrays where that saves a copy; they are kept as long as they are bound."""
+        ...
+
     def release(self) -> None:
         """Give back what was bound, while the session still exists; safe to repeat."""
         ...
@@ -52,14 +56,20 @@ class HostIo:
     seen_finite = False
 
     def __init__(self, ort: ModuleType, session: Any, outputs: Sequence[TensorSpec]) -> None:
+        self._ort = ort
         self._session = session
         self._binding = session.io_binding()
         self._free = [spec.name for spec in outputs if None in spec.shape]
-        self._outputs = {spec.name: np.zeros(_sizes(spec), spec.dtype) for spec in outputs if None not in spec.shape}
+        self._outputs: dict[str, NDArray] = {}
         # Kept as long as they are bound, since they own nothing and are owned by nothing.
-        self._values = {name: ort.OrtValue.ortvalue_from_numpy(array) for name, array in self._outputs.items()}
-        for name, value in self._values.items():
+        self._values: dict[str, Any] = {}
+        self._bind({spec.name: np.zeros(_sizes(spec), spec.dtype) for spec in outputs if None not in spec.shape})
+
+    def _bind(self, outputs: Mapping[str, NDArray]) -> None:
+        for name, array in outputs.items():
+            value = self._ort.OrtValue.ortvalue_from_numpy(array)
             self._binding.bind_ortvalue_output(name, value)
+            self._values[name], self._outputs[name] = value, array
 
     def run(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """Run one request; see TensorIo."""
@@ -68,6 +78,14 @@ class HostIo:
         _bind_free(self._binding, self._free)
         self._session.run_with_iobinding(self._binding)
         return {**self._outputs, **_fetch_free(self._binding, self._free)}
+
+    def place(self, outputs: Mapping[str, NDArray]) -> None:
+        """Bind these arrays instead of its own, where they are shaped as those are; see TensorIo."""
+        self._bind({
+            name: outputs[name]
+            for name, own in self._outputs.items()
+            if name in outputs and (outputs[name].shape, outputs[name].dtype) == (own.shape, own.dtype)
+        })  # fmt: skip
 
     def release(self) -> None:
         """Unbind everything; see TensorIo."""
@@ -127,6 +145,9 @@ class GpuIo:
         self._wait()
         self.seen_finite = self._check is not None and not self._check.found
         return {**self._outputs, **_fetch_free(self._binding, self._free)}
+
+    def place(self, outputs: Mapping[str, NDArray]) -> None:
+        """Keep its own, which are pinned; see TensorIo."""
 
     def release(self) -> None:
         """Unbind and free everything, also after an error that has cost the CUDA context; see TensorIo."""

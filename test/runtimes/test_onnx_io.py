@@ -217,6 +217,24 @@ def test_r3_sizes_that_depend_on_the_data_follow_it(cuda: HostMemoryInsteadOfCud
         assert not io.seen_finite
 
 
+def test_f1_answers_are_written_where_the_caller_wants_them() -> None:
+    """F-1: into memory of the caller's where it fits; what does not fit, or has no fixed size, stays where it was."""
+    model, outputs = points_and_negative()
+    io = HostIo(onnxruntime, session_on(model), outputs)
+    place = np.full((3, 4), 7, np.float32)
+    io.place({'negative': place, 'points': np.zeros((2, 3), np.int64), 'nothing': place})
+    for number in (1, 2):
+        x = np.full((3, 4), number, np.float32)
+        found = io.run({'x': x})
+        assert found['negative'] is place
+        np.testing.assert_array_equal(place, -x)
+        assert found['points'].shape == (2, 12)
+    for misfit in (np.zeros((4, 3), np.float32), np.zeros((3, 4), np.float64)):
+        io.place({'negative': misfit})
+        assert io.run({'x': x})['negative'] is place
+    io.release()
+
+
 @pytest.mark.parametrize('shape', [(), (1,), (0, 3), (2, 3)])
 @pytest.mark.parametrize('dtype', ['float32', 'float16', 'float64', 'bool', 'uint8', 'int64'])
 def test_r3_gpu_tensors_of_any_shape_and_type_round_trip(
