@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import os
 import re
+import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
@@ -17,9 +19,11 @@ __all__ = [
     'SEGMENT_OVERHEAD',
     'HostTransport',
     'ProfileDecision',
+    'SweptSegments',
     'apply_profile',
     'profile_path',
     'segment_size',
+    'sweep_segments',
     'transport_warnings',
     'tune_allocator',
     'write_profile',
@@ -34,6 +38,9 @@ _BUILTIN_TRANSPORTS = 'FASTDDS_BUILTIN_TRANSPORTS'
 _FAST_DDS = ('rmw_fastrtps_cpp', 'rmw_fastrtps_dynamic_cpp')
 _OLD_DISTRIBUTIONS = ('foxy', 'galactic', 'humble', 'iron', 'jazzy')
 _FRAMES_IN_FLIGHT = 4
+_SEGMENT = re.compile(r'fast(?:rtps|dds)_[0-9a-f]{16}')
+# So long after its lock file a process has certainly locked it.
+_SETTLED_S = 10.0
 
 SEGMENT_OVERHEAD = 1.06
 """What a segment takes of /dev/shm for each byte asked for; 1.047 measured with Fast DDS 2.14."""
@@ -173,6 +180,66 @@ def _own_segments() -> list[int]:
             if lock := re.fullmatch(r'(/dev/shm/fast(?:rtps|dds)_[0-9a-f]{16})_el', os.readlink(descriptor)):
                 sizes.append(os.stat(lock[1]).st_size)
     return sizes
+
+
+@dataclass(frozen=True, slots=True)
+class SweptSegments:
+    """
+    Count the shared memory that Fast DDS left behind.
+
+    :param removed: segments whose processes had been killed, and which are gone now.
+    :param removed_bytes: what they had taken of /dev/shm.
+    :param refused: segments of the kind that another user owns.
+    """
+
+    removed: int = 0
+    removed_bytes: int = 0
+    refused: int = 0
+
+    def __str__(self) -> str:
+        """Say what was done, and what is left to others; empty where there was nothing."""
+        parts = []
+        if self.removed:
+            parts.append(
+                f'Removed {self.removed} shared-memory segments of Fast DDS ({_mb(self.removed_bytes)}), whose '
+                f'processes had been killed.'
+            )
+        if self.refused:
+            parts.append(
+                f'{self.refused} more belong to another user; free their memory with: sudo fastdds shm clean'
+            )
+        return ' '.join(parts)
+
+
+def sweep_segments(folder: Path = Path('/dev/shm')) -> SweptSegments:
+    """
+    Remove the segments that Fast DDS has left behind where processes were killed.
+
+    A process cannot do it for itself then, and each segment holds 70 MB of memory until somebody does: a node that is
+    started again and again would fill the host's. A living process holds a lock (flock) on the file beside its
+    segment, in other containers too; the kernel drops it with the process. Sound with Fast DDS 2.14 and 3.2.
+    """
+    removed = removed_bytes = refused = 0
+    for lock in folder.glob('fast*_el'):
+        segment = lock.with_name(lock.name.removesuffix('_el'))
+        if not _SEGMENT.fullmatch(segment.name):
+            continue
+        try:
+            with open(lock, 'rb') as file:
+                if time.time() - os.fstat(file.fileno()).st_mtime < _SETTLED_S:
+                    continue
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                size = segment.stat().st_size if segment.exists() else 0
+                segment.unlink(missing_ok=True)
+                lock.unlink()
+        except PermissionError:
+            refused += 1
+        except OSError:
+            # It is in use, or another process sweeps as well.
+            continue
+        else:
+            removed, removed_bytes = removed + 1, removed_bytes + size
+    return SweptSegments(removed, removed_bytes, refused)
 
 
 def transport_warnings(

@@ -14,7 +14,7 @@ import time
 import rclpy
 from rclpy.signals import SignalHandlerOptions
 
-from gps_denied_c7.ros.dds import apply_profile, transport_warnings, tune_allocator
+from gps_denied_c7.ros.dds import apply_profile, sweep_segments, transport_warnings, tune_allocator
 from gps_denied_c7.ros.executor import PoolExecutor
 from gps_denied_c7.ros.log import forward_to, log_files_problem
 from gps_denied_c7.ros.node import C7InferenceNode
@@ -79,6 +79,7 @@ def main(args: list[str] | None = None) -> int:
     _open_standard_streams()
     profile = apply_profile(os.environ)
     tune_allocator()
+    swept = sweep_segments()
     stop = _Stop()
     no_log_files = log_files_problem(os.environ)
     if no_log_files:
@@ -92,6 +93,8 @@ def main(args: list[str] | None = None) -> int:
         print(f'c7_inference_node cannot start: {error}', file=sys.stderr)
         return 2
     node.get_logger().info(profile.reason)
+    if str(swept):
+        node.get_logger().info(str(swept))
     notices = (*transport_warnings(os.environ), *filter(None, [no_log_files]))
     left_behind = not _run(node, thermal, stop, notices)
     del node

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from harness import NodeProcess, free_domain_id, wait_until
 
+from gps_denied_c7.ros import dds
 from gps_denied_c7.ros.dds import (
     HD_IMAGE_BYTES,
     HostTransport,
     apply_profile,
     profile_path,
     segment_size,
+    sweep_segments,
     transport_warnings,
 )
 
@@ -196,6 +202,56 @@ needs_fast_dds = pytest.mark.skipif(
 
 @needs_room
 @needs_fast_dds
+def segment(folder, name, *, age_s=60.0):
+    """Write what Fast DDS leaves behind: a segment, and the file that its process locks."""
+    for path in (folder / name, folder / f'{name}_el'):
+        path.write_bytes(bytes(1000) if path.suffix == '' and not path.name.endswith('_el') else b'')
+        os.utime(path, (time.time() - age_s,) * 2)
+    return folder / name
+
+
+def test_what_killed_processes_left_of_fast_dds_is_removed_and_nothing_else(tmp_path):
+    dead = segment(tmp_path, 'fastrtps_0123456789abcdef')
+    half = segment(tmp_path, 'fastdds_0123456789abcdef')
+    half.unlink()
+    kept = [
+        segment(tmp_path, 'fastdds_00000000000000ff', age_s=1.0),
+        segment(tmp_path, 'fastrtps_port7412'),
+        segment(tmp_path, 'fastest_0123456789abcdef'),
+        segment(tmp_path, 'fastrtps_fedcba9876543210'),
+    ]
+    with open(f'{kept[-1]}_el') as living:
+        fcntl.flock(living, fcntl.LOCK_EX)
+        swept = sweep_segments(tmp_path)
+    assert (swept.removed, swept.removed_bytes, swept.refused) == (2, 1000, 0)
+    assert not dead.exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
+        name for path in kept for name in (path.name, f'{path.name}_el')
+    )
+    assert 'Removed 2' in str(swept)
+    assert str(sweep_segments(tmp_path / 'nowhere')) == ''
+
+
+def test_a_node_removes_what_a_killed_one_left(monkeypatch):
+    """With the real Fast DDS: a live participant keeps its memory, and a killed one's is gone."""
+    monkeypatch.setattr(dds, '_SETTLED_S', 0.0)
+    with free_domain_id() as domain_id:
+        killed, living = (NodeProcess(domain_id, {}, ('-r', f'__node:={name}')) for name in ('killed', 'living'))
+        try:
+            left = wait_until(killed.shared_memory, 'the shared memory of the first')
+            wait_until(lambda: 'DDS profile' in killed.output(), 'its start')
+            used = wait_until(living.shared_memory, 'the shared memory of the second')
+            killed.signal(signal.SIGKILL)
+            killed.wait()
+            assert all(path.exists() for path in left), 'Fast DDS cleans up by itself now: the sweep can go'
+            sweep_segments()
+            assert not any(path.exists() for path in left)
+            assert all(path.exists() for path in used)
+        finally:
+            killed.close()
+            living.close()
+
+
 def test_fast_dds_takes_the_profile():
     """§8: with the real middleware the segment is there, and the check that looks for it finds it."""
     (applied, segment, warnings), noise = run_child('profile')
