@@ -33,9 +33,19 @@ class Respawn(LaunchCase):
         """N-2: and it answers and alerts as before."""
         rig.peer.wait_state('active')
         rig.peer.wait_record('c7.session_started')
+        camera = rig.peer.wait_matched(IMAGE_TOPIC)
         first = proc_info[NODE_PROCESS].pid
         os.kill(first, signal.SIGKILL)
         killed = time.monotonic()
+
+        def flies_on() -> bool:
+            # As a camera that knows nothing of all this.
+            camera.publish(image(width=640, height=480))
+            time.sleep(1 / 30)
+            return bool(rig.peer.tensors)
+
+        wait_until(flies_on, 'a tensor of the new process')
+        print(f'respawn_delay {respawn_delay} s: first tensor {time.monotonic() - killed:.2f} s after SIGKILL')
         wait_until(lambda: proc_info[NODE_PROCESS].pid != first, 'the process to be started again')
         # A new peer: the old one still knows the dead node's services.
         peer = rig.listen()
