@@ -7,6 +7,7 @@ import ctypes
 import fcntl
 import os
 import re
+import stat
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, MutableMapping
@@ -225,8 +226,10 @@ def sweep_segments(folder: Path = Path('/dev/shm')) -> SweptSegments:
         if not _SEGMENT.fullmatch(segment.name):
             continue
         try:
-            with open(lock, 'rb') as file:
-                if time.time() - os.fstat(file.fileno()).st_mtime < _SETTLED_S:
+            # Anybody may have put anything there.
+            with open(os.open(lock, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), 'rb') as file:
+                found = os.fstat(file.fileno())
+                if not stat.S_ISREG(found.st_mode) or time.time() - found.st_mtime < _SETTLED_S:
                     continue
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 size = segment.stat().st_size if segment.exists() else 0

@@ -220,13 +220,17 @@ def test_what_killed_processes_left_of_fast_dds_is_removed_and_nothing_else(tmp_
         segment(tmp_path, 'fastest_0123456789abcdef'),
         segment(tmp_path, 'fastrtps_fedcba9876543210'),
     ]
+    os.mkfifo(tmp_path / 'fastdds_00000000000000aa_el')
+    os.utime(tmp_path / 'fastdds_00000000000000aa_el', (0, 0))
+    os.symlink(kept[0], tmp_path / 'fastdds_00000000000000bb_el')
+    odd = ['fastdds_00000000000000aa_el', 'fastdds_00000000000000bb_el']
     with open(f'{kept[-1]}_el') as living:
         fcntl.flock(living, fcntl.LOCK_EX)
         swept = sweep_segments(tmp_path)
     assert (swept.removed, swept.removed_bytes, swept.refused) == (2, 1000, 0)
     assert not dead.exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        name for path in kept for name in (path.name, f'{path.name}_el')
+        [*odd, *(name for path in kept for name in (path.name, f'{path.name}_el'))]
     )
     assert 'Removed 2' in str(swept)
     assert str(sweep_segments(tmp_path / 'nowhere')) == ''
