@@ -196,7 +196,7 @@ def run(
             received = account.answered[-1][2] + 1
             return int(account.counters['accepted']) == int(account.counters['answered']) == received
 
-        deadline = time.monotonic() + 10.0
+        deadline = time.monotonic() + 30.0
         while not settled() and time.monotonic() < deadline:
             time.sleep(0.1)
         account.switches = peer.payloads('c7.runtime_switched')
