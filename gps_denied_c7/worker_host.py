@@ -37,9 +37,11 @@ _REAP_S = 2.0
 _LARGEST_ANSWER_BYTES = 1 << 30
 # A request has one answer, and another packet where the answer needs a larger segment.
 _MOST_PACKETS = 8
-_OOM_SCORE_MORE, _OOM_SCORE_MOST = 600, 1000
 # Before anything is loaded: while another worker's memory is being freed, only the node would be left to take.
-_EXPENDABLE = '{ echo "$1" >/proc/self/oom_score_adj; } 2>/dev/null; shift; exec "$@"'
+_EXPENDABLE = """
+{ read -r score && echo $((score > 400 ? 1000 : score + 600)) >/proc/self/oom_score_adj; } </proc/self/oom_score_adj
+exec "$@"
+"""
 _KEPT_VARIABLES = ('PATH', 'LD_LIBRARY_PATH', 'HOME', 'USER', 'LANG', 'TZ', 'TMPDIR', '_ROS_WHEELS_BOOTSTRAP_COMPLETE')
 _KEPT_PREFIXES = ('LC_', 'XDG_', 'PYTHON', 'VIRTUAL_ENV', 'MALLOC_', 'OMP_', 'CUDA_', 'NVIDIA_', 'ORT_', 'TORCH')
 
@@ -295,7 +297,7 @@ class WorkerHost:
         read_end, self._lifetime = os.pipe()
         log_read, log_write = os.pipe()
         command = [
-            '/bin/sh', '-c', _EXPENDABLE, 'sh', str(_oom_score_of_workers()),
+            '/bin/sh', '-c', _EXPENDABLE, 'sh',
             sys.executable, '-m', 'gps_denied_c7.worker',
             '--channel', str(theirs.fileno()), '--lifetime', str(read_end),
         ]  # fmt: skip
@@ -493,12 +495,6 @@ def worker_environment(environ: Mapping[str, str], providers: ProviderSet) -> di
     if providers is ProviderSet.CPU:
         kept['CUDA_VISIBLE_DEVICES'] = ''
     return kept
-
-
-def _oom_score_of_workers() -> int:
-    """Return what makes the kernel take a worker, and not the node, where memory runs out."""
-    with open('/proc/self/oom_score_adj') as file:
-        return min(_OOM_SCORE_MOST, int(file.read()) + _OOM_SCORE_MORE)
 
 
 def _forward_log(descriptor: int, name: str) -> None:

@@ -178,7 +178,7 @@ def _own_segments() -> list[int]:
     for descriptor in Path('/proc/self/fd').glob('*'):
         with contextlib.suppress(OSError):
             # A descriptor or segment that was closed meanwhile, as the one of this very listing, is none.
-            if lock := re.fullmatch(r'(/dev/shm/fast(?:rtps|dds)_[0-9a-f]{16})_el', os.readlink(descriptor)):
+            if lock := re.fullmatch(rf'(/dev/shm/{_SEGMENT.pattern})_el', os.readlink(descriptor)):
                 sizes.append(os.stat(lock[1]).st_size)
     return sizes
 

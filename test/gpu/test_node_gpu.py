@@ -5,32 +5,23 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from node_stack import MISSING
 from results import record
 
-rclpy_missing = None
-try:
-    import rclpy  # noqa: F401
-    import tensorrt  # noqa: F401
-except ImportError as error:
-    rclpy_missing = str(error)
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
-pytestmark = pytest.mark.skipif(rclpy_missing is not None, reason=f'the node and TensorRT: {rclpy_missing}')
-
-if rclpy_missing is None:
-    sys.path.append(str(Path(__file__).parents[1] / 'ros'))
+if not MISSING:
     from harness import NodeProcess, Peer, free_domain_id, wait_until
     from scenario import IMAGE_TOPIC, record_flight, replay
 
-
-if rclpy_missing is None:
     STREAM = f'Stream {IMAGE_TOPIC}'
+
 
 
 @pytest.fixture(scope='module')

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 from gpu_memory import free_bytes, returned_mib, settled_bytes
+from node_stack import MISSING
 from results import percentiles, record
 
 from gps_denied_c7.bundle import ModelBundle
@@ -28,18 +29,9 @@ from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.gate import EngineManifest, manifest_path
 from gps_denied_c7.worker_host import worker_hosts
 
-missing = None
-try:
-    import pynvml  # noqa: F401
-    import rclpy  # noqa: F401
-    import tensorrt  # noqa: F401
-except ImportError as error:
-    missing = str(error)
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
-pytestmark = pytest.mark.skipif(missing is not None, reason=f'the node, TensorRT and NVML: {missing}')
-
-if missing is None:
-    sys.path += [str(Path(__file__).parents[1] / name) for name in ('ros', 'measure')]
+if not MISSING:
     import chaos
     from harness import image, running_node, wait_until
 

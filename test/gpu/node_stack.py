@@ -1,0 +1,20 @@
+"""What the tests of a whole node on a GPU need besides the GPU: ROS, TensorRT and NVML for Python."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from pathlib import Path
+
+__all__ = ['MISSING']
+
+MISSING = ''
+"""Why a node with TensorRT cannot be run in this Python, empty where it can."""
+
+try:
+    for _name in ('rclpy', 'tensorrt', 'pynvml'):
+        importlib.import_module(_name)
+except ImportError as error:
+    MISSING = f'the node, TensorRT and NVML: {error}'
+else:
+    sys.path += [str(Path(__file__).parents[1] / folder) for folder in ('ros', 'measure')]
