@@ -222,7 +222,7 @@ def test_what_killed_processes_left_of_fast_dds_is_removed_and_nothing_else(tmp_
     ]
     os.mkfifo(tmp_path / 'fastdds_00000000000000aa_el')
     os.utime(tmp_path / 'fastdds_00000000000000aa_el', (0, 0))
-    os.symlink(kept[0], tmp_path / 'fastdds_00000000000000bb_el')
+    os.symlink(kept[2], tmp_path / 'fastdds_00000000000000bb_el')
     odd = ['fastdds_00000000000000aa_el', 'fastdds_00000000000000bb_el']
     with open(f'{kept[-1]}_el') as living:
         fcntl.flock(living, fcntl.LOCK_EX)
