@@ -20,6 +20,7 @@ from gps_denied_c7.errors import (
     C7Error,
     ChainExhaustedError,
     EngineSchemaMismatchError,
+    GpuMemoryError,
     InferenceError,
     RuntimeUnavailableError,
     WorkerDiedError,
@@ -265,6 +266,7 @@ class RuntimeChain:
         self._pauses: dict[tuple[str, Rung], tuple[int, float]] = {}
         self._announced: frozenset[str] = frozenset()
         self._failures: dict[str, BaseException] = {}
+        self._beside: RuntimeChain | None = None
         self._golden: tuple[dict[str, NDArray], dict[str, NDArray]] | None = None
         self._gpu_faults: deque[tuple[int, Rung]] = deque(maxlen=8)
         self._retry_at_ns = 0
@@ -299,19 +301,23 @@ class RuntimeChain:
         engine = self._engine
         return engine.host.request_arrays if engine is not None else {}
 
-    def load(self, *, beside: bool = False) -> None:
+    def load(self, *, beside: RuntimeChain | None = None) -> None:
         """
         Load and prove the first usable rung (N-1 configure).
 
         A better rung that needs longer than ``configure_budget_s`` goes on loading in the background (F-5).
 
-        :param beside: another chain serves meanwhile and needs the memory: what stands by is loaded with the
-            first :meth:`infer` only.
+        :param beside: another chain, which serves meanwhile and has what stands by give way where GPU memory is
+            short. What stands by here is loaded with the first :meth:`infer` only.
         :raises ChainExhaustedError: no rung is usable; nothing stays loaded.
         """
         with self._turn:
-            self._walk(self._rungs)
-            if not beside:
+            self._beside = beside
+            try:
+                self._walk(self._rungs)
+            finally:
+                self._beside = None
+            if beside is None:
                 self._order_loads()
 
     def shadow(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
@@ -332,6 +338,15 @@ class RuntimeChain:
                 engine.host.kill()
                 raise InferenceError(f'{engine.rung.name} did not answer a live frame within {engine.hang_s:.1f} s.')
             return outputs
+
+    def make_room(self, lack_bytes: int) -> bool:
+        """
+        Free what does not serve where that gives another engine the GPU memory that it lacks (F-3).
+
+        :return: whether anything was freed. What stands by is loaded again after a pause.
+        """
+        with self._turn:
+            return self._make_room(lack_bytes)
 
     def prove(self) -> None:
         """
@@ -582,6 +597,8 @@ class RuntimeChain:
         if not load.done.wait(None if budget_s is None else max(0.0, budget_s)):
             return None
         self._loads.remove(load)
+        if isinstance(load.error, GpuMemoryError):
+            return self._load_here(rung)
         if load.error is not None:
             raise load.error
         return load.engine
@@ -592,8 +609,45 @@ class RuntimeChain:
         self._loads.append(load)
         try:
             return self._load_engine(load)
+        except GpuMemoryError as error:
+            if not self._make_room(error.lack_bytes, load) and not self._make_room_beside(error.lack_bytes):
+                raise
+            return self._load_engine(load)
         finally:
             self._loads.remove(load)
+
+    def _make_room(self, lack_bytes: int, but: _Load | None = None) -> bool:
+        """Free the candidate, the standby and what is being loaded, as far as it takes; False where it is no use."""
+        others = [engine for engine in (self._candidate, self._standby) if engine is not None]
+        loads = [load for load in self._loads if load is not but and load.rung.providers is not ProviderSet.CPU]
+        if not loads and sum(_gpu_bytes(engine) for engine in others) < lack_bytes:
+            return False
+        for engine in others:
+            if lack_bytes <= 0:
+                return True
+            if taken := _gpu_bytes(engine):
+                _log.warning('%s gives way: another engine lacks GPU memory.', engine.rung.name)
+                self._free(engine)
+                lack_bytes -= taken
+        if lack_bytes > 0:
+            self._loads = [load for load in self._loads if load not in loads]
+            self._cancel(loads)
+            for load in loads:
+                self._postpone('promotion' if self._is_better(load.rung) else 'standby', load.rung)
+        return True
+
+    def _make_room_beside(self, lack_bytes: int) -> bool:
+        return self._beside is not None and self._beside.make_room(lack_bytes)
+
+    def _free(self, engine: _Engine) -> None:
+        """Free an engine that does not serve, and do not load it again at once."""
+        if engine is self._standby:
+            self._drop_standby()
+            self._postpone('standby', engine.rung)
+        else:
+            self._candidate = None
+            engine.host.release()
+            self._postpone('promotion', engine.rung)
 
     def _load_engine(self, load: _Load) -> _Engine:
         # A rung that has been loaded before is known to need about so long; one that hangs meanwhile is not waited for.
@@ -820,10 +874,12 @@ class RuntimeChain:
 
     def _take_loads(self) -> None:
         for load in [load for load in self._loads if load.done.is_set()]:
+            if load not in self._loads:
+                # It has given way to one before it.
+                continue
             self._loads.remove(load)
-            serving = self._engine
-            better = serving is not None and self._rungs.index(load.rung) < self._rungs.index(serving.rung)
-            if load.engine is not None and serving is not None and better and self._may_serve(load.rung):
+            better = self._is_better(load.rung)
+            if load.engine is not None and better and self._may_serve(load.rung):
                 if self._candidate is not None:
                     self._candidate.host.release()
                 self._candidate = load.engine
@@ -831,10 +887,20 @@ class RuntimeChain:
                 self._pauses.pop(('standby', load.rung), None)
                 self._stand_by(load.engine, ordered=True)
             elif load.error is not None:
+                if isinstance(load.error, GpuMemoryError):
+                    self._record_lack(load.rung, load.error)
+                    if better and self._make_room(load.error.lack_bytes):
+                        # A better engine is worth more than one that stands by; with nothing left to free, it waits.
+                        self._start_load(load.rung)
+                        continue
                 self._postpone('promotion' if better else 'standby', load.rung)
                 if better:
                     self._failures[load.rung.name] = load.error
                 _log.info('%s could not be loaded beside: %s', load.rung.name, load.error)
+
+    def _is_better(self, rung: Rung) -> bool:
+        serving = self._engine
+        return serving is not None and self._rungs.index(rung) < self._rungs.index(serving.rung)
 
     def _due(self, purpose: str, rung: Rung) -> bool:
         if (purpose, rung) not in self._pauses and purpose == 'promotion':
@@ -918,8 +984,20 @@ class RuntimeChain:
         _log_unexpected(rung, error)
         self._failures[rung.name] = error
         _log.warning('%s is out: %s', rung.name, error)
-        if not isinstance(error, RuntimeUnavailableError) and not self._closing:
+        if isinstance(error, GpuMemoryError):
+            self._record_lack(rung, error)
+        elif not isinstance(error, RuntimeUnavailableError) and not self._closing:
             self._emit('c7.engine_rejected', model_name=self._bundle.name, rung=rung.name, reason=str(error))
+
+    def _record_lack(self, rung: Rung, error: GpuMemoryError) -> None:
+        if not self._closing:
+            self._emit(
+                'c7.memory_refused',
+                rung=rung.name,
+                needed_bytes=error.needed_bytes,
+                left_bytes=error.left_bytes,
+                reason=error.message,
+            )
 
     def _prove(self, host: RungHost, limit_s: float) -> float:
         """
@@ -1035,6 +1113,10 @@ class RuntimeChain:
         for engine in others:
             engine.host.release()
         loads, self._loads = self._loads, []
+        self._cancel(loads)
+
+    def _cancel(self, loads: list[_Load]) -> None:
+        """End loads whose engines nobody waits for any more."""
         for load in loads:
             load.cancelled = True
             if load.host is not None:
@@ -1061,6 +1143,10 @@ class RuntimeChain:
             )
         self._status = status
         self._on_change(status)
+
+
+def _gpu_bytes(engine: _Engine) -> int:
+    return engine.facts.gpu_memory_bytes or 0
 
 
 def _log_unexpected(rung: Rung, error: Exception) -> None:

@@ -11,6 +11,7 @@ __all__ = [
     'EngineDeserializeError',
     'EngineSchemaMismatchError',
     'FdrSchemaError',
+    'GpuMemoryError',
     'ImageRejectedError',
     'InferenceError',
     'ModelBundleError',
@@ -70,6 +71,25 @@ class EngineSchemaMismatchError(C7Error):
 
 class EngineDeserializeError(C7Error):
     """An engine or model that the runtime could not load, or loaded on refused hardware."""
+
+
+class GpuMemoryError(EngineDeserializeError):
+    """
+    An engine that does not fit into what is left of the budget for GPU memory.
+
+    :param needed_bytes: what it needs.
+    :param left_bytes: what nobody else holds.
+    """
+
+    def __init__(self, message: str, *, needed_bytes: int, left_bytes: int, remedy: str = '') -> None:
+        super().__init__(message, remedy=remedy)
+        self.needed_bytes = needed_bytes
+        self.left_bytes = left_bytes
+
+    @property
+    def lack_bytes(self) -> int:
+        """How much others would have to give back for it."""
+        return self.needed_bytes - self.left_bytes
 
 
 class InferenceError(C7Error):

@@ -74,6 +74,7 @@ KINDS: Mapping[str, FdrKind] = {
         FdrKind('c7.runtime_switched', Severity.WARN, ('from', 'to', 'reason', 'gap_ms', 'frames_affected')),
         FdrKind('c7.promotion_delayed', Severity.WARN, ('rung', 'reason'), 60.0, ('rung', 'reason')),
         FdrKind('c7.engine_rejected', Severity.WARN, ('model_name', 'rung', 'reason'), 60.0, ('rung', 'reason')),
+        FdrKind('c7.memory_refused', Severity.WARN, ('rung', 'needed_bytes', 'left_bytes', 'reason'), 60.0, ('rung',)),
         FdrKind('c7.chain_exhausted', Severity.ERROR, ('model_name', 'reason'), 60.0, ('model_name', 'reason')),
         FdrKind('c7.thermal_state', Severity.INFO, ('level', 'source'), 10.0, ('level',)),
         FdrKind('c7.image_refused', Severity.WARN, ('topic', 'reason', 'message'), 60.0, ('topic', 'reason')),

@@ -283,7 +283,7 @@ class ModelSwapper:
         with self._lock:
             swap.chain = chain
         _require_wanted(swap)
-        chain.load(beside=True)
+        chain.load(beside=swap.previous.chain)
         model = fit_model(swap.bundle, chain, self._settings)
         self._show(swap, SwapPhase.SHADOWING)
         self._shadow(swap, model)

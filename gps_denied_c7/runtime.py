@@ -101,6 +101,7 @@ class EngineFacts:
     :param cpu_nodes: graph nodes left to the CPU by a GPU session, None where unknown.
     :param notes: refusals and other remarks met while loading, one sentence each.
     :param load_s: seconds from the file to the end of the warm-up run.
+    :param gpu_memory_bytes: GPU memory that its process takes, None where that is not known.
     """
 
     active_provider: str
@@ -109,6 +110,7 @@ class EngineFacts:
     cpu_nodes: int | None
     notes: tuple[str, ...]
     load_s: float
+    gpu_memory_bytes: int | None = None
 
 
 class EngineHandle(Protocol):

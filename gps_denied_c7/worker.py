@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import dataclasses
 import logging
 import os
 import pickle
@@ -19,8 +20,8 @@ import socket
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, cast
 
 from numpy.typing import NDArray
 
@@ -28,7 +29,8 @@ from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import Rung
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.hosts import in_process_hosts
-from gps_denied_c7.runtime import BuildProgress
+from gps_denied_c7.runtime import BuildProgress, EngineFacts, ProviderSet
+from gps_denied_c7.runtimes.gpu_usage import GpuMemoryWatch
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.thermal import UnknownThermalState
@@ -64,6 +66,7 @@ class _Worker:
         self._inputs: dict[str, NDArray] = {}
         self._outputs: dict[str, NDArray] | None = None
         self._host: Any = None
+        self._has_built = False
 
     def run(self) -> None:
         handlers: dict[str, Callable[[dict[str, Any], list[int]], None]] = {
@@ -84,7 +87,7 @@ class _Worker:
         try:
             make = in_process_hosts(task.bundle, task.config, UnknownThermalState(), on_build=self._tell_progress)
             self._host = make(task.rung)
-            facts = self._host.load()
+            facts = self._load_engine(task.rung)
         except Exception as error:
             _log.debug('loading failed', exc_info=True)
             self._channel.send({'say': 'failed', 'error': error_to_json(error)})
@@ -92,14 +95,24 @@ class _Worker:
         self._channel.send(
             {
                 'say': 'loaded',
-                'facts': asdict(facts),
+                'facts': dataclasses.asdict(facts),
                 'inputs': [_spec(spec) for spec in self._host.inputs],
                 'outputs': [_spec(spec) for spec in self._host.outputs],
             }
         )
 
+    def _load_engine(self, rung: Rung) -> EngineFacts:
+        if rung.providers is ProviderSet.CPU:
+            return cast('EngineFacts', self._host.load())
+        with GpuMemoryWatch() as watch:
+            facts: EngineFacts = self._host.load()
+        # What a builder takes meanwhile, no flight needs.
+        taken = watch.final_bytes if self._has_built else watch.peak_bytes
+        return dataclasses.replace(facts, gpu_memory_bytes=taken)
+
     def _tell_progress(self, progress: BuildProgress) -> None:
-        self._channel.send({'say': 'progress', **asdict(progress)})
+        self._has_built = True
+        self._channel.send({'say': 'progress', **dataclasses.asdict(progress)})
 
     def _map(self, packet: dict[str, Any], descriptors: list[int]) -> None:
         """Take a segment: of requests, mapped for reading, or of answers."""

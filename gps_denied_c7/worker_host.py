@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import Rung
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import EngineDeserializeError, InferenceError, WorkerDiedError
+from gps_denied_c7.gpu_memory import GpuMemoryBudget, GpuMemoryClaim
 from gps_denied_c7.runtime import BuildProgress, EngineFacts, ProviderSet
 from gps_denied_c7.runtimes import require_strategy
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
@@ -93,6 +95,7 @@ class WorkerHost:
     Whatever that process does, this one gets an error instead of an answer. For one thread, except
     :meth:`kill`.
 
+    :param memory: the budget that an engine on a GPU claims its memory from; None for the configuration's own.
     :param generation: names the worker in logs; counts the workers of a chain.
     :param on_build: told how far the building of an engine is.
     """
@@ -103,10 +106,13 @@ class WorkerHost:
         bundle: ModelBundle,
         config: C7InferenceConfig,
         *,
+        memory: GpuMemoryBudget | None = None,
         generation: int = 0,
         on_build: Callable[[BuildProgress], None] | None = None,
     ) -> None:
         self._task = WorkerTask(bundle, config, rung)
+        self._memory = memory or GpuMemoryBudget(config.gpu_memory_budget_bytes)
+        self._claim: GpuMemoryClaim | None = None
         self._generation = generation
         self._on_build = on_build
         self._process: subprocess.Popen[bytes] | None = None
@@ -160,10 +166,12 @@ class WorkerHost:
         """
         Start the worker and have it load its engine.
 
+        :raises GpuMemoryError: it does not fit beside the other engines; no process has been started, unless the
+            engine turned out to be larger than was known.
         :raises EngineDeserializeError: it died, or did not load within ``load_timeout_s``.
         :raises C7Error: whatever the worker's runtime refused the engine with.
         """
-        self._start()
+        self._start(self._claim_memory())
         assert self._channel is not None
         # Where an engine is built, each sign of progress gives it as long again.
         limit_s = self._task.config.load_timeout_s
@@ -182,7 +190,10 @@ class WorkerHost:
                 continue
             if packet.get('say') != 'loaded':
                 raise error_from_json(packet.get('error'))
-            return self._take_facts(packet)
+            facts = self._take_facts(packet)
+            if self._claim is not None:
+                self._claim.settle(facts.gpu_memory_bytes)
+            return facts
 
     def begin(self, inputs: Mapping[str, NDArray]) -> None:
         """
@@ -269,6 +280,7 @@ class WorkerHost:
     def _release(self) -> None:
         process, self._process = self._process, None
         channel, self._channel = self._channel, None
+        claim, self._claim = self._claim, None
         if channel is not None:
             channel.close()
         if process is not None:
@@ -276,10 +288,12 @@ class WorkerHost:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(pidfd, signal.SIGKILL)
             if _readable(pidfd, _REAP_S):
-                process.wait()
+                _reap(process, claim)
             else:
                 _log.error('%s cannot be killed; it holds its memory until the driver lets go.', self._name())
-                threading.Thread(target=process.wait, name='c7-reaper', daemon=True).start()
+                threading.Thread(target=_reap, args=(process, claim), name='c7-reaper', daemon=True).start()
+        elif claim is not None:
+            claim.release()
         for descriptor in (self._pidfd, self._lifetime):
             if descriptor >= 0:
                 os.close(descriptor)
@@ -292,7 +306,21 @@ class WorkerHost:
 
     # --- the process ------------------------------------------------------------------------------
 
-    def _start(self) -> None:
+    def _claim_memory(self) -> WorkerTask:
+        """Return the task with the memory that the engine may take, where it is one on a GPU."""
+        task = self._task
+        if task.rung.providers is ProviderSet.CPU:
+            return task
+        artefacts = task.bundle.artefacts_for(task.rung.strategy)
+        self._claim = self._memory.claim(
+            task.rung.name,
+            key=(task.bundle.weights_digest, task.rung),
+            file_bytes=min((_file_bytes(artefact.path) for artefact in artefacts), default=0),
+        )
+        config = dataclasses.replace(task.config, gpu_memory_budget_bytes=self._claim.limit_bytes)
+        return dataclasses.replace(task, config=config)
+
+    def _start(self, to_load: WorkerTask) -> None:
         ours, theirs = Channel.pair()
         read_end, self._lifetime = os.pipe()
         log_read, log_write = os.pipe()
@@ -332,7 +360,7 @@ class WorkerHost:
         task = os.memfd_create('c7-task', os.MFD_CLOEXEC)
         try:
             with os.fdopen(os.dup(task), 'wb') as file:
-                pickle.dump(self._task, file)
+                pickle.dump(to_load, file)
             ours.send({'do': 'load'}, [task])
         except ChannelClosedError as error:
             raise self._died() from error
@@ -379,7 +407,9 @@ class WorkerHost:
     def _take_facts(self, packet: dict[str, Any]) -> EngineFacts:
         try:
             facts = packet['facts']
-            nodes = facts['cpu_nodes']
+            nodes, memory = facts['cpu_nodes'], facts['gpu_memory_bytes']
+            if memory is not None and not 0 <= memory < 1 << 63:
+                raise ValueError(memory)
             self._input_specs = tuple(_spec(spec) for spec in packet['inputs'])
             self._output_specs = tuple(_spec(spec) for spec in packet['outputs'])
             return EngineFacts(
@@ -389,6 +419,7 @@ class WorkerHost:
                 cpu_nodes=None if nodes is None else int(nodes),
                 notes=tuple(plain_text(note) for note in facts['notes']),
                 load_s=float(facts['load_s']),
+                gpu_memory_bytes=None if memory is None else int(memory),
             )
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise EngineDeserializeError(f'{self._name()} told something unreadable: {packet!a:.300}') from error
@@ -457,26 +488,39 @@ def worker_hosts(
     bundle: ModelBundle,
     config: C7InferenceConfig,
     *,
+    memory: GpuMemoryBudget | None = None,
     on_build: Callable[[BuildProgress], None] | None = None,
 ) -> Callable[[Rung], WorkerHost]:
     """
     Return the host factory that RuntimeChain wants, with a process for each engine.
 
     It raises RuntimeUnavailableError for a strategy that this host lacks, and starts no process for it.
-    The engines that can be loaded at a time share ``gpu_memory_budget_bytes`` equally.
 
+    :param memory: shared with the engines of other chains; None for ``gpu_memory_budget_bytes`` of its own.
     :param on_build: told how far the building of an engine is.
     """
     generations = iter(range(1, 1 << 62))
-    # One that serves, one that is loaded to take over, and with a standby one more.
-    share = config.gpu_memory_budget_bytes // (3 if config.hot_standby else 2)
-    worker_config = dataclasses.replace(config, gpu_memory_budget_bytes=share)
+    budget = memory or GpuMemoryBudget(config.gpu_memory_budget_bytes)
 
     def make(rung: Rung) -> WorkerHost:
         require_strategy(rung.strategy, config)
-        return WorkerHost(rung, bundle, worker_config, generation=next(generations), on_build=on_build)
+        return WorkerHost(rung, bundle, config, memory=budget, generation=next(generations), on_build=on_build)
 
     return make
+
+
+def _file_bytes(path: Path) -> int:
+    # One that is gone is the loader's to report.
+    with contextlib.suppress(OSError):
+        return path.stat().st_size
+    return 0
+
+
+def _reap(process: subprocess.Popen[bytes], claim: GpuMemoryClaim | None) -> None:
+    """Wait for a process to be gone, and its GPU memory with it."""
+    process.wait()
+    if claim is not None:
+        claim.release()
 
 
 def worker_environment(environ: Mapping[str, str], providers: ProviderSet) -> dict[str, str]:

@@ -87,9 +87,9 @@ class WatchedBench(Bench):
 
     worker_type, rules = FakeWorkerUnderWatch, (AllClose('x', 0.0, 0.1),)
 
-    def __init__(self, *rungs, **config):
+    def __init__(self, *rungs, sizes, **config):
         self.created, self.violations = [], []
-        super().__init__(*rungs, **config)
+        super().__init__(*rungs, sizes=sizes, **config)
         start_load = self.chain._start_load
 
         def start_and_join(rung):
@@ -122,10 +122,14 @@ class WatchedBench(Bench):
 class ChainMachine(RuleBasedStateMachine):
     """Drive a chain through any history, and hold it to its promises after each step."""
 
-    @initialize(rungs=st.sampled_from(CHAINS), hot_standby=st.booleans())
-    def begin(self, rungs, hot_standby):
+    @initialize(
+        rungs=st.sampled_from(CHAINS), hot_standby=st.booleans(),
+        sizes=st.fixed_dictionaries(dict.fromkeys((GPU, OTHER_GPU, ORT_GPU), st.sampled_from([None, 200, 400, 500]))),
+    )  # fmt: skip
+    def begin(self, rungs, hot_standby, sizes):
+        # Any two fit together, and not any three.
         self.bench = WatchedBench(
-            *rungs, hot_standby=hot_standby, restart_backoff_s=(1.0, 4.0), promotion_backoff_s=(2.0, 8.0),
+            *rungs, sizes=sizes, hot_standby=hot_standby, restart_backoff_s=(1.0, 4.0), promotion_backoff_s=(2.0, 8.0),
             inference_deadline_ms=100.0, hang_timeout_ms=300.0, configure_budget_s=0.001,
         )  # fmt: skip
         self.chain, self.number, self.seen = self.bench.chain, 0.0, 0
@@ -296,6 +300,11 @@ class ChainMachine(RuleBasedStateMachine):
         loading = {load.host for load in chain._loads}
         assert all(worker.released or worker in held or worker in loading for worker in self.bench.created)
         assert len(loading) <= max(1, len(chain.rungs))
+        claims = self.bench.memory.held()
+        assert sum(taken for _, taken in claims) <= self.bench.memory.total_bytes
+        assert Counter(name for name, _ in claims) <= Counter(
+            worker.rung.name for worker in self.bench.created if not worker.released
+        ), 'whoever is gone holds no memory'
         assert (status.state is ChainState.READY) == (chain._engine is not None) == (status.active is not None)
         assert status.active == (chain._engine.rung if chain._engine else None)
         assert status.standby == (chain._standby.rung if chain._standby else None)

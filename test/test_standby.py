@@ -15,12 +15,14 @@ from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import ChainState, Rung, RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import ChainExhaustedError, EngineDeserializeError, InferenceError, WorkerDiedError
+from gps_denied_c7.gpu_memory import GpuMemoryBudget
 from gps_denied_c7.runtime import EngineFacts, ProviderSet
 from gps_denied_c7.tensors import TensorSpec
 
 SPEC = TensorSpec('x', 'float32', (1, 2))
 GPU = Rung('tensorrt', ProviderSet.GPU)
 OTHER_GPU = Rung('pytorch_fp16', ProviderSet.GPU)
+LAST_GPU = Rung('onnx_trt_ep', ProviderSet.GPU)
 CPU = Rung('onnx_trt_ep', ProviderSet.CPU)
 
 
@@ -35,13 +37,18 @@ class ScriptedWorker:
         self.alive = False
         self.killable = True
         self.act = 'answer'
-        self.request = None
+        self.request = self.claim = None
 
     def load(self):
+        size = self.bench.sizes.get(self.rung)
+        if size is not None:
+            self.claim = self.bench.memory.claim(self.rung.name, key=(id(self.bench), self.rung))
         self.bench.before_load(self.rung)
         self.alive = True
         self.bench.workers.append(self)
-        return EngineFacts(self.rung.name, ('x',), self.rung is CPU, 0, (), 0.0)
+        if size is not None:
+            self.claim.settle(size)
+        return EngineFacts(self.rung.name, ('x',), self.rung is CPU, 0, (), 0.0, size)
 
     def begin(self, inputs):
         assert self.request is None, 'one request at a time'
@@ -74,15 +81,22 @@ class ScriptedWorker:
     def release(self):
         if self in self.bench.workers:
             self.bench.workers.remove(self)
+        if self.claim is not None:
+            self.claim.release()
         self.alive = False
 
 
 class Bench:
-    """A chain over scripted workers, with its clock, and everything it told."""
+    """
+    A chain over scripted workers, with its clock, and everything it told.
+
+    :param memory: the budget that engines hold a part of, of the size that ``sizes`` gives their rung.
+    """
 
     worker_type, rules = ScriptedWorker, ()
 
-    def __init__(self, *rungs, **config):
+    def __init__(self, *rungs, memory=None, sizes=None, **config):
+        self.memory, self.sizes = memory or GpuMemoryBudget(1000), sizes or {}
         self.records, self.workers, self.now_ns = [], [], 0
         self.load_faults = {}
         self.loads_may_end = threading.Event()
@@ -407,7 +421,7 @@ def test_release_frees_every_worker_also_those_being_loaded():
 
 def test_n10_a_chain_that_is_loaded_beside_another_loads_its_standby_with_its_first_frame():
     bench = Bench(GPU, CPU)
-    bench.chain.load(beside=True)
+    bench.chain.load(beside=Bench(GPU, CPU).chain)
     bench.chain.shadow({'x': np.ones((1, 2), np.float32)})
     assert len(bench.workers) == 1 and not bench.chain._loads
     bench.ask()
@@ -419,7 +433,7 @@ def test_n10_a_frame_in_the_shadow_alerts_nobody_and_tries_no_other_engine():
     bench = Bench(GPU, CPU)
     with pytest.raises(InferenceError, match='no engine'):
         bench.chain.shadow({'x': np.ones((1, 2), np.float32)})
-    bench.chain.load(beside=True)
+    bench.chain.load(beside=Bench(GPU, CPU).chain)
     before = list(bench.records)
     answer = bench.chain.shadow({'x': np.full((1, 2), 3, np.float32)})
     assert (answer['x'] == 3).all()
@@ -493,3 +507,100 @@ def test_any_history_of_workers_keeps_the_invariants(steps):
     while bench.workers:
         assert time.monotonic() < deadline, 'every engine is freed in the end'
         time.sleep(0.001)
+
+
+# --- F-3: memory ----------------------------------------------------------------------------------------------------
+
+
+def refusals(bench):
+    payloads = [payload for kind, payload in bench.records if kind == 'c7.memory_refused']
+    return [(payload['rung'], payload['needed_bytes']) for payload in payloads]
+
+
+def held(bench):
+    return dict(bench.memory.held())
+
+
+def test_f3_a_standby_that_does_not_fit_is_refused_and_the_next_rung_stands_by():
+    bench = Bench(GPU, OTHER_GPU, CPU, sizes={GPU: 700, OTHER_GPU: 400}).ready()
+    bench.settle()
+    assert (bench.chain.status().active, bench.chain.status().standby) == (GPU, CPU)
+    assert refusals(bench) == [(OTHER_GPU.name, 400)]
+    assert held(bench) == {GPU.name: 700}
+
+
+def test_f3_known_to_be_too_large_it_is_not_loaded_again():
+    bench = Bench(GPU, OTHER_GPU, sizes={GPU: 700, OTHER_GPU: 400}).ready()
+    loads = []
+    bench.before_load = loads.append
+    bench.now_ns += int(600e9)
+    bench.settle()
+    assert loads == []
+    assert refusals(bench)[0] == (OTHER_GPU.name, 400) and refusals(bench)[1:].count((OTHER_GPU.name, 400)) >= 1
+
+
+def better_rung_back(size):
+    """Have a rung that was out, and whose size is known, be loaded again beside one that serves with a standby."""
+    bench = Bench(GPU, OTHER_GPU, LAST_GPU, CPU, sizes={GPU: size, OTHER_GPU: 400, LAST_GPU: 400})
+    measured = bench.memory.claim(GPU.name, key=(id(bench), GPU))
+    measured.settle(size)
+    measured.release()
+    bench.load_faults[GPU] = EngineDeserializeError('not yet.')
+    bench.ready()
+    assert (bench.chain.status().active, bench.chain.status().standby) == (OTHER_GPU, LAST_GPU)
+    bench.load_faults.clear()
+    bench.now_ns += int(10e9)
+    bench.settle()
+    return bench
+
+
+def test_f3_a_standby_gives_way_to_a_better_engine():
+    bench = better_rung_back(500)
+    assert bench.chain.status().standby == CPU, 'what needs no GPU memory stands by meanwhile'
+    for _ in range(4):
+        assert bench.ask().runtime_label
+    bench.settle()
+    assert (bench.chain.status().active, bench.chain.status().standby) == (GPU, OTHER_GPU)
+    assert held(bench) == {OTHER_GPU.name: 400, GPU.name: 500}
+
+
+def test_f3_a_standby_stays_where_it_would_give_way_for_nothing():
+    bench = better_rung_back(700)
+    for _ in range(4):
+        bench.ask()
+    bench.settle()
+    assert (bench.chain.status().active, bench.chain.status().standby) == (OTHER_GPU, LAST_GPU)
+    assert refusals(bench)[-1] == (GPU.name, 700)
+    assert bench.switches() == []
+
+
+def test_f3_another_models_engine_has_the_standby_of_the_one_that_serves_give_way():
+    bench = Bench(GPU, OTHER_GPU, CPU, sizes={GPU: 400, OTHER_GPU: 400}).ready()
+    assert bench.chain.status().standby == OTHER_GPU
+    new = Bench(GPU, CPU, memory=bench.memory, sizes={GPU: 500})
+    new.chain.load(beside=bench.chain)
+    assert new.chain.status().active == GPU
+    assert (bench.chain.status().active, bench.chain.status().standby) == (GPU, None)
+    bench.ask()
+    bench.chain.release()
+    new.ask()
+    new.settle()
+    assert held(bench) == {GPU.name: 500}
+
+
+def test_f3_a_load_gives_way_to_what_is_to_serve():
+    """A standby that is being loaded is ended for another model's engine, and its part is free at once."""
+    bench = Bench(GPU, OTHER_GPU, sizes={GPU: 700, OTHER_GPU: 200})
+    may_end = threading.Event()
+    bench.before_load = lambda rung: rung == GPU or may_end.wait(30)
+    bench.chain.load()
+    deadline = time.monotonic() + 30
+    while OTHER_GPU.name not in held(bench):
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    threading.Timer(0.1, may_end.set).start()
+    new = Bench(GPU, memory=bench.memory, sizes={GPU: 300})
+    new.chain.load(beside=bench.chain)
+    assert new.chain.status().active == GPU
+    assert bench.ask()
+    assert held(bench) == {GPU.name: 300}

@@ -24,12 +24,15 @@ from gps_denied_c7.chain import Rung, RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.demo.network import write_demo_bundle
 from gps_denied_c7.errors import (
+    C7Error,
     EngineDeserializeError,
     EngineSchemaMismatchError,
+    GpuMemoryError,
     InferenceError,
     ModelBundleError,
     RuntimeUnavailableError,
 )
+from gps_denied_c7.gpu_memory import GpuMemoryBudget
 from gps_denied_c7.hosts import in_process_hosts
 from gps_denied_c7.runtime import ProviderSet
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
@@ -38,6 +41,7 @@ from gps_denied_c7.worker_channel import Channel, ChannelClosedError, error_from
 from gps_denied_c7.worker_host import WorkerHost, worker_environment, worker_hosts
 
 CPU = Rung('onnx_trt_ep', ProviderSet.CPU)
+GPU = Rung('onnx_trt_ep', ProviderSet.GPU)
 CONFIG = C7InferenceConfig(cpu_threads=1)
 
 
@@ -236,11 +240,34 @@ def test_f2_the_cpu_worker_sees_no_gpu_and_nothing_of_ros(monkeypatch):
     assert worker_environment(environ, ProviderSet.GPU)['CUDA_VISIBLE_DEVICES'] == '0'
 
 
-def test_the_engines_that_can_be_loaded_at_a_time_share_the_memory(bundle):
-    for hot_standby, engines in ((True, 3), (False, 2)):
-        config = C7InferenceConfig(gpu_memory_budget_bytes=6 << 30, hot_standby=hot_standby)
-        host = worker_hosts(bundle, config)(CPU)
-        assert host._task.config.gpu_memory_budget_bytes * engines == 6 << 30
+def test_f3_a_worker_for_the_gpu_that_does_not_fit_is_not_started(bundle):
+    memory = GpuMemoryBudget(1000)
+    memory.claim('tensorrt/gpu', key='its model').settle(800)
+    host = worker_hosts(bundle, CONFIG, memory=memory)(GPU)
+    with pytest.raises(GpuMemoryError, match='beside tensorrt/gpu'):
+        host.load()
+    assert host.pid is None
+    host.release()
+    assert memory.held() == [('tensorrt/gpu', 800)]
+
+
+def test_f3_a_worker_holds_its_part_until_it_is_gone(bundle):
+    """ONNX Runtime has no provider for a GPU here, and refuses: the part is held until its worker has ended."""
+    memory = GpuMemoryBudget(1 << 30)
+    host = worker_hosts(bundle, CONFIG, memory=memory)(GPU)
+    with pytest.raises(C7Error):
+        host.load()
+    assert memory.held() == [('onnx_trt_ep/gpu', 1 << 28)]
+    host.release()
+    assert memory.held() == []
+
+
+def test_f3_a_worker_for_the_cpu_holds_nothing(bundle):
+    memory = GpuMemoryBudget(1)
+    host = worker_hosts(bundle, CONFIG, memory=memory)(CPU)
+    assert host.load().gpu_memory_bytes is None
+    assert memory.held() == []
+    host.release()
 
 
 def test_f5_a_load_that_takes_too_long_ends_the_worker(bundle):

@@ -12,6 +12,7 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.node import Node
 
 from gps_denied_c7.chain import ChainState, ChainStatus
+from gps_denied_c7.gpu_memory import GpuMemoryBudget
 from gps_denied_c7.model_swap import SwapStatus
 from gps_denied_c7.runtime import BuildProgress
 from gps_denied_c7.statistics import Percentiles, StreamCounters
@@ -80,6 +81,7 @@ def runtime_report(
     notices: tuple[str, ...] = (),
     building: BuildProgress | None = None,
     swap: SwapStatus | None = None,
+    gpu_memory: GpuMemoryBudget | None = None,
 ) -> Report:
     """
     Judge the runtime: what serves, and what stands against it.
@@ -88,12 +90,19 @@ def runtime_report(
     :param notices: lasting remarks on the host, each a full sentence with its remedy.
     :param building: how far the engine is that is being built now, None where none is.
     :param swap: the latest swap of the model since configure, None before the first.
+    :param gpu_memory: the budget that engines hold parts of.
     """
     values: dict[str, Any] = {'lifecycle_state': lifecycle_state}
     if building is not None:
         values |= {'building': building.phase, 'building_s': f'{building.elapsed_s:.0f}'}
     if swap is not None:
         values |= {'model_swap': swap.phase.value, 'model_swap_path': swap.path, 'model_swap_reason': swap.reason}
+    if gpu_memory is not None:
+        held = [f'{rung} {taken / 2**20:.0f}' for rung, taken in gpu_memory.held()]
+        values |= {
+            'gpu_memory_budget_mib': f'{gpu_memory.total_bytes / 2**20:.0f}',
+            'gpu_memory_held_mib': ', '.join(held) or 'none',
+        }
     if chain is not None:
         facts = chain.facts
         values |= {

@@ -23,6 +23,7 @@ from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import ChainStatus, Rung, RungHost, RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import C7Error, ConfigError, ImageRejectedError
+from gps_denied_c7.gpu_memory import GpuMemoryBudget
 from gps_denied_c7.host import describe_gpu, hardware_id, package_versions
 from gps_denied_c7.hosts import in_process_hosts
 from gps_denied_c7.model_swap import ModelSwapper, SwapStatus, fit_model
@@ -99,6 +100,8 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         self._swap: SwapStatus | None = None
         self._left_behind = False
         self._building: BuildProgress | None = None
+        # As long-lived as this process: an engine that could not be ended still holds its part after a cleanup.
+        self._gpu_memory = GpuMemoryBudget(C7InferenceConfig().gpu_memory_budget_bytes)
         self._start_problem = ''
         self._start_reasons: set[str] = set()
         self._refused_ns: dict[str, int] = {}
@@ -252,6 +255,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
             raise ConfigError('model_path', 'is not set.', remedy='Name a model bundle or an .onnx file.')
         bundle = ModelBundle.load(Path(settings.model_path))
         topics = self._resolve_topics(settings.image_topics)
+        self._gpu_memory.resize(settings.config.gpu_memory_budget_bytes)
         chain = self._make_chain(bundle, settings.config)
         try:
             self._load(chain)
@@ -274,7 +278,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
     def _hosts(self, bundle: ModelBundle, config: C7InferenceConfig) -> Callable[[Rung], RungHost]:
         if config.isolation == 'none':
             return in_process_hosts(bundle, config, self._thermal, on_build=self._on_build)
-        return worker_hosts(bundle, config, on_build=self._on_build)
+        return worker_hosts(bundle, config, memory=self._gpu_memory, on_build=self._on_build)
 
     def _load(self, chain: RuntimeChain) -> None:
         try:
@@ -518,6 +522,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
                 self._notices,
                 self._building,
                 self._swap,
+                self._gpu_memory,
             )
         ]
         open_streams = {stream.topic: stream for stream in self._streams}

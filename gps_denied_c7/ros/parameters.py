@@ -130,7 +130,8 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ),
     ParameterDeclaration(
         'gpu_memory_budget_bytes', Type.INTEGER, _DEFAULTS.gpu_memory_budget_bytes,
-        'GPU memory for all engines together, bytes: the serving one, its standby, one that is to take over.',
+        'GPU memory for all engines together, bytes: the serving one, its standby, one that is to take over. Who does '
+        'not fit is refused; what only stands by gives way.',
         limits=(64 << 20, 1 << 40),
     ),
     ParameterDeclaration(

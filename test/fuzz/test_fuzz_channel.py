@@ -37,7 +37,7 @@ LOADED = {
     'say': 'loaded',
     'facts': {
         'active_provider': 'CPUExecutionProvider', 'requested_providers': ['CPUExecutionProvider'], 'cpu_only': True,
-        'cpu_nodes': 3, 'notes': ['a note'], 'load_s': 0.5,
+        'cpu_nodes': 3, 'notes': ['a note'], 'load_s': 0.5, 'gpu_memory_bytes': 1 << 20,
     },
     'inputs': [['x', 'float32', [1, 2]]],
     'outputs': [['x', 'float32', [1, None]]],

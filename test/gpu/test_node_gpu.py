@@ -23,7 +23,6 @@ if not MISSING:
     STREAM = f'Stream {IMAGE_TOPIC}'
 
 
-
 @pytest.fixture(scope='module')
 def bag(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return record_flight(tmp_path_factory.mktemp('bag'))
@@ -64,6 +63,8 @@ def flown(superpoint_bundle: Path, bag: Path, flight_caches: dict[str, str]) -> 
                 sent = str(topic['sent'])
                 wait_until(lambda: peer.values(STREAM).get('received') == sent, f'{sent} images', 10.0)
                 wait_until(lambda: peer.values('Latency').get('frames') == sent, f'{sent} answers', 10.0)
+                # Dense answers are megabytes each, and may come after the diagnostics that count them.
+                wait_until(lambda: len(peer.tensors) == topic['sent'], f'{sent} answers to arrive', 30.0)
                 return {
                     'sent': topic['sent'],
                     'answers': list(peer.tensors),
@@ -74,7 +75,8 @@ def flown(superpoint_bundle: Path, bag: Path, flight_caches: dict[str, str]) -> 
                     'slowest_get_state_ms': round(max(asked) * 1e3, 1),
                 }
             except AssertionError:
-                print(peer.values(STREAM), peer.values('Runtime'))
+                print(*(peer.values(name) for name in (STREAM, 'Latency', 'Runtime')), sep='\n')
+                print('arrived', [answer.frame_seq for answer in peer.tensors])
                 raise
             finally:
                 node.close()

@@ -384,11 +384,11 @@ class NodeProcess:
 
     def shared_memory(self) -> set[Path]:
         """Return the files of the shared memory that Fast DDS holds for the process."""
-        opened = [
-            os.readlink(link)
-            for link in Path(f'/proc/{self.process.pid}/fd').glob('*')
-            if link.is_symlink() and link.exists()
-        ]
+        opened = []
+        for link in Path(f'/proc/{self.process.pid}/fd').glob('*'):
+            # It may be closed just then.
+            with contextlib.suppress(FileNotFoundError):
+                opened.append(os.readlink(link))
         locks = {path for path in opened if re.fullmatch(r'/dev/shm/fast(rtps|dds)_[0-9a-f]{16}_el', path)}
         return {Path(path) for lock in locks for path in (lock, lock.removesuffix('_el'))}
 
