@@ -175,7 +175,7 @@ class HostOfFakeWorker(WorkerHost):
         self._poller.register(ours.fileno(), select.POLLIN)
         self._poller.register(self._pidfd, select.POLLIN)
 
-    def _start(self) -> None:
+    def _start(self, to_load: object) -> None:
         """Have nothing to start."""
 
     def kill(self) -> bool:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 
-__all__ = ['free_bytes', 'returned_mib', 'settled_bytes']
+__all__ = ['free_bytes', 'process_mib', 'returned_mib', 'settled_bytes']
 
 _LIMIT_S = 5.0
 _LIMIT_MIB = 64.0
@@ -34,6 +35,18 @@ def settled_bytes() -> int:
 def free_bytes() -> int:
     """Return the bytes of the first GPU that nobody has taken."""
     return _memory()[1]
+
+
+def process_mib(pids: Sequence[int]) -> list[int]:
+    """Return the MiB of the first GPU that each of these processes takes, none for those that take nothing."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        processes = pynvml.nvmlDeviceGetComputeRunningProcesses(pynvml.nvmlDeviceGetHandleByIndex(0))
+    finally:
+        pynvml.nvmlShutdown()
+    return [process.usedGpuMemory >> 20 for process in processes if process.pid in pids]
 
 
 def returned_mib(before: int) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu_memory import free_bytes, returned_mib, settled_bytes
+from gpu_memory import free_bytes, process_mib, returned_mib, settled_bytes
 from node_stack import MISSING
 from results import percentiles, record
 
@@ -222,6 +222,39 @@ def test_f3_a_standby_that_finds_no_gpu_memory_costs_no_frame(built: dict[str, A
         gpu_memory_left_mib=more,
     )  # fmt: skip
     assert set(labels) == {'tensorrt'}
+    assert more <= 64
+
+
+def held_mib(peer: Any) -> dict[str, int]:
+    """Return what each engine holds of the budget, as diagnostics show it."""
+    held = (entry.split() for entry in peer.values('Runtime')['gpu_memory_held_mib'].split(', '))
+    return {rung: int(taken) for rung, taken in held}
+
+
+def test_f3_engines_hold_what_they_take_and_a_budget_for_one_has_the_cpu_stand_by(built: dict[str, Any]) -> None:
+    before = settled_bytes()
+    with running_node(built) as (process, peer):
+        flying(peer, runtime='tensorrt')
+        until(peer, 'onnx_trt_ep/gpu')
+        held = held_mib(peer)
+        taken = process_mib(chaos.workers(process))
+        assert end(process, before) <= 64
+    one = held['tensorrt/gpu'] + 100
+    with running_node({**built, 'gpu_memory_budget_bytes': one << 20}) as (process, peer):
+        flying(peer, runtime='tensorrt')
+        until(peer, 'onnx_trt_ep/cpu')
+        assert list(held_mib(peer)) == ['tensorrt/gpu']
+        assert peer.wait_record('c7.memory_refused')['rung'] == 'onnx_trt_ep/gpu'
+        answer = peer.ask(CAMERA, frame(1))
+        os.kill(chaos.workers(process)[0], signal.SIGKILL)
+        instead = peer.ask(CAMERA, frame(2))
+        more = end(process, before)
+    record(
+        'one budget for GPU memory', held_mib=held, nvml_mib=taken, budget_for_one_mib=one,
+        answered_by=[answer.active_provider, instead.active_provider], gpu_memory_left_mib=more,
+    )  # fmt: skip
+    assert (answer.active_provider, instead.active_provider) == ('TensorRT', 'CPUExecutionProvider')
+    assert abs(sum(held.values()) - sum(taken)) <= 64
     assert more <= 64
 
 
