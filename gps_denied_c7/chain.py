@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import NoReturn, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 from gps_denied_c7.bundle import ModelBundle
@@ -27,7 +26,7 @@ from gps_denied_c7.errors import (
     join_reasons,
 )
 from gps_denied_c7.runtime import EngineFacts, ProviderSet
-from gps_denied_c7.tensors import TensorSpec
+from gps_denied_c7.tensors import TensorSpec, noise_inputs
 
 __all__ = ['Answer', 'ChainState', 'ChainStatus', 'Rung', 'RungHost', 'RuntimeChain', 'build_rungs']
 
@@ -145,7 +144,7 @@ class ChainStatus:
     :param since_ns: steady clock since when, nanoseconds.
     :param standby: the rung of the engine that answers when the serving one does not, None where there is none.
     :param switches: changes of the serving rung since the chain was loaded.
-    :param gpu_lost: GPU rungs are not tried any more.
+    :param gpu_lost: GPU rungs do not serve until one of them has been proven again beside the CPU.
     """
 
     model_name: str
@@ -269,6 +268,7 @@ class RuntimeChain:
         self._beside: RuntimeChain | None = None
         self._golden: tuple[dict[str, NDArray], dict[str, NDArray]] | None = None
         self._gpu_faults: deque[tuple[int, Rung]] = deque(maxlen=8)
+        self._gpu_hangs = False
         self._retry_at_ns = 0
         self._backoff_s = 0.0
         self._status = ChainStatus(bundle.name, bundle.weights_digest, ChainState.UNLOADED)
@@ -498,10 +498,10 @@ class RuntimeChain:
             self._failures.clear()
             self._pauses.clear()
             self._golden = None
-            self._gpu_faults.clear()
+            self._find_gpu()
             self._backoff_s = 0.0
             self._set_status(
-                state=ChainState.UNLOADED, active=None, facts=None, standby=None, gpu_lost=False, switches=0
+                state=ChainState.UNLOADED, active=None, facts=None, standby=None, switches=0
             )
         finally:
             self._closing = False
@@ -540,6 +540,7 @@ class RuntimeChain:
         if not engine.host.kill():
             self._emit('c7.worker_unkillable', rung=engine.rung.name, pid=getattr(engine.host, 'pid', None))
             self._lose_gpu(engine.rung, 'a worker cannot be ended')
+            self._gpu_hangs = self._gpu_hangs or engine.rung.providers is not ProviderSet.CPU
 
     def _age_s(self, engine: _Engine) -> float:
         return (self._monotonic_ns() - engine.began_ns) / 1e9
@@ -708,9 +709,20 @@ class RuntimeChain:
             standby=standby.rung if standby is not None else None,
         )
         self._announced &= frozenset(self._status.alerts)
+        candidate = self._candidate
+        if candidate is not None and not self._is_better(candidate.rung):
+            self._candidate = None
+            if candidate.expected is None:
+                self._stand_by(candidate)
+            else:
+                candidate.host.release()
 
     def _may_serve(self, rung: Rung) -> bool:
         return not self._status.gpu_lost or rung.providers is ProviderSet.CPU or self._flies_gpu_only()
+
+    def _may_take_over(self, rung: Rung) -> bool:
+        """Return whether ``rung`` may be proven beside the one that serves: on a lost GPU too, unless it hangs."""
+        return self._may_serve(rung) or not self._gpu_hangs
 
     def _flies_gpu_only(self) -> bool:
         return all(rung.providers is not ProviderSet.CPU for rung in self._rungs)
@@ -796,6 +808,9 @@ class RuntimeChain:
         started_ns = self._monotonic_ns()
         before, self._engine = self._engine, None
         assert before is not None
+        if not self._may_serve(engine.rung):
+            _log.warning('%s has answered live frames: the GPU is back.', engine.rung.name)
+            self._find_gpu()
         self._serve(engine)
         self._record_switch(before.rung.name, f'{engine.rung.name} is usable again', started_ns, frames_affected=0)
         self._drop_standby()
@@ -842,7 +857,7 @@ class RuntimeChain:
         elif self._candidate is None:
             for rung in self._rungs[: self._rungs.index(self._engine.rung)]:
                 error = self._failures.get(rung.name)
-                if self._may_serve(rung) and not isinstance(error, _LASTING) and self._due('promotion', rung):
+                if self._may_take_over(rung) and not isinstance(error, _LASTING) and self._due('promotion', rung):
                     self._start_load(rung)
                     return
 
@@ -879,7 +894,7 @@ class RuntimeChain:
                 continue
             self._loads.remove(load)
             better = self._is_better(load.rung)
-            if load.engine is not None and better and self._may_serve(load.rung):
+            if load.engine is not None and better and self._may_take_over(load.rung):
                 if self._candidate is not None:
                     self._candidate.host.release()
                 self._candidate = load.engine
@@ -952,8 +967,7 @@ class RuntimeChain:
             raise self._exhausted()
         if before.state is ChainState.EXHAUSTED:
             # Nothing serves, so nothing is risked by trying what was given up for the CPU's sake.
-            self._gpu_faults.clear()
-            self._status = replace(self._status, gpu_lost=False)
+            self._find_gpu()
         self._walk(self._rungs)
         if before.state is ChainState.EXHAUSTED:
             self._record_switch('none', 'the chain was exhausted', before.since_ns, frames_affected=0)
@@ -976,9 +990,22 @@ class RuntimeChain:
             self._lose_gpu(rung, f'two GPU rungs failed within {self._config.gpu_fault_window_s:.0f} s')
 
     def _lose_gpu(self, rung: Rung, why: str) -> None:
-        if rung.providers is not ProviderSet.CPU:
-            _log.error('%s: the GPU is lost.', why)
-            self._status = replace(self._status, gpu_lost=True)
+        if rung.providers is ProviderSet.CPU:
+            return
+        _log.error('%s: the GPU is lost.', why)
+        self._status = replace(self._status, gpu_lost=True)
+        candidate = self._candidate
+        if candidate is not None and not self._may_serve(candidate.rung):
+            self._candidate = None
+            candidate.host.release()
+        for each in self._rungs:
+            if not self._may_serve(each):
+                self._postpone('promotion', each)
+
+    def _find_gpu(self) -> None:
+        self._gpu_faults.clear()
+        self._gpu_hangs = False
+        self._status = replace(self._status, gpu_lost=False)
 
     def _reject(self, rung: Rung, error: Exception) -> None:
         _log_unexpected(rung, error)
@@ -1009,12 +1036,7 @@ class RuntimeChain:
         if self._bundle.golden is not None and self._golden is None:
             # Read once: an engine that is loaded must not fall with files that change on the disk.
             self._golden = (self._bundle.golden_inputs(), self._bundle.golden_outputs())
-        # A dynamic axis is proven at length one.
-        request = (
-            self._golden[0]
-            if self._golden is not None
-            else {spec.name: np.zeros([axis or 1 for axis in spec.shape], spec.dtype) for spec in host.inputs}
-        )
+        request = self._golden[0] if self._golden is not None else noise_inputs(host.inputs)
         started = time.monotonic()
         host.begin(request)
         outputs = host.poll(limit_s)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from gps_denied_c7.errors import InferenceError
 
-__all__ = ['TensorSpec', 'check_inputs', 'check_outputs', 'is_finite']
+__all__ = ['TensorSpec', 'check_inputs', 'check_outputs', 'is_finite', 'noise_inputs']
 
 Arrays = Mapping[str, NDArray]
 
@@ -78,3 +78,25 @@ def _check(specs: Sequence[TensorSpec], arrays: Arrays, role: str) -> None:
     for spec in specs:
         if problem := spec.mismatch(arrays[spec.name]):
             raise InferenceError(f'{role} {problem}.')
+
+
+def noise_inputs(specs: Sequence[TensorSpec]) -> dict[str, NDArray]:
+    """
+    Return inputs that any image network can be run on, the same ones each time.
+
+    Noise in 0..1 or 0..255, not zeros: a network that normalises its descriptors divides zero by zero on a black
+    image. Wider integers are zero, since they may be indices.
+
+    :return: new arrays by name; a free axis has length one.
+    """
+    noise = np.random.default_rng(0)
+    arrays: dict[str, NDArray] = {}
+    for spec in specs:
+        sizes = tuple(1 if size is None else size for size in spec.shape)
+        if np.dtype(spec.dtype).kind == 'f':
+            arrays[spec.name] = noise.random(sizes, np.float32).astype(spec.dtype)
+        elif spec.dtype == 'uint8':
+            arrays[spec.name] = noise.integers(0, 256, sizes, np.uint8)
+        else:
+            arrays[spec.name] = np.zeros(sizes, spec.dtype)
+    return arrays

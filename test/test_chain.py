@@ -21,10 +21,11 @@ from gps_denied_c7.errors import (
 )
 from gps_denied_c7.hosts import SynchronousHost
 from gps_denied_c7.runtime import EngineFacts, ProviderSet
-from gps_denied_c7.tensors import TensorSpec
+from gps_denied_c7.tensors import TensorSpec, noise_inputs
 from gps_denied_c7.thermal import UnknownThermalState
 
 SPEC = TensorSpec('x', 'float32', (1, 2))
+PROOF = noise_inputs([SPEC])['x']
 TRT = Rung('tensorrt', ProviderSet.GPU)
 ORT = Rung('onnx_trt_ep', ProviderSet.GPU)
 PT = Rung('pytorch_fp16', ProviderSet.GPU)
@@ -51,7 +52,7 @@ class FakeHost(SynchronousHost):
         return EngineFacts(provider, ('asked-first', provider), self.rung is CPU, 0, (), 0.0)
 
     def infer(self, inputs):
-        self.bench.act(self.rung, 'proof' if not inputs['x'].any() else 'infer')
+        self.bench.act(self.rung, 'proof' if np.array_equal(inputs['x'], PROOF) else 'infer')
         return {'x': inputs['x']}
 
     def release(self):

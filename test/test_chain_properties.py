@@ -44,8 +44,8 @@ class FakeWorkerUnderWatch(ScriptedWorker):
         self.released, self.output = False, None
         bench.created.append(self)
         status = bench.chain.status()
-        if status.gpu_lost and rung.providers is ProviderSet.GPU and CPU in bench.chain.rungs:
-            bench.violations.append(f'{rung.name} is loaded while the GPU is lost')
+        if status.gpu_lost and rung.providers is ProviderSet.GPU and CPU in bench.chain.rungs and status.active != CPU:
+            bench.violations.append(f'{rung.name} is loaded on a lost GPU before the CPU serves')
 
     def _is_asked(self, what):
         if self.released:
@@ -248,6 +248,7 @@ class ChainMachine(RuleBasedStateMachine):
         usable = [rung for rung in self.chain.rungs if not isinstance(failures.get(rung.name), LASTING)]
         if status.gpu_lost and CPU in self.chain.rungs:
             assert status.active == CPU
+            assert 'c7.worker_unkillable' in [kind for kind, _ in self.bench.records]
         elif usable and not status.gpu_lost:
             assert status.active == usable[0]
 
@@ -282,11 +283,21 @@ class ChainMachine(RuleBasedStateMachine):
         self.state, self.host = status.state, host
 
     def in_episode_of(self, name):
-        """Note whose serving episode it is; one that was exhausted in between and returns goes on with its own."""
+        """
+        Note whose serving episode it is; one that was exhausted in between and returns goes on with its own.
+
+        An alert that is true of the rung before and of this one was told already.
+        """
         if name != self.episode:
             self.episode = name
-            self.alerts.clear()
+            standing = [] if name is None else self.standing(name)
+            self.alerts = Counter({kind: count for kind, count in self.alerts.items() if kind in standing})
         return name
+
+    def standing(self, name):
+        """Return the alerts that are true while a rung serves."""
+        falls_back = name.startswith('onnx_trt_ep') and self.chain.rungs[0].strategy != 'onnx_trt_ep'
+        return [kind for kind, true in zip(ALERTS, (falls_back, name == CPU.name), strict=True) if true]
 
     @invariant()
     def promises(self):

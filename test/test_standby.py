@@ -287,6 +287,43 @@ def test_f2_a_lost_gpu_is_left_also_by_an_engine_that_still_answers(hot_standby)
     assert (bench.switches()[-1]['from'], bench.switches()[-1]['reason']) == (OTHER_GPU.name, 'the GPU is lost')
 
 
+def test_f6_a_lost_gpu_is_tried_again_beside_the_cpu_and_serves_once_it_answers():
+    bench = Bench(GPU, OTHER_GPU, CPU, promotion_backoff_s=(5.0, 300.0)).ready()
+    for _ in range(2):
+        bench.serving().act = 'die'
+        bench.standby().act = 'die'
+        bench.ask()
+        bench.settle()
+    assert (bench.chain.status().active, bench.chain.status().gpu_lost) == (CPU, True)
+    assert {worker.rung for worker in bench.workers} == {CPU}
+    bench.now_ns += int(4e9)
+    bench.settle()
+    assert bench.chain._candidate is None, 'not at once'
+    bench.now_ns += int(30e9)
+    bench.settle()
+    assert bench.chain.status().gpu_lost, 'an engine that is loaded has not yet answered'
+    for _ in range(4):
+        assert bench.ask()
+    bench.settle()
+    assert (bench.chain.status().active, bench.chain.status().gpu_lost) == (GPU, False)
+
+
+def test_f2_a_gpu_on_which_a_worker_hangs_is_not_tried_again():
+    """Each attempt could leave another worker that nobody can end."""
+    bench = Bench(GPU, OTHER_GPU, CPU).ready()
+    hung = bench.serving()
+    hung.act, hung.killable = 'late', False
+    bench.ask(1.0)
+    bench.now_ns += int(10e9)
+    bench.ask(2.0)
+    for _ in range(10):
+        bench.now_ns += int(600e9)
+        bench.settle()
+        bench.ask()
+    assert (bench.chain.status().active, bench.chain.status().gpu_lost) == (CPU, True)
+    assert {worker.rung for worker in bench.workers} == {CPU}
+
+
 def test_f4_the_last_worker_is_killed_for_no_lateness_before_another_one_is_there():
     bench = Bench(CPU, hang_timeout_ms=30_000.0).ready()
     bench.loads_may_end.clear()

@@ -25,7 +25,7 @@ from gps_denied_c7.errors import (
 )
 from gps_denied_c7.gate import EngineGate
 from gps_denied_c7.runtime import BuildConfig, EngineCacheEntry, EngineFacts, EngineHandle, ProviderSet
-from gps_denied_c7.tensors import TensorSpec, check_inputs, check_outputs
+from gps_denied_c7.tensors import TensorSpec, check_inputs, check_outputs, noise_inputs
 from gps_denied_c7.thermal import ThermalState, ThermalStatePublisher, UnknownThermalState
 
 __all__ = ['BaseRuntime', 'LoadedEngine', 'own_input_shapes']
@@ -177,7 +177,7 @@ class BaseRuntime(ABC, Generic[EngineT]):
         loaded = self._load(entry)
         try:
             bound = _bind(loaded, entry, self.label)
-            self._infer(bound, _warm_up_inputs(bound.inputs))
+            self._infer(bound, noise_inputs(bound.inputs))
             remarks = self._settle(loaded.engine)
             seen = self._witness(loaded.engine, loaded.facts)
         except InferenceError as error:
@@ -324,22 +324,6 @@ def _fix_shapes(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
                 remedy='Fix them with c7_engine bundle --input-size, or export the model with fixed ones.',
             )
     return fixed
-
-
-def _warm_up_inputs(specs: Sequence[TensorSpec]) -> dict[str, NDArray]:
-    # Noise, not zeros: a network that normalises its descriptors divides zero by zero on a black image.
-    # Wider integers stay zero, since they may be indices.
-    noise = np.random.default_rng(0)
-    arrays: dict[str, NDArray] = {}
-    for spec in specs:
-        sizes = tuple(size for size in spec.shape if size is not None)
-        if np.dtype(spec.dtype).kind == 'f':
-            arrays[spec.name] = noise.random(sizes, np.float32).astype(spec.dtype)
-        elif spec.dtype == 'uint8':
-            arrays[spec.name] = noise.integers(0, 256, sizes, np.uint8)
-        else:
-            arrays[spec.name] = np.zeros(sizes, spec.dtype)
-    return arrays
 
 
 def _forget_locals(error: BaseException) -> None:

@@ -76,7 +76,7 @@ def flown(superpoint_bundle: Path, bag: Path, flight_caches: dict[str, str]) -> 
                 }
             except AssertionError:
                 print(*(peer.values(name) for name in (STREAM, 'Latency', 'Runtime')), sep='\n')
-                print('arrived', [answer.frame_seq for answer in peer.tensors])
+                print('arrived', [answer.frame_seq for answer in peer.tensors], sorted(os.listdir('/dev/shm')))
                 raise
             finally:
                 node.close()
