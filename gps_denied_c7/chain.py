@@ -187,6 +187,8 @@ class _Engine:
     :param began_ns: hand-over of the request that it runs besides the serving engine's.
     :param expected: what the serving engine answered to that request, where the two are compared.
     :param agreements: live frames on which it gave the serving engine's answer.
+    :param request: number of the chain's request that it was handed last.
+    :param late_answer: what it answered to that at last, where it was late.
     """
 
     rung: Rung
@@ -197,6 +199,8 @@ class _Engine:
     began_ns: int = 0
     expected: dict[str, NDArray] | None = None
     agreements: int = 0
+    request: int = 0
+    late_answer: dict[str, NDArray] | None = None
 
 
 @dataclass(eq=False, slots=True)
@@ -269,6 +273,7 @@ class RuntimeChain:
         self._golden: tuple[dict[str, NDArray], dict[str, NDArray]] | None = None
         self._gpu_faults: deque[tuple[int, Rung]] = deque(maxlen=8)
         self._gpu_hangs = False
+        self._request = 0
         self._retry_at_ns = 0
         self._backoff_s = 0.0
         self._status = ChainStatus(bundle.name, bundle.weights_digest, ChainState.UNLOADED)
@@ -383,10 +388,12 @@ class RuntimeChain:
             if self._engine is None:
                 self._restart()
             started_ns = self._monotonic_ns()
+            self._request += 1
             before = (tuple(self._gpu_faults), self._status.gpu_lost)
             failures: dict[Rung, Exception] = {}
             loaded_afresh: Counter[Rung] = Counter()
             late_before = False
+            first = self._engine
             while True:
                 engine = self._engine
                 assert engine is not None
@@ -398,6 +405,9 @@ class RuntimeChain:
                     self._engine = None
                     self._serve_standby()
                     failures.setdefault(engine.rung, late)
+                    if (answer := self._answer_at_last()) is not None:
+                        outputs = answer
+                        break
                     if late_before:
                         # The second one has been given its whole hang limit; the request would cost a third.
                         self._record_first_switch(failures, started_ns)
@@ -437,13 +447,14 @@ class RuntimeChain:
                     if self._replace_serving(others if spent else (*others, rung)):
                         loaded_afresh[self._serving()] += 1
                     continue
-                if failures:
-                    self._record_first_switch(failures, started_ns)
-                self._backoff_s = 0.0
-                self._announce()
-                self._shadow(inputs, outputs)
-                self._order_loads()
-                return self._answer(outputs)
+                break
+            if self._engine is not first:
+                self._record_first_switch(failures, started_ns)
+            self._backoff_s = 0.0
+            self._announce()
+            self._shadow(inputs, outputs)
+            self._order_loads()
+            return self._answer(outputs)
 
     def maintain(self) -> None:
         """
@@ -516,7 +527,7 @@ class RuntimeChain:
         :raises _LateError: it is late and another engine stands by.
         :raises InferenceError: it failed, or has hung for so long that loading it afresh is the better bet.
         """
-        engine.began_ns = self._monotonic_ns()
+        engine.began_ns, engine.request, engine.late_answer = self._monotonic_ns(), self._request, None
         engine.host.begin(inputs)
         outputs = engine.host.poll(engine.deadline_s)
         while outputs is None:
@@ -534,6 +545,14 @@ class RuntimeChain:
             if self._age_s(engine) > engine.hang_s:
                 self._order_standby()
             outputs = engine.host.poll(_LOOK_S)
+        return outputs
+
+    def _answer_at_last(self) -> dict[str, NDArray] | None:
+        """Return what the engine that serves again has meanwhile answered to this very request, None where nothing."""
+        engine = self._engine
+        if engine is None or engine.late_answer is None or engine.request != self._request:
+            return None
+        outputs, engine.late_answer = engine.late_answer, None
         return outputs
 
     def _kill(self, engine: _Engine) -> None:
@@ -747,14 +766,14 @@ class RuntimeChain:
 
     def _look_after_late(self, engine: _Engine) -> None:
         try:
-            answered = engine.host.poll(0.0) is not None
+            engine.late_answer = engine.host.poll(0.0)
         except Exception as error:
             _log.error('%s, which was late, failed: %s', engine.rung.name, error)
             self._late.remove(engine)
             self._note_fault(engine.rung)
             engine.host.release()
             return
-        if answered:
+        if engine.late_answer is not None:
             self._late.remove(engine)
             _log.warning('%s answered after %.0f ms.', engine.rung.name, self._age_s(engine) * 1e3)
             self._stand_by(engine)

@@ -31,6 +31,7 @@ class ScriptedWorker:
 
     inputs = outputs = (SPEC,)
     request_arrays = {}
+    patience = 0
 
     def __init__(self, rung, bench):
         self.rung, self.bench = rung, bench
@@ -68,6 +69,10 @@ class ScriptedWorker:
         if self.act == 'late':
             self.bench.now_ns += int((timeout_s or 0) * 1e9)
             time.sleep(0.0001)
+            return None
+        if self.act == 'slow' and self.patience > 0:
+            self.patience -= 1
+            self.bench.now_ns += int((timeout_s or 0) * 1e9)
             return None
         request, self.request = self.request, None
         if self.act == 'fail':
@@ -378,6 +383,22 @@ def test_f4_a_worker_that_is_given_up_and_cannot_be_killed_is_told_of():
         bench.ask()
     assert 'c7.worker_unkillable' in [kind for kind, _ in bench.records]
     assert bench.chain.status().gpu_lost
+
+
+def test_f4_where_two_engines_are_late_the_first_that_answers_at_last_is_heard():
+    bench = Bench(GPU, OTHER_GPU, CPU).ready()
+    first, second = bench.serving(), bench.standby()
+    first.act, first.patience = 'slow', 2
+    second.act = 'late'
+    bench.loads_may_end.clear()
+    answer = bench.ask(7.0)
+    assert answer.runtime_label == GPU.strategy
+    assert bench.serving() is first and bench.switches() == []
+    first.act = second.act = 'answer'
+    bench.loads_may_end.set()
+    assert bench.ask(8.0).runtime_label == GPU.strategy
+    bench.settle()
+    assert len(bench.workers) == 2
 
 
 def test_f8_two_late_engines_in_turn_are_one_switch_from_the_first():

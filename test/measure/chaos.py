@@ -14,6 +14,7 @@ left when it has ended. An hour with a death every ten seconds, and what the nod
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import random
 import signal
@@ -22,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -111,6 +113,33 @@ def workers(process: NodeProcess) -> list[int]:
         ['pgrep', '-P', str(process.process.pid), '-f', 'gps_denied_c7.worker'], capture_output=True, text=True
     )  # fmt: skip
     return [int(word) for word in listed.stdout.split()]
+
+
+@contextlib.contextmanager
+def slowed_down(pids: list[int], times: int) -> Iterator[None]:
+    """Let processes run for one part in ``times`` only, as a throttled processor would."""
+    over = threading.Event()
+
+    def signal_all(number: int) -> None:
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, number)
+
+    def alternate() -> None:
+        while not over.is_set():
+            signal_all(signal.SIGSTOP)
+            over.wait(0.005 * (times - 1))
+            signal_all(signal.SIGCONT)
+            over.wait(0.005)
+
+    thread = threading.Thread(target=alternate, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+        signal_all(signal.SIGCONT)
 
 
 class _Camera:

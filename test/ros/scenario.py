@@ -63,7 +63,11 @@ def check_answers(peer: Peer, sent: int) -> None:
         done = counted.get('received') == sent and counted['accepted'] == counted['answered']
         return counted if done and len(peer.tensors) == counted['answered'] else None
 
-    counted = wait_until(counters, f'{sent} frames to be accounted for', 60.0)
+    try:
+        counted = wait_until(counters, f'{sent} frames to be accounted for', 60.0)
+    except AssertionError:
+        print(peer.values(f'Stream {IMAGE_TOPIC}'), 'arrived:', [answer.frame_seq for answer in peer.tensors])
+        raise
     assert counted.get('lost_before_node', 0) == 0
     assert counted['answered'] + counted['dropped_by_policy'] == sent
     assert counted['unanswered'] == 0

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from harness import image, running_node, wait_until
-from networks import WHITE, copying, hanging_on_white
+from networks import WHITE, copying, hanging_on_white, slow
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'measure'))
 
@@ -61,6 +61,21 @@ def test_f4_a_frame_that_hangs_every_engine_costs_itself_and_no_other(tmp_path):
         peer.publisher(CAMERA).publish(image(2, data=WHITE))
         assert 'two engines in turn' in peer.wait_record('c7.frame_unanswered')['reason']
         assert peer.ask(CAMERA, image(3)).header.stamp.sec == 3
+        assert peer.state() == 'active'
+
+
+def test_f4_engines_slowed_down_four_times_are_late_and_are_not_killed(tmp_path):
+    parameters = {'model_path': slow(tmp_path), 'cpu_threads': 1, 'inference_deadline_ms': 10.0}
+    with running_node(parameters) as (process, peer):
+        peer.start()
+        peer.wait_matched(CAMERA)
+        wait_until(lambda: peer.values('Runtime').get('standby') not in (None, 'none'), 'a standby')
+        before = chaos.workers(process)
+        with chaos.slowed_down(before, 4):
+            for number in range(1, 21):
+                assert peer.ask(CAMERA, image(number)).header.stamp.sec == number
+        assert len(before) == 2 and chaos.workers(process) == before
+        assert 'c7.worker_unkillable' not in peer.kinds()
         assert peer.state() == 'active'
 
 
