@@ -401,6 +401,35 @@ def test_f4_where_two_engines_are_late_the_first_that_answers_at_last_is_heard()
     assert len(bench.workers) == 2
 
 
+def test_f4_an_answer_that_comes_late_is_no_answer_to_a_later_frame():
+    bench = Bench(GPU, OTHER_GPU, CPU).ready()
+    first, second = bench.serving(), bench.standby()
+    first.act = 'late'
+    assert bench.ask(7.0).runtime_label == OTHER_GPU.strategy
+    first.act, second.act = 'answer', 'late'
+    assert bench.ask(8.0).runtime_label == GPU.strategy
+
+
+def test_f6_a_candidate_that_is_no_better_than_what_serves_now_is_given_up():
+    bench = Bench(GPU, OTHER_GPU, CPU, hot_standby=False)
+    refused = EngineDeserializeError('not now.')
+    bench.load_faults = {GPU: refused, OTHER_GPU: refused}
+    bench.ready()
+    bench.load_faults = {GPU: refused}
+    bench.now_ns += int(10e9)
+    bench.settle()
+    assert bench.chain._candidate.rung == OTHER_GPU
+    bench.serving().alive = False
+    bench.load_faults = {GPU: refused, CPU: refused, OTHER_GPU: refused}
+    bench.chain.maintain()
+    assert bench.chain.status().state is ChainState.EXHAUSTED
+    bench.load_faults = {}
+    bench.now_ns += int(60e9)
+    bench.settle()
+    assert bench.chain.status().active == GPU
+    assert bench.chain._candidate is None and [worker.rung for worker in bench.workers] == [GPU]
+
+
 def test_f8_two_late_engines_in_turn_are_one_switch_from_the_first():
     bench = Bench(GPU, OTHER_GPU, CPU).ready()
     bench.serving().act = bench.standby().act = 'late'

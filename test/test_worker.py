@@ -19,6 +19,7 @@ import pytest
 pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 
+from gps_denied_c7 import worker_host
 from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import Rung, RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
@@ -258,6 +259,19 @@ def test_f3_a_worker_holds_its_part_until_it_is_gone(bundle):
     with pytest.raises(C7Error):
         host.load()
     assert memory.held() == [('onnx_trt_ep/gpu', 1 << 28)]
+    host.release()
+    assert memory.held() == []
+
+
+def test_f3_a_worker_that_cannot_be_started_holds_nothing(bundle, monkeypatch):
+    def refuse(start):
+        raise OSError('no process left')
+
+    monkeypatch.setattr(worker_host._spawner, 'run', refuse)
+    memory = GpuMemoryBudget(1 << 30)
+    host = worker_hosts(bundle, CONFIG, memory=memory)(GPU)
+    with pytest.raises(EngineDeserializeError, match='no process left'):
+        host.load()
     host.release()
     assert memory.held() == []
 
