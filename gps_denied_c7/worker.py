@@ -66,7 +66,6 @@ class _Worker:
         self._inputs: dict[str, NDArray] = {}
         self._outputs: dict[str, NDArray] | None = None
         self._host: Any = None
-        self._has_built = False
 
     def run(self) -> None:
         handlers: dict[str, Callable[[dict[str, Any], list[int]], None]] = {
@@ -87,7 +86,7 @@ class _Worker:
         try:
             make = in_process_hosts(task.bundle, task.config, UnknownThermalState(), on_build=self._tell_progress)
             self._host = make(task.rung)
-            facts = self._load_engine(task.rung)
+            facts = self._load_engine(task)
         except Exception as error:
             _log.debug('loading failed', exc_info=True)
             self._channel.send({'say': 'failed', 'error': error_to_json(error)})
@@ -101,17 +100,16 @@ class _Worker:
             }
         )
 
-    def _load_engine(self, rung: Rung) -> EngineFacts:
-        if rung.providers is ProviderSet.CPU:
+    def _load_engine(self, task: WorkerTask) -> EngineFacts:
+        if task.rung.providers is ProviderSet.CPU:
             return cast('EngineFacts', self._host.load())
         with GpuMemoryWatch() as watch:
             facts: EngineFacts = self._host.load()
-        # What a builder takes meanwhile, no flight needs.
-        taken = watch.final_bytes if self._has_built else watch.peak_bytes
+        # What a builder takes meanwhile, no flight needs; ONNX Runtime's does not tell when it builds.
+        taken = watch.final_bytes if task.config.build_on_configure else watch.peak_bytes
         return dataclasses.replace(facts, gpu_memory_bytes=taken)
 
     def _tell_progress(self, progress: BuildProgress) -> None:
-        self._has_built = True
         self._channel.send({'say': 'progress', **dataclasses.asdict(progress)})
 
     def _map(self, packet: dict[str, Any], descriptors: list[int]) -> None:
