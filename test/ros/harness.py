@@ -26,7 +26,6 @@ from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState, GetState
 from rcl_interfaces.msg import Parameter as ParameterMsg
 from rcl_interfaces.srv import GetParameters, SetParameters
-from rclpy.executors import MultiThreadedExecutor
 from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
@@ -143,19 +142,22 @@ class Peer:
         self.node.create_subscription(DiagnosticArray, '/diagnostics', self.diagnostics.append, 10)
         self._publishers: dict[str, Any] = {}
         self._clients: dict[str, Any] = {}
-        self._executor = MultiThreadedExecutor(2, context=self.context)
+        # Not rclpy's own with several threads, which now and then serves nothing for seconds: with a depth of five,
+        # answers that the node has given are lost meanwhile.
+        self._closed = threading.Event()
+        self._executor = PoolExecutor(2, on_escape=self._escaped, context=self.context)
         self._executor.add_node(self.node)
-        self._thread = threading.Thread(target=self._spin, daemon=True)
+        self._thread = threading.Thread(target=self._executor.spin_until, args=(self._closed.is_set,), daemon=True)
         self._thread.start()
 
-    def _spin(self) -> None:
-        with contextlib.suppress(rclpy.executors.ExternalShutdownException):
-            self._executor.spin()
+    def _escaped(self, error: Exception) -> None:
+        print(f'the peer met {error!r}')
 
     def close(self) -> None:
         """Leave the domain."""
-        self._executor.shutdown(timeout_sec=1.0)
+        self._closed.set()
         self._thread.join(5.0)
+        self._executor.shutdown(timeout_sec=1.0)
         self.node.destroy_node()
         if self._owns_context:
             self.context.try_shutdown()
