@@ -32,14 +32,21 @@ class PoolExecutor(Executor):
 
     :param threads: how many callbacks run at the same time.
     :param on_escape: told each exception that a callback let out; spinning goes on.
+    :param pause_s: seconds after each callback, 0 where nobody waits for the interpreter.
     """
 
     def __init__(
-        self, threads: int, *, on_escape: Callable[[Exception], None], context: Context | None = None
+        self,
+        threads: int,
+        *,
+        on_escape: Callable[[Exception], None],
+        context: Context | None = None,
+        pause_s: float = _PAUSE_S,
     ) -> None:
         super().__init__(context=context)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix='c7-callback')
         self._on_escape = on_escape
+        self._pause_s = pause_s
         self._handed_over: set[Any] = set()
 
     def spin_until(self, stopped: Callable[[], bool]) -> None:
@@ -66,7 +73,7 @@ class PoolExecutor(Executor):
         ended = threading.Event()
         self._pool.submit(self._run, task, ended)
         ended.wait(_YIELD_S)
-        time.sleep(_PAUSE_S)
+        time.sleep(self._pause_s)
 
     def shutdown(self, timeout_sec: float | None = None) -> bool:
         """Run no further callback; those that run are left to end."""

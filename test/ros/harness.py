@@ -145,7 +145,7 @@ class Peer:
         # Not rclpy's own with several threads, which now and then serves nothing for seconds: with a depth of five,
         # answers that the node has given are lost meanwhile.
         self._closed = threading.Event()
-        self._executor = PoolExecutor(2, on_escape=self._escaped, context=self.context)
+        self._executor = PoolExecutor(2, on_escape=self._escaped, context=self.context, pause_s=0.0)
         self._executor.add_node(self.node)
         self._thread = threading.Thread(target=self._executor.spin_until, args=(self._closed.is_set,), daemon=True)
         self._thread.start()

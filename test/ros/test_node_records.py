@@ -61,7 +61,7 @@ def test_both_alerts_reach_a_late_joiner_after_a_flood(start_node, domain_id, de
             return int(peer.values(f'Stream {CAMERA}').get('refused encoding', 0)) > FDR_QOS.depth
 
         wait_until(flooded, 'the flood to arrive')
-        kinds = late_joiner(domain_id, ONE_SHOTS)
+        kinds = late_joiner(domain_id, (*ONE_SHOTS, 'c7.image_refused'))
         assert [kinds.count(kind) for kind in ONE_SHOTS] == [1, 1, 1]
         assert kinds.count('c7.image_refused') == 1, 'one cause, one record'
         (fallback,) = peer.payloads('c7.fallback_to_onnx_trt_ep')
