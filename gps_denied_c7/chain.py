@@ -511,9 +511,7 @@ class RuntimeChain:
             self._golden = None
             self._find_gpu()
             self._backoff_s = 0.0
-            self._set_status(
-                state=ChainState.UNLOADED, active=None, facts=None, standby=None, switches=0
-            )
+            self._set_status(state=ChainState.UNLOADED, active=None, facts=None, standby=None, switches=0)
         finally:
             self._closing = False
             self._turn.release()

@@ -228,13 +228,18 @@ def test_f4_a_worker_that_hangs_is_killed():
     assert bench.chain.status().standby == CPU
 
 
-def test_f4_a_worker_that_cannot_be_killed_loses_the_gpu():
-    bench = Bench(GPU, OTHER_GPU, CPU).ready()
+def leave_one_unkillable(bench):
+    """Have the serving worker hang past its limit, and the kernel not end it."""
     hung = bench.serving()
     hung.act, hung.killable = 'late', False
     bench.ask(1.0)
     bench.now_ns += int(10e9)
     bench.ask(2.0)
+
+
+def test_f4_a_worker_that_cannot_be_killed_loses_the_gpu():
+    bench = Bench(GPU, OTHER_GPU, CPU).ready()
+    leave_one_unkillable(bench)
     assert 'c7.worker_unkillable' in [kind for kind, _ in bench.records]
     assert bench.chain.status().gpu_lost
 
@@ -316,11 +321,7 @@ def test_f6_a_lost_gpu_is_tried_again_beside_the_cpu_and_serves_once_it_answers(
 def test_f2_a_gpu_on_which_a_worker_hangs_is_not_tried_again():
     """Each attempt could leave another worker that nobody can end."""
     bench = Bench(GPU, OTHER_GPU, CPU).ready()
-    hung = bench.serving()
-    hung.act, hung.killable = 'late', False
-    bench.ask(1.0)
-    bench.now_ns += int(10e9)
-    bench.ask(2.0)
+    leave_one_unkillable(bench)
     for _ in range(10):
         bench.now_ns += int(600e9)
         bench.settle()
