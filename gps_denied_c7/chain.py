@@ -41,6 +41,7 @@ _SHADOWED_FRAMES = 3
 _GIVEN_UP = 10.0
 _LOOK_S = 0.02
 _CANCEL_S = 1.0
+_UNKILLABLE_S = 2.0
 # What no second attempt can change while this process runs.
 _LASTING = (RuntimeUnavailableError, EngineSchemaMismatchError)
 
@@ -114,12 +115,16 @@ class RungHost(Protocol):
         """Return the answer, valid until the next :meth:`begin`; None where it is not there in time."""
         ...
 
-    def kill(self) -> bool:
-        """End a request or a load that does not return, and the engine with it; False where that fails."""
+    def kill(self) -> None:
+        """Begin to end a request or a load that does not return, and the engine with it; never waits."""
         ...
 
     def release(self) -> None:
-        """Free everything; safe to repeat."""
+        """Begin to free everything; never waits for a process; safe to repeat."""
+        ...
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait until nothing is left of what was released; False where something is after ``timeout_s``."""
         ...
 
 
@@ -214,6 +219,22 @@ class _Load:
     error: BaseException | None = None
     cancelled: bool = False
 
+    def kill(self) -> None:
+        """End the load where it has come to a host."""
+        if self.host is not None:
+            self.host.kill()
+
+
+@dataclass(eq=False, slots=True)
+class _Leaving:
+    """An engine that is being ended; ``stuck`` once it has taken too long."""
+
+    rung: Rung
+    host: RungHost
+    pid: int | None
+    since_ns: int
+    stuck: bool = False
+
 
 class _LateError(InferenceError):
     """The serving engine has not answered yet, and another one is there."""
@@ -272,7 +293,7 @@ class RuntimeChain:
         self._beside: RuntimeChain | None = None
         self._golden: tuple[dict[str, NDArray], dict[str, NDArray]] | None = None
         self._gpu_faults: deque[tuple[int, Rung]] = deque(maxlen=8)
-        self._gpu_hangs = False
+        self._leaving: list[_Leaving] = []
         self._request = 0
         self._retry_at_ns = 0
         self._backoff_s = 0.0
@@ -383,8 +404,7 @@ class RuntimeChain:
             next attempt is not over.
         """
         with self._turn:
-            self._look_after_others()
-            self._leave_lost_gpu()
+            self._between_frames()
             if self._engine is None:
                 self._restart()
             started_ns = self._monotonic_ns()
@@ -463,8 +483,7 @@ class RuntimeChain:
         To be called several times a second while no frame comes.
         """
         with self._turn:
-            self._look_after_others()
-            self._leave_lost_gpu()
+            self._between_frames()
             engine = self._engine
             if engine is not None and not engine.host.alive:
                 error = InferenceError(f'{engine.rung.name} died while no frame came.')
@@ -476,7 +495,7 @@ class RuntimeChain:
                     self._record_switch(failed.name, str(error), started_ns, frames_affected=0)
                 except ChainExhaustedError as exhausted:
                     _log.error('%s', exhausted)
-            elif self._status.state is ChainState.EXHAUSTED and self._monotonic_ns() >= self._retry_at_ns:
+            elif self._status.state is ChainState.EXHAUSTED and self._may_restart():
                 try:
                     self._restart()
                 except ChainExhaustedError as error:
@@ -495,8 +514,7 @@ class RuntimeChain:
             if (engine := self._engine) is not None:
                 engine.host.kill()
             for load in list(self._loads):
-                if load.host is not None:
-                    load.host.kill()
+                load.kill()
             if not self._turn.acquire(timeout=timeout_s / 2):
                 raise InferenceError(
                     f'{self._status.active.name if self._status.active else "the chain"} still runs a request '
@@ -538,7 +556,6 @@ class RuntimeChain:
                 )
             if self._age_s(engine) > _GIVEN_UP * engine.hang_s:
                 # Nothing could be loaded beside it in all that time; its memory may be what is missing.
-                self._kill(engine)
                 raise InferenceError(f'{engine.rung.name} has not answered for {self._age_s(engine):.1f} s.')
             if self._age_s(engine) > engine.hang_s:
                 self._order_standby()
@@ -552,12 +569,6 @@ class RuntimeChain:
             return None
         outputs, engine.late_answer = engine.late_answer, None
         return outputs
-
-    def _kill(self, engine: _Engine) -> None:
-        if not engine.host.kill():
-            self._emit('c7.worker_unkillable', rung=engine.rung.name, pid=getattr(engine.host, 'pid', None))
-            self._lose_gpu(engine.rung, 'a worker cannot be ended')
-            self._gpu_hangs = self._gpu_hangs or engine.rung.providers is not ProviderSet.CPU
 
     def _age_s(self, engine: _Engine) -> float:
         return (self._monotonic_ns() - engine.began_ns) / 1e9
@@ -578,7 +589,7 @@ class RuntimeChain:
         self._serve(engine)
 
     def _walk(self, candidates: tuple[Rung, ...]) -> None:
-        """Load and prove the first of ``candidates`` that works, or raise ChainExhaustedError."""
+        """Load and prove the first of ``candidates`` that works, else take what was to take over, or raise."""
         self._drop_serving()
         end_ns = self._monotonic_ns() + int(self._config.configure_budget_s * 1e9)
         for position, rung in enumerate(candidates):
@@ -596,6 +607,8 @@ class RuntimeChain:
                 self._serve(engine)
                 return
             _log.warning('%s is still loading; the next rung serves meanwhile.', rung.name)
+        if self._serve_candidate():
+            return
         first, longest = self._config.restart_backoff_s
         self._backoff_s = min(longest, self._backoff_s * 2) if self._backoff_s else first
         self._retry_at_ns = self._monotonic_ns() + int(self._backoff_s * 1e9)
@@ -604,6 +617,20 @@ class RuntimeChain:
         if not self._closing:
             self._emit('c7.chain_exhausted', model_name=self._bundle.name, reason=str(exhausted))
         raise exhausted
+
+    def _serve_candidate(self) -> bool:
+        """Have the engine that was to take over serve at once where nothing else does and it can be asked."""
+        engine = self._candidate
+        if engine is None or self._closing:
+            return False
+        self._hear_candidate(engine)
+        if self._candidate is None or engine.expected is not None or not engine.host.alive:
+            self._drop_candidate()
+            return False
+        self._candidate = None
+        self._find_gpu()
+        self._serve(engine)
+        return True
 
     def _load_within(self, rung: Rung, budget_s: float | None) -> _Engine | None:
         """Load ``rung``; None where it goes on loading in the background."""
@@ -651,7 +678,7 @@ class RuntimeChain:
             self._loads = [load for load in self._loads if load not in loads]
             self._cancel(loads)
             for load in loads:
-                self._postpone('promotion' if self._is_better(load.rung) else 'standby', load.rung)
+                self._postpone_load(load.rung)
         return True
 
     def _make_room_beside(self, lack_bytes: int) -> bool:
@@ -663,8 +690,7 @@ class RuntimeChain:
             self._drop_standby()
             self._postpone('standby', engine.rung)
         else:
-            self._candidate = None
-            engine.host.release()
+            self._drop_candidate()
             self._postpone('promotion', engine.rung)
 
     def _load_engine(self, load: _Load) -> _Engine:
@@ -675,7 +701,7 @@ class RuntimeChain:
         while True:
             attempts -= 1
             limit_s = min(limit_s, self._config.load_timeout_s)
-            watchdog = threading.Timer(limit_s, lambda: load.host is not None and load.host.kill())
+            watchdog = threading.Timer(limit_s, load.kill)
             watchdog.daemon = True
             if known_s is not None and self._isolated:
                 watchdog.start()
@@ -704,7 +730,7 @@ class RuntimeChain:
                 for _ in range(_WARM_UPS):
                     warm_up_s = max(warm_up_s, self._prove(host, self._config.load_timeout_s))
         except BaseException:
-            host.release()
+            self._let_go(load.rung, host)
             raise
         self._load_s[load.rung] = max(self._load_s.get(load.rung, 0.0), time.monotonic() - started)
         deadline_s = max(self._config.inference_deadline_ms / 1e3, _LATE * warm_up_s)
@@ -725,21 +751,24 @@ class RuntimeChain:
             facts=engine.facts,
             standby=standby.rung if standby is not None else None,
         )
-        self._announced &= frozenset(self._status.alerts)
         candidate = self._candidate
         if candidate is not None and not self._is_better(candidate.rung):
-            self._candidate = None
             if candidate.expected is None:
+                self._candidate = None
                 self._stand_by(candidate)
             else:
-                candidate.host.release()
+                self._drop_candidate()
 
     def _may_serve(self, rung: Rung) -> bool:
         return not self._status.gpu_lost or rung.providers is ProviderSet.CPU or self._flies_gpu_only()
 
     def _may_take_over(self, rung: Rung) -> bool:
-        """Return whether ``rung`` may be proven beside the one that serves: on a lost GPU too, unless it hangs."""
-        return self._may_serve(rung) or not self._gpu_hangs
+        """Return whether ``rung`` may be proven beside what serves: on a lost GPU beside the CPU, unless it hangs."""
+        cpu_serves = self._engine is not None and self._engine.rung.providers is ProviderSet.CPU
+        return self._may_serve(rung) or (cpu_serves and not self._gpu_hangs())
+
+    def _gpu_hangs(self) -> bool:
+        return any(leaving.stuck and leaving.rung.providers is not ProviderSet.CPU for leaving in self._leaving)
 
     def _flies_gpu_only(self) -> bool:
         return all(rung.providers is not ProviderSet.CPU for rung in self._rungs)
@@ -752,6 +781,8 @@ class RuntimeChain:
     def _look_after_others(self) -> None:
         """Take what came of loads, late answers and shadowed frames; never waits."""
         self._take_loads()
+        for leaving in list(self._leaving):
+            self._look_after_leaving(leaving)
         for engine in list(self._late):
             self._look_after_late(engine)
         if self._standby is not None and not self._standby.host.alive:
@@ -760,7 +791,7 @@ class RuntimeChain:
         elif self._standby is not None and not self._may_serve(self._standby.rung):
             self._drop_standby()
         if self._candidate is not None:
-            self._look_after_candidate(self._candidate)
+            self._hear_candidate(self._candidate)
 
     def _look_after_late(self, engine: _Engine) -> None:
         try:
@@ -769,7 +800,7 @@ class RuntimeChain:
             _log.error('%s, which was late, failed: %s', engine.rung.name, error)
             self._late.remove(engine)
             self._note_fault(engine.rung)
-            engine.host.release()
+            self._let_go(engine.rung, engine.host)
             return
         if engine.late_answer is not None:
             self._late.remove(engine)
@@ -779,10 +810,30 @@ class RuntimeChain:
             self._late.remove(engine)
             _log.error('%s has not answered for %.1f s and is killed.', engine.rung.name, self._age_s(engine))
             self._note_fault(engine.rung)
-            self._kill(engine)
-            engine.host.release()
+            self._let_go(engine.rung, engine.host)
 
-    def _look_after_candidate(self, engine: _Engine) -> None:
+    def _let_go(self, rung: Rung, host: RungHost) -> None:
+        """Have an engine ended, which no frame waits for (F-4); from any thread."""
+        pid = getattr(host, 'pid', None)
+        host.release()
+        if not host.join(0.0) and all(leaving.host is not host for leaving in self._leaving):
+            self._leaving.append(_Leaving(rung, host, pid, self._monotonic_ns()))
+
+    def _look_after_leaving(self, leaving: _Leaving) -> None:
+        if leaving.host.join(0.0):
+            self._leaving.remove(leaving)
+        elif not leaving.stuck and self._monotonic_ns() - leaving.since_ns > _UNKILLABLE_S * 1e9:
+            self._tell_stuck(leaving)
+            self._lose_gpu(leaving.rung, 'a worker cannot be ended')
+
+    def _tell_stuck(self, leaving: _Leaving) -> None:
+        leaving.stuck = True
+        rung, pid = leaving.rung.name, leaving.pid
+        _log.error('a worker of %s (pid %s) cannot be ended; it holds its memory until its driver lets go.', rung, pid)
+        self._emit('c7.worker_unkillable', rung=rung, pid=pid)
+
+    def _hear_candidate(self, engine: _Engine) -> None:
+        """Compare what the engine that is to take over made of a live frame, where it has answered."""
         if engine.expected is None:
             return
         try:
@@ -794,16 +845,17 @@ class RuntimeChain:
             if self._bundle.rules and (problems := self._bundle.compare(outputs, engine.expected)):
                 raise InferenceError(f'it disagrees on a live frame: {" ".join(problems)}')
         except Exception as error:
-            self._candidate = None
-            engine.host.release()
-            self._postpone('promotion', engine.rung)
-            self._emit('c7.promotion_delayed', rung=engine.rung.name, reason=str(error))
-            _log.warning('%s does not take over yet: %s', engine.rung.name, error)
+            self._drop_candidate(str(error))
             return
         engine.expected = None
         engine.agreements += 1
-        if engine.agreements >= _SHADOWED_FRAMES:
-            self._promote(engine)
+
+    def _between_frames(self) -> None:
+        """Change what serves where no frame is under way: away from a lost GPU, or to a better engine (F-6)."""
+        self._look_after_others()
+        if self._candidate is not None and self._candidate.agreements >= _SHADOWED_FRAMES:
+            self._promote(self._candidate)
+        self._leave_lost_gpu()
 
     def _leave_lost_gpu(self) -> None:
         """Have the CPU serve where the GPU was lost by another engine than the one that serves (F-2)."""
@@ -842,52 +894,73 @@ class RuntimeChain:
             engine.began_ns = self._monotonic_ns()
             engine.host.begin(inputs)
         except Exception as error:
-            _log.warning('%s does not take over yet: %s', engine.rung.name, error)
-            self._candidate = None
-            engine.host.release()
-            self._postpone('promotion', engine.rung)
+            self._drop_candidate(str(error))
             return
         engine.expected = {name: array.copy() for name, array in outputs.items()}
 
+    def _drop_candidate(self, fault: str | None = None) -> None:
+        """Free the engine that was to take over, and say why it does not where it is at fault."""
+        engine, self._candidate = self._candidate, None
+        if engine is None:
+            return
+        if fault is not None:
+            _log.warning('%s does not take over yet: %s', engine.rung.name, fault)
+            self._emit('c7.promotion_delayed', rung=engine.rung.name, reason=fault)
+            self._postpone('promotion', engine.rung)
+        self._let_go(engine.rung, engine.host)
+
     def _stand_by(self, engine: _Engine, *, ordered: bool = False) -> None:
-        wanted = ordered or self._config.hot_standby
-        if self._standby is None and wanted and self._may_serve(engine.rung):
+        """Have ``engine`` stand by where one is wanted; an ordered one takes the place of one less preferred."""
+        standby, wanted = self._standby, ordered or self._config.hot_standby
+        if standby is not None and ordered and self._preference(engine.rung) < self._preference(standby.rung):
+            self._let_go(standby.rung, standby.host)
+            standby = None
+        if standby is None and wanted and self._may_serve(engine.rung):
             self._standby = engine
             self._set_status(standby=engine.rung)
         else:
-            engine.host.release()
+            self._let_go(engine.rung, engine.host)
 
     def _drop_standby(self) -> None:
         engine, self._standby = self._standby, None
         if engine is not None:
-            engine.host.release()
+            self._let_go(engine.rung, engine.host)
             self._set_status(standby=None)
+
+    def _preference(self, rung: Rung) -> tuple[bool, int]:
+        """Order rungs by which should stand by: one worker more of the same where no other is usable (F-3)."""
+        return rung == self._status.active, self._rungs.index(rung)
 
     # --- loads in the background ------------------------------------------------------------------
 
     def _order_loads(self) -> None:
-        """Begin what is missing: first an engine that stands by (F-3), then a better rung (F-6)."""
-        if not self._isolated or self._engine is None or self._loads or self._closing:
+        """Begin what is missing: an engine that stands by (F-3), then better ones to serve (F-6) and to stand by."""
+        engine = self._engine
+        if not self._isolated or engine is None or self._loads or self._closing:
             return
         if self._config.hot_standby and self._standby is None and not self._late:
             self._order_standby()
-        elif self._candidate is None:
-            for rung in self._rungs[: self._rungs.index(self._engine.rung)]:
-                error = self._failures.get(rung.name)
-                if self._may_take_over(rung) and not isinstance(error, _LASTING) and self._due('promotion', rung):
-                    self._start_load(rung)
-                    return
+        wanted = list(self._rungs[: self._rungs.index(engine.rung)]) if self._candidate is None else []
+        if self._standby is not None:
+            standing_by = self._preference(self._standby.rung)
+            wanted += [rung for rung in self._after(engine.rung) if self._preference(rung) < standing_by]
+        for rung in wanted:
+            if not self._loads and self._may_try(rung) and self._due('promotion', rung):
+                self._start_load(rung)
 
     def _order_standby(self) -> None:
         engine = self._engine
         if not self._isolated or engine is None or self._loads:
             return
-        # One worker more of the same rung where no other is usable.
-        for rung in (*self._after(engine.rung), engine.rung):
-            usable = not isinstance(self._failures.get(rung.name), _LASTING)
-            if self._may_serve(rung) and usable and self._due('standby', rung):
+        for rung in sorted((*self._after(engine.rung), engine.rung), key=self._preference):
+            if self._may_try(rung) and self._due('standby', rung):
                 self._start_load(rung)
                 return
+
+    def _may_try(self, rung: Rung) -> bool:
+        """Return whether loading ``rung`` beside the engine that serves may come to something."""
+        allowed = self._may_take_over(rung) if self._is_better(rung) else self._may_serve(rung)
+        return allowed and not isinstance(self._failures.get(rung.name), _LASTING)
 
     def _start_load(self, rung: Rung) -> _Load:
         load = _Load(rung)
@@ -902,7 +975,7 @@ class RuntimeChain:
             load.error = error
         load.done.set()
         if load.cancelled and load.engine is not None:
-            load.engine.host.release()
+            self._let_go(load.rung, load.engine.host)
 
     def _take_loads(self) -> None:
         for load in [load for load in self._loads if load.done.is_set()]:
@@ -912,11 +985,11 @@ class RuntimeChain:
             self._loads.remove(load)
             better = self._is_better(load.rung)
             if load.engine is not None and better and self._may_take_over(load.rung):
-                if self._candidate is not None:
-                    self._candidate.host.release()
+                self._drop_candidate()
                 self._candidate = load.engine
             elif load.engine is not None:
                 self._pauses.pop(('standby', load.rung), None)
+                self._pauses.pop(('promotion', load.rung), None)
                 self._stand_by(load.engine, ordered=True)
             elif load.error is not None:
                 if isinstance(load.error, GpuMemoryError):
@@ -925,7 +998,7 @@ class RuntimeChain:
                         # A better engine is worth more than one that stands by; with nothing left to free, it waits.
                         self._start_load(load.rung)
                         continue
-                self._postpone('promotion' if better else 'standby', load.rung)
+                self._postpone_load(load.rung)
                 if better:
                     self._failures[load.rung.name] = load.error
                 _log.info('%s could not be loaded beside: %s', load.rung.name, load.error)
@@ -939,6 +1012,9 @@ class RuntimeChain:
             # It has just failed: its first attempt is one pause away.
             self._postpone(purpose, rung)
         return self._monotonic_ns() >= self._pauses.get((purpose, rung), (0, 0.0))[0]
+
+    def _postpone_load(self, rung: Rung) -> None:
+        self._postpone('standby' if self._standby is None and not self._is_better(rung) else 'promotion', rung)
 
     def _postpone(self, purpose: str, rung: Rung) -> None:
         config = self._config
@@ -980,14 +1056,18 @@ class RuntimeChain:
 
     def _restart(self, *, at_once: bool = False) -> None:
         before = self._status
-        if before.state is ChainState.EXHAUSTED and not at_once and self._monotonic_ns() < self._retry_at_ns:
+        if before.state is ChainState.EXHAUSTED and not at_once and not self._may_restart():
             raise self._exhausted()
-        if before.state is ChainState.EXHAUSTED:
+        if before.state is ChainState.EXHAUSTED and not self._gpu_hangs():
             # Nothing serves, so nothing is risked by trying what was given up for the CPU's sake.
             self._find_gpu()
-        self._walk(self._rungs)
+        self._replace_serving(self._rungs)
         if before.state is ChainState.EXHAUSTED:
             self._record_switch('none', 'the chain was exhausted', before.since_ns, frames_affected=0)
+
+    def _may_restart(self) -> bool:
+        """Return whether an exhausted chain has an engine that was loaded meanwhile, or its pause is over."""
+        return self._standby is not None or self._monotonic_ns() >= self._retry_at_ns
 
     def _fail_serving(self, error: Exception) -> Rung:
         rung = self._serving()
@@ -1011,17 +1091,14 @@ class RuntimeChain:
             return
         _log.error('%s: the GPU is lost.', why)
         self._status = replace(self._status, gpu_lost=True)
-        candidate = self._candidate
-        if candidate is not None and not self._may_serve(candidate.rung):
-            self._candidate = None
-            candidate.host.release()
+        if self._candidate is not None and not self._may_serve(self._candidate.rung):
+            self._drop_candidate()
         for each in self._rungs:
             if not self._may_serve(each):
                 self._postpone('promotion', each)
 
     def _find_gpu(self) -> None:
         self._gpu_faults.clear()
-        self._gpu_hangs = False
         self._status = replace(self._status, gpu_lost=False)
 
     def _reject(self, rung: Rung, error: Exception) -> None:
@@ -1099,6 +1176,8 @@ class RuntimeChain:
         return tuple(alerts)
 
     def _record_switch(self, before: str, reason: str, started_ns: int, *, frames_affected: int) -> None:
+        # An engine that was late and answered at last has served all along, whoever was asked meanwhile.
+        self._announced &= frozenset(self._status.alerts)
         self._set_status(switches=self._status.switches + 1)
         self._emit(
             'c7.runtime_switched',
@@ -1143,27 +1222,32 @@ class RuntimeChain:
     def _drop_serving(self) -> None:
         engine, self._engine = self._engine, None
         if engine is not None:
-            engine.host.release()
+            self._let_go(engine.rung, engine.host)
 
     def _drop_all(self) -> None:
         self._drop_serving()
         others = [*self._late, *filter(None, (self._standby, self._candidate))]
         self._late, self._standby, self._candidate, self._announced = [], None, None, frozenset()
         for engine in others:
-            engine.host.release()
+            self._let_go(engine.rung, engine.host)
         loads, self._loads = self._loads, []
         self._cancel(loads)
+        end = time.monotonic() + _UNKILLABLE_S
+        for leaving in list(self._leaving):
+            if leaving.host.join(max(0.0, end - time.monotonic())):
+                self._leaving.remove(leaving)
+            elif not leaving.stuck:
+                self._tell_stuck(leaving)
 
     def _cancel(self, loads: list[_Load]) -> None:
         """End loads whose engines nobody waits for any more."""
         for load in loads:
             load.cancelled = True
-            if load.host is not None:
-                load.host.kill()
+            load.kill()
         for load in loads:
             # One that ends later frees its engine itself.
             if load.done.wait(_CANCEL_S) and load.engine is not None:
-                load.engine.host.release()
+                self._let_go(load.rung, load.engine.host)
 
     def _set_status(self, **changes: object) -> None:
         status = replace(

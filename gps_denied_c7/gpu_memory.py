@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Hashable
 
 from gps_denied_c7.errors import GpuMemoryError
@@ -12,6 +13,8 @@ __all__ = ['GpuMemoryBudget', 'GpuMemoryClaim']
 # What an engine is taken to need until it has been measured, as a part of the budget: one that serves, its standby and
 # one that is to take over fit, with something left for whoever turns out to be larger.
 _UNMEASURED_PART = 4
+# A driver frees the memory of a process that was killed within about a second.
+_LEAVING_S = 2.0
 
 
 class GpuMemoryBudget:
@@ -19,13 +22,14 @@ class GpuMemoryBudget:
     Share one budget among engines that live in processes of their own; safe to call from any thread.
 
     An engine claims what it needs before it is loaded: what it was measured to take the last time, and a quarter of
-    the budget before that. Once loaded it holds what it has really taken, until it is gone.
+    the budget before that. Once loaded it holds what it has really taken, until it is gone. Where what is left does
+    not do, the memory of engines that are being ended is waited for.
 
     :param total_bytes: of all claims together.
     """
 
     def __init__(self, total_bytes: int) -> None:
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self._total_bytes = total_bytes
         self._claims: list[GpuMemoryClaim] = []
         self._measured: dict[Hashable, int] = {}
@@ -56,7 +60,7 @@ class GpuMemoryBudget:
         """
         with self._lock:
             needed = self._measured.get(key) or max(file_bytes, self._total_bytes // _UNMEASURED_PART)
-            left = self._left()
+            left = self._wait_for(needed)
             if needed > left:
                 raise self._refused(name, needed, left)
             claim = GpuMemoryClaim(self, name, key, needed, left)
@@ -66,7 +70,7 @@ class GpuMemoryBudget:
     def _settle(self, claim: GpuMemoryClaim, measured: int) -> None:
         with self._lock:
             self._measured[claim.key] = max(measured, self._measured.get(claim.key, 0))
-            left = self._left(but=claim)
+            left = self._wait_for(measured, but=claim)
             if measured > left:
                 raise self._refused(claim.name, measured, left)
             claim.held_bytes = measured
@@ -75,6 +79,16 @@ class GpuMemoryBudget:
         with self._lock:
             if claim in self._claims:
                 self._claims.remove(claim)
+                self._lock.notify_all()
+
+    def _wait_for(self, needed: int, *, but: GpuMemoryClaim | None = None) -> int:
+        """Return what is left, after those that are leaving have left where that makes the difference."""
+        end = time.monotonic() + _LEAVING_S
+        while True:
+            left = self._left(but=but)
+            leaving = sum(claim.held_bytes for claim in self._claims if claim.leaving and claim is not but)
+            if not left < needed <= left + leaving or not self._lock.wait(end - time.monotonic()):
+                return left
 
     def _left(self, *, but: GpuMemoryClaim | None = None) -> int:
         return self._total_bytes - sum(claim.held_bytes for claim in self._claims if claim is not but)
@@ -103,6 +117,7 @@ class GpuMemoryClaim:
         self.key = key
         self.held_bytes = held_bytes
         self.limit_bytes = limit_bytes
+        self.leaving = False
 
     def settle(self, measured_bytes: int | None) -> None:
         """
@@ -112,6 +127,10 @@ class GpuMemoryClaim:
         """
         if measured_bytes is not None:
             self._budget._settle(self, measured_bytes)
+
+    def leave(self) -> None:
+        """Tell that the engine is being ended: its part is held until it is gone, and worth waiting for."""
+        self.leaving = True
 
     def release(self) -> None:
         """Give it back, once the engine's process is gone; safe to repeat."""

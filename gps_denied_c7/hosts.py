@@ -61,9 +61,13 @@ class SynchronousHost(abc.ABC):
         request, self._request = self._request, None
         return None if request is None else self.infer(request)
 
-    def kill(self) -> bool:
-        """Return False: what runs in this process cannot be ended."""
-        return False
+    def kill(self) -> None:
+        """Say that what runs in this process cannot be ended."""
+        _log.warning('an engine cannot be ended with isolation none; with isolation process its worker is killed.')
+
+    def join(self, timeout_s: float) -> bool:
+        """Return True: what is released in this process is gone."""
+        return True
 
 
 class InProcessHost(SynchronousHost):

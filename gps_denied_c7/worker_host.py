@@ -35,7 +35,8 @@ from gps_denied_c7.worker_channel import Channel, ChannelClosedError, error_from
 
 __all__ = ['WorkerHost', 'worker_hosts']
 
-_REAP_S = 2.0
+# Its exit code comes a moment after its channel has closed; no frame waits for a driver to let go of it.
+_EXIT_CODE_S = 0.1
 _LARGEST_ANSWER_BYTES = 1 << 30
 # A request has one answer, and another packet where the answer needs a larger segment.
 _MOST_PACKETS = 8
@@ -128,6 +129,8 @@ class WorkerHost:
         self._number = 0
         self._packets = 0
         self._releasing = threading.Lock()
+        self._gone = threading.Event()
+        self._gone.set()
         self._running = False
         self._input_specs: tuple[TensorSpec, ...] = ()
         self._output_specs: tuple[TensorSpec, ...] = ()
@@ -259,39 +262,48 @@ class WorkerHost:
         assert outputs is not None
         return outputs
 
-    def kill(self) -> bool:
-        """
-        End the worker now; from any thread.
-
-        :return: False where the kernel has not ended it after two seconds; it is reaped whenever it does.
-        """
-        process, pidfd = self._process, self._pidfd
-        if process is None or pidfd < 0:
-            return True
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-        return _readable(pidfd, _REAP_S)
+    def kill(self) -> None:
+        """Begin to end the worker, without waiting for it; from any thread."""
+        with self._releasing:
+            self._kill()
 
     def release(self) -> None:
-        """End the worker and give back its memory and descriptors; safe to repeat, from any thread."""
+        """
+        End the worker and give back its memory and descriptors; safe to repeat, from any thread.
+
+        Its process is waited for by :meth:`join` alone, and what it claims of the GPU's memory is held until then.
+        """
         with self._releasing:
             self._release()
 
+    def join(self, timeout_s: float) -> bool:
+        """Wait until the released worker's process is gone; False where it is not within ``timeout_s``."""
+        return self._gone.wait(timeout_s)
+
+    def _kill(self) -> None:
+        if self._process is None:
+            return
+        if self._pidfd < 0:
+            self._process.kill()
+            return
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
     def _release(self) -> None:
+        self._kill()
         process, self._process = self._process, None
         channel, self._channel = self._channel, None
         claim, self._claim = self._claim, None
         if channel is not None:
             channel.close()
         if process is not None:
-            pidfd = self._pidfd
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(pidfd, signal.SIGKILL)
-            if _readable(pidfd, _REAP_S):
-                _reap(process, claim)
+            if claim is not None:
+                claim.leave()
+            if process.poll() is None:
+                # A driver may need a second for what it held, or for ever.
+                threading.Thread(target=self._reap, args=(process, claim), name='c7-reaper', daemon=True).start()
             else:
-                _log.error('%s cannot be killed; it holds its memory until the driver lets go.', self._name())
-                threading.Thread(target=_reap, args=(process, claim), name='c7-reaper', daemon=True).start()
+                self._reap(process, claim)
         elif claim is not None:
             claim.release()
         for descriptor in (self._pidfd, self._lifetime):
@@ -303,6 +315,13 @@ class WorkerHost:
             if segment is not None:
                 segment.close()
         self._requests = self._answers = None
+
+    def _reap(self, process: subprocess.Popen[bytes], claim: GpuMemoryClaim | None) -> None:
+        """Wait for a process to be gone, and its GPU memory with it."""
+        process.wait()
+        if claim is not None:
+            claim.release()
+        self._gone.set()
 
     # --- the process ------------------------------------------------------------------------------
 
@@ -341,6 +360,7 @@ class WorkerHost:
                     start_new_session=True,
                 )
             )
+            self._gone.clear()
             self._channel = ours
             self._pidfd = os.pidfd_open(self._process.pid)
             self._poller = select.poll()
@@ -392,7 +412,7 @@ class WorkerHost:
     def _died(self) -> WorkerDiedError:
         self._running = False
         process = self._process
-        if process is None or not _readable(self._pidfd, _REAP_S):
+        if process is None or not _readable(self._pidfd, _EXIT_CODE_S):
             return WorkerDiedError(f'{self._name()} closed its channel.')
         code = process.wait()
         how = f'was ended by {_signal_name(-code)}' if code < 0 else f'ended with exit code {code}'
@@ -514,13 +534,6 @@ def _file_bytes(path: Path) -> int:
     with contextlib.suppress(OSError):
         return path.stat().st_size
     return 0
-
-
-def _reap(process: subprocess.Popen[bytes], claim: GpuMemoryClaim | None) -> None:
-    """Wait for a process to be gone, and its GPU memory with it."""
-    process.wait()
-    if claim is not None:
-        claim.release()
 
 
 def worker_environment(environ: Mapping[str, str], providers: ProviderSet) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 import time
 from types import SimpleNamespace
 
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gps_denied_c7 import gpu_memory
 from gps_denied_c7.errors import GpuMemoryError
 from gps_denied_c7.gpu_memory import GpuMemoryBudget
 from gps_denied_c7.runtimes.gpu_usage import GpuMemoryWatch
@@ -84,6 +86,32 @@ def test_f3_a_smaller_budget_holds_for_claims_to_come():
     budget.resize(400 * MIB)
     with pytest.raises(GpuMemoryError, match='and 0 MiB of the 400 MiB'):
         budget.claim('onnx_trt_ep/gpu', key='b')
+
+
+def test_f3_the_memory_of_an_engine_that_is_leaving_is_waited_for_where_that_helps():
+    budget = GpuMemoryBudget(1000 * MIB)
+    old = budget.claim('onnx_trt_ep/gpu', key='a')
+    old.settle(700 * MIB)
+    old.leave()
+    assert budget.held() == [('onnx_trt_ep/gpu', 700 * MIB)], 'it is still there'
+    with pytest.raises(GpuMemoryError):
+        budget.claim('tensorrt/gpu', key='b', file_bytes=1001 * MIB)
+    fits = budget.claim('tensorrt/gpu', key='c', file_bytes=200 * MIB)
+    assert fits.limit_bytes == 300 * MIB, 'what it does not need is not waited for'
+    fits.release()
+    threading.Timer(0.1, old.release).start()
+    waited = budget.claim('tensorrt/gpu', key='b', file_bytes=800 * MIB)
+    assert budget.held() == [('tensorrt/gpu', 800 * MIB)] and waited.limit_bytes == 1000 * MIB
+
+
+def test_f3_an_engine_that_does_not_leave_is_not_waited_for_without_end(monkeypatch):
+    monkeypatch.setattr(gpu_memory, '_LEAVING_S', 0.05)
+    budget = GpuMemoryBudget(1000 * MIB)
+    stuck = budget.claim('onnx_trt_ep/gpu', key='a')
+    stuck.settle(700 * MIB)
+    stuck.leave()
+    with pytest.raises(GpuMemoryError, match='300 MiB'):
+        budget.claim('tensorrt/gpu', key='b', file_bytes=800 * MIB)
 
 
 @given(st.lists(st.tuples(st.sampled_from('abc'), st.integers(1, 1200), st.booleans()), max_size=30))

@@ -54,7 +54,6 @@ class FakeHost(SynchronousHost):
 
     def kill(self):
         self.killed.set()
-        return True
 
     def release(self):
         self.alive_engine = False

@@ -39,6 +39,7 @@ class ScriptedWorker:
         self.killable = True
         self.act = 'answer'
         self.request = self.claim = None
+        self.released = self.gone = False
 
     def load(self):
         size = self.bench.sizes.get(self.rung)
@@ -81,14 +82,19 @@ class ScriptedWorker:
 
     def kill(self):
         self.alive = self.alive and not self.killable
-        return self.killable
 
     def release(self):
-        if self in self.bench.workers:
-            self.bench.workers.remove(self)
-        if self.claim is not None:
-            self.claim.release()
-        self.alive = False
+        self.released = True
+        self.join(0.0)
+
+    def join(self, timeout_s):
+        if self.released and self.killable and not self.gone:
+            self.alive, self.gone = False, True
+            if self in self.bench.workers:
+                self.bench.workers.remove(self)
+            if self.claim is not None:
+                self.claim.release()
+        return self.gone or not self.released
 
 
 class Bench:
@@ -194,6 +200,33 @@ def test_f3_a_standby_that_dies_is_replaced():
     assert bench.switches() == []
 
 
+def test_f3_an_engine_that_is_preferred_takes_the_place_of_the_one_that_stands_by():
+    bench = Bench(GPU, OTHER_GPU, CPU)
+    bench.load_faults[OTHER_GPU] = EngineDeserializeError('not now.')
+    bench.ready()
+    assert (bench.chain.status().active, bench.chain.status().standby) == (GPU, CPU)
+    bench.load_faults.clear()
+    bench.settle()
+    assert bench.chain.status().standby == CPU, 'not at once'
+    bench.now_ns += int(10e9)
+    bench.settle()
+    assert (bench.chain.status().active, bench.chain.status().standby) == (GPU, OTHER_GPU)
+    assert [worker.rung for worker in bench.workers] == [GPU, OTHER_GPU] and bench.switches() == []
+
+
+def test_f6_a_better_rung_comes_back_also_where_none_can_stand_by():
+    bench = Bench(GPU, CPU)
+    bench.load_faults[GPU] = EngineDeserializeError('not now.')
+    bench.ready()
+    bench.standby().alive = False
+    bench.load_faults = {CPU: EngineDeserializeError('no memory.')}
+    for _ in range(20):
+        bench.now_ns += int(1e9)
+        bench.settle()
+        bench.ask()
+    assert bench.chain.status().active == GPU
+
+
 def test_n1_a_serving_worker_that_dies_between_two_frames_is_replaced_before_the_next():
     bench = Bench(CPU).ready()
     bench.serving().alive = False
@@ -235,6 +268,9 @@ def leave_one_unkillable(bench):
     bench.ask(1.0)
     bench.now_ns += int(10e9)
     bench.ask(2.0)
+    bench.now_ns += int(3e9)
+    bench.ask(3.0)
+    return hung
 
 
 def test_f4_a_worker_that_cannot_be_killed_loses_the_gpu():
@@ -287,13 +323,15 @@ def test_f2_a_lost_gpu_is_left_also_by_an_engine_that_still_answers(hot_standby)
     bench.loads_may_end.clear()
     bench.now_ns += int(10e9)
     bench.ask(2.0)
+    bench.now_ns += int(3e9)
+    bench.ask(3.0)
     assert (bench.chain.status().gpu_lost, bench.serving().rung) == (True, OTHER_GPU)
     bench.loads_may_end.set()
     bench.settle()
-    bench.ask(3.0)
+    bench.ask(4.0)
     bench.settle()
     assert bench.serving().rung is CPU
-    assert {worker.rung for worker in bench.workers} == {CPU}
+    assert {worker.rung for worker in bench.workers if worker is not hung} == {CPU}
     assert (bench.switches()[-1]['from'], bench.switches()[-1]['reason']) == (OTHER_GPU.name, 'the GPU is lost')
 
 
@@ -321,13 +359,20 @@ def test_f6_a_lost_gpu_is_tried_again_beside_the_cpu_and_serves_once_it_answers(
 def test_f2_a_gpu_on_which_a_worker_hangs_is_not_tried_again():
     """Each attempt could leave another worker that nobody can end."""
     bench = Bench(GPU, OTHER_GPU, CPU).ready()
-    leave_one_unkillable(bench)
+    hung = leave_one_unkillable(bench)
     for _ in range(10):
         bench.now_ns += int(600e9)
         bench.settle()
         bench.ask()
     assert (bench.chain.status().active, bench.chain.status().gpu_lost) == (CPU, True)
-    assert {worker.rung for worker in bench.workers} == {CPU}
+    assert {worker.rung for worker in bench.workers if worker is not hung} == {CPU}
+    assert [kind for kind, _ in bench.records].count('c7.worker_unkillable') == 1
+    hung.killable = True
+    for _ in range(10):
+        bench.now_ns += int(600e9)
+        bench.settle()
+        bench.ask()
+    assert (bench.chain.status().active, bench.chain.status().gpu_lost) == (GPU, False), 'its driver has let go'
 
 
 def test_f4_the_last_worker_is_killed_for_no_lateness_before_another_one_is_there():
@@ -382,6 +427,8 @@ def test_f4_a_worker_that_is_given_up_and_cannot_be_killed_is_told_of():
     hung.act, hung.killable = 'late', False
     with pytest.raises(ChainExhaustedError):
         bench.ask()
+    bench.now_ns += int(3e9)
+    bench.chain.maintain()
     assert 'c7.worker_unkillable' in [kind for kind, _ in bench.records]
     assert bench.chain.status().gpu_lost
 
@@ -411,24 +458,78 @@ def test_f4_an_answer_that_comes_late_is_no_answer_to_a_later_frame():
     assert bench.ask(8.0).runtime_label == GPU.strategy
 
 
-def test_f6_a_candidate_that_is_no_better_than_what_serves_now_is_given_up():
-    bench = Bench(GPU, OTHER_GPU, CPU, hot_standby=False)
+def with_a_candidate(**config):
+    """Have the CPU serve, no rung be loadable, and an engine of another rung be there to take over."""
+    bench = Bench(GPU, OTHER_GPU, CPU, hot_standby=False, **config)
     refused = EngineDeserializeError('not now.')
     bench.load_faults = {GPU: refused, OTHER_GPU: refused}
     bench.ready()
     bench.load_faults = {GPU: refused}
     bench.now_ns += int(10e9)
     bench.settle()
-    assert bench.chain._candidate.rung == OTHER_GPU
-    bench.serving().alive = False
+    assert (bench.chain.status().active, bench.chain._candidate.rung) == (CPU, OTHER_GPU)
     bench.load_faults = {GPU: refused, CPU: refused, OTHER_GPU: refused}
-    bench.chain.maintain()
-    assert bench.chain.status().state is ChainState.EXHAUSTED
+    return bench
+
+
+def test_f6_an_engine_that_was_to_take_over_serves_at_once_where_nothing_else_does():
+    bench = with_a_candidate()
+    bench.serving().act = 'die'
+    assert bench.ask(7.0).runtime_label == OTHER_GPU.strategy
+    (switch,) = bench.switches()
+    assert (switch['from'], switch['to'], switch['frames_affected']) == (CPU.name, OTHER_GPU.name, 1)
+    assert [worker.rung for worker in bench.workers] == [OTHER_GPU]
+
+
+def test_f6_an_engine_that_still_runs_a_live_frame_serves_nobody():
+    bench = with_a_candidate()
+    candidate = bench.chain._candidate.host
+    candidate.act = 'late'
+    bench.ask(6.0)
+    candidate.begin = lambda inputs: pytest.fail('it still runs the frame before')
+    bench.serving().act = 'die'
+    with pytest.raises(ChainExhaustedError):
+        bench.ask(7.0)
+    assert bench.chain._candidate is None and bench.workers == []
     bench.load_faults = {}
     bench.now_ns += int(60e9)
     bench.settle()
     assert bench.chain.status().active == GPU
-    assert bench.chain._candidate is None and [worker.rung for worker in bench.workers] == [GPU]
+
+
+def test_f6_an_engine_takes_over_between_two_frames_only():
+    """One that answers its third live frame while another one is waited for must not push that one aside."""
+    bench = Bench(GPU, CPU, hot_standby=False)
+    bench.load_faults = {GPU: EngineDeserializeError('not now.')}
+    bench.ready()
+    bench.load_faults = {}
+    bench.now_ns += int(6e9)
+    bench.settle()
+    for _ in range(3):
+        bench.ask()
+    candidate, serving = bench.chain._candidate.host, bench.serving()
+    candidate.act, candidate.patience = 'slow', 1
+    serving.act, serving.patience = 'slow', 3
+    assert bench.ask(7.0).runtime_label == CPU.strategy
+    assert bench.serving() is serving
+    assert bench.ask(8.0).runtime_label == GPU.strategy
+    assert [switch['to'] for switch in bench.switches()] == [GPU.name]
+    assert bench.workers == [candidate]
+
+
+def test_ac5_an_engine_that_is_heard_at_last_tells_its_alert_once():
+    bench = Bench(GPU, CPU).ready()
+    bench.load_faults[GPU] = EngineDeserializeError('not now.')
+    bench.serving().act = 'die'
+    bench.ask()
+    bench.settle()
+    bench.load_faults.clear()
+    assert (bench.chain.status().active, bench.chain.status().standby) == (CPU, CPU)
+    for worker in bench.workers:
+        worker.act, worker.patience = 'slow', 3
+    bench.ask()
+    alerts = [kind for kind, _ in bench.records if 'fallback' in kind]
+    assert sorted(alerts) == ['c7.cpu_fallback', 'c7.fallback_to_onnx_trt_ep']
 
 
 def test_f8_two_late_engines_in_turn_are_one_switch_from_the_first():

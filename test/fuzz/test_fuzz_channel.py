@@ -159,7 +159,7 @@ def test_f1_any_error_told_is_an_error_of_the_family(content: bytes) -> None:
 @pytest.fixture(autouse=True)
 def no_wait_for_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that stands for the worker does not end, though its channel may seem closed."""
-    monkeypatch.setattr('gps_denied_c7.worker_host._REAP_S', 0.0)
+    monkeypatch.setattr('gps_denied_c7.worker_host._EXIT_CODE_S', 0.0)
 
 
 class HostOfFakeWorker(WorkerHost):
@@ -178,9 +178,8 @@ class HostOfFakeWorker(WorkerHost):
     def _start(self, to_load: object) -> None:
         """Have nothing to start."""
 
-    def kill(self) -> bool:
+    def kill(self) -> None:
         """Spare the process for the next example."""
-        return True
 
     def release(self) -> None:
         self._process = None
