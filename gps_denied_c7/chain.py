@@ -28,7 +28,7 @@ from gps_denied_c7.errors import (
 from gps_denied_c7.runtime import EngineFacts, ProviderSet
 from gps_denied_c7.tensors import TensorSpec, noise_inputs
 
-__all__ = ['Answer', 'ChainState', 'ChainStatus', 'Rung', 'RungHost', 'RuntimeChain', 'build_rungs']
+__all__ = ['ORT_LABEL', 'Answer', 'ChainState', 'ChainStatus', 'Rung', 'RungHost', 'RuntimeChain', 'build_rungs']
 
 ORT_LABEL = 'onnx_trt_ep'
 

@@ -6,6 +6,7 @@ import array
 import contextlib
 import json
 import os
+import select
 import socket
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -100,6 +101,10 @@ class Channel:
                 raise
             raise InferenceError(f'a packet cannot be read ({error}): {data!r:.100}') from error
         return packet, list(descriptors)
+
+    def wait(self) -> None:
+        """Wait until a packet has come or the other end is closed, and leave it there."""
+        select.select([self._end], [], [])
 
     def close(self) -> None:
         """Close this end; safe to repeat."""

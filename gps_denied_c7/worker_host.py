@@ -7,11 +7,6 @@ import dataclasses
 import logging
 import os
 import pickle
-import queue
-import select
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -30,63 +25,18 @@ from gps_denied_c7.runtime import BuildProgress, EngineFacts, ProviderSet
 from gps_denied_c7.runtimes import require_strategy
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.tensors import TensorSpec, check_inputs, check_outputs
-from gps_denied_c7.worker import LOG_MARK, WorkerTask
-from gps_denied_c7.worker_channel import Channel, ChannelClosedError, error_from_json, plain_text
+from gps_denied_c7.worker_channel import error_from_json, plain_text
+from gps_denied_c7.worker_process import SpareWorker, WorkerProcess
+from gps_denied_c7.worker_service import WorkerTask
 
 __all__ = ['WorkerHost', 'worker_hosts']
 
-# Its exit code comes a moment after its channel has closed; no frame waits for a driver to let go of it.
-_EXIT_CODE_S = 0.1
 _LARGEST_ANSWER_BYTES = 1 << 30
+# A spare worker that does nothing with its task for so long is stopped, or starved.
+_SPARE_S = 1.0
 # A request has one answer, and another packet where the answer needs a larger segment.
 _MOST_PACKETS = 8
-# Before anything is loaded: while another worker's memory is being freed, only the node would be left to take.
-_EXPENDABLE = """
-{ read -r score && echo $((score > 400 ? 1000 : score + 600)) >/proc/self/oom_score_adj; } </proc/self/oom_score_adj
-exec "$@"
-"""
-_KEPT_VARIABLES = ('PATH', 'LD_LIBRARY_PATH', 'HOME', 'USER', 'LANG', 'TZ', 'TMPDIR', '_ROS_WHEELS_BOOTSTRAP_COMPLETE')
-_KEPT_PREFIXES = ('LC_', 'XDG_', 'PYTHON', 'VIRTUAL_ENV', 'MALLOC_', 'OMP_', 'CUDA_', 'NVIDIA_', 'ORT_', 'TORCH')
-
 _log = logging.getLogger(__name__)
-
-
-class _Spawner:
-    """
-    Start processes from one thread that lives as long as this process.
-
-    The kernel ends a worker with the thread that started it, and threads of an executor come and go.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
-        self._orders: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]]] = queue.SimpleQueue()
-
-    def run(self, start: Callable[[], Any]) -> Any:
-        with self._lock:
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._serve, name='c7-spawner', daemon=True)
-                self._thread.start()
-        result: queue.SimpleQueue[Any] = queue.SimpleQueue()
-        self._orders.put((start, result))
-        value, error = result.get()
-        if error is not None:
-            raise error
-        return value
-
-    def _serve(self) -> None:
-        while True:
-            start, result = self._orders.get()
-            try:
-                result.put((start(), None))
-            except BaseException as error:
-                result.put((None, error))
-            # What they refer to must not live until the next order.
-            del start, result
-
-
-_spawner = _Spawner()
 
 
 class WorkerHost:
@@ -97,6 +47,7 @@ class WorkerHost:
     :meth:`kill`.
 
     :param memory: the budget that an engine on a GPU claims its memory from; None for the configuration's own.
+    :param spare: a process to take instead of a new one where it is ready and has the vendor's library; None for none.
     :param generation: names the worker in logs; counts the workers of a chain.
     :param on_build: told how far the building of an engine is.
     """
@@ -108,19 +59,17 @@ class WorkerHost:
         config: C7InferenceConfig,
         *,
         memory: GpuMemoryBudget | None = None,
+        spare: SpareWorker | None = None,
         generation: int = 0,
         on_build: Callable[[BuildProgress], None] | None = None,
     ) -> None:
         self._task = WorkerTask(bundle, config, rung)
         self._memory = memory or GpuMemoryBudget(config.gpu_memory_budget_bytes)
+        self._spare = spare
         self._claim: GpuMemoryClaim | None = None
         self._generation = generation
         self._on_build = on_build
-        self._process: subprocess.Popen[bytes] | None = None
-        self._pidfd = -1
-        self._channel: Channel | None = None
-        self._poller = select.poll()
-        self._lifetime = -1
+        self._process: WorkerProcess | None = None
         self._requests: SharedTensors | None = None
         self._answers: SharedTensors | None = None
         self._inputs: dict[str, NDArray] = {}
@@ -129,8 +78,7 @@ class WorkerHost:
         self._number = 0
         self._packets = 0
         self._releasing = threading.Lock()
-        self._gone = threading.Event()
-        self._gone.set()
+        self._released = False
         self._running = False
         self._input_specs: tuple[TensorSpec, ...] = ()
         self._output_specs: tuple[TensorSpec, ...] = ()
@@ -148,12 +96,12 @@ class WorkerHost:
     @property
     def pid(self) -> int | None:
         """Process id of the worker, None where none runs."""
-        return self._process.pid if self._process is not None else None
+        return self._process.pid if self._process is not None and not self._released else None
 
     @property
     def alive(self) -> bool:
         """Whether the worker runs; never waits."""
-        return self._pidfd >= 0 and not _readable(self._pidfd)
+        return self._process is not None and self._process.alive
 
     @property
     def running(self) -> bool:
@@ -174,13 +122,12 @@ class WorkerHost:
         :raises EngineDeserializeError: it died, or did not load within ``load_timeout_s``.
         :raises C7Error: whatever the worker's runtime refused the engine with.
         """
-        self._start(self._claim_memory())
-        assert self._channel is not None
+        process = self._start(self._claim_memory())
         # Where an engine is built, each sign of progress gives it as long again.
         limit_s = self._task.config.load_timeout_s
         deadline = time.monotonic() + limit_s
         while True:
-            packet = self._receive(deadline)
+            packet = process.receive(deadline)
             if packet is None:
                 self.kill()
                 raise EngineDeserializeError(
@@ -191,11 +138,15 @@ class WorkerHost:
                 deadline = time.monotonic() + limit_s
                 self._tell_progress(packet)
                 continue
+            if packet.get('say') == 'loading':
+                continue
             if packet.get('say') != 'loaded':
                 raise error_from_json(packet.get('error'))
             facts = self._take_facts(packet)
             if self._claim is not None:
                 self._claim.settle(facts.gpu_memory_bytes)
+            if self._spare is not None:
+                self._spare.prepare()
             return facts
 
     def begin(self, inputs: Mapping[str, NDArray]) -> None:
@@ -205,10 +156,9 @@ class WorkerHost:
         :param inputs: arrays by canonical name; copied unless they are :attr:`request_arrays` themselves.
         :raises InferenceError: inputs that do not fit, a request still running, or a dead worker.
         """
-        if self._channel is None:
-            raise InferenceError('no engine is loaded.')
+        process = self._loaded()
         if self._running:
-            raise InferenceError(f'{self._name()} still runs the request before.')
+            raise InferenceError(f'{process.name} still runs the request before.')
         # Its own arrays, filled in place, are what they were when they were laid out.
         if self._inputs.keys() != inputs.keys() or any(inputs[name] is not own for name, own in self._inputs.items()):
             self._copy(inputs)
@@ -217,10 +167,7 @@ class WorkerHost:
         if not self._layout_sent:
             packet['layout'] = TensorLayout.of(self._inputs).to_json()
             self._layout_sent = True
-        try:
-            self._channel.send(packet, block=False)
-        except ChannelClosedError as error:
-            raise self._died() from error
+        process.send(packet, block=False)
         self._running, self._packets = True, 0
 
     def poll(self, timeout_s: float | None) -> dict[str, NDArray] | None:
@@ -230,9 +177,14 @@ class WorkerHost:
         :return: read-only views of the worker's segment, valid until the next :meth:`begin`.
         :raises InferenceError: the engine failed, the worker died, or what it answered does not fit.
         """
+        process = self._loaded()
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
-            packet = self._receive(deadline)
+            try:
+                packet = process.receive(deadline)
+            except WorkerDiedError:
+                self._running = False
+                raise
             if packet is None:
                 return None
             self._packets += 1
@@ -264,8 +216,8 @@ class WorkerHost:
 
     def kill(self) -> None:
         """Begin to end the worker, without waiting for it; from any thread."""
-        with self._releasing:
-            self._kill()
+        if (process := self._process) is not None:
+            process.kill()
 
     def release(self) -> None:
         """
@@ -274,54 +226,25 @@ class WorkerHost:
         Its process is waited for by :meth:`join` alone, and what it claims of the GPU's memory is held until then.
         """
         with self._releasing:
-            self._release()
+            self._released = True
+            claim, self._claim = self._claim, None
+            if self._process is None:
+                if claim is not None:
+                    claim.release()
+            elif claim is None:
+                self._process.release()
+            else:
+                claim.leave()
+                self._process.release(then=claim.release)
+            self._inputs, self._outputs, self._layout_sent, self._running = {}, {}, False, False
+            for segment in (self._requests, self._answers):
+                if segment is not None:
+                    segment.close()
+            self._requests = self._answers = None
 
     def join(self, timeout_s: float) -> bool:
         """Wait until the released worker's process is gone; False where it is not within ``timeout_s``."""
-        return self._gone.wait(timeout_s)
-
-    def _kill(self) -> None:
-        if self._process is None:
-            return
-        if self._pidfd < 0:
-            self._process.kill()
-            return
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
-
-    def _release(self) -> None:
-        self._kill()
-        process, self._process = self._process, None
-        channel, self._channel = self._channel, None
-        claim, self._claim = self._claim, None
-        if channel is not None:
-            channel.close()
-        if process is not None:
-            if claim is not None:
-                claim.leave()
-            if process.poll() is None:
-                # A driver may need a second for what it held, or for ever.
-                threading.Thread(target=self._reap, args=(process, claim), name='c7-reaper', daemon=True).start()
-            else:
-                self._reap(process, claim)
-        elif claim is not None:
-            claim.release()
-        for descriptor in (self._pidfd, self._lifetime):
-            if descriptor >= 0:
-                os.close(descriptor)
-        self._pidfd = self._lifetime = -1
-        self._inputs, self._outputs, self._layout_sent, self._running = {}, {}, False, False
-        for segment in (self._requests, self._answers):
-            if segment is not None:
-                segment.close()
-        self._requests = self._answers = None
-
-    def _reap(self, process: subprocess.Popen[bytes], claim: GpuMemoryClaim | None) -> None:
-        """Wait for a process to be gone, and its GPU memory with it."""
-        process.wait()
-        if claim is not None:
-            claim.release()
-        self._gone.set()
+        return self._process is None or self._process.join(timeout_s)
 
     # --- the process ------------------------------------------------------------------------------
 
@@ -339,88 +262,48 @@ class WorkerHost:
         config = dataclasses.replace(task.config, gpu_memory_budget_bytes=self._claim.limit_bytes)
         return dataclasses.replace(task, config=config)
 
-    def _start(self, to_load: WorkerTask) -> None:
-        ours, theirs = Channel.pair()
-        read_end, self._lifetime = os.pipe()
-        log_read, log_write = os.pipe()
-        command = [
-            '/bin/sh', '-c', _EXPENDABLE, 'sh',
-            sys.executable, '-m', 'gps_denied_c7.worker',
-            '--channel', str(theirs.fileno()), '--lifetime', str(read_end),
-        ]  # fmt: skip
-        try:
-            self._process = _spawner.run(
-                lambda: subprocess.Popen(
-                    command,
-                    env=worker_environment(os.environ, self._task.rung.providers),
-                    pass_fds=(theirs.fileno(), read_end),
-                    stdin=subprocess.DEVNULL,
-                    stdout=log_write,
-                    stderr=log_write,
-                    start_new_session=True,
-                )
-            )
-            self._gone.clear()
-            self._channel = ours
-            self._pidfd = os.pidfd_open(self._process.pid)
-            self._poller = select.poll()
-            self._poller.register(ours.fileno(), select.POLLIN)
-            self._poller.register(self._pidfd, select.POLLIN)
-        except OSError as error:
-            ours.close()
-            os.close(log_read)
-            raise EngineDeserializeError(f'no worker process could be started: {error}.') from error
-        finally:
-            theirs.close()
-            os.close(read_end)
-            os.close(log_write)
-        threading.Thread(
-            target=_forward_log, args=(log_read, self._name()), name='c7-worker-log', daemon=True
-        ).start()
-        task = os.memfd_create('c7-task', os.MFD_CLOEXEC)
-        try:
-            with os.fdopen(os.dup(task), 'wb') as file:
-                pickle.dump(to_load, file)
-            ours.send({'do': 'load'}, [task])
-        except ChannelClosedError as error:
-            raise self._died() from error
-        finally:
-            os.close(task)
-
-    def _receive(self, deadline: float | None) -> dict[str, Any] | None:
-        """Return the next packet, None after ``deadline``; a dead worker is an error, its last packet not."""
-        channel = self._channel
-        if channel is None:
-            raise InferenceError('no engine is loaded.')
-        while True:
-            remaining = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1e3
-            ready = {descriptor for descriptor, _ in self._poller.poll(remaining)}
+    def _start(self, task: WorkerTask) -> WorkerProcess:
+        """Have a process load the engine: the spare one where it is for this strategy and takes the task."""
+        spare = self._spare
+        if spare is not None and spare.strategy == task.rung.strategy and (process := spare.take()) is not None:
+            self._adopt(process)
             try:
-                received = channel.receive(block=False)
-            except ChannelClosedError as error:
-                raise self._died() from error
-            if received is not None:
-                packet, descriptors = received
-                for descriptor in descriptors:
-                    os.close(descriptor)
-                return packet
-            if self._pidfd in ready:
-                raise self._died()
-            if not ready:
-                return None
+                self._hand_over(process, task)
+                if process.receive(time.monotonic() + _SPARE_S) == {'say': 'loading'}:
+                    return process
+            except WorkerDiedError as error:
+                _log.warning('%s', error)
+            _log.warning('%s was of no use; another one is started.', process.name)
+            process.release()
+        process = WorkerProcess.start(f'worker {self._generation}')
+        self._adopt(process)
+        self._hand_over(process, task)
+        return process
 
-    def _died(self) -> WorkerDiedError:
-        self._running = False
-        process = self._process
-        if process is None or not _readable(self._pidfd, _EXIT_CODE_S):
-            return WorkerDiedError(f'{self._name()} closed its channel.')
-        code = process.wait()
-        how = f'was ended by {_signal_name(-code)}' if code < 0 else f'ended with exit code {code}'
-        return WorkerDiedError(f'{self._name()} {how}.')
+    def _adopt(self, process: WorkerProcess) -> None:
+        process.name = f'worker {self._generation} ({self._task.rung.name}, pid {process.pid})'
+        with self._releasing:
+            self._process = process
+            if self._released:
+                process.release()
+                raise WorkerDiedError(f'{process.name} was released while it was being started.')
+
+    def _hand_over(self, process: WorkerProcess, task: WorkerTask) -> None:
+        descriptor = os.memfd_create('c7-task', os.MFD_CLOEXEC)
+        try:
+            with os.fdopen(os.dup(descriptor), 'wb') as file:
+                pickle.dump(task, file)
+            process.send({'do': 'load'}, [descriptor])
+        finally:
+            os.close(descriptor)
+
+    def _loaded(self) -> WorkerProcess:
+        if self._process is None or self._released:
+            raise InferenceError('no engine is loaded.')
+        return self._process
 
     def _name(self) -> str:
-        pid = '' if self._process is None else f', pid {self._process.pid}'
-        return f'worker {self._generation} ({self._task.rung.name}{pid})'
+        return self._process.name if self._process is not None else f'worker {self._generation}'
 
     # --- what goes through it ---------------------------------------------------------------------
 
@@ -485,7 +368,7 @@ class WorkerHost:
         self._answers = self._replace(self._answers, 'answers', size)
 
     def _replace(self, before: SharedTensors | None, role: str, size: int) -> SharedTensors:
-        assert self._channel is not None
+        process = self._loaded()
         if before is not None:
             before.close()
         try:
@@ -494,10 +377,7 @@ class WorkerHost:
             raise InferenceError(f'no memory for a segment of {size} bytes: {error}.') from error
         try:
             # A worker that reads nothing must not hold up this process.
-            self._channel.send({'do': 'map', 'segment': role}, [segment.descriptor], block=False)
-        except ChannelClosedError as error:
-            segment.close()
-            raise self._died() from error
+            process.send({'do': 'map', 'segment': role}, [segment.descriptor], block=False)
         except InferenceError:
             segment.close()
             raise
@@ -509,6 +389,7 @@ def worker_hosts(
     config: C7InferenceConfig,
     *,
     memory: GpuMemoryBudget | None = None,
+    spare: SpareWorker | None = None,
     on_build: Callable[[BuildProgress], None] | None = None,
 ) -> Callable[[Rung], WorkerHost]:
     """
@@ -517,6 +398,7 @@ def worker_hosts(
     It raises RuntimeUnavailableError for a strategy that this host lacks, and starts no process for it.
 
     :param memory: shared with the engines of other chains; None for ``gpu_memory_budget_bytes`` of its own.
+    :param spare: shared likewise; prepared again with each engine that is loaded; None for none.
     :param on_build: told how far the building of an engine is.
     """
     generations = iter(range(1, 1 << 62))
@@ -524,7 +406,9 @@ def worker_hosts(
 
     def make(rung: Rung) -> WorkerHost:
         require_strategy(rung.strategy, config)
-        return WorkerHost(rung, bundle, config, memory=budget, generation=next(generations), on_build=on_build)
+        return WorkerHost(
+            rung, bundle, config, memory=budget, spare=spare, generation=next(generations), on_build=on_build
+        )
 
     return make
 
@@ -536,51 +420,7 @@ def _file_bytes(path: Path) -> int:
     return 0
 
 
-def worker_environment(environ: Mapping[str, str], providers: ProviderSet) -> dict[str, str]:
-    """
-    Return what a worker inherits: what vendor libraries and Python read, nothing of ROS.
-
-    The CPU rung sees no GPU: a broken driver must not reach the last one that flies.
-    """
-    kept = {
-        name: value
-        for name, value in environ.items()
-        if name in _KEPT_VARIABLES or name.startswith(_KEPT_PREFIXES)
-    }
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    kept['PYTHONPATH'] = os.pathsep.join(filter(None, [package, kept.get('PYTHONPATH', '')]))
-    if providers is ProviderSet.CPU:
-        kept['CUDA_VISIBLE_DEVICES'] = ''
-    return kept
-
-
-def _forward_log(descriptor: int, name: str) -> None:
-    """Log what a worker writes, its own records with their level and vendors' lines as warnings."""
-    with open(descriptor, encoding='utf-8', errors='replace') as lines:
-        for line in lines:
-            text, level = line.rstrip(), logging.WARNING
-            if text.startswith(LOG_MARK):
-                number, _, text = text[1:].partition(' ')
-                level = int(number) if number.isdigit() else level
-            if text:
-                _log.log(level, '%s: %s', name, text)
-
-
 def _spec(value: Any) -> TensorSpec:
     name, dtype, shape = value
     axes = tuple(None if axis is None else int(axis) for axis in shape)
     return TensorSpec(plain_text(name), np.dtype(str(dtype)).name, axes)
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:
-        # Of the real-time signals, only the first and the last have names.
-        return f'signal {number}'
-
-
-def _readable(descriptor: int, timeout_s: float = 0.0) -> bool:
-    poller = select.poll()
-    poller.register(descriptor, select.POLLIN)
-    return bool(poller.poll(timeout_s * 1e3))

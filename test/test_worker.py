@@ -6,11 +6,15 @@ import itertools
 import json
 import logging
 import os
+import pickle
+import select
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +23,7 @@ import pytest
 pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 
-from gps_denied_c7 import worker_host
+from gps_denied_c7 import worker_process, worker_service
 from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import Rung, RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
@@ -35,11 +39,12 @@ from gps_denied_c7.errors import (
 )
 from gps_denied_c7.gpu_memory import GpuMemoryBudget
 from gps_denied_c7.hosts import in_process_hosts
-from gps_denied_c7.runtime import ProviderSet
+from gps_denied_c7.runtime import EngineFacts, ProviderSet
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.thermal import UnknownThermalState
 from gps_denied_c7.worker_channel import Channel, ChannelClosedError, error_from_json, error_to_json
-from gps_denied_c7.worker_host import WorkerHost, worker_environment, worker_hosts
+from gps_denied_c7.worker_host import WorkerHost, worker_hosts
+from gps_denied_c7.worker_process import SpareWorker, WorkerProcess, worker_environment
 
 CPU = Rung('onnx_trt_ep', ProviderSet.CPU)
 GPU = Rung('onnx_trt_ep', ProviderSet.GPU)
@@ -233,12 +238,36 @@ def test_f1_a_worker_comes_first_where_memory_runs_out_before_it_runs_any_python
     assert int(found.read_text()) == min(1000, int(Path('/proc/self/oom_score_adj').read_text()) + 600)
 
 
-def test_f2_the_cpu_worker_sees_no_gpu_and_nothing_of_ros(monkeypatch):
+def test_f1_a_worker_inherits_nothing_of_ros():
     environ = {'CUDA_VISIBLE_DEVICES': '0', 'ROS_DOMAIN_ID': '7', 'PATH': '/bin', 'FASTRTPS_DEFAULT_PROFILES_FILE': 'x'}
-    cpu = worker_environment(environ, ProviderSet.CPU)
-    assert cpu['CUDA_VISIBLE_DEVICES'] == '' and cpu['PATH'] == '/bin'
-    assert not {'ROS_DOMAIN_ID', 'FASTRTPS_DEFAULT_PROFILES_FILE'} & set(cpu)
-    assert worker_environment(environ, ProviderSet.GPU)['CUDA_VISIBLE_DEVICES'] == '0'
+    kept = worker_environment(environ)
+    assert (kept['CUDA_VISIBLE_DEVICES'], kept['PATH']) == ('0', '/bin')
+    assert not {'ROS_DOMAIN_ID', 'FASTRTPS_DEFAULT_PROFILES_FILE'} & set(kept)
+
+
+@pytest.mark.parametrize('rung', [CPU, GPU])
+def test_f2_the_cpu_rung_sees_no_gpu(bundle, monkeypatch, rung):
+    """Told by the environment of the worker as its vendor's library finds it."""
+    monkeypatch.setenv('CUDA_VISIBLE_DEVICES', '0')
+    seen = []
+
+    class FakeHost:
+        inputs = outputs = ()
+
+        def load(self):
+            seen.append(os.environ['CUDA_VISIBLE_DEVICES'])
+            return EngineFacts('cpu provider', (), True, 0, (), 0.0)
+
+    monkeypatch.setattr(worker_service, 'in_process_hosts', lambda *args, **kwargs: lambda rung: FakeHost())
+    ours, theirs = Channel.pair()
+    with tempfile.TemporaryFile() as file:
+        file.write(pickle.dumps(worker_service.WorkerTask(bundle, CONFIG, rung)))
+        file.flush()
+        worker_service.EngineService(theirs)._load({'do': 'load'}, [os.dup(file.fileno())])
+    assert [ours.receive()[0]['say'] for _ in range(2)] == ['loading', 'loaded']
+    assert seen == ['' if rung is CPU else '0']
+    ours.close()
+    theirs.close()
 
 
 def test_f3_a_worker_for_the_gpu_that_does_not_fit_is_not_started(bundle):
@@ -261,7 +290,7 @@ def test_f3_a_worker_holds_its_part_until_it_is_gone(bundle, monkeypatch):
     assert memory.held() == [('onnx_trt_ep/gpu', 1 << 28)]
     # Stopped in a driver, as it were: not even SIGKILL is seen at once.
     pid = host.pid
-    monkeypatch.setattr(worker_host.signal, 'pidfd_send_signal', lambda *arguments: None)
+    monkeypatch.setattr(worker_process.signal, 'pidfd_send_signal', lambda *arguments: None)
     os.kill(pid, signal.SIGSTOP)
     host.release()
     assert not host.join(0.0) and memory.held() == [('onnx_trt_ep/gpu', 1 << 28)]
@@ -273,7 +302,7 @@ def test_f3_a_worker_that_cannot_be_started_holds_nothing(bundle, monkeypatch):
     def refuse(start):
         raise OSError('no process left')
 
-    monkeypatch.setattr(worker_host._spawner, 'run', refuse)
+    monkeypatch.setattr(worker_process._spawner, 'run', refuse)
     memory = GpuMemoryBudget(1 << 30)
     host = worker_hosts(bundle, CONFIG, memory=memory)(GPU)
     with pytest.raises(EngineDeserializeError, match='no process left'):
@@ -322,13 +351,11 @@ def test_inputs_that_do_not_fit_do_not_reach_the_worker(bundle, worker):
 
 
 def test_n8_what_a_worker_says_is_logged_with_its_level(worker, bundle, caplog):
-    from gps_denied_c7 import worker_host
-
     read, write = os.pipe()
     os.write(write, b'\x1e40 from logging\nfrom a vendor\n\n')
     os.close(write)
     with caplog.at_level(logging.DEBUG, 'gps_denied_c7'):
-        worker_host._forward_log(read, 'worker 1')
+        worker_process._forward_log(read, types.SimpleNamespace(name='worker 1'))
     assert [(record.levelno, record.message) for record in caplog.records] == [
         (logging.ERROR, 'worker 1: from logging'), (logging.WARNING, 'worker 1: from a vendor'),
     ]  # fmt: skip
@@ -402,6 +429,88 @@ def test_f2_f3_a_chain_of_real_workers_answers_every_frame(bundle):
                                           capture_output=True).stdout, 'every worker to be gone')  # fmt: skip
 
 
+@pytest.fixture
+def spare():
+    spare = SpareWorker('onnx_trt_ep')
+    yield spare
+    spare.close()
+
+
+def name_of(pid: int) -> str:
+    return Path(f'/proc/{pid}/comm').read_text().strip()
+
+
+def wait_for_spare(spare: SpareWorker) -> int:
+    """Return the process id of the spare once it is ready to be taken."""
+    wait_until(lambda: spare._process is not None and select.select([spare._process._channel], [], [], 0)[0], 'a spare')
+    return spare._process.pid
+
+
+def test_f1_the_spare_worker_becomes_the_next_engine_and_another_one_gets_ready(bundle, spare):
+    make = worker_hosts(bundle, CONFIG, spare=spare)
+    first = make(CPU)
+    first.load()
+    pid = wait_for_spare(spare)
+    assert name_of(pid) == 'c7-spare' and pid != first.pid
+    second = make(CPU)
+    second.load()
+    assert second.pid == pid and name_of(pid) == 'c7-worker'
+    expected = first.infer(bundle.golden_inputs())
+    for name, array in second.infer(bundle.golden_inputs()).items():
+        np.testing.assert_array_equal(array, expected[name])
+    assert wait_for_spare(spare) not in (first.pid, second.pid)
+    for host in (first, second):
+        host.release()
+
+
+def test_f1_a_spare_worker_takes_the_processor_from_nobody_until_it_has_a_task(bundle, spare):
+    """Its imports run at the lowest priority, and what it is to load at the usual one: without privileges, too."""
+    spare.prepare()
+    pid = wait_for_spare(spare)
+    host = worker_hosts(bundle, CONFIG, spare=spare)(CPU)
+    host.load()
+    assert host.pid == pid
+    ours = os.getpriority(os.PRIO_PROCESS, 0)
+    for thread in Path(f'/proc/{pid}/task').iterdir():
+        if thread.name == str(pid):
+            assert os.getpriority(os.PRIO_PROCESS, int(thread.name)) == ours
+    host.release()
+
+
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
+def test_f1_a_spare_worker_that_has_died_or_hangs_costs_no_load(bundle, spare, number):
+    spare.prepare()
+    pid = wait_for_spare(spare)
+    os.kill(pid, number)
+    if number == signal.SIGKILL:
+        wait_until(lambda: not spare._process.alive, 'its death')
+    host = worker_hosts(bundle, CONFIG, spare=spare)(CPU)
+    host.load()
+    assert host.pid != pid and host.infer(bundle.golden_inputs())
+    wait_until(lambda: is_gone(pid), 'its end')
+    host.release()
+
+
+def test_f1_a_spare_worker_that_is_not_ready_is_not_waited_for(bundle, spare):
+    spare.prepare()
+    os.kill(spare._process.pid, signal.SIGSTOP)
+    host = worker_hosts(bundle, CONFIG, spare=spare)(CPU)
+    host.load()
+    assert host.pid != spare._process.pid
+    host.release()
+
+
+def test_f1_a_closed_spare_worker_is_gone_and_stays_away(bundle, spare):
+    spare.prepare()
+    pid = spare._process.pid
+    spare.close()
+    assert is_gone(pid)
+    host = worker_hosts(bundle, CONFIG, spare=spare)(CPU)
+    host.load()
+    assert spare._process is None
+    host.release()
+
+
 @pytest.mark.parametrize('depth', [40, 300, 900, 990, 30_000])
 def test_a_packet_nested_to_any_depth_is_an_error(depth):
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -440,7 +549,7 @@ def test_f1_a_worker_that_talks_without_end_is_not_listened_to_without_end(bundl
     worker.begin(bundle.golden_inputs())
     heard = itertools.count()
     stale = {'say': 'answered', 'id': -1}
-    monkeypatch.setattr(worker, '_receive', lambda deadline: stale if next(heard) < 1000 else None)
+    monkeypatch.setattr(worker._process, 'receive', lambda deadline: stale if next(heard) < 1000 else None)
     with pytest.raises(InferenceError, match='more than a request needs'):
         worker.poll(0.01)
     monkeypatch.undo()
@@ -452,7 +561,7 @@ def test_f1_an_answer_of_a_segment_that_was_replaced_is_none(bundle, worker, mon
     os.kill(worker.pid, signal.SIGSTOP)
     worker.begin(bundle.golden_inputs())
     said = [{'say': 'needs', 'bytes': 64}, {'say': 'answered', 'id': worker._number}]
-    monkeypatch.setattr(worker, '_receive', lambda deadline: said.pop(0))
+    monkeypatch.setattr(worker._process, 'receive', lambda deadline: said.pop(0))
     with pytest.raises(InferenceError, match='layout'):
         worker.poll(0.01)
     monkeypatch.undo()
@@ -469,7 +578,7 @@ def test_f1_an_answer_of_a_segment_that_was_replaced_is_none(bundle, worker, mon
 )  # fmt: skip
 def test_f1_what_a_worker_tells_of_its_load_is_an_error_where_it_is_unreadable(bundle, monkeypatch, packet):
     host = WorkerHost(CPU, bundle, CONFIG, on_build=lambda progress: None)
-    monkeypatch.setattr(host, '_receive', lambda deadline: packet)
+    monkeypatch.setattr(WorkerProcess, 'receive', lambda self, deadline: packet)
     with pytest.raises(EngineDeserializeError, match='unreadable'):
         host.load()
     host.release()

@@ -20,7 +20,7 @@ from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 
 from gps_denied_c7.bundle import ModelBundle
-from gps_denied_c7.chain import ChainStatus, Rung, RungHost, RuntimeChain
+from gps_denied_c7.chain import ORT_LABEL, ChainStatus, Rung, RungHost, RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import C7Error, ConfigError, ImageRejectedError
 from gps_denied_c7.gpu_memory import GpuMemoryBudget
@@ -51,6 +51,7 @@ from gps_denied_c7.statistics import Statistics, StreamCounters
 from gps_denied_c7.thermal import ThermalLevel, ThermalStatePublisher, UnknownThermalState
 from gps_denied_c7.thermal_policy import FrameShedding, ThermalPolicy
 from gps_denied_c7.worker_host import worker_hosts
+from gps_denied_c7.worker_process import SpareWorker
 
 __all__ = ['DEFAULT_NODE_NAME', 'TENSORS_QOS', 'C7InferenceNode']
 
@@ -102,6 +103,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         self._building: BuildProgress | None = None
         # As long-lived as this process: an engine that could not be ended still holds its part after a cleanup.
         self._gpu_memory = GpuMemoryBudget(C7InferenceConfig().gpu_memory_budget_bytes)
+        self._spare: SpareWorker | None = None
         self._start_problem = ''
         self._start_reasons: set[str] = set()
         self._refused_ns: dict[str, int] = {}
@@ -256,12 +258,17 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         bundle = ModelBundle.load(Path(settings.model_path))
         topics = self._resolve_topics(settings.image_topics)
         self._gpu_memory.resize(settings.config.gpu_memory_budget_bytes)
+        # ONNX Runtime has the last rung of every chain, and most engines that are loaded in flight.
+        config = settings.config
+        wanted = config.spare_worker and config.isolation == 'process' and ORT_LABEL not in config.disabled_runtimes
+        self._spare = SpareWorker(ORT_LABEL) if wanted else None
         chain = self._make_chain(bundle, settings.config)
         try:
             self._load(chain)
             model = fit_model(bundle, chain, settings)
         except BaseException:
             chain.release()
+            self._end_spare()
             raise
         self._swap = None
         self._statistics.open_streams(topics)
@@ -278,7 +285,14 @@ class C7InferenceNode(ResponsiveLifecycleNode):
     def _hosts(self, bundle: ModelBundle, config: C7InferenceConfig) -> Callable[[Rung], RungHost]:
         if config.isolation == 'none':
             return in_process_hosts(bundle, config, self._thermal, on_build=self._on_build)
-        return worker_hosts(bundle, config, memory=self._gpu_memory, on_build=self._on_build)
+        return worker_hosts(
+            bundle, config, memory=self._gpu_memory, spare=self._spare, on_build=self._on_build
+        )
+
+    def _end_spare(self) -> None:
+        spare, self._spare = self._spare, None
+        if spare is not None:
+            spare.close()
 
     def _load(self, chain: RuntimeChain) -> None:
         try:
@@ -357,6 +371,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
                 loaded.model.chain.release()
             except C7Error as error:
                 self.get_logger().error(str(error))
+        self._end_spare()
 
     # --- frames -----------------------------------------------------------------------------------
 

@@ -149,6 +149,11 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
         'Keep a second engine loaded, which answers when the first one does not. Needs isolation process.',
     ),
     ParameterDeclaration(
+        'spare_worker', Type.BOOL, _DEFAULTS.spare_worker,
+        'Keep a worker process ready that has imported ONNX Runtime, about 60 MB, so that the next engine is loaded '
+        'sooner. Needs isolation process.',
+    ),
+    ParameterDeclaration(
         'load_timeout_s', Type.DOUBLE, _DEFAULTS.load_timeout_s,
         'A worker must have loaded its engine, or show progress with a build, within this many seconds.',
         limits=(0.1, 3600.0),
@@ -245,8 +250,8 @@ _BY_NAME = {declaration.name: declaration for declaration in PARAMETERS}
 _DECLARED = {declaration.name: declaration.default for declaration in PARAMETERS}
 _CONFIG_FIELDS = (
     'ort_disallow_cpu_fallback', 'build_on_configure', 'engine_cache_dir', 'ort_trt_cache_dir',
-    'gpu_memory_budget_bytes', 'gpu_fault_window_s', 'isolation', 'hot_standby', 'load_timeout_s',
-    'inference_deadline_ms', 'hang_timeout_ms', 'configure_budget_s', 'cpu_threads',
+    'gpu_memory_budget_bytes', 'gpu_fault_window_s', 'isolation', 'hot_standby', 'spare_worker',
+    'load_timeout_s', 'inference_deadline_ms', 'hang_timeout_ms', 'configure_budget_s', 'cpu_threads',
 )
 
 

@@ -13,7 +13,7 @@ from gps_denied_c7.gate import EngineGate
 from gps_denied_c7.runtime import InferenceRuntime, ProviderSet
 from gps_denied_c7.thermal import ThermalStatePublisher
 
-__all__ = ['create_runtime', 'require_strategy']
+__all__ = ['create_runtime', 'import_strategy', 'require_strategy']
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +92,17 @@ def require_strategy(label: str, config: C7InferenceConfig) -> None:
             f'Python packages not installed: {", ".join(missing)}.',
             remedy=f'pip install -r {strategy.requirements}',
         )
+
+
+def import_strategy(label: str) -> None:
+    """
+    Import everything that loading an engine of the strategy ``label`` will, vendor libraries included.
+
+    :raises ImportError: a package is missing or broken.
+    """
+    strategy = _STRATEGIES[label]
+    for module in (strategy.target.partition(':')[0], *strategy.packages):
+        importlib.import_module(module)
 
 
 def _is_installed(package: str) -> bool:

@@ -10,7 +10,7 @@ import select
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +28,7 @@ from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.worker_channel import Channel, ChannelClosedError, error_from_json, error_to_json
 from gps_denied_c7.worker_host import WorkerHost
+from gps_denied_c7.worker_process import WorkerProcess
 
 SPEC = TensorSpec('x', 'float32', (1, 2))
 BUNDLE = ModelBundle(name='net', root=Path('/'), weights_digest='sha256:' + '0' * 64, inputs=(SPEC,), outputs=(SPEC,))
@@ -159,11 +160,21 @@ def test_f1_any_error_told_is_an_error_of_the_family(content: bytes) -> None:
 @pytest.fixture(autouse=True)
 def no_wait_for_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that stands for the worker does not end, though its channel may seem closed."""
-    monkeypatch.setattr('gps_denied_c7.worker_host._EXIT_CODE_S', 0.0)
+    monkeypatch.setattr('gps_denied_c7.worker_process._EXIT_CODE_S', 0.0)
+
+
+class FakeWorkerProcess(WorkerProcess):
+    """Take an idle process for a worker's, and spare it for the next example."""
+
+    def _kill(self) -> None:
+        pass
+
+    def _reap(self, then: Callable[[], None]) -> None:
+        then()
 
 
 class HostOfFakeWorker(WorkerHost):
-    """Take an idle process for the worker, so that a test can say what no real worker would."""
+    """Have an idle process for the worker, so that a test can say what no real worker would."""
 
     def __init__(self, process: subprocess.Popen) -> None:
         super().__init__(
@@ -171,18 +182,12 @@ class HostOfFakeWorker(WorkerHost):
             on_build=lambda told: None,
         )  # fmt: skip
         ours, self.far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._process, self._pidfd, self._channel = process, os.pidfd_open(process.pid), Channel(ours)
-        self._poller.register(ours.fileno(), select.POLLIN)
-        self._poller.register(self._pidfd, select.POLLIN)
+        self._process = FakeWorkerProcess('worker 0', process, Channel(ours))
 
-    def _start(self, to_load: object) -> None:
-        """Have nothing to start."""
-
-    def kill(self) -> None:
-        """Spare the process for the next example."""
+    def _start(self, task: object) -> WorkerProcess:
+        return self._process
 
     def release(self) -> None:
-        self._process = None
         super().release()
         self.far_end.close()
 

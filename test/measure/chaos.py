@@ -37,6 +37,7 @@ from rclpy.publisher import Publisher
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 
 from gps_denied_c7.demo.network import write_demo_bundle
+from gps_denied_c7.worker import SPARE_NAME, WORKER_NAME
 
 CAMERA = '/camera/image_raw'
 
@@ -46,7 +47,7 @@ class Account:
     """
     What came of every frame and every blow.
 
-    :param blows: monotonic seconds, what was done and to whom (``serving`` or ``standby``).
+    :param blows: monotonic seconds, what was done and to whom (``serving``, ``standby`` or ``spare``).
     :param sent: monotonic seconds of publication by stamp.
     :param answered: monotonic seconds and frame number of each answer, by stamp, in order of arrival.
     :param levels: monotonic seconds, resident bytes and open descriptors of the node before each blow.
@@ -107,11 +108,9 @@ class Account:
         return slowest
 
 
-def workers(process: NodeProcess) -> list[int]:
-    """Return the process ids of a node's workers, oldest first."""
-    listed = subprocess.run(
-        ['pgrep', '-P', str(process.process.pid), '-f', 'gps_denied_c7.worker'], capture_output=True, text=True
-    )  # fmt: skip
+def workers(process: NodeProcess, name: str = WORKER_NAME) -> list[int]:
+    """Return the process ids of a node's workers, oldest first; of those without an engine for SPARE_NAME."""
+    listed = subprocess.run(['pgrep', '-P', str(process.process.pid), '-x', name], capture_output=True, text=True)
     return [int(word) for word in listed.stdout.split()]
 
 
@@ -205,10 +204,11 @@ def run(
             for blow in blows:
                 time.sleep(chance.uniform(*pause_s))
                 targets = wait_until(lambda: workers(process), 'a worker')
-                account.workers.update(targets)
+                spare = workers(process, SPARE_NAME)
+                account.workers.update(targets, spare)
                 account.take_level(process.process.pid)
-                target = chance.choice(targets)
-                role = 'serving' if target == targets[0] else 'standby'
+                target = chance.choice(targets + spare)
+                role = 'spare' if target in spare else 'serving' if target == targets[0] else 'standby'
                 account.blows.append((time.monotonic(), blow, role))
                 try:
                     os.kill(target, getattr(signal, blow))
@@ -229,7 +229,7 @@ def run(
         while not settled() and time.monotonic() < deadline:
             time.sleep(0.1)
         account.switches = peer.payloads('c7.runtime_switched')
-        account.workers.update(workers(process))
+        account.workers.update(workers(process), workers(process, SPARE_NAME))
         segments = process.shared_memory()
         process.signal(signal.SIGTERM)
         if code := process.wait():

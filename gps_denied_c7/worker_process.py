@@ -1,0 +1,331 @@
+"""A process for one engine, seen from the node: start it, talk to it, notice its death, end it (F-1)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import queue
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from gps_denied_c7.errors import C7Error, EngineDeserializeError, WorkerDiedError
+from gps_denied_c7.worker import LOG_MARK
+from gps_denied_c7.worker_channel import Channel, ChannelClosedError
+
+__all__ = ['SpareWorker', 'WorkerProcess', 'worker_environment']
+
+# Its exit code comes a moment after its channel has closed; no frame waits for a driver to let go of it.
+_EXIT_CODE_S = 0.1
+# Before anything is loaded: while another worker's memory is being freed, only the node would be left to take.
+_EXPENDABLE = """
+{ read -r score && echo $((score > 400 ? 1000 : score + 600)) >/proc/self/oom_score_adj; } </proc/self/oom_score_adj
+exec "$@"
+"""
+_KEPT_VARIABLES = ('PATH', 'LD_LIBRARY_PATH', 'HOME', 'USER', 'LANG', 'TZ', 'TMPDIR', '_ROS_WHEELS_BOOTSTRAP_COMPLETE')
+_KEPT_PREFIXES = ('LC_', 'XDG_', 'PYTHON', 'VIRTUAL_ENV', 'MALLOC_', 'OMP_', 'CUDA_', 'NVIDIA_', 'ORT_', 'TORCH')
+
+_log = logging.getLogger(__name__)
+
+
+class _Spawner:
+    """
+    Start processes from one thread that lives as long as this process.
+
+    The kernel ends a worker with the thread that started it, and threads of an executor come and go.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._thread: threading.Thread | None = None
+        self._orders: queue.SimpleQueue[tuple[Callable[[], Any], queue.SimpleQueue[Any]]] = queue.SimpleQueue()
+
+    def run(self, start: Callable[[], Any]) -> Any:
+        with self._lock:
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._serve, name='c7-spawner', daemon=True)
+                self._thread.start()
+        result: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._orders.put((start, result))
+        value, error = result.get()
+        if error is not None:
+            raise error
+        return value
+
+    def _serve(self) -> None:
+        while True:
+            start, result = self._orders.get()
+            try:
+                result.put((start(), None))
+            except BaseException as error:
+                result.put((None, error))
+            # What they refer to must not live until the next order.
+            del start, result
+
+
+_spawner = _Spawner()
+
+
+class WorkerProcess:
+    """
+    Hold one process that runs :mod:`gps_denied_c7.worker`, its channel, and its end.
+
+    For one thread, except :meth:`kill`, :meth:`release` and :meth:`join`.
+
+    :param name: of the worker in logs and errors; may be changed.
+    :param process: the process; reaped by this object.
+    :param channel: this end of its channel; closed by this object.
+    :param lifetime: descriptor whose closing ends the process; closed by this object, -1 for none.
+    :raises OSError: the process cannot be watched.
+    """
+
+    def __init__(self, name: str, process: subprocess.Popen[bytes], channel: Channel, lifetime: int = -1) -> None:
+        self.name = name
+        self._process = process
+        self._channel = channel
+        self._lifetime = lifetime
+        self._releasing = threading.Lock()
+        self._released = False
+        self._gone = threading.Event()
+        self._pidfd = os.pidfd_open(process.pid)
+        self._poller = select.poll()
+        self._poller.register(channel.fileno(), select.POLLIN)
+        self._poller.register(self._pidfd, select.POLLIN)
+
+    @classmethod
+    def start(cls, name: str, arguments: Iterable[str] = ()) -> WorkerProcess:
+        """
+        Start a process that waits for what it is to load.
+
+        :param arguments: options of :mod:`gps_denied_c7.worker` besides its descriptors.
+        :raises EngineDeserializeError: there is no process or descriptor left for it.
+        """
+        try:
+            with contextlib.ExitStack() as failed, contextlib.ExitStack() as handed_over:
+                ours, theirs = Channel.pair()
+                failed.callback(ours.close)
+                handed_over.callback(theirs.close)
+                read_end, lifetime = os.pipe()
+                failed.callback(os.close, lifetime)
+                handed_over.callback(os.close, read_end)
+                log_read, log_write = os.pipe()
+                failed.callback(os.close, log_read)
+                handed_over.callback(os.close, log_write)
+                command = [
+                    '/bin/sh', '-c', _EXPENDABLE, 'sh',
+                    sys.executable, '-m', 'gps_denied_c7.worker',
+                    '--channel', str(theirs.fileno()), '--lifetime', str(read_end), *arguments,
+                ]  # fmt: skip
+                process = _spawner.run(
+                    lambda: subprocess.Popen(
+                        command,
+                        env=worker_environment(os.environ),
+                        pass_fds=(theirs.fileno(), read_end),
+                        stdin=subprocess.DEVNULL,
+                        stdout=log_write,
+                        stderr=log_write,
+                        start_new_session=True,
+                    )
+                )
+                failed.callback(process.wait)
+                failed.callback(process.kill)
+                worker = cls(name, process, ours, lifetime)
+                forward = threading.Thread(
+                    target=_forward_log, args=(log_read, worker), name='c7-worker-log', daemon=True
+                )
+                forward.start()
+                failed.pop_all()
+                return worker
+        except OSError as error:
+            raise EngineDeserializeError(f'no worker process could be started: {error}.') from error
+
+    @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs; never waits."""
+        return self._pidfd >= 0 and not _readable(self._pidfd)
+
+    def send(self, packet: Mapping[str, Any], descriptors: Iterable[int] = (), *, block: bool = True) -> None:
+        """
+        Send a packet; a copy of each descriptor goes with it.
+
+        :param block: wait where many packets lie unread at the other end.
+        :raises WorkerDiedError: nobody is there to receive it.
+        :raises InferenceError: it would have to wait.
+        """
+        try:
+            self._channel.send(packet, descriptors, block=block)
+        except ChannelClosedError as error:
+            raise self._died() from error
+
+    def receive(self, deadline: float | None) -> dict[str, Any] | None:
+        """
+        Return the next packet, None after ``deadline`` of the steady clock.
+
+        :raises WorkerDiedError: it is dead, and has said nothing more before.
+        """
+        while True:
+            remaining = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1e3
+            ready = {descriptor for descriptor, _ in self._poller.poll(remaining)}
+            try:
+                received = self._channel.receive(block=False)
+            except ChannelClosedError as error:
+                raise self._died() from error
+            if received is not None:
+                packet, descriptors = received
+                for descriptor in descriptors:
+                    os.close(descriptor)
+                return packet
+            if self._pidfd in ready:
+                raise self._died()
+            if not ready:
+                return None
+
+    def kill(self) -> None:
+        """Begin to end it, without waiting; from any thread."""
+        with self._releasing:
+            if not self._released:
+                self._kill()
+
+    def release(self, then: Callable[[], None] = lambda: None) -> None:
+        """
+        End it and close what leads to it, without waiting for its end; safe to repeat, from any thread.
+
+        :param then: called once the process is gone, from any thread.
+        """
+        with self._releasing:
+            if self._released:
+                return
+            self._released = True
+            self._kill()
+            self._channel.close()
+            if self._process.poll() is None:
+                # A driver may need a second for what it held, or for ever.
+                threading.Thread(target=self._reap, args=(then,), name='c7-reaper', daemon=True).start()
+            else:
+                self._reap(then)
+            for descriptor in (self._pidfd, self._lifetime):
+                if descriptor >= 0:
+                    os.close(descriptor)
+            self._pidfd = self._lifetime = -1
+
+    def join(self, timeout_s: float) -> bool:
+        """Wait until the released process is gone; False where it is not within ``timeout_s``."""
+        return self._gone.wait(timeout_s)
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def _reap(self, then: Callable[[], None]) -> None:
+        self._process.wait()
+        then()
+        self._gone.set()
+
+    def _died(self) -> WorkerDiedError:
+        if self._pidfd < 0 or not _readable(self._pidfd, _EXIT_CODE_S):
+            return WorkerDiedError(f'{self.name} closed its channel.')
+        code = self._process.wait()
+        how = f'was ended by {_signal_name(-code)}' if code < 0 else f'ended with exit code {code}'
+        return WorkerDiedError(f'{self.name} {how}.')
+
+
+class SpareWorker:
+    """
+    Keep one worker process that has imported its vendor's library already; safe to call from any thread.
+
+    The next engine then loads in a third of the time, and of the processor time, on a CPU: what remains is the model.
+
+    :param strategy: whose library it imports.
+    """
+
+    def __init__(self, strategy: str) -> None:
+        self.strategy = strategy
+        self._lock = threading.Lock()
+        self._process: WorkerProcess | None = None
+        self._closed = False
+
+    def prepare(self) -> None:
+        """Start one where there is none; it gets ready beside, at the lowest priority."""
+        with self._lock:
+            if self._closed or (self._process is not None and self._process.alive):
+                return
+            if self._process is not None:
+                self._process.release()
+                self._process = None
+            try:
+                self._process = WorkerProcess.start('the spare worker', ('--spare', self.strategy))
+            except EngineDeserializeError as error:
+                _log.warning('no spare worker: %s', error)
+
+    def take(self) -> WorkerProcess | None:
+        """Return the spare, which the caller then owns; None where none is ready."""
+        with self._lock:
+            process = self._process
+            if process is None:
+                return None
+            try:
+                if process.receive(0.0) is None:
+                    return None
+            except C7Error as error:
+                _log.warning('%s', error)
+                process.release()
+                self._process = None
+                return None
+            self._process = None
+            return process
+
+    def close(self, timeout_s: float = 2.0) -> None:
+        """End the spare for good and wait for it; safe to repeat."""
+        with self._lock:
+            self._closed = True
+            process, self._process = self._process, None
+        if process is not None:
+            process.release()
+            process.join(timeout_s)
+
+
+def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Return what a worker inherits: what vendor libraries and Python read, nothing of ROS."""
+    kept = {
+        name: value for name, value in environ.items() if name in _KEPT_VARIABLES or name.startswith(_KEPT_PREFIXES)
+    }
+    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    kept['PYTHONPATH'] = os.pathsep.join(filter(None, [package, kept.get('PYTHONPATH', '')]))
+    return kept
+
+
+def _forward_log(descriptor: int, worker: WorkerProcess) -> None:
+    """Log what a worker writes, its own records with their level and vendors' lines as warnings."""
+    with open(descriptor, encoding='utf-8', errors='replace') as lines:
+        for line in lines:
+            text, level = line.rstrip(), logging.WARNING
+            if text.startswith(LOG_MARK):
+                number, _, text = text[1:].partition(' ')
+                level = int(number) if number.isdigit() else level
+            if text:
+                _log.log(level, '%s: %s', worker.name, text)
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        # Of the real-time signals, only the first and the last have names.
+        return f'signal {number}'
+
+
+def _readable(descriptor: int, timeout_s: float = 0.0) -> bool:
+    poller = select.poll()
+    poller.register(descriptor, select.POLLIN)
+    return bool(poller.poll(timeout_s * 1e3))

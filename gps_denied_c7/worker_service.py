@@ -1,0 +1,163 @@
+"""What a worker process does for its node: load one engine, and answer with it (F-1)."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn, cast
+
+from numpy.typing import NDArray
+
+from gps_denied_c7.bundle import ModelBundle
+from gps_denied_c7.chain import Rung
+from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.hosts import in_process_hosts
+from gps_denied_c7.runtime import BuildProgress, EngineFacts, ProviderSet
+from gps_denied_c7.runtimes.gpu_usage import GpuMemoryWatch
+from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
+from gps_denied_c7.tensors import TensorSpec
+from gps_denied_c7.thermal import UnknownThermalState
+from gps_denied_c7.worker_channel import Channel, error_to_json
+
+__all__ = ['EngineService', 'WorkerTask']
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerTask:
+    """What a worker is to load; pickled by the node, which alone writes it."""
+
+    bundle: ModelBundle
+    config: C7InferenceConfig
+    rung: Rung
+
+
+class EngineService:
+    """
+    Answer the packets of one channel, one at a time, until it is closed.
+
+    :param channel: to the node; borrowed.
+    """
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._requests: SharedTensors | None = None
+        self._answers: SharedTensors | None = None
+        self._inputs: dict[str, NDArray] = {}
+        self._outputs: dict[str, NDArray] | None = None
+        self._host: Any = None
+
+    def run(self) -> NoReturn:
+        """
+        Serve.
+
+        :raises ChannelClosedError: the node has closed its end, or is gone.
+        """
+        handlers: dict[str, Callable[[dict[str, Any], list[int]], None]] = {
+            'load': self._load,
+            'map': self._map,
+            'infer': self._infer,
+        }
+        while True:
+            received = self._channel.receive()
+            assert received is not None
+            packet, descriptors = received
+            handlers[packet['do']](packet, descriptors)
+
+    def _load(self, packet: dict[str, Any], descriptors: list[int]) -> None:
+        with os.fdopen(descriptors[0], 'rb') as file:
+            file.seek(0)
+            task: WorkerTask = pickle.load(file)
+        self._channel.send({'say': 'loading'})
+        if task.rung.providers is ProviderSet.CPU:
+            # A broken driver must not reach the last one that flies; no vendor library has looked for a GPU yet.
+            os.environ['CUDA_VISIBLE_DEVICES'] = ''
+        try:
+            make = in_process_hosts(task.bundle, task.config, UnknownThermalState(), on_build=self._tell_progress)
+            self._host = make(task.rung)
+            facts = self._load_engine(task)
+        except Exception as error:
+            _log.debug('loading failed', exc_info=True)
+            self._channel.send({'say': 'failed', 'error': error_to_json(error)})
+            return
+        self._channel.send(
+            {
+                'say': 'loaded',
+                'facts': dataclasses.asdict(facts),
+                'inputs': [_spec(spec) for spec in self._host.inputs],
+                'outputs': [_spec(spec) for spec in self._host.outputs],
+            }
+        )
+
+    def _load_engine(self, task: WorkerTask) -> EngineFacts:
+        if task.rung.providers is ProviderSet.CPU:
+            return cast('EngineFacts', self._host.load())
+        with GpuMemoryWatch() as watch:
+            facts: EngineFacts = self._host.load()
+        # What a builder takes meanwhile, no flight needs; ONNX Runtime's does not tell when it builds.
+        taken = watch.final_bytes if task.config.build_on_configure else watch.peak_bytes
+        return dataclasses.replace(facts, gpu_memory_bytes=taken)
+
+    def _tell_progress(self, progress: BuildProgress) -> None:
+        self._channel.send({'say': 'progress', **dataclasses.asdict(progress)})
+
+    def _map(self, packet: dict[str, Any], descriptors: list[int]) -> None:
+        """Take a segment: of requests, mapped for reading, or of answers."""
+        if packet['segment'] == 'requests':
+            self._inputs = {}
+            self._requests = SharedTensors(descriptors[0], writable=False)
+        else:
+            self._outputs = None
+            self._answers = SharedTensors(descriptors[0], writable=True)
+
+    def _infer(self, packet: dict[str, Any], descriptors: list[int]) -> None:
+        number = packet['id']
+        try:
+            if 'layout' in packet:
+                assert self._requests is not None
+                self._inputs = self._requests.arrays(TensorLayout.from_json(packet['layout']))
+            outputs = self._host.infer(self._inputs)
+            told = self._write(outputs)
+        except Exception as error:
+            self._channel.send({'say': 'failed', 'id': number, 'error': error_to_json(error)})
+            return
+        self._channel.send({'say': 'answered', 'id': number, **told})
+
+    def _write(self, outputs: dict[str, NDArray]) -> dict[str, Any]:
+        """Have ``outputs`` in the segment, copied unless they are there, and return what has to be told of it."""
+        told: dict[str, Any] = {}
+        if self._outputs is None or not _alike(self._outputs, outputs):
+            layout = TensorLayout.of(outputs)
+            if self._answers is None or layout.size > self._answers.size:
+                # Only the node makes segments: what it hands over cannot shrink under its feet.
+                self._channel.send({'say': 'needs', 'bytes': layout.size})
+                received = self._channel.receive()
+                assert received is not None
+                self._map(*received)
+            assert self._answers is not None
+            self._outputs = self._answers.arrays(layout)
+            told['layout'] = layout.to_json()
+            self._host.place_outputs(self._outputs)
+        for name, array in self._outputs.items():
+            if not _is_at(array, outputs[name]):
+                array[...] = outputs[name]
+        return told
+
+
+def _is_at(array: NDArray, other: NDArray) -> bool:
+    return bool(array.ctypes.data == other.ctypes.data)
+
+
+def _alike(arrays: Mapping[str, NDArray], others: Mapping[str, NDArray]) -> bool:
+    return arrays.keys() == others.keys() and all(
+        array.shape == others[name].shape and array.dtype == others[name].dtype for name, array in arrays.items()
+    )
+
+
+def _spec(spec: TensorSpec) -> list[Any]:
+    return [spec.name, spec.dtype, list(spec.shape)]
