@@ -397,6 +397,8 @@ class RuntimeChain:
         """
         Answer one request, moving to the next engine as often as it takes (F-2).
 
+        What can wait until the answer has been handed on is left to :meth:`maintain`.
+
         :param inputs: arrays by canonical name, only read; the same frame goes to every engine tried.
         :raises InferenceError: every usable rung failed this request, and one that passes its proof all the
             same goes on serving.
@@ -404,8 +406,8 @@ class RuntimeChain:
             next attempt is not over.
         """
         with self._turn:
-            self._between_frames()
             if self._engine is None:
+                self._take_loads()
                 self._restart()
             started_ns = self._monotonic_ns()
             self._request += 1
@@ -473,14 +475,14 @@ class RuntimeChain:
             self._backoff_s = 0.0
             self._announce()
             self._shadow(inputs, outputs)
-            self._order_loads()
             return self._answer(outputs)
 
     def maintain(self) -> None:
         """
         Look after the engines, and try an exhausted chain again when its pause is over.
 
-        To be called several times a second while no frame comes.
+        To be called after each :meth:`infer`, once its answer has been handed on, and several times a second
+        while no frame comes.
         """
         with self._turn:
             self._between_frames()
@@ -577,6 +579,7 @@ class RuntimeChain:
 
     def _replace_serving(self, candidates: tuple[Rung, ...]) -> bool:
         """Have the standby serve, or the first of ``candidates`` that works; return whether one had to be loaded."""
+        self._take_loads()
         if self._standby is not None and self._standby.host.alive and self._may_serve(self._standby.rung):
             self._serve_standby()
             return False
@@ -888,7 +891,10 @@ class RuntimeChain:
     def _shadow(self, inputs: Mapping[str, NDArray], outputs: Mapping[str, NDArray]) -> None:
         """Give a better rung the frame that was just answered, to be compared later."""
         engine = self._candidate
-        if engine is None or engine.expected is not None:
+        if engine is None:
+            return
+        self._hear_candidate(engine)
+        if self._candidate is None or engine.expected is not None:
             return
         try:
             engine.began_ns = self._monotonic_ns()

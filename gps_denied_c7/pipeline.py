@@ -142,7 +142,7 @@ class FramePipeline:
         self._model = model
 
     def maintain(self) -> None:
-        """Look after the engines while no frame comes."""
+        """Look after the engines: between two frames, and while none comes."""
         self._model.chain.maintain()
 
     def process(self, frame: Frame) -> None:
@@ -274,6 +274,7 @@ class InferenceThread:
                     self._statistics.count(frame.topic, 'shed')
                 else:
                     self._pipeline.process(frame)
+                    self._pipeline.maintain()
             except C7Error as error:
                 _log.error('%s', error)
             except Exception:

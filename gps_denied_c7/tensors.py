@@ -44,17 +44,17 @@ def check_inputs(specs: Sequence[TensorSpec], arrays: Arrays) -> None:
     _check(specs, arrays, 'input')
 
 
-def check_outputs(specs: Sequence[TensorSpec], arrays: Arrays, *, finite: bool = False) -> None:
+def check_outputs(specs: Sequence[TensorSpec], arrays: Arrays) -> None:
+    """Raise InferenceError unless ``arrays`` holds exactly the tensors that ``specs`` name."""
+    _check(specs, arrays, 'output')
+
+
+def check_finite(arrays: Arrays) -> None:
     """
-    Raise InferenceError for a missing, misshapen or non-finite output.
+    Raise InferenceError for a non-finite output.
 
     A silently wrong answer is worse than a late one, so every floating-point value is looked at.
-
-    :param finite: somebody has looked at every value already.
     """
-    _check(specs, arrays, 'output')
-    if finite:
-        return
     for name, array in arrays.items():
         if array.dtype.kind == 'f' and not is_finite(array):
             raise InferenceError(

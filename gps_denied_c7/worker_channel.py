@@ -8,6 +8,7 @@ import json
 import os
 import select
 import socket
+import struct
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ __all__ = ['Channel', 'ChannelClosedError', 'error_from_json', 'error_to_json', 
 
 _PACKET_BYTES = 1 << 16
 _TEXT_CHARACTERS = 8000
+# A packet of this size that begins with what no JSON begins with.
+_NUMBER, _NUMBER_MARK = struct.Struct('<BQ'), 0
 _ANCILLARY_BYTES = socket.CMSG_SPACE(4 * array.array('i').itemsize)
 
 
@@ -28,23 +31,25 @@ class ChannelClosedError(C7Error):
 
 class Channel:
     """
-    Send and receive packets, each one JSON object.
+    Send and receive packets, each one JSON object, or a number alone: what is said with every frame.
 
     A packet arrives whole or not at all. What comes from a worker is data only: nothing in it is executed.
 
     :param end: one end of a ``SOCK_SEQPACKET`` pair, owned by this object.
+    :param takes_descriptors: whether any are received; those that come all the same are closed by the kernel.
     """
 
-    def __init__(self, end: socket.socket) -> None:
+    def __init__(self, end: socket.socket, *, takes_descriptors: bool = True) -> None:
         self._end = end
+        self._takes_descriptors = takes_descriptors
         # A packet is read into one place, so that none costs an allocation of the largest one's size.
         self._packet = bytearray(_PACKET_BYTES)
 
     @classmethod
     def pair(cls) -> tuple[Channel, Channel]:
-        """Return two connected channels."""
+        """Return two connected channels: the node's, which takes no descriptors, and its worker's."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        return cls(ours), cls(theirs)
+        return cls(ours, takes_descriptors=False), cls(theirs)
 
     def fileno(self) -> int:
         """Return the descriptor, to be polled."""
@@ -68,21 +73,44 @@ class Channel:
         except OSError as error:
             raise ChannelClosedError(f'a packet could not be sent: {error}.') from error
 
-    def receive(self, *, block: bool = True) -> tuple[dict[str, Any], list[int]] | None:
+    def send_number(self, number: int) -> None:
+        """
+        Send a number of 0 to 2**64 - 1, without waiting.
+
+        :raises ChannelClosedError: nobody is there to receive it.
+        :raises InferenceError: it would have to wait.
+        """
+        try:
+            self._end.send(_NUMBER.pack(_NUMBER_MARK, number), socket.MSG_DONTWAIT)
+        except BlockingIOError as error:
+            raise InferenceError('a packet could not be sent: the other end reads none.') from error
+        except OSError as error:
+            raise ChannelClosedError(f'a packet could not be sent: {error}.') from error
+
+    def receive(self, *, block: bool = True) -> tuple[dict[str, Any] | int, list[int]] | None:
         """
         Return the next packet and its descriptors, which the caller then owns; None when none waits.
 
         :raises ChannelClosedError: the other end is closed.
         :raises InferenceError: the packet cannot be read.
         """
-        # Not socket.recv_fds, which drops its flags.
         flags = socket.MSG_CMSG_CLOEXEC | (0 if block else socket.MSG_DONTWAIT)
+        ancillary: list[tuple[int, int, bytes]] = []
+        kind = 0
         try:
-            size, ancillary, kind, _ = self._end.recvmsg_into([self._packet], _ANCILLARY_BYTES, flags)
+            if self._takes_descriptors:
+                # Not socket.recv_fds, which drops its flags.
+                size, ancillary, kind, _ = self._end.recvmsg_into([self._packet], _ANCILLARY_BYTES, flags)
+            else:
+                # Told its full size, one that was cut off is seen.
+                size = self._end.recv_into(self._packet, 0, flags | socket.MSG_TRUNC)
+                kind = socket.MSG_TRUNC if size > _PACKET_BYTES else 0
         except BlockingIOError:
             return None
         except OSError as error:
             raise ChannelClosedError(f'a packet could not be received: {error}.') from error
+        if size == _NUMBER.size and not ancillary and self._packet[0] == _NUMBER_MARK:
+            return _NUMBER.unpack_from(self._packet)[1], []
         descriptors = array.array('i')
         for level, what, content in ancillary:
             if (level, what) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

@@ -134,6 +134,8 @@ class WorkerHost:
                     f'{self._name()} did not load within {limit_s:.0f} s and was killed.',
                     remedy='Raise load_timeout_s, or build the engine before the flight (c7_engine build).',
                 )
+            if isinstance(packet, int):
+                raise EngineDeserializeError(f'{self._name()} answers before it has loaded an engine.')
             if packet.get('say') == 'progress':
                 deadline = time.monotonic() + limit_s
                 self._tell_progress(packet)
@@ -163,11 +165,12 @@ class WorkerHost:
         if self._inputs.keys() != inputs.keys() or any(inputs[name] is not own for name, own in self._inputs.items()):
             self._copy(inputs)
         self._number += 1
-        packet: dict[str, Any] = {'do': 'infer', 'id': self._number}
-        if not self._layout_sent:
-            packet['layout'] = TensorLayout.of(self._inputs).to_json()
+        if self._layout_sent:
+            process.send_number(self._number)
+        else:
+            layout = TensorLayout.of(self._inputs).to_json()
+            process.send({'do': 'infer', 'id': self._number, 'layout': layout}, block=False)
             self._layout_sent = True
-        process.send(packet, block=False)
         self._running, self._packets = True, 0
 
     def poll(self, timeout_s: float | None) -> dict[str, NDArray] | None:
@@ -191,21 +194,32 @@ class WorkerHost:
             if self._packets > _MOST_PACKETS:
                 # It would be listened to beyond every deadline.
                 raise InferenceError(f'{self._name()} says more than a request needs.')
-            if packet.get('say') == 'needs':
-                self._grow(packet)
-                continue
-            if packet.get('id') != self._number:
-                continue
-            self._running = False
-            if packet.get('say') != 'answered':
-                raise error_from_json(packet.get('error'))
-            if 'layout' in packet or not self._outputs:
-                if self._answers is None:
-                    raise InferenceError(f'{self._name()} answers without a segment.')
-                self._outputs = self._answers.arrays(TensorLayout.from_json(packet.get('layout')))
-            # The worker has looked at each value; here, what decides about memory and shapes is looked at again.
-            check_outputs(self._output_specs, self._outputs, finite=True)
+            if isinstance(packet, int):
+                if packet != self._number:
+                    continue
+                self._running = False
+            else:
+                if packet.get('say') == 'needs':
+                    self._grow(packet)
+                    continue
+                if packet.get('id') != self._number:
+                    continue
+                self._running = False
+                self._take_layout(packet)
+            if not self._outputs:
+                raise InferenceError(f'{self._name()} answers without having said where.')
             return dict(self._outputs)
+
+    def _take_layout(self, packet: dict[str, Any]) -> None:
+        """Find the outputs of this answer, and of those that follow as a number alone."""
+        if packet.get('say') != 'answered':
+            raise error_from_json(packet.get('error'))
+        if self._answers is None:
+            raise InferenceError(f'{self._name()} answers without a segment.')
+        outputs = self._answers.arrays(TensorLayout.from_json(packet.get('layout')))
+        # The worker has looked at each value; here, what decides about memory and shapes is looked at again.
+        check_outputs(self._output_specs, outputs)
+        self._outputs = outputs
 
     def infer(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """Run one request and wait for it, however long it takes; as :meth:`begin` and :meth:`poll`."""

@@ -50,6 +50,7 @@ class EngineService:
         self._answers: SharedTensors | None = None
         self._inputs: dict[str, NDArray] = {}
         self._outputs: dict[str, NDArray] | None = None
+        self._in_place: dict[str, NDArray] = {}
         self._host: Any = None
 
     def run(self) -> NoReturn:
@@ -67,7 +68,10 @@ class EngineService:
             received = self._channel.receive()
             assert received is not None
             packet, descriptors = received
-            handlers[packet['do']](packet, descriptors)
+            if isinstance(packet, int):
+                self._answer(packet)
+            else:
+                handlers[packet['do']](packet, descriptors)
 
     def _load(self, packet: dict[str, Any], descriptors: list[int]) -> None:
         with os.fdopen(descriptors[0], 'rb') as file:
@@ -112,41 +116,47 @@ class EngineService:
             self._inputs = {}
             self._requests = SharedTensors(descriptors[0], writable=False)
         else:
-            self._outputs = None
+            self._outputs, self._in_place = None, {}
             self._answers = SharedTensors(descriptors[0], writable=True)
 
     def _infer(self, packet: dict[str, Any], descriptors: list[int]) -> None:
-        number = packet['id']
+        """Take the layout of this request and of those that follow as a number alone, and answer it."""
+        assert self._requests is not None
+        self._inputs = self._requests.arrays(TensorLayout.from_json(packet['layout']))
+        self._answer(packet['id'])
+
+    def _answer(self, number: int) -> None:
         try:
-            if 'layout' in packet:
-                assert self._requests is not None
-                self._inputs = self._requests.arrays(TensorLayout.from_json(packet['layout']))
-            outputs = self._host.infer(self._inputs)
-            told = self._write(outputs)
+            layout = self._write(self._host.infer(self._inputs))
         except Exception as error:
             self._channel.send({'say': 'failed', 'id': number, 'error': error_to_json(error)})
             return
-        self._channel.send({'say': 'answered', 'id': number, **told})
+        if layout is None:
+            self._channel.send_number(number)
+        else:
+            self._channel.send({'say': 'answered', 'id': number, 'layout': layout.to_json()})
 
-    def _write(self, outputs: dict[str, NDArray]) -> dict[str, Any]:
-        """Have ``outputs`` in the segment, copied unless they are there, and return what has to be told of it."""
-        told: dict[str, Any] = {}
+    def _write(self, outputs: dict[str, NDArray]) -> TensorLayout | None:
+        """Have ``outputs`` in the segment, copied unless they are there; return where, None where the node knows."""
+        if self._in_place and all(outputs.get(name) is array for name, array in self._in_place.items()):
+            return None
+        layout = None
         if self._outputs is None or not _alike(self._outputs, outputs):
             layout = TensorLayout.of(outputs)
             if self._answers is None or layout.size > self._answers.size:
                 # Only the node makes segments: what it hands over cannot shrink under its feet.
                 self._channel.send({'say': 'needs', 'bytes': layout.size})
                 received = self._channel.receive()
-                assert received is not None
-                self._map(*received)
+                assert received is not None and isinstance(received[0], dict)
+                self._map(received[0], received[1])
             assert self._answers is not None
             self._outputs = self._answers.arrays(layout)
-            told['layout'] = layout.to_json()
             self._host.place_outputs(self._outputs)
-        for name, array in self._outputs.items():
-            if not _is_at(array, outputs[name]):
-                array[...] = outputs[name]
-        return told
+        elsewhere = [name for name, array in self._outputs.items() if not _is_at(array, outputs[name])]
+        for name in elsewhere:
+            self._outputs[name][...] = outputs[name]
+        self._in_place = {} if elsewhere else outputs
+        return layout
 
 
 def _is_at(array: NDArray, other: NDArray) -> bool:

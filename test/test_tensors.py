@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gps_denied_c7.errors import InferenceError
-from gps_denied_c7.tensors import TensorSpec, check_outputs, is_finite
+from gps_denied_c7.tensors import TensorSpec, check_finite, check_outputs, is_finite
 
 
 @pytest.mark.parametrize('dtype', ['float16', 'float32', 'float64'])
@@ -17,7 +17,7 @@ def test_r1_each_non_finite_value_is_found(dtype: str, place: int, value: float)
     array[place] = value
     assert not is_finite(array)
     with pytest.raises(InferenceError, match='1 non-finite values of 1000'):
-        check_outputs([TensorSpec('scores', dtype, (1000,))], {'scores': array})
+        check_finite({'scores': array})
 
 
 @pytest.mark.parametrize('dtype', ['float16', 'float32', 'float64'])
@@ -35,8 +35,11 @@ def test_r1_every_float16_bit_pattern_is_judged_as_numpy_does() -> None:
     assert [is_finite(every[index : index + 1]) for index in range(every.size)] == list(np.isfinite(every))
 
 
-def test_r1_values_seen_by_the_device_are_not_read_again() -> None:
-    array = np.full((2, 2), np.nan, np.float32)
-    check_outputs([TensorSpec('scores', 'float32', (2, 2))], {'scores': array}, finite=True)
-    with pytest.raises(InferenceError, match='shape'):
-        check_outputs([TensorSpec('scores', 'float32', (4,))], {'scores': array}, finite=True)
+def test_r1_a_tensor_that_is_missing_or_of_another_shape_or_type_is_found() -> None:
+    array = np.zeros((2, 2), np.float32)
+    check_outputs([TensorSpec('scores', 'float32', (2, None))], {'scores': array})
+    for spec in (TensorSpec('scores', 'float32', (4,)), TensorSpec('scores', 'float64', (2, 2))):
+        with pytest.raises(InferenceError, match='expected'):
+            check_outputs([spec], {'scores': array})
+    with pytest.raises(InferenceError, match='points'):
+        check_outputs([TensorSpec('points', 'float32', (2, 2))], {'scores': array})

@@ -132,16 +132,17 @@ class ImageStream:
         now_ns = self._node.get_clock().now().nanoseconds
         self.last_received_ns = received_ns
         self._statistics.count(self.topic, 'received')
-        self._statistics.set_lost(self.topic, self._gaps.note(info, self._publishers()))
         try:
             check_stamp(message.header.stamp, now_ns, self._live().max_stamp_ahead_s)
             check_message(message)
         except ImageRejectedError as error:
             self._on_refused(self.topic, error)
-            return
-        self._note_stamp(stamp_ns(message.header.stamp))
-        if not self._slots.put(Frame(self.topic, message, received_ns, now_ns)):
-            self._statistics.count(self.topic, 'closed')
+        else:
+            if not self._slots.put(Frame(self.topic, message, received_ns, now_ns)):
+                self._statistics.count(self.topic, 'closed')
+            # What nobody answers by is left for when the inference thread is on its way.
+            self._note_stamp(stamp_ns(message.header.stamp))
+        self._statistics.set_lost(self.topic, self._gaps.note(info, self._publishers()))
 
     def _publishers(self) -> int:
         # Humble's subscriptions do not tell; without sequence numbers it makes no difference there.

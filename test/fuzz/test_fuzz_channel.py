@@ -8,6 +8,7 @@ import json
 import os
 import select
 import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -45,7 +46,6 @@ LOADED = {
 }  # fmt: skip
 PACKETS = (
     {'say': 'answered', 'id': 1, 'layout': LAYOUT},
-    {'say': 'answered', 'id': 1},
     {'say': 'failed', 'id': 1, 'error': ERROR},
     {'say': 'needs', 'bytes': 64},
     {'say': 'progress', 'phase': 'building', 'elapsed_s': 1.5, 'fraction': 0.25},
@@ -54,7 +54,8 @@ PACKETS = (
 HOSTILE_PACKETS = st.sampled_from(PACKETS).flatmap(hostile_json) | st.sampled_from(PACKETS).flatmap(
     lambda packet: damaged(json.dumps(packet).encode())
 )
-PLAIN_PACKETS = st.sampled_from(PACKETS).map(lambda packet: json.dumps(packet).encode())
+NUMBERS = (st.integers(0, 3) | st.integers(0, (1 << 64) - 1)).map(lambda number: struct.pack('<BQ', 0, number))
+PLAIN_PACKETS = st.sampled_from(PACKETS).map(lambda packet: json.dumps(packet).encode()) | NUMBERS
 
 
 def descriptors() -> list[str]:
@@ -68,10 +69,10 @@ def check_nothing_stays(before: list[str]) -> None:
         assert descriptors() == before
 
 
-@pytest.fixture
-def ends() -> Iterator[tuple[Channel, socket.socket]]:
+@pytest.fixture(params=[False, True], ids=['node', 'worker'])
+def ends(request: pytest.FixtureRequest) -> Iterator[tuple[Channel, socket.socket]]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    channel = Channel(ours)
+    channel = Channel(ours, takes_descriptors=request.param)
     yield channel, theirs
     channel.close()
     theirs.close()
@@ -85,7 +86,7 @@ def send(end: socket.socket, data: bytes, handed: int = 0) -> None:
 
 
 @fuzz(300)
-@given(data=HOSTILE_PACKETS | st.binary(max_size=80) | st.just(b''), handed=st.integers(0, 12))
+@given(data=HOSTILE_PACKETS | NUMBERS | st.binary(max_size=80) | st.just(b''), handed=st.integers(0, 12))
 def test_f1_any_packet_is_an_object_or_a_typed_error(ends: tuple, data: bytes, handed: int) -> None:
     channel, theirs = ends
     before = descriptors()
@@ -95,7 +96,12 @@ def test_f1_any_packet_is_an_object_or_a_typed_error(ends: tuple, data: bytes, h
     except (InferenceError, ChannelClosedError) as error:
         assert str(error)
     else:
-        assert isinstance(packet, dict) and len(owned) <= handed
+        assert len(owned) <= handed
+        if isinstance(packet, int):
+            assert struct.pack('<BQ', 0, packet) == data and not owned
+            check_nothing_stays(before)
+            return
+        assert isinstance(packet, dict)
         # What a host does with a packet that it does not understand.
         assert repr(packet) and isinstance(error_from_json(packet), C7Error)
         for descriptor in owned:
@@ -182,7 +188,7 @@ class HostOfFakeWorker(WorkerHost):
             on_build=lambda told: None,
         )  # fmt: skip
         ours, self.far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._process = FakeWorkerProcess('worker 0', process, Channel(ours))
+        self._process = FakeWorkerProcess('worker 0', process, Channel(ours, takes_descriptors=False))
 
     def _start(self, task: object) -> WorkerProcess:
         return self._process
@@ -275,6 +281,6 @@ def test_f1_any_answer_fits_or_is_a_typed_error(
 
 def test_f1_the_fake_worker_is_believed_where_it_keeps_to_the_protocol(idle_process: subprocess.Popen) -> None:
     told = [json.dumps({'say': 'needs', 'bytes': 64}), json.dumps({'say': 'answered', 'id': 1, 'layout': LAYOUT})]
-    again = [json.dumps({'say': 'answered', 'id': 2})]
-    assert answer_from(idle_process, [[text.encode() for text in told], [text.encode() for text in again]], True) == 2
+    again = [struct.pack('<BQ', 0, 2)]
+    assert answer_from(idle_process, [[text.encode() for text in told], again], True) == 2
     assert load_from(idle_process, [json.dumps(LOADED).encode()])
