@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.node import Node
 from rclpy.qos import QoSCompatibility, QoSProfile, ReliabilityPolicy, qos_check_compatible
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.subscription import Subscription
 
 from gps_denied_c7.errors import ImageRejectedError
+from gps_denied_c7.ros.executor import PromptCallbackGroup
 from gps_denied_c7.ros.guard import CallbackGuard
 from gps_denied_c7.ros.messages import check_message, check_stamp, image_type, stamp_ns
 from gps_denied_c7.ros.parameters import LiveSettings
@@ -95,9 +95,9 @@ class ImageStream:
         self.opened_ns = time.monotonic_ns()
         self.last_received_ns: int | None = None
         on_message: Callable[..., None] = self._on_message_with_info if _HAS_MESSAGE_INFO else self._on_message
-        # One camera's callbacks run one after the other, so its frames stay in order; a group per
-        # topic lets cameras proceed side by side.
-        self._group = MutuallyExclusiveCallbackGroup()
+        # One after the other, so that a camera's frames stay in order, and at once: rclpy holds the interpreter's lock
+        # while it reads a message, so threads of their own would not have cameras proceed side by side.
+        self._group = PromptCallbackGroup()
         # The first message may arrive before create_subscription has returned.
         self._subscription: Subscription | None = None
         self._subscription = node.create_subscription(

@@ -10,7 +10,7 @@ import rclpy
 from harness import wait_until
 from rclpy.callback_groups import ReentrantCallbackGroup
 
-from gps_denied_c7.ros.executor import PoolExecutor
+from gps_denied_c7.ros.executor import PoolExecutor, PromptCallbackGroup
 
 
 class Spinning:
@@ -132,3 +132,27 @@ def test_the_end_of_the_context_ends_spinning(ros_context):
     thread.join(10.0)
     assert not thread.is_alive()
     executor.shutdown()
+
+
+def test_n4_a_prompt_callback_runs_at_once_where_it_spins_whoever_blocks_the_pool(spin):
+    spinning, over, blocked, calls = spin(threads=1), threading.Event(), threading.Event(), []
+
+    def block():
+        blocked.set()
+        over.wait(30)
+
+    spinning.timer(block)
+    wait_until(blocked.is_set, 'a callback that holds the only thread')
+
+    def prompt():
+        calls.append(threading.current_thread())
+        if len(calls) == 2:
+            raise RuntimeError('escaped')
+
+    spinning.node.create_timer(0.001, prompt, callback_group=PromptCallbackGroup())
+    try:
+        wait_until(lambda: len(calls) > 5, 'the callbacks that follow the one that raised')
+        assert set(calls) == {spinning.thread}
+        assert [str(error) for error in spinning.escaped] == ['escaped']
+    finally:
+        over.set()
