@@ -9,7 +9,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import NoReturn, Protocol
+from typing import NoReturn, Protocol, TypeVar
 
 from numpy.typing import NDArray
 
@@ -23,6 +23,7 @@ from gps_denied_c7.errors import (
     InferenceError,
     RuntimeUnavailableError,
     WorkerDiedError,
+    error_and_causes,
     join_reasons,
 )
 from gps_denied_c7.runtime import EngineFacts, ProviderSet
@@ -44,6 +45,8 @@ _CANCEL_S = 1.0
 _UNKILLABLE_S = 2.0
 # What no second attempt can change while this process runs.
 _LASTING = (RuntimeUnavailableError, EngineSchemaMismatchError)
+
+ErrorT = TypeVar('ErrorT', bound=BaseException)
 
 _log = logging.getLogger(__name__)
 
@@ -113,6 +116,10 @@ class RungHost(Protocol):
 
     def poll(self, timeout_s: float | None) -> dict[str, NDArray] | None:
         """Return the answer, valid until the next :meth:`begin`; None where it is not there in time."""
+        ...
+
+    def responds(self, patience_s: float) -> bool:
+        """Ask for a sign of life now and then while no request runs; False ``patience_s`` after that; never waits."""
         ...
 
     def kill(self) -> None:
@@ -788,13 +795,21 @@ class RuntimeChain:
             self._look_after_leaving(leaving)
         for engine in list(self._late):
             self._look_after_late(engine)
-        if self._standby is not None and not self._standby.host.alive:
-            _log.error('%s died standing by.', self._standby.rung.name)
-            self._drop_standby()
-        elif self._standby is not None and not self._may_serve(self._standby.rung):
-            self._drop_standby()
+        if self._standby is not None:
+            self._look_after_standby(self._standby)
         if self._candidate is not None:
             self._hear_candidate(self._candidate)
+
+    def _look_after_standby(self, engine: _Engine) -> None:
+        """Drop one that could not answer if it were asked."""
+        if not engine.host.alive:
+            _log.error('%s died standing by.', engine.rung.name)
+        elif not engine.host.responds(engine.hang_s):
+            _log.error('%s, standing by, gives no sign of life and is killed.', engine.rung.name)
+            self._note_fault(engine.rung)
+        elif self._may_serve(engine.rung):
+            return
+        self._drop_standby()
 
     def _look_after_late(self, engine: _Engine) -> None:
         try:
@@ -1006,7 +1021,7 @@ class RuntimeChain:
                         continue
                 self._postpone_load(load.rung)
                 if better:
-                    self._failures[load.rung.name] = load.error
+                    self._failures[load.rung.name] = _without_frames(load.error)
                 _log.info('%s could not be loaded beside: %s', load.rung.name, load.error)
 
     def _is_better(self, rung: Rung) -> bool:
@@ -1079,7 +1094,7 @@ class RuntimeChain:
         rung = self._serving()
         _log_unexpected(rung, error)
         self._drop_serving()
-        self._failures[rung.name] = error
+        self._failures[rung.name] = _without_frames(error)
         self._note_fault(rung)
         return rung
 
@@ -1109,7 +1124,7 @@ class RuntimeChain:
 
     def _reject(self, rung: Rung, error: Exception) -> None:
         _log_unexpected(rung, error)
-        self._failures[rung.name] = error
+        self._failures[rung.name] = _without_frames(error)
         _log.warning('%s is out: %s', rung.name, error)
         if isinstance(error, GpuMemoryError):
             self._record_lack(rung, error)
@@ -1276,6 +1291,18 @@ class RuntimeChain:
 
 def _gpu_bytes(engine: _Engine) -> int:
     return engine.facts.gpu_memory_bytes or 0
+
+
+def _without_frames(error: ErrorT) -> ErrorT:
+    """
+    Have ``error`` and its causes hold on to no frame that they passed, and to no tensors there.
+
+    It is kept for as long as it is true; and among those frames is one that holds it, a circle that lets hundreds of
+    megabytes of dead workers' tensors pile up before the interpreter looks for it.
+    """
+    for link in error_and_causes(error):
+        link.__traceback__ = None
+    return error
 
 
 def _log_unexpected(rung: Rung, error: Exception) -> None:

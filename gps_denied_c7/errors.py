@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 __all__ = [
     'C7Error',
@@ -17,6 +17,7 @@ __all__ = [
     'ModelBundleError',
     'RuntimeUnavailableError',
     'WorkerDiedError',
+    'error_and_causes',
     'join_reasons',
 ]
 
@@ -132,3 +133,15 @@ class FdrSchemaError(C7Error, ValueError):
 def join_reasons(reasons: Iterable[tuple[str, str]]) -> str:
     """Return ``(name, sentences)`` pairs as one line, ``name: sentences; name: sentences``."""
     return '; '.join(f'{name}: {text.removesuffix(".")}' for name, text in reasons)
+
+
+def error_and_causes(error: BaseException) -> Iterator[BaseException]:
+    """Return ``error`` and what it was raised from or while handling, each once, also where that leads in a circle."""
+    seen: dict[int, BaseException] = {}
+    waiting: list[BaseException | None] = [error]
+    while waiting:
+        link = waiting.pop()
+        if link is not None and id(link) not in seen:
+            seen[id(link)] = link
+            waiting += [link.__context__, link.__cause__]
+            yield link

@@ -61,6 +61,10 @@ class SynchronousHost(abc.ABC):
         request, self._request = self._request, None
         return None if request is None else self.infer(request)
 
+    def responds(self, patience_s: float) -> bool:
+        """Return True: it runs in the thread that asks."""
+        return True
+
     def kill(self) -> None:
         """Say that what runs in this process cannot be ended."""
         _log.warning('an engine cannot be ended with isolation none; with isolation process its worker is killed.')

@@ -34,6 +34,7 @@ __all__ = ['WorkerHost', 'worker_hosts']
 _LARGEST_ANSWER_BYTES = 1 << 30
 # A spare worker that does nothing with its task for so long is stopped, or starved.
 _SPARE_S = 1.0
+_SIGN_EVERY_S = 0.25
 # A request has one answer, and another packet where the answer needs a larger segment.
 _MOST_PACKETS = 8
 _log = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ class WorkerHost:
         self._layout_sent = False
         self._outputs: dict[str, NDArray] = {}
         self._number = 0
+        self._asked_at: float | None = None
+        self._heard_at = 0.0
         self._packets = 0
         self._releasing = threading.Lock()
         self._released = False
@@ -164,7 +167,8 @@ class WorkerHost:
         # Its own arrays, filled in place, are what they were when they were laid out.
         if self._inputs.keys() != inputs.keys() or any(inputs[name] is not own for name, own in self._inputs.items()):
             self._copy(inputs)
-        self._number += 1
+        # A sign of life that is still to come is passed over with whatever else is no answer.
+        self._number, self._asked_at = self._number + 1, None
         if self._layout_sent:
             process.send_number(self._number)
         else:
@@ -227,6 +231,28 @@ class WorkerHost:
         outputs = self.poll(None)
         assert outputs is not None
         return outputs
+
+    def responds(self, patience_s: float) -> bool:
+        """
+        Ask the worker for a sign of life now and then, while it has no request; never waits.
+
+        One that is stopped, frozen or swapped out looks alive until it is asked.
+
+        :return: False where it has given none for ``patience_s``.
+        """
+        process, now = self._loaded(), time.monotonic()
+        try:
+            if self._asked_at is None:
+                if now - self._heard_at >= _SIGN_EVERY_S:
+                    process.send({'do': 'respond'}, block=False)
+                    self._asked_at = now
+                return True
+            if process.receive(now) == {'say': 'here'}:
+                self._asked_at, self._heard_at = None, now
+        except InferenceError as error:
+            _log.error('%s', error)
+            return False
+        return self._asked_at is None or now - self._asked_at <= patience_s
 
     def kill(self) -> None:
         """Begin to end the worker, without waiting for it; from any thread."""

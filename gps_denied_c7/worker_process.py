@@ -282,19 +282,21 @@ class SpareWorker:
     def take(self) -> WorkerProcess | None:
         """Return the spare, which the caller then owns; None where none is ready."""
         with self._lock:
-            process = self._process
+            process, self._process = self._process, None
             if process is None:
                 return None
             try:
-                if process.receive(0.0) is None:
-                    return None
+                ready = process.receive(0.0) is not None
             except C7Error as error:
                 _log.warning('%s', error)
+                ready = False
+            if ready and process.alive:
+                return process
+            if process.alive:
+                self._process = process
+            else:
                 process.release()
-                self._process = None
-                return None
-            self._process = None
-            return process
+            return None
 
     def close(self, timeout_s: float = 2.0) -> None:
         """End the spare for good and wait for it; safe to repeat."""

@@ -63,6 +63,7 @@ class EngineService:
             'load': self._load,
             'map': self._map,
             'infer': self._infer,
+            'respond': self._respond,
         }
         while True:
             received = self._channel.receive()
@@ -118,6 +119,9 @@ class EngineService:
         else:
             self._outputs, self._in_place = None, {}
             self._answers = SharedTensors(descriptors[0], writable=True)
+
+    def _respond(self, packet: dict[str, Any], descriptors: list[int]) -> None:
+        self._channel.send({'say': 'here'})
 
     def _infer(self, packet: dict[str, Any], descriptors: list[int]) -> None:
         """Take the layout of this request and of those that follow as a number alone, and answer it."""

@@ -39,7 +39,8 @@ class ScriptedWorker:
         self.killable = True
         self.act = 'answer'
         self.request = self.claim = None
-        self.released = self.gone = False
+        self.released = self.gone = self.stopped = False
+        self.silent_since = None
 
     def load(self):
         size = self.bench.sizes.get(self.rung)
@@ -67,7 +68,7 @@ class ScriptedWorker:
         if self.act == 'die':
             self.alive, self.request = False, None
             raise InferenceError('the worker has died.')
-        if self.act == 'late':
+        if self.act == 'late' or self.stopped:
             self.bench.now_ns += int((timeout_s or 0) * 1e9)
             time.sleep(0.0001)
             return None
@@ -79,6 +80,14 @@ class ScriptedWorker:
         if self.act == 'fail':
             raise InferenceError('the engine failed.')
         return {'x': request['x'] + (self.act == 'disagree')}
+
+    def responds(self, patience_s):
+        assert self.alive and self.request is None
+        if not self.stopped:
+            self.silent_since = None
+        elif self.silent_since is None:
+            self.silent_since = self.bench.now_ns
+        return not self.stopped or self.bench.now_ns - self.silent_since <= patience_s * 1e9
 
     def kill(self):
         self.alive = self.alive and not self.killable
@@ -215,6 +224,17 @@ def test_f3_an_engine_that_is_preferred_takes_the_place_of_the_one_that_stands_b
     bench.settle()
     assert (bench.chain.status().active, bench.chain.status().standby) == (GPU, OTHER_GPU)
     assert [worker.rung for worker in bench.workers] == [GPU, OTHER_GPU] and bench.switches() == []
+
+
+def test_f3_an_engine_that_hangs_standing_by_is_replaced_before_it_is_needed():
+    bench = Bench(CPU).ready()
+    hung = bench.standby()
+    hung.stopped = True
+    for _ in range(12):
+        bench.settle()
+        bench.now_ns += int(0.1e9)
+    assert not hung.alive and bench.standby() is not hung and bench.standby().alive
+    assert bench.switches() == []
 
 
 def test_f6_a_better_rung_comes_back_also_where_none_can_stand_by():

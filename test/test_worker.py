@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import json
 import logging
@@ -157,6 +158,28 @@ def test_f4_a_hung_worker_is_killed_and_a_late_one_answers(bundle, worker):
     worker.kill()
     with pytest.raises(InferenceError, match='SIGKILL'):
         worker.poll(None)
+
+
+def test_f3_a_worker_that_is_stopped_gives_no_sign_of_life_and_answers_once_it_goes_on(bundle, worker):
+    request = bundle.golden_inputs()
+    expected = {name: array.copy() for name, array in worker.infer(request).items()}
+    deadline = time.monotonic() + 0.8
+    while time.monotonic() < deadline:
+        assert worker.responds(30.0)
+        time.sleep(0.01)
+    os.kill(worker.pid, signal.SIGSTOP)
+    wait_until(lambda: not worker.responds(0.3), 'its silence to be noticed')
+    assert worker.alive
+    os.kill(worker.pid, signal.SIGCONT)
+    # The sign that was asked for comes before the answer.
+    for name, array in worker.infer(request).items():
+        np.testing.assert_array_equal(array, expected[name])
+    wait_until(lambda: worker.responds(30.0) and worker._asked_at is None, 'the next sign of life')
+
+
+def test_f3_a_dead_worker_gives_no_sign_of_life(worker):
+    os.kill(worker.pid, signal.SIGKILL)
+    wait_until(lambda: not worker.responds(30.0), 'its death to be noticed')
 
 
 def test_f1_nothing_stays_behind(bundle):
@@ -509,6 +532,32 @@ def test_f1_a_closed_spare_worker_is_gone_and_stays_away(bundle, spare):
     host.load()
     assert spare._process is None
     host.release()
+
+
+def test_f1_what_a_dead_worker_held_does_not_wait_for_the_collector(bundle):
+    """Its tensors are megabytes, and the interpreter may look for circles of a few objects once in many minutes."""
+    chain = RuntimeChain(
+        bundle, CONFIG, worker_hosts(bundle, CONFIG), emit=lambda kind, **payload: None, rungs=(CPU,)
+    )  # fmt: skip
+    chain.load()
+    request = bundle.golden_inputs()
+    gc.collect()
+    gc.disable()
+    try:
+        held = []
+        for _ in range(4):
+            chain.infer(request)
+            in_place = dict(chain.request_arrays())
+            os.kill(chain._engine.host.pid, signal.SIGKILL)
+            assert chain.infer(in_place).outputs
+            del in_place
+            wait_until(lambda: chain.maintain() or chain.status().standby is not None, 'another standby')
+            wait_until(lambda: not chain._leaving, 'the dead to be reaped')
+            held.append(descriptors())
+        assert held[-1] <= held[0]
+    finally:
+        gc.enable()
+        chain.release()
 
 
 @pytest.mark.parametrize('depth', [40, 300, 900, 990, 30_000])

@@ -22,6 +22,7 @@ from gps_denied_c7.errors import (
     EngineSchemaMismatchError,
     InferenceError,
     RuntimeUnavailableError,
+    error_and_causes,
 )
 from gps_denied_c7.gate import EngineGate
 from gps_denied_c7.runtime import BuildConfig, EngineCacheEntry, EngineFacts, EngineHandle, ProviderSet
@@ -341,10 +342,8 @@ def _fix_shapes(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
 def _forget_locals(error: BaseException) -> None:
     # Errors are kept for the flight record and the log. Without this their frames would keep the vendor's
     # engine, and so its GPU memory, long after the release.
-    link: BaseException | None = error
-    while link is not None:
+    for link in error_and_causes(error):
         traceback.clear_frames(link.__traceback__)
-        link = link.__cause__ or link.__context__
 
 
 def _read_only(array: NDArray) -> NDArray:
