@@ -10,10 +10,13 @@ from typing import Any
 
 __all__ = [
     'BARE',
+    'CAMERAS',
     'CONTESTANTS',
     'DEFAULT_TRANSPORT',
     'FORTY_LINES',
+    'IMAGE_SIZE',
     'IN_PROCESS',
+    'OUTPUT_SIZE',
     'SHIPPED',
     'SHIPPED_TRANSPORT',
     'Case',
@@ -21,6 +24,7 @@ __all__ = [
     'full_cases',
     'present_contestants',
     'quick_cases',
+    'scaling_cases',
 ]
 
 BARE = 'bare_engine'
@@ -33,8 +37,12 @@ SHIPPED = 'node'
 SHIPPED_TRANSPORT = 'shipped'
 DEFAULT_TRANSPORT = 'default'
 
+IMAGE_SIZE, CAMERAS, OUTPUT_SIZE = 'image size', 'cameras', 'output size'
+
 NETWORK_WIDTH, NETWORK_HEIGHT = 640, 480
 MODEL_MS = (5, 30, 100)
+_MAP_MB = NETWORK_WIDTH * NETWORK_HEIGHT * 4e-6
+_LARGE = 5
 _SATURATION = 1.6
 
 
@@ -96,31 +104,33 @@ class Case:
 
     :param encoding: of the images, ``mono8`` or ``rgb8``; the network takes as many channels.
     :param model_ms: what one inference takes, about; the networks are made to measure on this machine.
-    :param large_outputs: 6 MB of tensors for each image instead of 1 KB.
+    :param dense_maps: 640x480 float32 maps that the network returns beside 1 KB, 1.23 MB each.
     :param rate_hz: images per second and camera; 0 for more than the engine can answer.
     :param contestants: names of those who compete.
     :param transport: ``shipped``, or ``default`` for what Fast DDS does without a profile.
     :param seconds: of one measurement, its own length where None.
     :param repetitions: likewise.
+    :param series: names of the axes that it is a point of.
     """
 
     width: int
     height: int
     encoding: str
     model_ms: int
-    large_outputs: bool = False
+    dense_maps: int = 0
     rate_hz: float = 30.0
     cameras: int = 1
     contestants: tuple[str, ...] = _USUAL
     transport: str = SHIPPED_TRANSPORT
     seconds: float | None = None
     repetitions: int | None = None
+    series: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
         """A short name, a single word that also serves as a file name."""
         parts = [f'{self.height}p_{self.encoding}', f'{self.model_ms}ms']
-        parts.append('6MB' if self.large_outputs else 'small')
+        parts.append(f'{self.outputs_mb}MB' if self.large_outputs else 'small')
         parts.append(f'{self.rate_hz:g}hz' if self.rate_hz else 'saturated')
         if self.cameras > 1:
             parts.append(f'{self.cameras}cameras')
@@ -133,12 +143,17 @@ class Case:
     @property
     def title(self) -> str:
         """The case in words."""
-        rate = f'{self.rate_hz:g} Hz' if self.rate_hz else 'saturation'
-        cameras = f'{self.cameras} cameras' if self.cameras > 1 else '1 camera'
-        outputs = '6 MB of outputs' if self.large_outputs else 'small outputs'
-        transport = '' if self.transport == SHIPPED_TRANSPORT else ', Fast DDS without the profile'
-        size = f'{self.width}x{self.height} {self.encoding}'
-        return f'{size}, {self.model_ms} ms model, {outputs}, {rate}, {cameras}{transport}'
+        return ', '.join(self._words().values())
+
+    @property
+    def large_outputs(self) -> bool:
+        """Whether the network returns maps, and not 1 KB alone."""
+        return self.dense_maps > 0
+
+    @property
+    def outputs_mb(self) -> int:
+        """Megabytes of tensors for each image, rounded."""
+        return round(_MAP_MB * self.dense_maps)
 
     @property
     def channels(self) -> int:
@@ -154,6 +169,33 @@ class Case:
     def is_overloaded(self) -> bool:
         """Whether the engine alone takes longer than the images leave it, so that some must be dropped."""
         return self.is_saturated or self.rate_hz * self.cameras * self.model_ms > 1000
+
+    def point(self, series: str) -> str:
+        """Return in words where on the axis of a series the case lies."""
+        outputs = f'{self.outputs_mb} MB' if self.large_outputs else '1 KB'
+        return {IMAGE_SIZE: self._size, OUTPUT_SIZE: outputs, CAMERAS: self._words()[CAMERAS]}[series]
+
+    def constants(self, series: str) -> str:
+        """Return in words what the points of a series have in common."""
+        words = self._words()
+        del words[series]
+        return ', '.join([self.encoding, *words.values()] if series == IMAGE_SIZE else words.values())
+
+    def _words(self) -> dict[str, str]:
+        words = {
+            IMAGE_SIZE: f'{self._size} {self.encoding}',
+            'model': f'{self.model_ms} ms model',
+            OUTPUT_SIZE: f'{self.outputs_mb} MB of outputs' if self.large_outputs else 'small outputs',
+            'rate': f'{self.rate_hz:g} Hz' if self.rate_hz else 'saturation',
+            CAMERAS: f'{self.cameras} cameras' if self.cameras > 1 else '1 camera',
+        }
+        if self.transport != SHIPPED_TRANSPORT:
+            words['transport'] = 'Fast DDS without the profile'
+        return words
+
+    @property
+    def _size(self) -> str:
+        return f'{self.width}x{self.height}'
 
     def sent_hz(self, engine_ms: float) -> float:
         """
@@ -176,7 +218,7 @@ def quick_cases() -> tuple[Case, ...]:
     return (
         Case(**_SMALL, model_ms=5),
         Case(**_HD, model_ms=5, contestants=(BARE, FORTY_LINES, BY_THE_BOOK, IN_PROCESS, SHIPPED)),
-        Case(**_HD, model_ms=5, large_outputs=True),
+        Case(**_HD, model_ms=5, dense_maps=_LARGE),
         Case(**_SMALL, model_ms=30, rate_hz=0),
         Case(**_SMALL, model_ms=100, rate_hz=0),
         Case(
@@ -190,10 +232,10 @@ def full_cases() -> tuple[Case, ...]:
     contestants = (BARE, FORTY_LINES, BY_THE_BOOK, ORT_DEFAULTS, IN_PROCESS, SHIPPED)
     matrix = [
         Case(
-            **image, model_ms=model_ms, large_outputs=large, rate_hz=rate_hz, cameras=cameras, contestants=contestants
+            **image, model_ms=model_ms, dense_maps=maps, rate_hz=rate_hz, cameras=cameras, contestants=contestants
         )
-        for image, model_ms, large, rate_hz, cameras in itertools.product(
-            (_SMALL, _HD), MODEL_MS, (False, True), (10.0, 30.0, 60.0, 0.0), (1, 2, 4)
+        for image, model_ms, maps, rate_hz, cameras in itertools.product(
+            (_SMALL, _HD), MODEL_MS, (0, _LARGE), (10.0, 30.0, 60.0, 0.0), (1, 2, 4)
         )
     ]  # fmt: skip
     minutes = [
@@ -201,3 +243,15 @@ def full_cases() -> tuple[Case, ...]:
         for transport in (SHIPPED_TRANSPORT, DEFAULT_TRANSPORT)
     ]
     return (*minutes, *matrix)
+
+
+def scaling_cases() -> tuple[Case, ...]:
+    """Return a series for each axis, small images or outputs first; a point of two series is measured once."""
+    common: dict[str, Any] = {'model_ms': 5, 'contestants': (BARE, FORTY_LINES, SHIPPED)}
+    sizes = ((320, 240), (640, 480), (1280, 720), (1920, 1080), (2560, 1440))
+    return (
+        *(Case(width=width, height=height, encoding='rgb8', **common, series=(IMAGE_SIZE,)) for width, height in sizes),
+        Case(**_SMALL, **common, series=(CAMERAS, OUTPUT_SIZE)),
+        *(Case(**_SMALL, **common, cameras=cameras, series=(CAMERAS,)) for cameras in (2, 3, 4, 6)),
+        *(Case(**_SMALL, **common, dense_maps=maps, series=(OUTPUT_SIZE,)) for maps in (1, 2, _LARGE, 10)),
+    )

@@ -20,6 +20,7 @@ __all__ = [
     'percentiles',
     'ratio_p50',
     'ratio_p99',
+    'series_of',
     'stages_of',
     'summarise',
     'summarise_bare',
@@ -35,6 +36,7 @@ message: filling the TensorList; publish: the publish call, transport out and re
 """
 
 _MS = 1e-6
+_OUTSIDE_MS = {480: 1.5, 1080: 4.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +149,11 @@ class Result:
     start_s: float | None = None
     idle_percent: float | None = None
 
+    @property
+    def missing_percent(self) -> float:
+        """Frames of a hundred sent that were lost or dropped."""
+        return 100.0 * (self.lost + (self.dropped or 0)) / max(self.sent, 1)
+
 
 @dataclass(frozen=True, slots=True)
 class CaseResult:
@@ -160,6 +167,11 @@ class CaseResult:
     engine_ms: float
     sent_hz: float
     results: Mapping[str, Result]
+
+    @property
+    def total_hz(self) -> float:
+        """Images sent per second by all cameras together."""
+        return self.sent_hz * self.case.cameras
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain values."""
@@ -175,7 +187,8 @@ class CaseResult:
     def from_json(cls, values: Mapping[str, Any]) -> CaseResult:
         """Read what :meth:`to_json` wrote."""
         case = dict(values['case'])
-        case['contestants'] = tuple(case['contestants'])
+        for name in ('contestants', 'series'):
+            case[name] = tuple(case[name])
         return cls(
             Case(**case),
             values['engine_ms'],
@@ -191,6 +204,15 @@ def _result_from(values: Mapping[str, Any]) -> Result:
     fields['stages'] = {stage: Percentiles(**figures) for stage, figures in fields['stages'].items()}
     fields['p50_by_repetition'] = tuple(fields['p50_by_repetition'])
     return Result(**fields)
+
+
+def series_of(cases: Sequence[CaseResult]) -> dict[str, list[CaseResult]]:
+    """Return the points of each series by its name, in the order measured; a case may be a point of several."""
+    series: dict[str, list[CaseResult]] = {}
+    for case in cases:
+        for name in case.case.series:
+            series.setdefault(name, []).append(case)
+    return series
 
 
 def summarise_bare(name: str, title: str, repetitions: Sequence[Sequence[int]]) -> Result:
@@ -342,7 +364,9 @@ def _outside_engine(case: CaseResult) -> list[Verdict]:
     # Callback entry to publish returned: the message's own durations end before the publish call.
     message = node.stages['message'].p50
     measured = node.outside.p50 + max(0.0, (node.publish_call_ms or message) - message)
-    limit = 1.5 if case.case.height == 480 else 4.0
+    limit = _OUTSIDE_MS.get(case.case.height)
+    if limit is None:
+        return []
     return _at_most('in the node outside inference, p50', measured, limit, case.case.title, ' ms')
 
 

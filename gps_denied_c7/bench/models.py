@@ -36,12 +36,14 @@ class BenchModel:
     engine_ms: float
 
 
-def build_model(channels: int, layers: int, *, large_outputs: bool) -> bytes:
+def build_model(channels: int, layers: int, *, dense_maps: int) -> bytes:
     """
     Return an ONNX model whose cost grows with ``layers``, the same at every call.
 
-    ``image`` 1xCx480x640 float32 gives ``descriptor`` 1x256 float32 and, where asked for, ``dense`` 1x5x480x640
-    float32 (6.1 MB). The body is 3x3 convolutions at an eighth of the resolution, as feature extractors have.
+    ``image`` 1xCx480x640 float32 gives ``descriptor`` 1x256 float32 and, where there are maps, ``dense`` 1xMx480x640
+    float32. The body is 3x3 convolutions at an eighth of the resolution, as feature extractors have.
+
+    :param dense_maps: how many maps ``dense`` holds, 1.23 MB each; 0 for no such output.
     """
     from onnx import TensorProto, checker, helper, numpy_helper
 
@@ -77,10 +79,10 @@ def build_model(channels: int, layers: int, *, large_outputs: bool) -> bytes:
     nodes.append(helper.make_node('Flatten', ['pooled'], ['flat'], axis=1))
     nodes.append(helper.make_node('MatMul', ['flat', weights('head', _WIDTH_OF_BODY, 256)], ['descriptor']))
     outputs = [helper.make_tensor_value_info('descriptor', TensorProto.FLOAT, [1, 256])]
-    if large_outputs:
-        convolve(body, 'cells', 5 * _STRIDE**2, _WIDTH_OF_BODY, 1)
+    if dense_maps:
+        convolve(body, 'cells', dense_maps * _STRIDE**2, _WIDTH_OF_BODY, 1)
         nodes.append(helper.make_node('DepthToSpace', ['cells'], ['dense'], blocksize=_STRIDE))
-        shape = [1, 5, NETWORK_HEIGHT, NETWORK_WIDTH]
+        shape = [1, dense_maps, NETWORK_HEIGHT, NETWORK_WIDTH]
         outputs.append(helper.make_tensor_value_info('dense', TensorProto.FLOAT, shape))
     image = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [1, channels, NETWORK_HEIGHT, NETWORK_WIDTH])
     model = helper.make_model(
@@ -142,7 +144,7 @@ def layers_for(target_ms: float, probes: tuple[tuple[int, float], tuple[int, flo
 
 
 def calibrated_model(
-    directory: Path, channels: int, target_ms: float, *, large_outputs: bool, seconds: float = 0.5
+    directory: Path, channels: int, target_ms: float, *, dense_maps: int, seconds: float = 0.5
 ) -> BenchModel:
     """
     Write a network that takes about ``target_ms`` here, and return it with what it took.
@@ -151,13 +153,13 @@ def calibrated_model(
     """
 
     def timed(layers: int) -> tuple[bytes, float]:
-        model = build_model(channels, layers, large_outputs=large_outputs)
+        model = build_model(channels, layers, dense_maps=dense_maps)
         return model, float(np.median(time_engine(engine_session(model), seconds))) / 1e6
 
     few, many = _PROBES
     layers = layers_for(target_ms, ((few, timed(few)[1]), (many, timed(many)[1])))
     model, engine_ms = timed(layers)
-    kind = 'dense' if large_outputs else 'small'
+    kind = f'{dense_maps}maps' if dense_maps else 'small'
     digest = hashlib.sha256(model).hexdigest()[:8]
     path = directory / f'bench_{channels}x{target_ms:g}ms_{kind}_{digest}.onnx'
     path.write_bytes(model)

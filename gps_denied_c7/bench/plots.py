@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.bench.cases import BARE
-from gps_denied_c7.bench.figures import STAGES, CaseResult
+from gps_denied_c7.bench.cases import BARE, FORTY_LINES, SHIPPED
+from gps_denied_c7.bench.figures import STAGES, CaseResult, Result, series_of
 
-__all__ = ['draw_plots', 'latency_plot', 'throughput_plot']
+__all__ = ['draw_plots', 'latency_plot', 'scaling_plot', 'throughput_plot']
 
 _PAPER, _INK, _FAINT = (255, 255, 255), (44, 40, 38), (150, 146, 144)
 # One colour for each stage, blue, green, red.
@@ -20,6 +20,10 @@ _COLOURS = (
 )  # fmt: skip
 _WIDTH, _LABELS, _ROW, _TITLE = 1280, 400, 24, 34
 _RIGHT = 150
+_GAP = 12
+# In a picture of series: where names and bars begin, and the columns of figures behind the bars.
+_NAMES, _BARS = 130, 320
+_COLUMNS = ((860, 'p50 / p99, ms'), (985, 'answered / sent, Hz'), (1150, 'lost or dropped'))
 
 
 def draw_plots(directory: Path, cases: Sequence[CaseResult]) -> dict[str, str]:
@@ -28,6 +32,10 @@ def draw_plots(directory: Path, cases: Sequence[CaseResult]) -> dict[str, str]:
 
     drawn = {
         'latency.png': ('Camera-to-tensors latency by stage, p50; the line ends at p99', latency_plot(cases)),
+        'scaling.png': (
+            'Latency by stage, p50, with answers per second; each series has one scale, the line ends at p99',
+            scaling_plot(cases),
+        ),
         'throughput.png': ('Answers per second at saturation', throughput_plot(cases)),
     }
     written = {}
@@ -48,10 +56,7 @@ def latency_plot(cases: Sequence[CaseResult]) -> NDArray | None:
         return None
     height = _TITLE + sum(_TITLE + _ROW * len(results) + 12 for _, results in groups) + 12
     picture = np.full((height, _WIDTH, 3), _PAPER, np.uint8)
-    left = 12
-    for stage, colour in zip(STAGES, _COLOURS, strict=True):
-        _rectangle(picture, (left, 10), (left + 14, 24), colour)
-        left = _write(picture, stage, (left + 20, 22)) + 18
+    _legend(picture)
     top = _TITLE
     room = _WIDTH - _LABELS - _RIGHT
     for case, results in groups:
@@ -60,14 +65,8 @@ def latency_plot(cases: Sequence[CaseResult]) -> NDArray | None:
         longest = max(result.latency.p99 for result in results if result.latency)
         for result in results:
             assert result.latency is not None
-            x = float(_LABELS)
             _write(picture, result.title, (24, top + 15))
-            for stage, colour in zip(STAGES, _COLOURS, strict=True):
-                wide = max(0.0, result.stages[stage].p50) / longest * room
-                _rectangle(picture, (round(x), top + 3), (round(x + wide), top + _ROW - 5), colour)
-                x += wide
-            end = _LABELS + round(result.latency.p99 / longest * room)
-            _rectangle(picture, (round(x), top + _ROW // 2 - 1), (end, top + _ROW // 2), _INK)
+            end = _stacked(picture, result, (_LABELS, top), room / longest)
             _write(picture, f'{result.latency.p50:.1f} / {result.latency.p99:.1f} ms', (end + 8, top + 15))
             top += _ROW
         top += 12
@@ -97,6 +96,78 @@ def throughput_plot(cases: Sequence[CaseResult]) -> NDArray | None:
     return picture
 
 
+def scaling_plot(cases: Sequence[CaseResult]) -> NDArray | None:
+    """
+    Return stacked bars, one group for each series; None where no case is a point of any.
+
+    All bars of a series have one scale, so that they show how its figures grow from point to point. A contestant
+    without any answer has no bar, and its figures say so.
+    """
+    groups = series_of(cases)
+    if not groups:
+        return None
+    rows = [(series, [(point, _compared(point)) for point in points]) for series, points in groups.items()]
+    heights = [_TITLE + sum(_ROW * len(results) + _GAP for _, results in points) for _, points in rows]
+    picture = np.full((_TITLE + sum(heights) + _GAP * len(rows), _WIDTH, 3), _PAPER, np.uint8)
+    _legend(picture)
+    top = _TITLE
+    for series, points in rows:
+        _write(picture, f'{series}: {points[0][0].case.constants(series)}', (12, top + 22), bold=True)
+        for left, text in _COLUMNS:
+            _write(picture, text, (left, top + 22), colour=_FAINT)
+        top += _TITLE
+        told = [result.latency.p99 for _, results in points for result in results if result.latency]
+        scale = (_COLUMNS[0][0] - _BARS - _GAP) / max(told, default=1.0)
+        for point, results in points:
+            _write(picture, point.case.point(series), (24, top + 15))
+            for result in results:
+                _write(picture, result.title, (_NAMES, top + 15))
+                if result.latency and result.stages:
+                    _stacked(picture, result, (_BARS, top), scale)
+                for (left, _), text in zip(_COLUMNS, _figures(point, result), strict=True):
+                    _write(picture, text, (left, top + 15))
+                top += _ROW
+            top += _GAP
+        top += _GAP
+    return picture
+
+
+def _compared(case: CaseResult) -> list[Result]:
+    return [case.results[name] for name in (FORTY_LINES, SHIPPED) if name in case.results]
+
+
+def _figures(case: CaseResult, result: Result) -> tuple[str, str, str]:
+    """Return what the columns of a picture of series say."""
+    latency = f'{result.latency.p50:.1f} / {result.latency.p99:.1f}' if result.latency else 'no answer'
+    return latency, f'{result.answered_hz:.1f} / {case.total_hz:g}', f'{result.missing_percent:.1f} %'
+
+
+def _legend(picture: NDArray) -> None:
+    left = 12
+    for stage, colour in zip(STAGES, _COLOURS, strict=True):
+        _rectangle(picture, (left, 10), (left + 14, 24), colour)
+        left = _write(picture, stage, (left + 20, 22)) + 18
+
+
+def _stacked(picture: NDArray, result: Result, at: tuple[int, int], scale: float) -> int:
+    """
+    Draw the stages of a result behind one another, p50, with a line to its p99, and return where that ends.
+
+    :param at: left end of the bar and top of its row.
+    :param scale: pixels for each millisecond.
+    """
+    assert result.latency is not None
+    left, top = at
+    x = float(left)
+    for stage, colour in zip(STAGES, _COLOURS, strict=True):
+        wide = max(0.0, result.stages[stage].p50) * scale
+        _rectangle(picture, (round(x), top + 3), (round(x + wide), top + _ROW - 5), colour)
+        x += wide
+    end = left + round(result.latency.p99 * scale)
+    _rectangle(picture, (round(x), top + _ROW // 2 - 1), (end, top + _ROW // 2), _INK)
+    return end
+
+
 def _rectangle(picture: NDArray, start: tuple[int, int], end: tuple[int, int], colour: tuple[int, int, int]) -> None:
     import cv2
 
@@ -104,10 +175,17 @@ def _rectangle(picture: NDArray, start: tuple[int, int], end: tuple[int, int], c
         cv2.rectangle(picture, start, end, colour, cv2.FILLED)
 
 
-def _write(picture: NDArray, text: str, at: tuple[int, int], *, bold: bool = False) -> int:
+def _write(
+    picture: NDArray,
+    text: str,
+    at: tuple[int, int],
+    *,
+    bold: bool = False,
+    colour: tuple[int, int, int] = _INK,
+) -> int:
     """Write a line of text and return where it ends."""
     import cv2
 
     font, size = cv2.FONT_HERSHEY_SIMPLEX, 0.46
-    cv2.putText(picture, text, at, font, size, _INK, 2 if bold else 1, cv2.LINE_AA)
+    cv2.putText(picture, text, at, font, size, colour, 2 if bold else 1, cv2.LINE_AA)
     return int(at[0] + cv2.getTextSize(text, font, size, 1)[0][0])

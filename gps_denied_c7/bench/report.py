@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from gps_denied_c7.bench.cases import FORTY_LINES
-from gps_denied_c7.bench.figures import STAGES, CaseResult, Result, ratio_p50, ratio_p99, verdicts
+from gps_denied_c7.bench.cases import BARE, FORTY_LINES, SHIPPED
+from gps_denied_c7.bench.figures import STAGES, CaseResult, Result, ratio_p50, ratio_p99, series_of, verdicts
 
 __all__ = ['BenchReport']
 
@@ -29,7 +29,7 @@ class BenchReport:
     def to_json(self) -> dict[str, Any]:
         """Return the report as one JSON object."""
         return {
-            'schema_version': 1,
+            'schema_version': 2,
             'facts': dict(self.facts),
             'seconds': round(self.seconds, 1),
             'limits': [asdict(verdict) for verdict in verdicts(self.cases)],
@@ -92,6 +92,32 @@ class BenchReport:
         headers = ['p50, ms', *STAGES, 'CPU ms / answer', 'memory MB', 'idle, % of a core']
         return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
 
+    def series_table(self, series: str, style: str = 'github') -> str:
+        """Return how the figures of the forty lines and of this node grow along one series, a row for each point."""
+        from tabulate import tabulate
+
+        rows = []
+        for case in series_of(self.cases)[series]:
+            bare, forty, node = (case.results.get(name) for name in (BARE, FORTY_LINES, SHIPPED))
+            stages = [node.stages.get(stage) if node else None for stage in STAGES]
+            rows.append(
+                [
+                    case.case.point(series),
+                    _number(bare.latency.p50 if bare and bare.latency else None),
+                    *(text for one in (forty, node) for text in _latency(one)),
+                    f'{case.total_hz:g}',
+                    *(_number(one.answered_hz if one else None, 1) for one in (forty, node)),
+                    *(_number(stage.p50 if stage else None) for stage in stages),
+                    *([node.dropped, node.lost] if node else ['', '']),
+                    forty.lost if forty else '',
+                ]
+            )
+        headers = [
+            series, 'engine p50', 'forty p50', 'forty p99', 'node p50', 'node p99', 'sent/s', 'forty/s', 'node/s',
+            *STAGES, 'dropped', 'lost', 'forty lost',
+        ]  # fmt: skip
+        return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
+
     def markdown(self, heading: str = '#') -> str:
         """Return the report as a Markdown document."""
         missed = [one for one in verdicts(self.cases) if not one.met]
@@ -103,6 +129,10 @@ class BenchReport:
             verdict,
             self.limits_table(),
         ]
+        for series, points in series_of(self.cases).items():
+            constants = points[0].case.constants(series)
+            remark = f'{constants}. Times in ms; stages (p50), dropped by policy and lost are those of this node.'
+            parts += [f'{heading}# By {series}', remark, self.series_table(series)]
         for case in self.cases:
             parts += [f'{heading}# {case.case.title}', self._remark(case), self.case_table(case)]
             if any(result.stages for result in case.results.values()):
@@ -118,6 +148,11 @@ class BenchReport:
 
 def _number(value: float | None, digits: int = 2) -> str:
     return '' if value is None else f'{value:.{digits}f}'
+
+
+def _latency(result: Result | None) -> Sequence[str]:
+    latency = result.latency if result else None
+    return [f'{latency.p50:.2f}', f'{latency.p99:.2f}'] if latency else ['–', '–']
 
 
 def _frames(result: Result) -> Sequence[object]:

@@ -24,6 +24,7 @@ from gps_denied_c7.bench.cases import (
     full_cases,
     present_contestants,
     quick_cases,
+    scaling_cases,
 )
 from gps_denied_c7.bench.figures import Block, CaseResult, Result, summarise, summarise_bare
 from gps_denied_c7.bench.models import BenchModel, calibrated_model
@@ -129,16 +130,16 @@ def run_bench(options: BenchOptions, say: Callable[[str], None]) -> BenchReport:
     began = time.monotonic()
     output = _claim(options.output)
     contestants = {one.name: one for one in present_contestants({declared.name for declared in PARAMETERS})}
-    models: dict[tuple[int, int, bool], BenchModel] = {}
+    models: dict[tuple[int, int, int], BenchModel] = {}
     done: list[CaseResult] = []
     with ExitStack() as stack:
         domain_id = options.domain_id
         if domain_id is None:
             domain_id = stack.enter_context(free_domain_id())
         for number, case in enumerate(options.cases, 1):
-            key = (case.channels, case.model_ms, case.large_outputs)
+            key = (case.channels, case.model_ms, case.dense_maps)
             if key not in models:
-                models[key] = calibrated_model(output, case.channels, case.model_ms, large_outputs=case.large_outputs)
+                models[key] = calibrated_model(output, case.channels, case.model_ms, dense_maps=case.dense_maps)
             chosen = [contestants[name] for name in case.contestants if name in contestants]
             environ = _environment(case, domain_id, output, len(chosen) + 2)
             measurement = _Measurement(
@@ -407,6 +408,15 @@ def _end_input(child: Child) -> None:
     child.process.wait(5.0)
 
 
+def _form(parsed: argparse.Namespace) -> tuple[tuple[Case, ...], dict[str, Any]]:
+    """Return the cases of the form that was asked for, and those of its options that are not as in the quick one."""
+    if parsed.full:
+        return full_cases(), {'form': 'full', 'seconds': 10.0, 'repetitions': 5}
+    if parsed.scaling:
+        return scaling_cases(), {'form': 'scaling'}
+    return quick_cases(), {}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -416,6 +426,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     form = parser.add_mutually_exclusive_group()
     form.add_argument('--quick', action='store_true', help='a choice of cases, about three minutes; the default')
     form.add_argument('--full', action='store_true', help='the whole matrix, many hours')
+    form.add_argument(
+        '--scaling', action='store_true',
+        help='how latency and throughput grow with image size, cameras and outputs, about ten minutes',
+    )  # fmt: skip
     parser.add_argument(
         '--output', type=Path, default=Path('bench_output'), metavar='DIR',
         help='made where missing; replaces what an earlier run left there; default: %(default)s',
@@ -426,14 +440,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('--repetitions', type=int, metavar='N', help='of each case')
     parser.add_argument('--domain-id', type=int, metavar='N', help='ROS domain; default: a free one')
     parsed = parser.parse_args(arguments)
-    cases = tuple(case for case in (full_cases() if parsed.full else quick_cases()) if parsed.only in case.name)
+    cases, chosen = _form(parsed)
+    cases = tuple(case for case in cases if parsed.only in case.name)
     if parsed.list:
         print('\n'.join(case.name for case in cases))
         return 0
     if not cases:
         print(f'c7_bench: no case has {parsed.only!r} in its name; --list names them.', file=sys.stderr)
         return 2
-    chosen: dict[str, Any] = {'form': 'full', 'seconds': 10.0, 'repetitions': 5} if parsed.full else {}
     if parsed.seconds is not None:
         chosen['seconds'] = parsed.seconds
     if parsed.repetitions is not None:

@@ -7,9 +7,9 @@ import json
 
 import pytest
 
-from gps_denied_c7.bench.cases import BARE, FORTY_LINES, SHIPPED, Case
+from gps_denied_c7.bench.cases import BARE, CAMERAS, FORTY_LINES, IMAGE_SIZE, OUTPUT_SIZE, SHIPPED, Case, scaling_cases
 from gps_denied_c7.bench.figures import STAGES, CaseResult, Result, percentiles
-from gps_denied_c7.bench.plots import draw_plots, latency_plot, throughput_plot
+from gps_denied_c7.bench.plots import draw_plots, latency_plot, scaling_plot, throughput_plot
 from gps_denied_c7.bench.report import BenchReport
 
 CASE = Case(width=1920, height=1080, encoding='rgb8', model_ms=5)
@@ -64,7 +64,63 @@ def test_tables_hold_frames_ratios_and_stages(report):
     assert all(stage in stages for stage in STAGES) and '123' in stages and '7.50' in stages
 
 
-def test_a_report_survives_json(report):
+@pytest.fixture
+def scaling() -> BenchReport:
+    """Every scaling case; what has more cameras or outputs takes longer."""
+    cases = []
+    for case in scaling_cases():
+        p50 = 10.0 * case.cameras + 10.0 * case.dense_maps
+        results = {
+            BARE: Result(name=BARE, title='the bare engine', latency=percentiles([5.0])),
+            FORTY_LINES: made(FORTY_LINES, 2 * p50, lost=2),
+            SHIPPED: made(SHIPPED, p50, dropped=3, lost=1),
+        }
+        cases.append(CaseResult(case, 5.0, 30.0, results))
+    return BenchReport(tuple(cases), {}, 1.0, {})
+
+
+def rows(table: str) -> list[list[str]]:
+    """Return the cells of a Markdown table's rows, its heading first."""
+    lines = [[cell.strip() for cell in line.split('|')[1:-1]] for line in table.splitlines()]
+    return [lines[0], *lines[2:]]
+
+
+def test_a_series_has_a_row_for_each_point(scaling):
+    heading, *points = rows(scaling.series_table(CAMERAS))
+    assert heading[0] == CAMERAS and heading[9:16] == list(STAGES)
+    assert [point[0] for point in points] == ['1 camera', '2 cameras', '3 cameras', '4 cameras', '6 cameras']
+    stages = [f'{30 / len(STAGES):.2f}'] * len(STAGES)
+    assert points[2] == [
+        '3 cameras', '5.00', '60.00', '60.00', '30.00', '30.00', '90', '29.5', '29.5', *stages, '3', '1', '2',
+    ]  # fmt: skip
+
+
+def test_a_point_of_two_series_is_in_both_tables(scaling):
+    [camera] = [point for point in rows(scaling.series_table(CAMERAS)) if point[0] == '1 camera']
+    [output] = [point for point in rows(scaling.series_table(OUTPUT_SIZE)) if point[0] == '1 KB']
+    assert camera[1:] == output[1:]
+
+
+def test_series_come_before_the_cases(scaling, report):
+    headings = [line for line in scaling.markdown().splitlines() if line.startswith('## ')]
+    assert headings[:4] == ['## Limits', '## By image size', '## By cameras', '## By output size']
+    assert headings[4:] == [f'## {case.case.title}' for case in scaling.cases]
+    assert all(scaling.series_table(series) in scaling.markdown() for series in (IMAGE_SIZE, CAMERAS, OUTPUT_SIZE))
+    assert '## By' not in report.markdown()
+
+
+def test_a_series_shows_what_is_known(scaling):
+    """A contestant that answered nothing, or does not compete, leaves its cells empty."""
+    case = scaling.cases[-1]
+    silent = Result(name=SHIPPED, title='silent', latency=None, sent=90, lost=90, dropped=0)
+    only = dataclasses.replace(case, results={SHIPPED: silent})
+    _, point = rows(BenchReport((only,), {}, 1.0, {}).series_table(OUTPUT_SIZE))
+    assert point == ['12 MB', '', '–', '–', '–', '–', '30', '', '0.0', *[''] * len(STAGES), '0', '90', '']
+    assert scaling_plot((only,)) is not None
+
+
+def test_a_report_survives_json(report, scaling):
+    assert BenchReport.from_json(json.loads(json.dumps(scaling.to_json()))).cases == scaling.cases
     assert BenchReport.from_json(json.loads(json.dumps(report.to_json()))).cases == report.cases
 
 
@@ -79,6 +135,31 @@ def test_plots_have_a_bar_for_each(report, tmp_path):
     assert fewer.shape[0] < latency_plot(report.cases).shape[0]
 
 
+def test_the_plot_of_series_grows_with_their_points(scaling, tmp_path):
+    cv2 = pytest.importorskip('cv2')
+    assert 'scaling.png' in draw_plots(tmp_path, scaling.cases)
+    whole = cv2.imread(str(tmp_path / 'scaling.png'))
+    assert whole.std() > 10
+    heights = [scaling_plot(scaling.cases[:count]).shape[0] for count in range(1, len(scaling.cases) + 1)]
+    assert heights == sorted(set(heights)) and heights[-1] == whole.shape[0]
+    shared = [case for case in scaling.cases if len(case.case.series) == 2]
+    alone = [dataclasses.replace(case, case=dataclasses.replace(case.case, series=(CAMERAS,))) for case in shared]
+    assert scaling_plot(shared).shape[0] > scaling_plot(alone).shape[0]
+
+
+def test_bars_of_a_series_have_one_scale(scaling):
+    """The inference of six cameras is drawn twice as long as that of three."""
+    pytest.importorskip('cv2')
+    cameras = [case for case in scaling.cases if case.case.cameras in (3, 6)]
+    picture = scaling_plot(cameras)[40:]
+    lengths = (picture == (40, 39, 214)).all(axis=2).sum(axis=1)
+    lengths = list(dict.fromkeys(int(length) for length in lengths if length))
+    assert len(lengths) == 3, 'forty lines and node of each; one takes as long as the other with half the cameras'
+    assert lengths == pytest.approx([lengths[0], lengths[0] / 2, 2 * lengths[0]], abs=2)
+    assert max(lengths) * len(STAGES) > 500, 'the longest takes the room there is'
+
+
 def test_nothing_to_show_gives_no_plot(report):
     assert throughput_plot(report.cases[:1]) is None
     assert latency_plot(()) is None
+    assert scaling_plot(report.cases) is None

@@ -81,17 +81,44 @@ def test_an_unknown_case_is_refused(tmp_path):
     assert run.returncode == 2 and '--list' in run.stderr
 
 
-@pytest.mark.parametrize('large', [False, True])
-def test_networks_are_reproducible_finite_and_as_large_as_said(large):
+def test_every_form_has_cases_and_settings_of_its_own(monkeypatch, capsys, tmp_path):
+    from gps_denied_c7.bench import run
+    from gps_denied_c7.bench.cases import full_cases, quick_cases, scaling_cases
+
+    ran = []
+    monkeypatch.setattr(run.signal, 'signal', lambda number, handler: None)
+    monkeypatch.setattr(
+        run, 'run_bench', lambda options, say: ran.append(options) or run.BenchReport((), {}, 0.0, {})
+    )  # fmt: skip
+    for form, cases in (('quick', quick_cases()), ('scaling', scaling_cases()), ('full', full_cases())):
+        assert run.main([f'--{form}', '--list']) == 0
+        assert capsys.readouterr().out.splitlines() == [case.name for case in cases]
+        assert run.main([f'--{form}', '--output', str(tmp_path)]) == 0
+        capsys.readouterr()
+        assert ran[-1].cases == cases and ran[-1].form == form
+    assert (ran[1].seconds, ran[1].repetitions) == (ran[0].seconds, ran[0].repetitions)
+    with pytest.raises(SystemExit):
+        run.main(['--scaling', '--full', '--list'])
+
+
+@pytest.mark.parametrize('maps', [0, 1, 5])
+def test_networks_are_reproducible_finite_and_as_large_as_said(maps):
     from gps_denied_c7.bench.models import build_model, engine_session
 
-    model = build_model(3, 30, large_outputs=large)
-    assert model == build_model(3, 30, large_outputs=large)
+    model = build_model(3, 30, dense_maps=maps)
+    assert model == build_model(3, 30, dense_maps=maps)
     session = engine_session(model)
     outputs = session.run(None, {'image': np.random.default_rng(0).random((1, 3, 480, 640), np.float32)})
     assert all(np.isfinite(output).all() and output.std() > 0 for output in outputs)
-    nbytes = sum(output.nbytes for output in outputs)
-    assert (nbytes > 6e6) if large else (nbytes == 1024)
+    assert sum(output.nbytes for output in outputs) == 1024 + maps * 640 * 480 * 4
+
+
+def test_a_network_is_stored_by_the_outputs_it_has(tmp_path):
+    from gps_denied_c7.bench.models import calibrated_model
+
+    made = [calibrated_model(tmp_path, 1, 1, dense_maps=maps, seconds=0.01) for maps in (0, 1, 2)]
+    assert [model.path.name.split('_')[2] for model in made] == ['small', '1maps', '2maps']
+    assert all(model.path.exists() for model in made)
 
 
 def test_layers_follow_from_two_timings():
@@ -119,7 +146,7 @@ def test_engine_options_are_the_nodes(monkeypatch, tmp_path):
             made.append(self)
 
     monkeypatch.setattr(onnxruntime, 'SessionOptions', Options)
-    model = build_model(1, 1, large_outputs=False)
+    model = build_model(1, 1, dense_maps=0)
     engine_session(model)
     (tmp_path / 'model.onnx').write_bytes(model)
     runtime = create_runtime('onnx_trt_ep', C7InferenceConfig(), providers=ProviderSet.CPU)

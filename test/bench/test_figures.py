@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 
@@ -15,6 +16,7 @@ from gps_denied_c7.bench.figures import (
     percentiles,
     ratio_p50,
     ratio_p99,
+    series_of,
     stages_of,
     summarise,
     summarise_bare,
@@ -142,7 +144,7 @@ def test_1080p_has_the_stricter_limit_and_must_lose_nothing():
     assert found['latency p50 / forty lines'] == ('0.80 x', False)
     assert found['lost by transport'] == ('1 of 100', False)
     assert limits(HD, sent=100)['lost by transport'] == ('0 of 100', True)
-    assert limits(dataclasses.replace(HD, large_outputs=True))['latency p50 / forty lines'][1]
+    assert limits(dataclasses.replace(HD, dense_maps=5))['latency p50 / forty lines'][1]
 
 
 @pytest.mark.parametrize(('answered_hz', 'met'), [(27.0, True), (26.9, False)])
@@ -154,5 +156,31 @@ def test_saturated_throughput_is_held_against_the_bare_engine(answered_hz, met):
 
 
 def test_a_case_survives_json():
-    case = CaseResult(HD, 5.1, 30.0, {'one': summarise('one', 'One', [block([10, 20], contestant=0.1)])})
-    assert CaseResult.from_json(case.to_json()) == case
+    plan = dataclasses.replace(HD, dense_maps=2, series=('image size', 'output size'))
+    case = CaseResult(plan, 5.1, 30.0, {'one': summarise('one', 'One', [block([10, 20], contestant=0.1)])})
+    found = CaseResult.from_json(json.loads(json.dumps(case.to_json())))
+    assert found == case and hash(found.case) == hash(plan)
+
+
+def test_a_case_is_a_point_of_each_of_its_series():
+    plans = [('a',), ('a', 'b'), (), ('b',)]
+    cases = [CaseResult(dataclasses.replace(SMALL, series=series), 5.0, 30.0, {}) for series in plans]
+    assert series_of(cases) == {'a': [cases[0], cases[1]], 'b': [cases[1], cases[3]]}
+    assert series_of([cases[2]]) == {}
+
+
+def test_missing_frames_are_those_dropped_and_those_lost():
+    assert result('one', [1], 1, sent=40, lost=1, dropped=3).missing_percent == pytest.approx(10)
+    assert result('one', [1], 1, sent=40, lost=1, dropped=None).missing_percent == pytest.approx(2.5)
+    assert result('one', [1], 1).missing_percent == 0
+
+
+@pytest.mark.parametrize(('width', 'height', 'limit'), [(320, 240, 1.0), (1280, 720, 1.0), (1920, 1080, 0.7)])
+def test_scaling_cases_are_held_against_the_forty_lines(width, height, limit):
+    """The time outside inference has a limit at 480 and 1080 lines only."""
+    case = dataclasses.replace(HD, width=width, height=height)
+    results = {name: result(name, [10.0], 20, outside=percentiles([9.0])) for name in (FORTY_LINES, SHIPPED)}
+    results[SHIPPED] = dataclasses.replace(results[SHIPPED], stages={'message': percentiles([0.2])})
+    found = {one.what: one.limit for one in verdicts([CaseResult(case, 5.0, 30.0, results)])}
+    assert found['latency p50 / forty lines'] == found['latency p99 / forty lines'] == f'≤ {limit:g} x'
+    assert ('in the node outside inference, p50' in found) is (height == 1080)
