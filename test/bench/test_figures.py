@@ -184,3 +184,5 @@ def test_scaling_cases_are_held_against_the_forty_lines(width, height, limit):
     found = {one.what: one.limit for one in verdicts([CaseResult(case, 5.0, 30.0, results)])}
     assert found['latency p50 / forty lines'] == found['latency p99 / forty lines'] == f'≤ {limit:g} x'
     assert ('in the node outside inference, p50' in found) is (height == 1080)
+    several = limits(dataclasses.replace(case, cameras=2))
+    assert 'in the node outside inference, p50' not in several, 'frames of two cameras wait for each other'
