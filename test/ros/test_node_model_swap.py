@@ -17,6 +17,7 @@ from networks import copying, scoring_twofold, slow_to_load
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 
 from gps_denied_c7.bundle import ModelBundle
+from gps_denied_c7.worker import SPARE_NAME
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'measure'))
 
@@ -141,7 +142,7 @@ def test_n10_a_swap_under_load_answers_every_frame_once(demo_bundle, tmp_path):
         assert peer.set_parameter('model_path', twofold).successful
         wait_until(lambda: len(peer.payloads('c7.model_swapped')) == 3, 'the third record')
         assert peer.change_state('deactivate') and peer.change_state('cleanup')
-        assert chaos.workers(process) == []
+        assert chaos.workers(process) == chaos.workers(process, SPARE_NAME) == []
         peer.start()
         peer.wait_matched(CAMERA)
         assert peer.ask(CAMERA, picture(1)).weights_digest == digest(twofold)
