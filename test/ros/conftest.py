@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -29,6 +30,8 @@ def ros_context(domain_id: int) -> Iterator[rclpy.Context]:
     context = rclpy.Context()
     rclpy.init(context=context, domain_id=domain_id)
     yield context
+    # rclpy leaves a lifecycle node's services to the collector: better here, where their DDS still runs, than anywhere.
+    gc.collect()
     context.try_shutdown()
 
 
