@@ -637,10 +637,16 @@ class RuntimeChain:
         if self._candidate is None or engine.expected is not None or not engine.host.alive:
             self._drop_candidate()
             return False
-        self._candidate = None
-        self._find_gpu()
-        self._serve(engine)
+        self._take_over(engine)
         return True
+
+    def _take_over(self, engine: _Engine) -> None:
+        """Have the candidate serve; where the GPU was lost, its proofs have shown that it is back."""
+        self._candidate = None
+        if not self._may_serve(engine.rung):
+            _log.warning('%s works: the GPU is back.', engine.rung.name)
+            self._find_gpu()
+        self._serve(engine)
 
     def _load_within(self, rung: Rung, budget_s: float | None) -> _Engine | None:
         """Load ``rung``; None where it goes on loading in the background."""
@@ -891,14 +897,10 @@ class RuntimeChain:
 
     def _promote(self, engine: _Engine) -> None:
         """Have a better rung serve from the next frame on; the one that served stands by."""
-        self._candidate = None
         started_ns = self._monotonic_ns()
         before, self._engine = self._engine, None
         assert before is not None
-        if not self._may_serve(engine.rung):
-            _log.warning('%s has answered live frames: the GPU is back.', engine.rung.name)
-            self._find_gpu()
-        self._serve(engine)
+        self._take_over(engine)
         self._record_switch(before.rung.name, f'{engine.rung.name} is usable again', started_ns, frames_affected=0)
         self._drop_standby()
         self._stand_by(before)

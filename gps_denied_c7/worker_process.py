@@ -105,6 +105,7 @@ class WorkerProcess:
         """
         Start a process that waits for what it is to load.
 
+        :param name: as above.
         :param arguments: options of :mod:`gps_denied_c7.worker` besides its descriptors.
         :raises EngineDeserializeError: there is no process or descriptor left for it.
         """
