@@ -68,13 +68,14 @@ def active(local, peer):
     assert peer.ask(CAMERA, image(2)).header.stamp.sec == 2
 
 
+def recorded(peer, callback):
+    return [record for record in peer.payloads('c7.callback_failed') if record['callback'] == callback]
+
+
 def counted(peer, callback):
     """Wait until the failure is on diagnostics and in the flight record."""
     value = wait_until(lambda: peer.values('Runtime').get(f'failures in {callback}'), f'{callback} on diagnostics')
-    wait_until(
-        lambda: [record for record in peer.payloads('c7.callback_failed') if record['callback'] == callback],
-        f'{callback} recorded',
-    )
+    wait_until(lambda: recorded(peer, callback), f'{callback} recorded')
     assert all('Boom' in record['error'] for record in peer.payloads('c7.callback_failed'))
     return int(value)
 
@@ -91,7 +92,7 @@ def test_n5_image_callback(active, monkeypatch):
 
 def test_n5_diagnostics_timer(active, thermal):
     thermal.broken = True
-    active.wait_record('c7.callback_failed')
+    wait_until(lambda: recorded(active, 'diagnostics timer'), 'the timer, not only a change of level, to fail')
     thermal.broken = False
     counted(active, 'diagnostics timer')
     active.wait_level('Runtime', 'WARN')
