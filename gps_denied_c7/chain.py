@@ -157,6 +157,7 @@ class ChainStatus:
     :param standby: the rung of the engine that answers when the serving one does not, None where there is none.
     :param switches: changes of the serving rung since the chain was loaded.
     :param gpu_lost: GPU rungs do not serve until one of them has been proven again beside the CPU.
+    :param longest_load_s: seconds by rung, from the start of its worker to its last proof.
     """
 
     model_name: str
@@ -171,6 +172,7 @@ class ChainStatus:
     standby: Rung | None = None
     switches: int = 0
     gpu_lost: bool = False
+    longest_load_s: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -313,7 +315,8 @@ class RuntimeChain:
 
     def status(self) -> ChainStatus:
         """Return the latest status without waiting for anything."""
-        return self._status
+        loads = tuple((rung.name, seconds) for rung, seconds in self._load_s.copy().items())
+        return replace(self._status, longest_load_s=loads)
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -737,7 +740,7 @@ class RuntimeChain:
         return _LAST_ATTEMPTS if rung == self._rungs[-1] else _ATTEMPTS
 
     def _try_to_load(self, load: _Load) -> _Engine:
-        started = time.monotonic()
+        started_ns = self._monotonic_ns()
         host = load.host = self._host_factory(load.rung)
         try:
             facts = host.load()
@@ -748,7 +751,8 @@ class RuntimeChain:
         except BaseException:
             self._let_go(load.rung, host)
             raise
-        self._load_s[load.rung] = max(self._load_s.get(load.rung, 0.0), time.monotonic() - started)
+        took_s = (self._monotonic_ns() - started_ns) / 1e9
+        self._load_s[load.rung] = max(self._load_s.get(load.rung, 0.0), took_s)
         deadline_s = max(self._config.inference_deadline_ms / 1e3, _LATE * warm_up_s)
         return _Engine(
             load.rung, host, facts, deadline_s, max(self._config.hang_timeout_ms / 1e3, _LATE * deadline_s)
@@ -1293,7 +1297,7 @@ class RuntimeChain:
                 alerts=self._standing_alerts(status.active, status.facts) if status.active and status.facts else (),
             )
         self._status = status
-        self._on_change(status)
+        self._on_change(self.status())
 
 
 def _gpu_bytes(engine: _Engine) -> int:

@@ -188,6 +188,21 @@ def test_f3_no_standby_where_none_is_wanted():
     assert bench.chain.status().standby is None and len(bench.workers) == 1
 
 
+def test_the_longest_load_of_a_rung_is_told():
+    bench = Bench(CPU)
+    seconds = iter((0.3, 0.5, 0.2))
+
+    def load_for_a_while(rung):
+        bench.now_ns += int(next(seconds) * 1e9)
+
+    bench.before_load = load_for_a_while
+    bench.ready()
+    bench.standby().kill()
+    bench.settle()
+    assert next(seconds, None) is None, 'three have been loaded'
+    assert bench.chain.status().longest_load_s == ((CPU.name, 0.5),)
+
+
 @pytest.mark.parametrize('act', ['die', 'fail'])
 def test_f2_the_standby_answers_the_same_frame(act):
     bench = Bench(GPU, CPU).ready()

@@ -119,6 +119,7 @@ def runtime_report(
             'switches': chain.switches,
             'gpu_lost': chain.gpu_lost,
         }
+        values |= {f'longest_load_s {rung}': f'{seconds:.3f}' for rung, seconds in chain.longest_load_s}
         values |= {f'out {rung}': reason for rung, reason in chain.failures}
     values |= {f'failures in {callback}': count for callback, count in callback_failures.items()}
     values |= {f'notice {number}': notice for number, notice in enumerate(notices, 1)}

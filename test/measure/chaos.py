@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import math
 import os
 import random
 import signal
@@ -41,6 +42,9 @@ from gps_denied_c7.worker import SPARE_NAME, WORKER_NAME
 
 CAMERA = '/camera/image_raw'
 
+# A frame that was sent so close to a blow may have been under way, or was the next one.
+_AROUND_S = 0.1
+
 
 @dataclass
 class Account:
@@ -50,6 +54,7 @@ class Account:
     :param blows: monotonic seconds, what was done and to whom (``serving``, ``standby`` or ``spare``).
     :param sent: monotonic seconds of publication by stamp.
     :param answered: monotonic seconds and frame number of each answer, by stamp, in order of arrival.
+    :param load_s: what the slowest load of an engine took, as the node tells.
     :param levels: monotonic seconds, resident bytes and open descriptors of the node before each blow.
     :param workers: process ids of all workers that were seen.
     :param left: what was there after the node had ended; Fast DDS's files are counted in ``left_by_dds``.
@@ -60,6 +65,7 @@ class Account:
     answered: list[tuple[int, float, int]] = field(default_factory=list)
     counters: dict[str, str] = field(default_factory=dict)
     switches: list[dict] = field(default_factory=list)
+    load_s: float = 0.0
     left_active: bool = False
     levels: list[tuple[float, int, int]] = field(default_factory=list)
     workers: set[int] = field(default_factory=set)
@@ -91,21 +97,28 @@ class Account:
             found.append('the node left active')
         return [*found, *self.left]
 
-    def latencies_after(self, *kinds: str, within_s: float) -> list[float]:
-        """Return, for each blow to the serving worker of that kind, the slowest answer to a frame sent since."""
-        slowest = []
+    def latencies_after(self, *kinds: str, alone: bool) -> np.ndarray:
+        """
+        Return, for each blow of ``kinds`` to the serving worker, the seconds of the slowest answer around it.
+
+        :param alone: blows that no other engine's came before for as long as a load takes, else only those that were
+            not alone so.
+        """
         arrived = {stamp: when for stamp, when, _ in self.answered}
+        slowest: list[float] = []
+        last = -math.inf
         for when, kind, role in self.blows:
-            if kind not in kinds or role != 'serving':
+            if role == 'spare':
                 continue
-            took = [
-                arrived[stamp] - sent
-                for stamp, sent in self.sent.items()
-                if when - 0.1 <= sent <= when + within_s and stamp in arrived
-            ]
-            if took:
-                slowest.append(max(took))
-        return slowest
+            if kind in kinds and role == 'serving' and alone == (when - last >= self.load_s):
+                around = [
+                    arrived[stamp] - sent
+                    for stamp, sent in self.sent.items()
+                    if abs(sent - when) <= _AROUND_S and stamp in arrived
+                ]
+                slowest += [max(around)] if around else []
+            last = when
+        return np.array(slowest)
 
 
 def workers(process: NodeProcess, name: str = WORKER_NAME) -> list[int]:
@@ -228,6 +241,8 @@ def run(
         deadline = time.monotonic() + 30.0
         while not settled() and time.monotonic() < deadline:
             time.sleep(0.1)
+        loads = {name: value for name, value in peer.values('Runtime').items() if name.startswith('longest_load_s')}
+        account.load_s = max(float(value) for value in loads.values())
         account.switches = peer.payloads('c7.runtime_switched')
         account.workers.update(workers(process), workers(process, SPARE_NAME))
         segments = process.shared_memory()
@@ -281,11 +296,16 @@ def main() -> int:
     pauses = np.diff(sorted(account.sent.values())) * 1e3
     print(f'longest pause of the camera: {pauses.max():.0f} ms')
     print(f'switches recorded: {len(account.switches)}; camera to tensors p50 {usual:.1f} ms')
+    print(f'longest load: {account.load_s * 1e3:.0f} ms')
     for name, kinds in (('death', ('SIGKILL', 'SIGSEGV')), ('hang', ('SIGSTOP',))):
-        slowest = np.array(account.latencies_after(*kinds, within_s=0.1)) * 1e3
-        if slowest.size:
-            p50, p95 = np.percentile(slowest, (50, 95))
-            print(f'slowest answer around a {name}: p50 {p50:.0f}, p95 {p95:.0f}, max {slowest.max():.0f} ms')
+        for alone, where in ((True, 'after a whole load'), (False, 'sooner')):
+            slowest = account.latencies_after(*kinds, alone=alone) * 1e3
+            if slowest.size:
+                p50, p95 = np.percentile(slowest, (50, 95))
+                print(
+                    f'slowest answer around a {name} {where}: p50 {p50:.0f}, p95 {p95:.0f}, '
+                    f'max {slowest.max():.0f} ms, {slowest.size} of them'
+                )
     print(_describe_levels(account.levels))
     print(f'left by Fast DDS: {account.left_by_dds} files; by the node: {len(account.left)}')
     for problem in account.problems():

@@ -48,6 +48,11 @@ def test_a_primary_rung_is_ok():
     assert report.values['provider'] == 'CPUExecutionProvider'
 
 
+def test_it_shows_how_long_the_engines_of_a_rung_take_to_load():
+    report = runtime_report('active', chain(longest_load_s=(('onnx_trt_ep/cpu', 0.31),)), '', {})
+    assert report.values['longest_load_s onnx_trt_ep/cpu'] == '0.310'
+
+
 def test_standing_alerts_are_a_warning_that_names_them():
     report = runtime_report('active', chain(alerts=('c7.cpu_fallback',), is_fallback=True), '', {})
     assert report.level == WARN
