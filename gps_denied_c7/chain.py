@@ -8,12 +8,12 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from enum import Enum
-from typing import NoReturn, Protocol, TypeVar
+from typing import NoReturn, TypeVar
 
 from numpy.typing import NDArray
 
 from gps_denied_c7.bundle import ModelBundle
+from gps_denied_c7.chain_status import ChainState, ChainStatus
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import (
     C7Error,
@@ -26,12 +26,11 @@ from gps_denied_c7.errors import (
     error_and_causes,
     join_reasons,
 )
+from gps_denied_c7.rungs import ORT_LABEL, Rung, RungHost, build_rungs
 from gps_denied_c7.runtime import EngineFacts, ProviderSet
 from gps_denied_c7.tensors import TensorSpec, noise_inputs
 
-__all__ = ['ORT_LABEL', 'Answer', 'ChainState', 'ChainStatus', 'Rung', 'RungHost', 'RuntimeChain', 'build_rungs']
-
-ORT_LABEL = 'onnx_trt_ep'
+__all__ = ['Answer', 'RuntimeChain']
 
 _ATTEMPTS, _LAST_ATTEMPTS = 2, 6
 _DEATHS = 3
@@ -49,130 +48,6 @@ _LASTING = (RuntimeUnavailableError, EngineSchemaMismatchError)
 ErrorT = TypeVar('ErrorT', bound=BaseException)
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Rung:
-    """One step of the chain: a strategy on a set of providers."""
-
-    strategy: str
-    providers: ProviderSet
-
-    @property
-    def name(self) -> str:
-        """As ``onnx_trt_ep/cpu``."""
-        return f'{self.strategy}/{self.providers.value}'
-
-
-def build_rungs(config: C7InferenceConfig, bundle: ModelBundle) -> tuple[Rung, ...]:
-    """
-    Return the rungs in order of preference (F-2).
-
-    Every GPU rung comes before the CPU, since a CPU session must not outrank another strategy's GPU.
-    A bare ``.onnx``, whose tensors nobody has named, can be run by ONNX Runtime only.
-    """
-    strategies = config.runtime_chain if bundle.inputs else (ORT_LABEL,)
-    rungs = [Rung(strategy, ProviderSet.GPU) for strategy in strategies]
-    if not config.ort_disallow_cpu_fallback:
-        rungs.append(Rung(ORT_LABEL, ProviderSet.CPU))
-    return tuple(rungs)
-
-
-class RungHost(Protocol):
-    """
-    Where a rung's engine lives.
-
-    It raises errors of this package's family; whatever else escapes it costs the rung, not the node.
-    For one thread, except :meth:`kill`.
-    """
-
-    @property
-    def inputs(self) -> tuple[TensorSpec, ...]:
-        """Canonical inputs, known once loaded."""
-        ...
-
-    @property
-    def outputs(self) -> tuple[TensorSpec, ...]:
-        """Canonical outputs, known once loaded."""
-        ...
-
-    @property
-    def alive(self) -> bool:
-        """Whether it can still answer; never waits."""
-        ...
-
-    @property
-    def request_arrays(self) -> Mapping[str, NDArray]:
-        """Arrays by name that a request is read from without a copy; empty where there are none yet."""
-        ...
-
-    def load(self) -> EngineFacts:
-        """Load the engine and warm it up."""
-        ...
-
-    def begin(self, inputs: Mapping[str, NDArray]) -> None:
-        """Hand one request over, which is read before this returns or out of :attr:`request_arrays`."""
-        ...
-
-    def poll(self, timeout_s: float | None) -> dict[str, NDArray] | None:
-        """Return the answer, valid until the next :meth:`begin`; None where it is not there in time."""
-        ...
-
-    def responds(self, patience_s: float) -> bool:
-        """Ask for a sign of life now and then while no request runs; False ``patience_s`` after that; never waits."""
-        ...
-
-    def kill(self) -> None:
-        """Begin to end a request or a load that does not return, and the engine with it; never waits."""
-        ...
-
-    def release(self) -> None:
-        """Begin to free everything; never waits for a process; safe to repeat."""
-        ...
-
-    def join(self, timeout_s: float) -> bool:
-        """Wait until nothing is left of what was released; False where something is after ``timeout_s``."""
-        ...
-
-
-class ChainState(str, Enum):
-    """What the chain can do now."""
-
-    UNLOADED = 'unloaded'
-    READY = 'ready'
-    EXHAUSTED = 'exhausted'
-
-
-@dataclass(frozen=True, slots=True)
-class ChainStatus:
-    """
-    Describe the chain at one moment.
-
-    :param active: the rung that serves, None while unloaded or exhausted.
-    :param facts: what that rung loaded.
-    :param is_fallback: the serving rung is not the first of the chain.
-    :param alerts: record kinds of the alerts that stand while this rung serves.
-    :param failures: why each rung that was tried does not serve, in chain order.
-    :param since_ns: steady clock since when, nanoseconds.
-    :param standby: the rung of the engine that answers when the serving one does not, None where there is none.
-    :param switches: changes of the serving rung since the chain was loaded.
-    :param gpu_lost: GPU rungs do not serve until one of them has been proven again beside the CPU.
-    :param longest_load_s: seconds by rung, from the start of its worker to its last proof.
-    """
-
-    model_name: str
-    weights_digest: str
-    state: ChainState
-    active: Rung | None = None
-    facts: EngineFacts | None = None
-    is_fallback: bool = False
-    alerts: tuple[str, ...] = ()
-    failures: tuple[tuple[str, str], ...] = ()
-    since_ns: int = 0
-    standby: Rung | None = None
-    switches: int = 0
-    gpu_lost: bool = False
-    longest_load_s: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping
 from numpy.typing import NDArray
 
 from gps_denied_c7.bundle import ModelBundle
-from gps_denied_c7.chain import Rung
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import InferenceError, RuntimeUnavailableError
 from gps_denied_c7.gate import EngineGate
+from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import (
     BuildConfig,
     BuildProgress,

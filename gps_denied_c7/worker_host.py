@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gps_denied_c7.bundle import ModelBundle
-from gps_denied_c7.chain import Rung
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import EngineDeserializeError, InferenceError, WorkerDiedError
 from gps_denied_c7.gpu_memory import GpuMemoryBudget, GpuMemoryClaim
+from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import BuildProgress, EngineFacts, ProviderSet
 from gps_denied_c7.runtimes import require_strategy
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout

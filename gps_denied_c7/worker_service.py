@@ -13,9 +13,9 @@ from typing import Any, NoReturn, cast
 from numpy.typing import NDArray
 
 from gps_denied_c7.bundle import ModelBundle
-from gps_denied_c7.chain import Rung
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.hosts import in_process_hosts
+from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import BuildProgress, EngineFacts, ProviderSet
 from gps_denied_c7.runtimes.gpu_usage import GpuMemoryWatch
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gps_denied_c7.bundle import ModelBundle
-from gps_denied_c7.chain import ChainState, Rung, RuntimeChain, build_rungs
+from gps_denied_c7.chain import RuntimeChain
+from gps_denied_c7.chain_status import ChainState
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import (
     ChainExhaustedError,
@@ -20,6 +21,7 @@ from gps_denied_c7.errors import (
     join_reasons,
 )
 from gps_denied_c7.hosts import SynchronousHost
+from gps_denied_c7.rungs import Rung, build_rungs
 from gps_denied_c7.runtime import EngineFacts, ProviderSet
 from gps_denied_c7.tensors import TensorSpec, noise_inputs
 from gps_denied_c7.thermal import UnknownThermalState

@@ -12,7 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from test_standby import CPU, GPU, OTHER_GPU, Bench, ScriptedWorker
 
 from gps_denied_c7.bundle import AllClose
-from gps_denied_c7.chain import ChainState, Rung
+from gps_denied_c7.chain_status import ChainState
 from gps_denied_c7.errors import (
     ChainExhaustedError,
     EngineDeserializeError,
@@ -21,6 +21,7 @@ from gps_denied_c7.errors import (
     RuntimeUnavailableError,
     WorkerDiedError,
 )
+from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import ProviderSet
 
 ORT_GPU = Rung('onnx_trt_ep', ProviderSet.GPU)

@@ -17,7 +17,7 @@ ROS = (
     'launch', 'launch_ros', 'lifecycle_msgs', 'rcl_interfaces', 'rclpy', 'rosgraph_msgs', 'sensor_msgs', 'std_msgs',
 )
 # Each may import what stands before it.
-LAYERS = ('errors', 'tensors', 'bundle', 'runtime', 'runtimes', 'chain', 'pipeline', 'ros')
+LAYERS = ('errors', 'tensors', 'bundle', 'runtime', 'runtimes', 'rungs', 'chain', 'pipeline', 'ros')
 
 # The node, and the processes that measure it over ROS.
 ABOUT_ROS = (f'{PACKAGE}.ros', f'{PACKAGE}.bench')

@@ -7,13 +7,14 @@ import numpy as np
 import pytest
 
 from gps_denied_c7.bundle import ModelBundle
-from gps_denied_c7.chain import Rung, RuntimeChain
+from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.decoding import Pixels
 from gps_denied_c7.errors import C7Error, ConfigError, EngineDeserializeError, InferenceError, ModelBundleError
 from gps_denied_c7.hosts import SynchronousHost
 from gps_denied_c7.model_swap import ModelSwapper, SwapPhase, fit_model
 from gps_denied_c7.pipeline import FramePipeline, InferenceThread
+from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import EngineFacts, ProviderSet
 from gps_denied_c7.slots import Frame, FrameSlots
 from gps_denied_c7.statistics import Statistics

@@ -12,10 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gps_denied_c7.bundle import AllClose, ModelBundle
-from gps_denied_c7.chain import ChainState, Rung, RuntimeChain
+from gps_denied_c7.chain import RuntimeChain
+from gps_denied_c7.chain_status import ChainState
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import ChainExhaustedError, EngineDeserializeError, InferenceError, WorkerDiedError
 from gps_denied_c7.gpu_memory import GpuMemoryBudget
+from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import EngineFacts, ProviderSet
 from gps_denied_c7.tensors import TensorSpec
 

@@ -26,7 +26,7 @@ pytest.importorskip('onnxruntime')
 
 from gps_denied_c7 import worker_process, worker_service
 from gps_denied_c7.bundle import ModelBundle
-from gps_denied_c7.chain import Rung, RuntimeChain
+from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.demo.network import write_demo_bundle
 from gps_denied_c7.errors import (
@@ -40,6 +40,7 @@ from gps_denied_c7.errors import (
 )
 from gps_denied_c7.gpu_memory import GpuMemoryBudget
 from gps_denied_c7.hosts import in_process_hosts
+from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import EngineFacts, ProviderSet
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.thermal import UnknownThermalState
@@ -215,7 +216,7 @@ def test_f1_a_worker_dies_with_its_node(bundle, tmp_path):
     code = f"""
 import sys, time
 from gps_denied_c7.bundle import ModelBundle
-from gps_denied_c7.chain import Rung
+from gps_denied_c7.rungs import Rung
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.runtime import ProviderSet
 from gps_denied_c7.worker_host import worker_hosts

@@ -20,7 +20,8 @@ from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 
 from gps_denied_c7.bundle import ModelBundle
-from gps_denied_c7.chain import ORT_LABEL, ChainStatus, Rung, RungHost, RuntimeChain
+from gps_denied_c7.chain import RuntimeChain
+from gps_denied_c7.chain_status import ChainStatus
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import C7Error, ConfigError, ImageRejectedError
 from gps_denied_c7.gpu_memory import GpuMemoryBudget
@@ -44,6 +45,7 @@ from gps_denied_c7.ros.lifecycle import ResponsiveLifecycleNode
 from gps_denied_c7.ros.messages import decode_message, stamp_ns, to_tensor_list
 from gps_denied_c7.ros.parameters import LiveSettings, NodeParameters, NodeSettings
 from gps_denied_c7.ros.streams import ImageStream, publisher_mismatches
+from gps_denied_c7.rungs import ORT_LABEL, Rung, RungHost
 from gps_denied_c7.runtime import BuildProgress
 from gps_denied_c7.scratch import Scratch
 from gps_denied_c7.slots import Frame, FrameSlots

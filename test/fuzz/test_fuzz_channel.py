@@ -21,9 +21,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gps_denied_c7.bundle import ModelBundle
-from gps_denied_c7.chain import Rung
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import C7Error, EngineSchemaMismatchError, InferenceError
+from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import ProviderSet
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.tensors import TensorSpec

@@ -20,9 +20,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
 from gps_denied_c7.bundle import ModelBundle
-from gps_denied_c7.chain import Rung
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import C7Error, EngineDeserializeError
+from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import ProviderSet
 from gps_denied_c7.runtimes.onnx_model import read_onnx
 from gps_denied_c7.worker_host import worker_hosts

@@ -3,7 +3,7 @@
 import pytest
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 
-from gps_denied_c7.chain import ChainState, ChainStatus, Rung
+from gps_denied_c7.chain_status import ChainState, ChainStatus
 from gps_denied_c7.model_swap import SwapPhase, SwapStatus
 from gps_denied_c7.ros.diagnostics import (
     DiagnosticsPublisher,
@@ -14,6 +14,7 @@ from gps_denied_c7.ros.diagnostics import (
     stream_report,
     thermal_report,
 )
+from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import BuildProgress, EngineFacts, ProviderSet
 from gps_denied_c7.statistics import Percentiles, StreamCounters
 from gps_denied_c7.thermal import ThermalLevel, ThermalState, UnknownThermalState

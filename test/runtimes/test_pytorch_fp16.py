@@ -16,10 +16,11 @@ from onnx_models import INPUTS, OUTPUTS, SHAPE, bundle_around
 from torch_models import REQUEST, arithmetic, write_program
 
 from gps_denied_c7.bundle import Artefact, ModelBundle
-from gps_denied_c7.chain import Rung, RuntimeChain
+from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import EngineDeserializeError, InferenceError, RuntimeUnavailableError
 from gps_denied_c7.hosts import InProcessHost
+from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import BuildConfig, EngineCacheEntry, EngineHandle, ProviderSet
 from gps_denied_c7.runtimes.pytorch_fp16 import PytorchFp16Runtime
 from gps_denied_c7.tensors import TensorSpec
