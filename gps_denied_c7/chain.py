@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import NoReturn, TypeVar
 
 from numpy.typing import NDArray
@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain_status import ChainState, ChainStatus
 from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.engine_loader import EngineLoad, EngineLoader, LoadedEngine
 from gps_denied_c7.errors import (
     C7Error,
     ChainExhaustedError,
@@ -26,22 +27,22 @@ from gps_denied_c7.errors import (
     error_and_causes,
     join_reasons,
 )
+from gps_denied_c7.gpu_health import GpuHealth
+from gps_denied_c7.leaving import LeavingEngines
+from gps_denied_c7.pauses import Pauses
+from gps_denied_c7.proof import Proof
 from gps_denied_c7.rungs import ORT_LABEL, Rung, RungHost, build_rungs
 from gps_denied_c7.runtime import EngineFacts, ProviderSet
-from gps_denied_c7.tensors import TensorSpec, noise_inputs
+from gps_denied_c7.tensors import TensorSpec
 
 __all__ = ['Answer', 'RuntimeChain']
 
 _ATTEMPTS, _LAST_ATTEMPTS = 2, 6
 _DEATHS = 3
-_SHORTEST_LOAD_S = 2.0
-_WARM_UPS = 4
-_LATE = 3.0
 _SHADOWED_FRAMES = 3
 _GIVEN_UP = 10.0
 _LOOK_S = 0.02
-_CANCEL_S = 1.0
-_UNKILLABLE_S = 2.0
+_RESTART = 'restart'
 # What no second attempt can change while this process runs.
 _LASTING = (RuntimeUnavailableError, EngineSchemaMismatchError)
 
@@ -64,60 +65,6 @@ class Answer:
     is_fallback: bool
     model_name: str
     weights_digest: str
-
-
-@dataclass(eq=False, slots=True)
-class _Engine:
-    """
-    One loaded engine of the chain.
-
-    :param deadline_s: seconds after which a request counts as late, from its hand-over.
-    :param hang_s: seconds after which it counts as hung.
-    :param began_ns: hand-over of the request that it runs besides the serving engine's.
-    :param expected: what the serving engine answered to that request, where the two are compared.
-    :param agreements: live frames on which it gave the serving engine's answer.
-    :param request: number of the chain's request that it was handed last.
-    :param late_answer: what it answered to that at last, where it was late.
-    """
-
-    rung: Rung
-    host: RungHost
-    facts: EngineFacts
-    deadline_s: float
-    hang_s: float
-    began_ns: int = 0
-    expected: dict[str, NDArray] | None = None
-    agreements: int = 0
-    request: int = 0
-    late_answer: dict[str, NDArray] | None = None
-
-
-@dataclass(eq=False, slots=True)
-class _Load:
-    """One engine being loaded by a thread of its own."""
-
-    rung: Rung
-    done: threading.Event = field(default_factory=threading.Event)
-    host: RungHost | None = None
-    engine: _Engine | None = None
-    error: BaseException | None = None
-    cancelled: bool = False
-
-    def kill(self) -> None:
-        """End the load where it has come to a host."""
-        if self.host is not None:
-            self.host.kill()
-
-
-@dataclass(eq=False, slots=True)
-class _Leaving:
-    """An engine that is being ended; ``stuck`` once it has taken too long."""
-
-    rung: Rung
-    host: RungHost
-    pid: int | None
-    since_ns: int
-    stuck: bool = False
 
 
 class _LateError(InferenceError):
@@ -159,28 +106,28 @@ class RuntimeChain:
         self._config = config
         self._isolated = config.isolation == 'process'
         self._rungs = build_rungs(config, bundle) if rungs is None else rungs
-        self._host_factory = host_factory
         self._emit = emit
         self._on_change = on_change
         self._monotonic_ns = monotonic_ns
         self._turn = threading.RLock()
         self._closing = False
-        self._engine: _Engine | None = None
-        self._standby: _Engine | None = None
-        self._candidate: _Engine | None = None
-        self._late: list[_Engine] = []
-        self._loads: list[_Load] = []
-        self._load_s: dict[Rung, float] = {}
-        self._pauses: dict[tuple[str, Rung], tuple[int, float]] = {}
+        self._engine: LoadedEngine | None = None
+        self._standby: LoadedEngine | None = None
+        self._candidate: LoadedEngine | None = None
+        self._late: list[LoadedEngine] = []
+        self._leaving = LeavingEngines(emit=emit, monotonic_ns=monotonic_ns)
+        self._gpu = GpuHealth(config.gpu_fault_window_s, monotonic_ns)
+        self._pauses = Pauses(monotonic_ns)
+        self._proof = Proof(bundle)
+        self._loader = EngineLoader(
+            config, host_factory, self._proof,
+            attempts=self._attempts, given_up=lambda: self._closing, let_go=self._leaving.add,
+            monotonic_ns=monotonic_ns,
+        )  # fmt: skip
         self._announced: frozenset[str] = frozenset()
         self._failures: dict[str, BaseException] = {}
         self._beside: RuntimeChain | None = None
-        self._golden: tuple[dict[str, NDArray], dict[str, NDArray]] | None = None
-        self._gpu_faults: deque[tuple[int, Rung]] = deque(maxlen=8)
-        self._leaving: list[_Leaving] = []
         self._request = 0
-        self._retry_at_ns = 0
-        self._backoff_s = 0.0
         self._status = ChainStatus(bundle.name, bundle.weights_digest, ChainState.UNLOADED)
 
     @property
@@ -190,8 +137,7 @@ class RuntimeChain:
 
     def status(self) -> ChainStatus:
         """Return the latest status without waiting for anything."""
-        loads = tuple((rung.name, seconds) for rung, seconds in self._load_s.copy().items())
-        return replace(self._status, longest_load_s=loads)
+        return replace(self._status, gpu_lost=self._gpu.lost, longest_load_s=self._loader.longest_s())
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -270,7 +216,7 @@ class RuntimeChain:
                 self._restart(at_once=True)
                 return
             try:
-                self._prove(self._engine.host, self._engine.hang_s)
+                self._proof.run(self._engine.host, self._engine.hang_s)
             except Exception as error:
                 started_ns = self._monotonic_ns()
                 failed = self._fail_serving(error)
@@ -296,7 +242,7 @@ class RuntimeChain:
                 self._restart()
             started_ns = self._monotonic_ns()
             self._request += 1
-            before = (tuple(self._gpu_faults), self._status.gpu_lost)
+            restore_gpu = self._gpu.remember()
             failures: dict[Rung, Exception] = {}
             loaded_afresh: Counter[Rung] = Counter()
             late_before = False
@@ -336,7 +282,7 @@ class RuntimeChain:
                         name: array.copy() if array is in_place.get(name) else array for name, array in inputs.items()
                     }
                     if (again or not others) and engine.host.alive and self._passes_proof(engine):
-                        self._restore_gpu(*before)
+                        restore_gpu()
                         self._blame_request(failures, started_ns)
                     _log.error('%s failed a frame: %s', rung.name, error)
                     self._fail_serving(error)
@@ -348,7 +294,7 @@ class RuntimeChain:
                         self._replace_serving((rung,))
                         if self._serving() in failures:
                             # Afresh it passes its proof once more: the request is what it does not survive.
-                            self._restore_gpu(*before)
+                            restore_gpu()
                             self._blame_request(failures, started_ns)
                         continue
                     if self._replace_serving(others if spent else (*others, rung)):
@@ -357,7 +303,7 @@ class RuntimeChain:
                 break
             if self._engine is not first:
                 self._record_first_switch(failures, started_ns)
-            self._backoff_s = 0.0
+            self._pauses.forget(_RESTART)
             self._announce()
             self._shadow(inputs, outputs)
             return self._answer(outputs)
@@ -400,8 +346,7 @@ class RuntimeChain:
             self._closing = True
             if (engine := self._engine) is not None:
                 engine.host.kill()
-            for load in list(self._loads):
-                load.kill()
+            self._loader.kill_all()
             if not self._turn.acquire(timeout=timeout_s / 2):
                 raise InferenceError(
                     f'{self._status.active.name if self._status.active else "the chain"} still runs a request '
@@ -413,9 +358,8 @@ class RuntimeChain:
             self._drop_all()
             self._failures.clear()
             self._pauses.clear()
-            self._golden = None
-            self._find_gpu()
-            self._backoff_s = 0.0
+            self._proof.forget()
+            self._gpu.find()
             self._set_status(state=ChainState.UNLOADED, active=None, facts=None, standby=None, switches=0)
         finally:
             self._closing = False
@@ -423,7 +367,7 @@ class RuntimeChain:
 
     # --- one request ------------------------------------------------------------------------------
 
-    def _ask(self, engine: _Engine, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
+    def _ask(self, engine: LoadedEngine, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """
         Return the answer of ``engine``; where it is late, wait while another one is being loaded (F-4).
 
@@ -457,7 +401,7 @@ class RuntimeChain:
         outputs, engine.late_answer = engine.late_answer, None
         return outputs
 
-    def _age_s(self, engine: _Engine) -> float:
+    def _age_s(self, engine: LoadedEngine) -> float:
         return (self._monotonic_ns() - engine.began_ns) / 1e9
 
     # --- walking the chain ------------------------------------------------------------------------
@@ -497,9 +441,7 @@ class RuntimeChain:
             _log.warning('%s is still loading; the next rung serves meanwhile.', rung.name)
         if self._serve_candidate():
             return
-        first, longest = self._config.restart_backoff_s
-        self._backoff_s = min(longest, self._backoff_s * 2) if self._backoff_s else first
-        self._retry_at_ns = self._monotonic_ns() + int(self._backoff_s * 1e9)
+        self._pauses.begin(_RESTART, self._config.restart_backoff_s)
         self._set_status(state=ChainState.EXHAUSTED, active=None, facts=None)
         exhausted = self._exhausted()
         if not self._closing:
@@ -518,59 +460,54 @@ class RuntimeChain:
         self._take_over(engine)
         return True
 
-    def _take_over(self, engine: _Engine) -> None:
+    def _take_over(self, engine: LoadedEngine) -> None:
         """Have the candidate serve; where the GPU was lost, its proofs have shown that it is back."""
         self._candidate = None
         if not self._may_serve(engine.rung):
             _log.warning('%s works: the GPU is back.', engine.rung.name)
-            self._find_gpu()
+            self._gpu.find()
         self._serve(engine)
 
-    def _load_within(self, rung: Rung, budget_s: float | None) -> _Engine | None:
+    def _load_within(self, rung: Rung, budget_s: float | None) -> LoadedEngine | None:
         """Load ``rung``; None where it goes on loading in the background."""
-        load = next((load for load in self._loads if load.rung == rung), None)
+        load = self._loader.find(rung)
         if load is None:
             if budget_s is None or not self._isolated or self._config.build_on_configure:
                 return self._load_here(rung)
-            load = self._start_load(rung)
+            load = self._loader.start(rung)
         if not load.done.wait(None if budget_s is None else max(0.0, budget_s)):
             return None
-        self._loads.remove(load)
+        self._loader.loads.remove(load)
         if isinstance(load.error, GpuMemoryError):
             return self._load_here(rung)
         if load.error is not None:
             raise load.error
         return load.engine
 
-    def _load_here(self, rung: Rung) -> _Engine:
-        load = _Load(rung)
-        # Listed, so that a release from another thread can end it.
-        self._loads.append(load)
-        try:
-            return self._load_engine(load)
-        except GpuMemoryError as error:
-            if not self._make_room(error.lack_bytes, load) and not self._make_room_beside(error.lack_bytes):
-                raise
-            return self._load_engine(load)
-        finally:
-            self._loads.remove(load)
+    def _load_here(self, rung: Rung) -> LoadedEngine:
+        with self._loader.listed(rung) as load:
+            try:
+                return self._loader.load(load)
+            except GpuMemoryError as error:
+                if not self._make_room(error.lack_bytes, load) and not self._make_room_beside(error.lack_bytes):
+                    raise
+                return self._loader.load(load)
 
-    def _make_room(self, lack_bytes: int, but: _Load | None = None) -> bool:
+    def _make_room(self, lack_bytes: int, but: EngineLoad | None = None) -> bool:
         """Free the candidate, the standby and what is being loaded, as far as it takes; False where it is no use."""
         others = [engine for engine in (self._candidate, self._standby) if engine is not None]
-        loads = [load for load in self._loads if load is not but and load.rung.providers is not ProviderSet.CPU]
-        if not loads and sum(_gpu_bytes(engine) for engine in others) < lack_bytes:
+        loads = [load for load in self._loader.loads if load is not but and _on_gpu(load.rung)]
+        if not loads and sum(engine.gpu_bytes for engine in others) < lack_bytes:
             return False
         for engine in others:
             if lack_bytes <= 0:
                 return True
-            if taken := _gpu_bytes(engine):
+            if taken := engine.gpu_bytes:
                 _log.warning('%s gives way: another engine lacks GPU memory.', engine.rung.name)
                 self._free(engine)
                 lack_bytes -= taken
         if lack_bytes > 0:
-            self._loads = [load for load in self._loads if load not in loads]
-            self._cancel(loads)
+            self._loader.cancel(loads)
             for load in loads:
                 self._postpone_load(load.rung)
         return True
@@ -578,7 +515,7 @@ class RuntimeChain:
     def _make_room_beside(self, lack_bytes: int) -> bool:
         return self._beside is not None and self._beside.make_room(lack_bytes)
 
-    def _free(self, engine: _Engine) -> None:
+    def _free(self, engine: LoadedEngine) -> None:
         """Free an engine that does not serve, and do not load it again at once."""
         if engine is self._standby:
             self._drop_standby()
@@ -587,53 +524,11 @@ class RuntimeChain:
             self._drop_candidate()
             self._postpone('promotion', engine.rung)
 
-    def _load_engine(self, load: _Load) -> _Engine:
-        # A rung that has been loaded before is known to need about so long; one that hangs meanwhile is not waited for.
-        known_s = self._load_s.get(load.rung)
-        limit_s = self._config.load_timeout_s if known_s is None else max(_SHORTEST_LOAD_S, _LATE * known_s)
-        attempts = self._attempts(load.rung)
-        while True:
-            attempts -= 1
-            limit_s = min(limit_s, self._config.load_timeout_s)
-            watchdog = threading.Timer(limit_s, load.kill)
-            watchdog.daemon = True
-            if known_s is not None and self._isolated:
-                watchdog.start()
-            try:
-                return self._try_to_load(load)
-            except WorkerDiedError as error:
-                # The engine may be what killed it, or somebody from outside: only another attempt tells.
-                _log.error('%s died while it was being loaded: %s', load.rung.name, error)
-                if not attempts or self._closing or load.cancelled:
-                    raise
-                limit_s *= 2
-            finally:
-                watchdog.cancel()
-
     def _attempts(self, rung: Rung) -> int:
         """Return how often ``rung`` is loaded in a row while its workers die; there is nothing after the last one."""
         return _LAST_ATTEMPTS if rung == self._rungs[-1] else _ATTEMPTS
 
-    def _try_to_load(self, load: _Load) -> _Engine:
-        started_ns = self._monotonic_ns()
-        host = load.host = self._host_factory(load.rung)
-        try:
-            facts = host.load()
-            warm_up_s = self._prove(host, self._config.load_timeout_s)
-            if self._isolated:
-                for _ in range(_WARM_UPS):
-                    warm_up_s = max(warm_up_s, self._ask_proof(host, self._config.load_timeout_s)[1])
-        except BaseException:
-            self._let_go(load.rung, host)
-            raise
-        took_s = (self._monotonic_ns() - started_ns) / 1e9
-        self._load_s[load.rung] = max(self._load_s.get(load.rung, 0.0), took_s)
-        deadline_s = max(self._config.inference_deadline_ms / 1e3, _LATE * warm_up_s)
-        return _Engine(
-            load.rung, host, facts, deadline_s, max(self._config.hang_timeout_ms / 1e3, _LATE * deadline_s)
-        )
-
-    def _serve(self, engine: _Engine) -> None:
+    def _serve(self, engine: LoadedEngine) -> None:
         self._engine = engine
         self._failures.pop(engine.rung.name, None)
         for note in engine.facts.notes:
@@ -655,18 +550,18 @@ class RuntimeChain:
                 self._drop_candidate()
 
     def _may_serve(self, rung: Rung) -> bool:
-        return not self._status.gpu_lost or rung.providers is ProviderSet.CPU or self._flies_gpu_only()
+        return not self._gpu.lost or not _on_gpu(rung) or self._flies_gpu_only()
 
     def _may_take_over(self, rung: Rung) -> bool:
         """Return whether ``rung`` may be proven beside what serves: on a lost GPU beside the CPU, unless it hangs."""
-        cpu_serves = self._engine is not None and self._engine.rung.providers is ProviderSet.CPU
+        cpu_serves = self._engine is not None and not _on_gpu(self._engine.rung)
         return self._may_serve(rung) or (cpu_serves and not self._gpu_hangs())
 
     def _gpu_hangs(self) -> bool:
-        return any(leaving.stuck and leaving.rung.providers is not ProviderSet.CPU for leaving in self._leaving)
+        return any(_on_gpu(rung) for rung in self._leaving.stuck())
 
     def _flies_gpu_only(self) -> bool:
-        return all(rung.providers is not ProviderSet.CPU for rung in self._rungs)
+        return all(_on_gpu(rung) for rung in self._rungs)
 
     def _after(self, failed: Rung) -> tuple[Rung, ...]:
         return self._rungs[self._rungs.index(failed) + 1 :]
@@ -676,8 +571,8 @@ class RuntimeChain:
     def _look_after_others(self) -> None:
         """Take what came of loads, late answers and shadowed frames; never waits."""
         self._take_loads()
-        for leaving in list(self._leaving):
-            self._look_after_leaving(leaving)
+        for rung in self._leaving.look():
+            self._lose_gpu(rung, 'a worker cannot be ended')
         for engine in list(self._late):
             self._look_after_late(engine)
         if self._standby is not None:
@@ -685,7 +580,7 @@ class RuntimeChain:
         if self._candidate is not None:
             self._hear_candidate(self._candidate)
 
-    def _look_after_standby(self, engine: _Engine) -> None:
+    def _look_after_standby(self, engine: LoadedEngine) -> None:
         """Drop one that could not answer if it were asked."""
         if not engine.host.alive:
             _log.error('%s died standing by.', engine.rung.name)
@@ -696,14 +591,14 @@ class RuntimeChain:
             return
         self._drop_standby()
 
-    def _look_after_late(self, engine: _Engine) -> None:
+    def _look_after_late(self, engine: LoadedEngine) -> None:
         try:
             engine.late_answer = engine.host.poll(0.0)
         except Exception as error:
             _log.error('%s, which was late, failed: %s', engine.rung.name, error)
             self._late.remove(engine)
             self._note_fault(engine.rung)
-            self._let_go(engine.rung, engine.host)
+            self._leaving.add(engine.rung, engine.host)
             return
         if engine.late_answer is not None:
             self._late.remove(engine)
@@ -713,29 +608,9 @@ class RuntimeChain:
             self._late.remove(engine)
             _log.error('%s has not answered for %.1f s and is killed.', engine.rung.name, self._age_s(engine))
             self._note_fault(engine.rung)
-            self._let_go(engine.rung, engine.host)
+            self._leaving.add(engine.rung, engine.host)
 
-    def _let_go(self, rung: Rung, host: RungHost) -> None:
-        """Have an engine ended, which no frame waits for (F-4); from any thread."""
-        pid = getattr(host, 'pid', None)
-        host.release()
-        if not host.join(0.0) and all(leaving.host is not host for leaving in self._leaving):
-            self._leaving.append(_Leaving(rung, host, pid, self._monotonic_ns()))
-
-    def _look_after_leaving(self, leaving: _Leaving) -> None:
-        if leaving.host.join(0.0):
-            self._leaving.remove(leaving)
-        elif not leaving.stuck and self._monotonic_ns() - leaving.since_ns > _UNKILLABLE_S * 1e9:
-            self._tell_stuck(leaving)
-            self._lose_gpu(leaving.rung, 'a worker cannot be ended')
-
-    def _tell_stuck(self, leaving: _Leaving) -> None:
-        leaving.stuck = True
-        rung, pid = leaving.rung.name, leaving.pid
-        _log.error('a worker of %s (pid %s) cannot be ended; it holds its memory until its driver lets go.', rung, pid)
-        self._emit('c7.worker_unkillable', rung=rung, pid=pid)
-
-    def _hear_candidate(self, engine: _Engine) -> None:
+    def _hear_candidate(self, engine: LoadedEngine) -> None:
         """Compare what the engine that is to take over made of a live frame, where it has answered."""
         if engine.expected is None:
             return
@@ -774,7 +649,7 @@ class RuntimeChain:
         self._serve_standby()
         self._record_switch(engine.rung.name, 'the GPU is lost', started_ns, frames_affected=0)
 
-    def _promote(self, engine: _Engine) -> None:
+    def _promote(self, engine: LoadedEngine) -> None:
         """Have a better rung serve from the next frame on; the one that served stands by."""
         started_ns = self._monotonic_ns()
         before, self._engine = self._engine, None
@@ -809,24 +684,24 @@ class RuntimeChain:
             _log.warning('%s does not take over yet: %s', engine.rung.name, fault)
             self._emit('c7.promotion_delayed', rung=engine.rung.name, reason=fault)
             self._postpone('promotion', engine.rung)
-        self._let_go(engine.rung, engine.host)
+        self._leaving.add(engine.rung, engine.host)
 
-    def _stand_by(self, engine: _Engine, *, ordered: bool = False) -> None:
+    def _stand_by(self, engine: LoadedEngine, *, ordered: bool = False) -> None:
         """Have ``engine`` stand by where one is wanted; an ordered one takes the place of one less preferred."""
         standby, wanted = self._standby, ordered or self._config.hot_standby
         if standby is not None and ordered and self._preference(engine.rung) < self._preference(standby.rung):
-            self._let_go(standby.rung, standby.host)
+            self._leaving.add(standby.rung, standby.host)
             standby = None
         if standby is None and wanted and self._may_serve(engine.rung):
             self._standby = engine
             self._set_status(standby=engine.rung)
         else:
-            self._let_go(engine.rung, engine.host)
+            self._leaving.add(engine.rung, engine.host)
 
     def _drop_standby(self) -> None:
         engine, self._standby = self._standby, None
         if engine is not None:
-            self._let_go(engine.rung, engine.host)
+            self._leaving.add(engine.rung, engine.host)
             self._set_status(standby=None)
 
     def _preference(self, rung: Rung) -> tuple[bool, int]:
@@ -838,7 +713,7 @@ class RuntimeChain:
     def _order_loads(self) -> None:
         """Begin what is missing: an engine that stands by (F-3), then better ones to serve (F-6) and to stand by."""
         engine = self._engine
-        if not self._isolated or engine is None or self._loads or self._closing:
+        if not self._isolated or engine is None or self._loader.loads or self._closing:
             return
         if self._config.hot_standby and self._standby is None and not self._late:
             self._order_standby()
@@ -847,16 +722,16 @@ class RuntimeChain:
             standing_by = self._preference(self._standby.rung)
             wanted += [rung for rung in self._after(engine.rung) if self._preference(rung) < standing_by]
         for rung in wanted:
-            if not self._loads and self._may_try(rung) and self._due('promotion', rung):
-                self._start_load(rung)
+            if not self._loader.loads and self._may_try(rung) and self._due('promotion', rung):
+                self._loader.start(rung)
 
     def _order_standby(self) -> None:
         engine = self._engine
-        if not self._isolated or engine is None or self._loads:
+        if not self._isolated or engine is None or self._loader.loads:
             return
         for rung in sorted((*self._after(engine.rung), engine.rung), key=self._preference):
             if self._may_try(rung) and self._due('standby', rung):
-                self._start_load(rung)
+                self._loader.start(rung)
                 return
 
     def _may_try(self, rung: Rung) -> bool:
@@ -864,41 +739,26 @@ class RuntimeChain:
         allowed = self._may_take_over(rung) if self._is_better(rung) else self._may_serve(rung)
         return allowed and not isinstance(self._failures.get(rung.name), _LASTING)
 
-    def _start_load(self, rung: Rung) -> _Load:
-        load = _Load(rung)
-        self._loads.append(load)
-        threading.Thread(target=self._run_load, args=(load,), name='c7-load', daemon=True).start()
-        return load
-
-    def _run_load(self, load: _Load) -> None:
-        try:
-            load.engine = self._load_engine(load)
-        except BaseException as error:
-            load.error = error
-        load.done.set()
-        if load.cancelled and load.engine is not None:
-            self._let_go(load.rung, load.engine.host)
-
     def _take_loads(self) -> None:
-        for load in [load for load in self._loads if load.done.is_set()]:
-            if load not in self._loads:
+        for load in [load for load in self._loader.loads if load.done.is_set()]:
+            if load not in self._loader.loads:
                 # It has given way to one before it.
                 continue
-            self._loads.remove(load)
+            self._loader.loads.remove(load)
             better = self._is_better(load.rung)
             if load.engine is not None and better and self._may_take_over(load.rung):
                 self._drop_candidate()
                 self._candidate = load.engine
             elif load.engine is not None:
-                self._pauses.pop(('standby', load.rung), None)
-                self._pauses.pop(('promotion', load.rung), None)
+                self._pauses.forget(('standby', load.rung))
+                self._pauses.forget(('promotion', load.rung))
                 self._stand_by(load.engine, ordered=True)
             elif load.error is not None:
                 if isinstance(load.error, GpuMemoryError):
                     self._record_lack(load.rung, load.error)
                     if better and self._make_room(load.error.lack_bytes):
                         # A better engine is worth more than one that stands by; with nothing left to free, it waits.
-                        self._start_load(load.rung)
+                        self._loader.start(load.rung)
                         continue
                 self._postpone_load(load.rung)
                 if better:
@@ -913,39 +773,32 @@ class RuntimeChain:
         if (purpose, rung) not in self._pauses and purpose == 'promotion':
             # It has just failed: its first attempt is one pause away.
             self._postpone(purpose, rung)
-        return self._monotonic_ns() >= self._pauses.get((purpose, rung), (0, 0.0))[0]
+        return self._pauses.over((purpose, rung))
 
     def _postpone_load(self, rung: Rung) -> None:
         self._postpone('standby' if self._standby is None and not self._is_better(rung) else 'promotion', rung)
 
     def _postpone(self, purpose: str, rung: Rung) -> None:
-        config = self._config
-        first, longest = config.promotion_backoff_s if purpose == 'promotion' else config.restart_backoff_s
-        pause_s = min(longest, 2 * self._pauses[purpose, rung][1]) if (purpose, rung) in self._pauses else first
-        self._pauses[purpose, rung] = (self._monotonic_ns() + int(pause_s * 1e9), pause_s)
+        promotion = purpose == 'promotion'
+        bounds_s = self._config.promotion_backoff_s if promotion else self._config.restart_backoff_s
+        self._pauses.begin((purpose, rung), bounds_s)
 
     # --- failures ---------------------------------------------------------------------------------
 
-    def _passes_proof(self, engine: _Engine) -> bool:
+    def _passes_proof(self, engine: LoadedEngine) -> bool:
         try:
-            self._prove(engine.host, engine.hang_s)
+            self._proof.run(engine.host, engine.hang_s)
         except Exception as error:
             _log.error('%s fails its proof: %s', engine.rung.name, error)
             return False
         return True
-
-    def _restore_gpu(self, faults: tuple[tuple[int, Rung], ...], lost: bool) -> None:
-        """Forget what a request cost that fails everywhere: it is no sign of a lost GPU."""
-        self._gpu_faults.clear()
-        self._gpu_faults.extend(faults)
-        self._status = replace(self._status, gpu_lost=lost)
 
     def _blame_request(self, failures: Mapping[Rung, Exception], started_ns: int) -> NoReturn:
         """Raise what the usable rungs made of a request, while the one that passes its proof goes on serving."""
         serving = self._serving()
         if next(iter(failures)) != serving:
             self._record_first_switch(failures, started_ns)
-        self._backoff_s = 0.0
+        self._pauses.forget(_RESTART)
         cause = failures[serving]
         raise InferenceError(
             f'no runtime can answer this request, while {serving.name} still passes its proof: {cause}',
@@ -962,14 +815,14 @@ class RuntimeChain:
             raise self._exhausted()
         if before.state is ChainState.EXHAUSTED and not self._gpu_hangs():
             # Nothing serves, so nothing is risked by trying what was given up for the CPU's sake.
-            self._find_gpu()
+            self._gpu.find()
         self._replace_serving(self._rungs)
         if before.state is ChainState.EXHAUSTED:
             self._record_switch('none', 'the chain was exhausted', before.since_ns, frames_affected=0)
 
     def _may_restart(self) -> bool:
         """Return whether an exhausted chain has an engine that was loaded meanwhile, or its pause is over."""
-        return self._standby is not None or self._monotonic_ns() >= self._retry_at_ns
+        return self._standby is not None or self._pauses.over(_RESTART)
 
     def _fail_serving(self, error: Exception) -> Rung:
         rung = self._serving()
@@ -980,28 +833,21 @@ class RuntimeChain:
         return rung
 
     def _note_fault(self, rung: Rung) -> None:
-        if rung.providers is ProviderSet.CPU:
-            return
-        now_ns = self._monotonic_ns()
-        self._gpu_faults.append((now_ns, rung))
-        window_ns = int(self._config.gpu_fault_window_s * 1e9)
-        if len({fault for when_ns, fault in self._gpu_faults if now_ns - when_ns <= window_ns}) >= 2:
-            self._lose_gpu(rung, f'two GPU rungs failed within {self._config.gpu_fault_window_s:.0f} s')
+        if _on_gpu(rung) and self._gpu.note_fault(rung):
+            self._leave_gpu_alone()
 
     def _lose_gpu(self, rung: Rung, why: str) -> None:
-        if rung.providers is ProviderSet.CPU:
-            return
-        _log.error('%s: the GPU is lost.', why)
-        self._status = replace(self._status, gpu_lost=True)
+        if _on_gpu(rung):
+            self._gpu.lose(why)
+            self._leave_gpu_alone()
+
+    def _leave_gpu_alone(self) -> None:
+        """Have no engine on the GPU that was lost take over, for a pause."""
         if self._candidate is not None and not self._may_serve(self._candidate.rung):
             self._drop_candidate()
         for each in self._rungs:
             if not self._may_serve(each):
                 self._postpone('promotion', each)
-
-    def _find_gpu(self) -> None:
-        self._gpu_faults.clear()
-        self._status = replace(self._status, gpu_lost=False)
 
     def _reject(self, rung: Rung, error: Exception) -> None:
         _log_unexpected(rung, error)
@@ -1021,36 +867,6 @@ class RuntimeChain:
                 left_bytes=error.left_bytes,
                 reason=error.message,
             )
-
-    def _prove(self, host: RungHost, limit_s: float) -> float:
-        """
-        Run one inference that reaches no consumer; golden inputs where the bundle has them.
-
-        :return: seconds that it took.
-        :raises InferenceError: it fails, is not right, or takes longer than ``limit_s``.
-        """
-        outputs, took_s = self._ask_proof(host, limit_s)
-        if self._golden is not None and (disagreements := self._bundle.compare(outputs, self._golden[1])):
-            raise InferenceError(
-                f'the golden outputs are not reproduced: {" ".join(disagreements)}',
-                remedy="Build the artefact again from the bundle's source weights.",
-            )
-        return took_s
-
-    def _ask_proof(self, host: RungHost, limit_s: float) -> tuple[dict[str, NDArray], float]:
-        """Return the answer to the proof, which nobody has looked at, and the seconds that it took."""
-        if self._bundle.golden is not None and self._golden is None:
-            # Read once: an engine that is loaded must not fall with files that change on the disk.
-            self._golden = (self._bundle.golden_inputs(), self._bundle.golden_outputs())
-        request = self._golden[0] if self._golden is not None else noise_inputs(host.inputs)
-        started = time.monotonic()
-        host.begin(request)
-        outputs = host.poll(limit_s)
-        took_s = time.monotonic() - started
-        if outputs is None:
-            host.kill()
-            raise InferenceError(f'its proof took longer than {limit_s:.1f} s.')
-        return outputs, took_s
 
     # --- what is told to others -------------------------------------------------------------------
 
@@ -1129,32 +945,16 @@ class RuntimeChain:
     def _drop_serving(self) -> None:
         engine, self._engine = self._engine, None
         if engine is not None:
-            self._let_go(engine.rung, engine.host)
+            self._leaving.add(engine.rung, engine.host)
 
     def _drop_all(self) -> None:
         self._drop_serving()
         others = [*self._late, *filter(None, (self._standby, self._candidate))]
         self._late, self._standby, self._candidate, self._announced = [], None, None, frozenset()
         for engine in others:
-            self._let_go(engine.rung, engine.host)
-        loads, self._loads = self._loads, []
-        self._cancel(loads)
-        end = time.monotonic() + _UNKILLABLE_S
-        for leaving in list(self._leaving):
-            if leaving.host.join(max(0.0, end - time.monotonic())):
-                self._leaving.remove(leaving)
-            elif not leaving.stuck:
-                self._tell_stuck(leaving)
-
-    def _cancel(self, loads: list[_Load]) -> None:
-        """End loads whose engines nobody waits for any more."""
-        for load in loads:
-            load.cancelled = True
-            load.kill()
-        for load in loads:
-            # One that ends later frees its engine itself.
-            if load.done.wait(_CANCEL_S) and load.engine is not None:
-                self._let_go(load.rung, load.engine.host)
+            self._leaving.add(engine.rung, engine.host)
+        self._loader.cancel(self._loader.loads)
+        self._leaving.wait()
 
     def _set_status(self, **changes: object) -> None:
         status = replace(
@@ -1175,8 +975,8 @@ class RuntimeChain:
         self._on_change(self.status())
 
 
-def _gpu_bytes(engine: _Engine) -> int:
-    return engine.facts.gpu_memory_bytes or 0
+def _on_gpu(rung: Rung) -> bool:
+    return rung.providers is not ProviderSet.CPU
 
 
 def _without_frames(error: ErrorT) -> ErrorT:

@@ -88,7 +88,7 @@ class WatchedBench(Bench):
     def __init__(self, *rungs, sizes, **config):
         self.created, self.violations = [], []
         super().__init__(*rungs, sizes=sizes, **config)
-        start_load = self.chain._start_load
+        start_load = self.chain._loader.start
 
         def start_and_join(rung):
             load = start_load(rung)
@@ -104,7 +104,7 @@ class WatchedBench(Bench):
                 self.open_gate()
             return load_within(rung, budget_s)
 
-        cancel = self.chain._cancel
+        cancel = self.chain._loader.cancel
 
         def cancel_at_once(loads):
             # A process that is killed ends its load, held or not.
@@ -115,12 +115,12 @@ class WatchedBench(Bench):
             if held:
                 self.loads_may_end.clear()
 
-        self.chain._start_load, self.chain._load_within = start_and_join, load_at_last
-        self.chain._cancel = cancel_at_once
+        self.chain._loader.start, self.chain._load_within = start_and_join, load_at_last
+        self.chain._loader.cancel = cancel_at_once
 
     def open_gate(self):
         self.loads_may_end.set()
-        for load in list(self.chain._loads):
+        for load in list(self.chain._loader.loads):
             assert load.done.wait(30)
 
     def held(self):
@@ -244,7 +244,7 @@ class ChainMachine(RuleBasedStateMachine):
         self.chain.release()
         self.follow()
         assert self.chain.status().state is ChainState.UNLOADED
-        assert not self.chain._loads and not self.bench.held()
+        assert not self.chain._loader.loads and not self.bench.held()
         assert all(worker.released for worker in self.bench.created)
 
     @rule()
@@ -323,7 +323,7 @@ class ChainMachine(RuleBasedStateMachine):
         held = self.bench.held()
         assert len(held) == len(set(held)), 'an engine has one role'
         assert not [worker for worker in held if worker.released]
-        loading = {load.host for load in chain._loads}
+        loading = {load.host for load in chain._loader.loads}
         assert all(worker.released or worker in held or worker in loading for worker in self.bench.created)
         assert len(loading) <= max(1, len(chain.rungs))
         claims = self.bench.memory.held()

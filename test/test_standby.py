@@ -146,9 +146,9 @@ class Bench:
         """Let every load that has been ordered end, and the chain see it."""
         deadline = time.monotonic() + 30
         self.chain.maintain()
-        while self.chain._loads:
+        while self.chain._loader.loads:
             assert time.monotonic() < deadline
-            self.chain._loads[0].done.wait(0.05)
+            self.chain._loader.loads[0].done.wait(0.05)
             self.chain.maintain()
 
     def ready(self):
@@ -655,7 +655,7 @@ def test_n10_a_chain_that_is_loaded_beside_another_loads_its_standby_with_its_fi
     bench = Bench(GPU, CPU)
     bench.chain.load(beside=Bench(GPU, CPU).chain)
     bench.chain.shadow({'x': np.ones((1, 2), np.float32)})
-    assert len(bench.workers) == 1 and not bench.chain._loads
+    assert len(bench.workers) == 1 and not bench.chain._loader.loads
     bench.ask()
     bench.settle()
     assert bench.chain.status().standby == CPU

@@ -1,0 +1,214 @@
+"""Load the engines of a chain and prove them, in the calling thread or in one of their own (F-1, F-5)."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from numpy.typing import NDArray
+
+from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.errors import WorkerDiedError
+from gps_denied_c7.proof import Proof
+from gps_denied_c7.rungs import Rung, RungHost
+from gps_denied_c7.runtime import EngineFacts
+
+__all__ = ['EngineLoad', 'EngineLoader', 'LoadedEngine']
+
+_SHORTEST_LOAD_S = 2.0
+_WARM_UPS = 4
+_LATE = 3.0
+_CANCEL_S = 1.0
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(eq=False, slots=True)
+class LoadedEngine:
+    """
+    One loaded engine of a chain, and what the chain has it do.
+
+    :param deadline_s: seconds after which a request counts as late, from its hand-over.
+    :param hang_s: seconds after which it counts as hung.
+    :param began_ns: hand-over of the request that it runs besides the serving engine's.
+    :param expected: what the serving engine answered to that request, where the two are compared.
+    :param agreements: live frames on which it gave the serving engine's answer.
+    :param request: number of the chain's request that it was handed last.
+    :param late_answer: what it answered to that at last, where it was late.
+    """
+
+    rung: Rung
+    host: RungHost
+    facts: EngineFacts
+    deadline_s: float
+    hang_s: float
+    began_ns: int = 0
+    expected: dict[str, NDArray] | None = None
+    agreements: int = 0
+    request: int = 0
+    late_answer: dict[str, NDArray] | None = None
+
+    @property
+    def gpu_bytes(self) -> int:
+        """GPU memory that its process takes, as far as that is known."""
+        return self.facts.gpu_memory_bytes or 0
+
+
+@dataclass(eq=False, slots=True)
+class EngineLoad:
+    """
+    One engine that is being loaded.
+
+    :param done: set once ``engine`` or ``error`` is.
+    :param cancelled: nobody waits for it any more; what comes of it is freed.
+    """
+
+    rung: Rung
+    done: threading.Event = field(default_factory=threading.Event)
+    host: RungHost | None = None
+    engine: LoadedEngine | None = None
+    error: BaseException | None = None
+    cancelled: bool = False
+
+    def kill(self) -> None:
+        """End the load where it has come to a host."""
+        if self.host is not None:
+            self.host.kill()
+
+
+class EngineLoader:
+    """
+    Load and prove engines, again where a worker dies meanwhile.
+
+    The engine may be what killed it, or somebody from outside: only another attempt tells.
+
+    :param host_factory: makes the host of a rung; it may raise a C7Error instead. Called from several threads.
+    :param proof: what an engine has to pass.
+    :param attempts: how often a rung is loaded in a row while its workers die.
+    :param given_up: whether no load is to be tried again.
+    :param let_go: frees a host that came to nothing; called from several threads.
+    :param monotonic_ns: steady clock in nanoseconds.
+    """
+
+    def __init__(
+        self,
+        config: C7InferenceConfig,
+        host_factory: Callable[[Rung], RungHost],
+        proof: Proof,
+        *,
+        attempts: Callable[[Rung], int],
+        given_up: Callable[[], bool],
+        let_go: Callable[[Rung, RungHost], None],
+        monotonic_ns: Callable[[], int] = time.monotonic_ns,
+    ) -> None:
+        self._config = config
+        self._isolated = config.isolation == 'process'
+        self._host_factory = host_factory
+        self._proof = proof
+        self._attempts = attempts
+        self._given_up = given_up
+        self._let_go = let_go
+        self._monotonic_ns = monotonic_ns
+        self._longest_s: dict[Rung, float] = {}
+        self.loads: list[EngineLoad] = []
+        """Loads that are under way, or that nobody has taken what came of them."""
+
+    def longest_s(self) -> tuple[tuple[str, float], ...]:
+        """Return by rung the seconds of the longest load, from the start of its worker to its last proof."""
+        return tuple((rung.name, seconds) for rung, seconds in self._longest_s.copy().items())
+
+    def start(self, rung: Rung) -> EngineLoad:
+        """Begin to load an engine in a thread of its own."""
+        load = EngineLoad(rung)
+        self.loads.append(load)
+        threading.Thread(target=self._run, args=(load,), name='c7-load', daemon=True).start()
+        return load
+
+    @contextlib.contextmanager
+    def listed(self, rung: Rung) -> Iterator[EngineLoad]:
+        """List a load that the calling thread does by :meth:`load`, so that another thread can end it."""
+        load = EngineLoad(rung)
+        self.loads.append(load)
+        try:
+            yield load
+        finally:
+            self.loads.remove(load)
+
+    def find(self, rung: Rung) -> EngineLoad | None:
+        """Return the load of ``rung`` that is under way, None where there is none."""
+        return next((load for load in self.loads if load.rung == rung), None)
+
+    def load(self, load: EngineLoad) -> LoadedEngine:
+        """
+        Load and prove an engine in the calling thread.
+
+        :raises C7Error: it cannot be loaded, or fails its proof.
+        :raises WorkerDiedError: its workers died, as often as it was tried.
+        """
+        # A rung that has been loaded before is known to need about so long; one that hangs meanwhile is not waited for.
+        known_s = self._longest_s.get(load.rung)
+        limit_s = self._config.load_timeout_s if known_s is None else max(_SHORTEST_LOAD_S, _LATE * known_s)
+        attempts = self._attempts(load.rung)
+        while True:
+            attempts -= 1
+            limit_s = min(limit_s, self._config.load_timeout_s)
+            watchdog = threading.Timer(limit_s, load.kill)
+            watchdog.daemon = True
+            if known_s is not None and self._isolated:
+                watchdog.start()
+            try:
+                return self._try(load)
+            except WorkerDiedError as error:
+                _log.error('%s died while it was being loaded: %s', load.rung.name, error)
+                if not attempts or self._given_up() or load.cancelled:
+                    raise
+                limit_s *= 2
+            finally:
+                watchdog.cancel()
+
+    def kill_all(self) -> None:
+        """Begin to end all loads; from any thread."""
+        for load in list(self.loads):
+            load.kill()
+
+    def cancel(self, loads: Sequence[EngineLoad]) -> None:
+        """End loads whose engines nobody waits for any more."""
+        self.loads = [load for load in self.loads if load not in loads]
+        for load in loads:
+            load.cancelled = True
+            load.kill()
+        for load in loads:
+            # One that ends later frees its engine itself.
+            if load.done.wait(_CANCEL_S) and load.engine is not None:
+                self._let_go(load.rung, load.engine.host)
+
+    def _run(self, load: EngineLoad) -> None:
+        try:
+            load.engine = self.load(load)
+        except BaseException as error:
+            load.error = error
+        load.done.set()
+        if load.cancelled and load.engine is not None:
+            self._let_go(load.rung, load.engine.host)
+
+    def _try(self, load: EngineLoad) -> LoadedEngine:
+        started_ns = self._monotonic_ns()
+        host = load.host = self._host_factory(load.rung)
+        try:
+            facts = host.load()
+            limit_s = self._config.load_timeout_s
+            warm_up_s = self._proof.run(host, limit_s)
+            if self._isolated:
+                warm_up_s = max(warm_up_s, *(self._proof.time(host, limit_s) for _ in range(_WARM_UPS)))
+        except BaseException:
+            self._let_go(load.rung, host)
+            raise
+        took_s = (self._monotonic_ns() - started_ns) / 1e9
+        self._longest_s[load.rung] = max(self._longest_s.get(load.rung, 0.0), took_s)
+        deadline_s = max(self._config.inference_deadline_ms / 1e3, _LATE * warm_up_s)
+        hang_s = max(self._config.hang_timeout_ms / 1e3, _LATE * deadline_s)
+        return LoadedEngine(load.rung, host, facts, deadline_s, hang_s)

@@ -1,0 +1,42 @@
+"""Pauses between attempts that fail, each twice as long as the one before."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable
+
+__all__ = ['Pauses']
+
+
+class Pauses:
+    """
+    Say when something that has failed may be tried again.
+
+    :param monotonic_ns: steady clock in nanoseconds.
+    """
+
+    def __init__(self, monotonic_ns: Callable[[], int] = time.monotonic_ns) -> None:
+        self._monotonic_ns = monotonic_ns
+        self._pauses: dict[Hashable, tuple[int, float]] = {}
+
+    def __contains__(self, what: Hashable) -> bool:
+        """Return whether ``what`` has failed since it was last forgotten."""
+        return what in self._pauses
+
+    def begin(self, what: Hashable, bounds_s: tuple[float, float]) -> None:
+        """Begin the next pause of ``what``; the first of ``bounds_s`` the first time, never more than the second."""
+        first, longest = bounds_s
+        pause_s = min(longest, 2 * self._pauses[what][1]) if what in self._pauses else first
+        self._pauses[what] = (self._monotonic_ns() + int(pause_s * 1e9), pause_s)
+
+    def over(self, what: Hashable) -> bool:
+        """Return whether ``what`` may be tried now."""
+        return self._monotonic_ns() >= self._pauses.get(what, (0, 0.0))[0]
+
+    def forget(self, what: Hashable) -> None:
+        """Have the next pause of ``what`` be the shortest again; it may be tried at once."""
+        self._pauses.pop(what, None)
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._pauses.clear()
