@@ -18,6 +18,7 @@ from gps_denied_c7.ros.dds import apply_profile, sweep_segments, transport_warni
 from gps_denied_c7.ros.executor import PoolExecutor
 from gps_denied_c7.ros.log import forward_to, log_files_problem
 from gps_denied_c7.ros.node import C7InferenceNode
+from gps_denied_c7.ros.signals import on_first_signal
 from gps_denied_c7.thermal import ThermalSource
 from gps_denied_c7.thermal_sources import find_thermal_source
 
@@ -33,30 +34,18 @@ class _Stop:
     Turn the first SIGINT, SIGTERM or SIGHUP into an orderly end that is over within 4 s (N-8).
 
     SIGHUP, which a terminal that is closed sends, is left alone where it was ignored before, as by nohup.
-
-    A handler written in Python runs in the main thread between any two bytecodes, inside another handler
-    and under locks that it may itself want. So the handlers do nothing, and a thread learns of signals
-    from the descriptor that the interpreter writes them to.
     """
 
     def __init__(self) -> None:
         self._asked = threading.Event()
         self.reason = ''
-        self._signals, writer = os.pipe()
-        os.set_blocking(writer, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        self._ending = [signal.SIGINT, signal.SIGTERM]
+        ending = [signal.SIGINT, signal.SIGTERM]
         if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            self._ending.append(signal.SIGHUP)
-        for number in self._ending:
-            signal.signal(number, lambda number, frame: None)
-        threading.Thread(target=self._watch, name='c7-signals', daemon=True).start()
+            ending.append(signal.SIGHUP)
+        on_first_signal(ending, self._end)
 
-    def _watch(self) -> None:
-        # Whatever else has a handler is written as well.
-        while (number := os.read(self._signals, 1)[0]) not in self._ending:
-            pass
-        self.reason = signal.Signals(number).name
+    def _end(self, number: signal.Signals) -> None:
+        self.reason = number.name
         self._asked.set()
         # An engine or a DDS teardown that hangs must not hold the process; what had to be told was told.
         time.sleep(_GIVE_UP_S)

@@ -23,6 +23,7 @@ from rclpy.signals import SignalHandlerOptions
 
 from gps_denied_c7.fdr import read_payload
 from gps_denied_c7.ros.dds import apply_profile, tune_allocator
+from gps_denied_c7.ros.signals import on_first_signal
 
 __all__ = ['Observer', 'main']
 
@@ -110,8 +111,7 @@ def main(args: Sequence[str] | None = None) -> int:
     parser.add_argument('--tensors', type=Path, metavar='FILE', help='.npz for tensors of up to 64 KiB each')
     options = parser.parse_args(args)
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
+    on_first_signal((signal.SIGINT, signal.SIGTERM), lambda number: stop.set())
     # Fast DDS prints its errors on standard output; they belong on standard error, apart from the events.
     events = os.fdopen(os.dup(sys.stdout.fileno()), 'w', encoding='utf-8')
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -27,6 +27,7 @@ from rosgraph_msgs.msg import Clock
 
 from gps_denied_c7.ros.bag import Bag, BagError, BagTopic
 from gps_denied_c7.ros.dds import apply_profile, transport_warnings, tune_allocator
+from gps_denied_c7.ros.signals import on_first_signal
 
 __all__ = ['ReplayOptions', 'ReplayReport', 'Replayer', 'TopicReport', 'main']
 
@@ -357,12 +358,10 @@ class _Signals:
     def __init__(self) -> None:
         self.stop = threading.Event()
         self.received: signal.Signals | None = None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        on_first_signal((signal.SIGINT, signal.SIGTERM), self._note)
 
-    def _on_signal(self, number: int, frame: object) -> None:
-        if self.received is None:
-            self.received = signal.Signals(number)
+    def _note(self, number: signal.Signals) -> None:
+        self.received = number
         self.stop.set()
 
 

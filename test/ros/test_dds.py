@@ -245,6 +245,9 @@ def test_a_node_removes_what_a_killed_one_left(monkeypatch):
             left = wait_until(killed.shared_memory, 'the shared memory of the first')
             wait_until(lambda: 'DDS profile' in killed.output(), 'its start')
             used = wait_until(living.shared_memory, 'the shared memory of the second')
+            # As if they were new: no other node that starts on this machine meanwhile takes them before this test does.
+            for path in left:
+                os.utime(path)
             killed.signal(signal.SIGKILL)
             killed.wait()
             assert all(path.exists() for path in left), 'Fast DDS cleans up by itself now: the sweep can go'
