@@ -50,6 +50,7 @@ class HostIo:
 
     An output whose size depends on the data has no place of its own; ONNX Runtime makes it anew each time.
 
+    :param session: on the CPU, or on a GPU that it copies an input to whenever that is bound.
     :param outputs: the session's own outputs, None where an axis is free.
     """
 
@@ -60,6 +61,8 @@ class HostIo:
         self._session = session
         self._binding = session.io_binding()
         self._free = [spec.name for spec in outputs if None in spec.shape]
+        self._on_cpu = session.get_providers() == ['CPUExecutionProvider']
+        self._inputs: dict[str, tuple[NDArray, tuple[int, ...]]] = {}
         self._outputs: dict[str, NDArray] = {}
         # Kept as long as they are bound, since they own nothing and are owned by nothing.
         self._values: dict[str, Any] = {}
@@ -74,7 +77,10 @@ class HostIo:
     def run(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """Run one request; see TensorIo."""
         for name, array in inputs.items():
-            self._binding.bind_cpu_input(name, array)
+            bound, shape = self._inputs.get(name, (None, ()))
+            if not self._on_cpu or bound is not array or shape != array.shape:
+                self._binding.bind_cpu_input(name, array)
+                self._inputs[name] = array, array.shape
         _bind_free(self._binding, self._free)
         self._session.run_with_iobinding(self._binding)
         return {**self._outputs, **_fetch_free(self._binding, self._free)}
@@ -90,7 +96,7 @@ class HostIo:
     def release(self) -> None:
         """Unbind everything; see TensorIo."""
         self._binding = self._session = None
-        self._values, self._outputs = {}, {}
+        self._values, self._inputs, self._outputs = {}, {}, {}
 
 
 class GpuIo:

@@ -117,6 +117,37 @@ def test_r1_contiguous_inputs_are_not_copied(runtime: NumpyRuntime, entry: Engin
     assert all(runtime.seen[-1][name] is array for name, array in REQUEST.items())
 
 
+def test_r1_what_was_run_before_is_known_only_as_long_as_it_is_the_same(
+    runtime: NumpyRuntime, entry: EngineCacheEntry
+) -> None:
+    handle = runtime.deserialize_engine(entry)
+    request = {name: array.copy() for name, array in REQUEST.items()}
+    for _ in range(2):
+        # After a request that was refused, nothing is known.
+        with pytest.raises(InferenceError):
+            runtime.infer(handle, {})
+    for number in (1, 2):
+        request['image'][...] = number
+        runtime.infer(handle, request)
+        assert runtime.seen[-1]['image'] is request['image']
+    wrong = {
+        'another shape': {**request, 'image': np.zeros((1, 5, 4), np.uint8)},
+        'another type': {**request, 'gain': np.ones(1, np.float32)},
+        'no array': {**request, 'gain': [1.0]},
+        'one more': {**request, 'bias': np.ones(1)},
+        'one less': {name: array for name, array in request.items() if name != 'gain'},
+        'another name': {('bias' if name == 'gain' else name): array for name, array in request.items()},
+    }
+    for what, inputs in wrong.items():
+        with pytest.raises(InferenceError):
+            runtime.infer(handle, inputs)
+        runtime.infer(handle, request)
+        assert runtime.seen[-1]['gain'] is request['gain'], what
+    request['image'].shape = (1, 5, 4)
+    with pytest.raises(InferenceError):
+        runtime.infer(handle, request)
+
+
 def test_r1_release_frees_once(runtime: NumpyRuntime, entry: EngineCacheEntry) -> None:
     handle = runtime.deserialize_engine(entry)
     for _ in range(2):

@@ -217,6 +217,27 @@ def test_r3_sizes_that_depend_on_the_data_follow_it(cuda: HostMemoryInsteadOfCud
         assert not io.seen_finite
 
 
+def test_f1_an_array_that_is_filled_again_is_run_as_it_is_now() -> None:
+    """F-1: bound once, as long as it is the same one in the same shape."""
+    value = helper.make_tensor_value_info
+    model = model_of(
+        [helper.make_node('Neg', ['x'], ['y'])],
+        [value('x', TensorProto.FLOAT, ['rows', 'columns'])],
+        [value('y', TensorProto.FLOAT, ['rows', 'columns'])],
+    )
+    io = HostIo(onnxruntime, session_on(model), (TensorSpec('y', 'float32', (None, None)),))
+    x = np.zeros((3, 4), np.float32)
+    for number in (1, 2):
+        x[...] = number
+        np.testing.assert_array_equal(io.run({'x': x})['y'], -x)
+    x.shape = (4, 3)
+    assert io.run({'x': x})['y'].shape == (4, 3)
+    other = np.ones((2, 2), np.float32)
+    np.testing.assert_array_equal(io.run({'x': other})['y'], -other)
+    np.testing.assert_array_equal(io.run({'x': x})['y'], -x)
+    io.release()
+
+
 def test_f1_answers_are_written_where_the_caller_wants_them() -> None:
     """F-1: into memory of the caller's where it fits; what does not fit, or has no fixed size, stays where it was."""
     model, outputs = points_and_negative()
