@@ -257,7 +257,7 @@ class RuntimeChain:
                     self._late.append(engine)
                     self._engine = None
                     self._serve_standby()
-                    failures.setdefault(engine.rung, late)
+                    failures.setdefault(engine.rung, _without_frames(late))
                     if (answer := self._answer_at_last()) is not None:
                         outputs = answer
                         break

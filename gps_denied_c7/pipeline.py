@@ -265,21 +265,24 @@ class InferenceThread:
         while not self._stopping:
             try:
                 self._take_replacement()
-                frame = self._slots.take(_IDLE_S)
-                if frame is None:
-                    self._pipeline.maintain()
-                elif self._too_old(frame):
-                    self._statistics.count(frame.topic, 'too_old')
-                elif self._shed(frame):
-                    self._statistics.count(frame.topic, 'shed')
-                else:
-                    self._pipeline.process(frame)
-                    self._pipeline.maintain()
+                # Not kept in a variable: once it is answered its memory takes the next image, still in the caches.
+                self._serve(self._slots.take(_IDLE_S))
             except C7Error as error:
                 _log.error('%s', error)
             except Exception:
                 # The thread is the node's only way to answer: it outlives whatever one frame brings.
                 _log.exception('the inference thread met an unexpected error and goes on')
+
+    def _serve(self, frame: Frame | None) -> None:
+        if frame is None:
+            self._pipeline.maintain()
+        elif self._too_old(frame):
+            self._statistics.count(frame.topic, 'too_old')
+        elif self._shed(frame):
+            self._statistics.count(frame.topic, 'shed')
+        else:
+            self._pipeline.process(frame)
+            self._pipeline.maintain()
 
     def _take_replacement(self) -> None:
         if self._replacement is None:
