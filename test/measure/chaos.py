@@ -124,7 +124,17 @@ class Account:
 def workers(process: NodeProcess, name: str = WORKER_NAME) -> list[int]:
     """Return the process ids of a node's workers, oldest first; of those without an engine for SPARE_NAME."""
     listed = subprocess.run(['pgrep', '-P', str(process.process.pid), '-x', name], capture_output=True, text=True)
-    return [int(word) for word in listed.stdout.split()]
+    started = {int(word): _start_ticks(int(word)) for word in listed.stdout.split()}
+    # Not by their ids, which begin anew at some point.
+    return sorted((pid for pid in started if started[pid]), key=lambda pid: started[pid])
+
+
+def _start_ticks(pid: int) -> int:
+    """Return when a process was started, 0 where it is gone."""
+    try:
+        return int(Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[19])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 @contextlib.contextmanager
