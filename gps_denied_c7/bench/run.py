@@ -68,7 +68,7 @@ class BenchOptions:
     seconds: float = 1.6
     warm_up_s: float = 0.4
     repetitions: int = 3
-    idle_s: float = 3.0
+    idle_s: float = 6.0
     domain_id: int | None = None
 
 
