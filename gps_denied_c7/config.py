@@ -40,7 +40,8 @@ class C7InferenceConfig:
     :param hot_standby: keep a second engine loaded that answers when the serving one does not; workers only.
     :param spare_worker: keep a worker process that has imported ONNX Runtime and has no model, about 60 MB, so that
         the next engine is loaded sooner; workers only.
-    :param load_timeout_s: seconds in which a worker must have loaded its engine, or show progress with a build.
+    :param load_timeout_s: seconds in which a worker must have loaded its engine, or begun to build it; one step of a
+        build may take ten minutes.
     :param inference_deadline_ms: milliseconds after which the standby answers in place of a late worker; three
         times the rung's own warm-up where that is longer.
     :param hang_timeout_ms: milliseconds after which a worker that does not answer is killed; three times the

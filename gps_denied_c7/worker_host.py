@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import math
 import os
 import pickle
 import threading
@@ -32,6 +33,8 @@ from gps_denied_c7.worker_service import WorkerTask
 __all__ = ['WorkerHost', 'worker_hosts']
 
 _LARGEST_ANSWER_BYTES = 1 << 30
+# A builder may measure one tactic, or time one layer, for minutes and show nothing meanwhile.
+_LONGEST_STEP_S = 600.0
 # A spare worker that does nothing with its task for so long is stopped, or starved.
 _SPARE_S = 1.0
 _SIGN_EVERY_S = 0.25
@@ -126,22 +129,28 @@ class WorkerHost:
         :raises C7Error: whatever the worker's runtime refused the engine with.
         """
         process = self._start(self._claim_memory())
-        # Where an engine is built, each sign of progress gives it as long again.
         limit_s = self._task.config.load_timeout_s
         deadline = time.monotonic() + limit_s
+        step: tuple[str, float | None] | None = None
         while True:
             packet = process.receive(deadline)
             if packet is None:
                 self.kill()
+                stood = f' Building an engine, it had come to: {step[0]}.' if step is not None else ''
                 raise EngineDeserializeError(
-                    f'{self._name()} did not load within {limit_s:.0f} s and was killed.',
+                    f'{self._name()} did not load, or get on with it, within {limit_s:.0f} s and was killed.{stood}',
                     remedy='Raise load_timeout_s, or build the engine before the flight (c7_engine build).',
                 )
             if isinstance(packet, int):
                 raise EngineDeserializeError(f'{self._name()} answers before it has loaded an engine.')
             if packet.get('say') == 'progress':
-                deadline = time.monotonic() + limit_s
-                self._tell_progress(packet)
+                progress = _progress(packet)
+                if (progress.phase, progress.fraction) != step:
+                    # Not each sign of life: it is given also while the builder hangs.
+                    step, limit_s = (progress.phase, progress.fraction), max(limit_s, _LONGEST_STEP_S)
+                    deadline = time.monotonic() + limit_s
+                if self._on_build is not None:
+                    self._on_build(progress)
                 continue
             if packet.get('say') == 'loading':
                 continue
@@ -367,20 +376,6 @@ class WorkerHost:
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise EngineDeserializeError(f'{self._name()} told something unreadable: {packet!a:.300}') from error
 
-    def _tell_progress(self, packet: dict[str, Any]) -> None:
-        if self._on_build is None:
-            return
-        fraction = packet.get('fraction')
-        try:
-            progress = BuildProgress(
-                plain_text(packet.get('phase', '')),
-                float(packet.get('elapsed_s', 0.0)),
-                None if fraction is None else float(fraction),
-            )
-        except (TypeError, ValueError, OverflowError) as error:
-            raise EngineDeserializeError(f'{self._name()} told something unreadable: {packet!a:.300}') from error
-        self._on_build(progress)
-
     def _copy(self, inputs: Mapping[str, NDArray]) -> None:
         """Copy ``inputs`` to where the worker reads them."""
         check_inputs(self._input_specs, inputs)
@@ -458,6 +453,21 @@ def _file_bytes(path: Path) -> int:
     with contextlib.suppress(OSError):
         return path.stat().st_size
     return 0
+
+
+def _progress(packet: Mapping[str, Any]) -> BuildProgress:
+    fraction = packet.get('fraction')
+    try:
+        progress = BuildProgress(
+            plain_text(packet.get('phase', '')),
+            float(packet.get('elapsed_s', 0.0)),
+            None if fraction is None else float(fraction),
+        )
+        if not math.isfinite(progress.elapsed_s) or not math.isfinite(progress.fraction or 0.0):
+            raise ValueError(packet)
+        return progress
+    except (TypeError, ValueError, OverflowError) as error:
+        raise EngineDeserializeError(f'a worker told something unreadable: {packet!a:.300}') from error
 
 
 def _spec(value: Any) -> TensorSpec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import json
@@ -24,7 +25,7 @@ import pytest
 pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 
-from gps_denied_c7 import worker_process, worker_service
+from gps_denied_c7 import worker_host, worker_process, worker_service
 from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
@@ -621,7 +622,7 @@ def test_f1_an_answer_of_a_segment_that_was_replaced_is_none(bundle, worker, mon
     'packet',
     [
         {'say': 'progress', 'elapsed_s': []}, {'say': 'progress', 'fraction': 'half'},
-        {'say': 'progress', 'elapsed_s': 10**400},
+        {'say': 'progress', 'elapsed_s': 10**400}, {'say': 'progress', 'fraction': float('nan')},
         {'say': 'loaded', 'facts': {'active_provider': '', 'requested_providers': [], 'cpu_only': True,
                                     'cpu_nodes': float('inf'), 'notes': [], 'load_s': 1}, 'inputs': [], 'outputs': []},
     ],
@@ -631,6 +632,28 @@ def test_f1_what_a_worker_tells_of_its_load_is_an_error_where_it_is_unreadable(b
     monkeypatch.setattr(WorkerProcess, 'receive', lambda self, deadline: packet)
     with pytest.raises(EngineDeserializeError, match='unreadable'):
         host.load()
+    host.release()
+
+
+def test_f5_a_build_that_gets_on_is_waited_for_and_one_that_hangs_is_not(bundle, monkeypatch):
+    """F-4, F-5: a worker tells once a second that it builds, also where its builder hangs."""
+    monkeypatch.setattr(worker_host, '_LONGEST_STEP_S', 0.3)
+    config = dataclasses.replace(CONFIG, load_timeout_s=0.2)
+    began, told = time.monotonic(), []
+
+    def receive(self, deadline):
+        if time.monotonic() >= deadline:
+            return None
+        time.sleep(0.02)
+        elapsed_s = time.monotonic() - began
+        assert elapsed_s < 20, 'it is waited for without end'
+        return {'say': 'progress', 'phase': f'step {min(int(elapsed_s / 0.1), 9)}', 'elapsed_s': elapsed_s}
+
+    monkeypatch.setattr(WorkerProcess, 'receive', receive)
+    host = WorkerHost(CPU, bundle, config, on_build=told.append)
+    with pytest.raises(EngineDeserializeError, match='step 9'):
+        host.load()
+    assert len({progress.phase for progress in told}) > 1
     host.release()
 
 

@@ -155,7 +155,8 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ),
     ParameterDeclaration(
         'load_timeout_s', Type.DOUBLE, _DEFAULTS.load_timeout_s,
-        'A worker must have loaded its engine, or show progress with a build, within this many seconds.',
+        'A worker must have loaded its engine, or begun to build it, within this many seconds; one step of a build may '
+        'take ten minutes.',
         limits=(0.1, 3600.0),
     ),
     ParameterDeclaration(
