@@ -28,3 +28,17 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
         f'ROS_DISTRO: {os.environ.get("ROS_DISTRO") or "not set"}, C7_ROS_OVERLAY: {overlay}',
         f'absent here: {", ".join(absent) or "nothing"}',
     ]
+
+
+class ManualClock:
+    """A steady clock in nanoseconds that goes as the test says."""
+
+    ns = 0
+
+    def __call__(self) -> int:
+        return self.ns
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()

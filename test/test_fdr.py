@@ -12,22 +12,9 @@ from gps_denied_c7.errors import FdrSchemaError
 from gps_denied_c7.fdr import KINDS, FdrRecorder, Severity, in_order, read_payload
 
 
-class Clock:
-    def __init__(self):
-        self.ns = 0
-
-    def __call__(self):
-        return self.ns
-
-
 @pytest.fixture
 def records():
     return []
-
-
-@pytest.fixture
-def clock():
-    return Clock()
 
 
 @pytest.fixture

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from left_behind import processes_naming
 
 from gps_denied_c7.bench.cases import BARE, FORTY_LINES, IN_PROCESS, SHIPPED
 from gps_denied_c7.bench.resources import cpu_seconds, descendants, memory_mb
@@ -22,20 +21,6 @@ needs_ros = pytest.mark.skipif(
     reason='needs rclpy and gps_denied_c7_msgs',
 )
 BENCH = [sys.executable, '-m', 'gps_denied_c7.bench.run']
-
-
-def processes_naming(path: Path) -> list[int]:
-    """Return the processes, but this one, whose command line or environment names ``path``."""
-    found = []
-    for entry in Path('/proc').glob('[0-9]*'):
-        try:
-            text = (entry / 'cmdline').read_bytes() + (entry / 'environ').read_bytes()
-            state = (entry / 'stat').read_text().rpartition(')')[2].split()[0]
-        except OSError:
-            continue
-        if os.fsencode(path) in text and state != 'Z' and int(entry.name) != os.getpid():
-            found.append(int(entry.name))
-    return found
 
 
 @needs_ros

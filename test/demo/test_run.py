@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from left_behind import processes_naming
 
 from gps_denied_c7.demo.processes import Child, DemoError, child_environment, free_domain_id, wait_for
 
@@ -23,20 +24,6 @@ needs_ros = pytest.mark.skipif(
     reason='needs rclpy, gps_denied_c7_msgs and onnxruntime',
 )
 DEMO = [sys.executable, '-m', 'gps_denied_c7.demo.run']
-
-
-def processes_naming(path: Path) -> list[int]:
-    """Return the processes, but this one, whose command line or environment names ``path``."""
-    found = []
-    for entry in Path('/proc').glob('[0-9]*'):
-        try:
-            text = (entry / 'cmdline').read_bytes() + (entry / 'environ').read_bytes()
-            state = (entry / 'stat').read_text().rpartition(')')[2].split()[0]
-        except OSError:
-            continue
-        if os.fsencode(path) in text and state != 'Z' and int(entry.name) != os.getpid():
-            found.append(int(entry.name))
-    return found
 
 
 def wait_until(condition, what: str, timeout_s: float = 60.0) -> None:

@@ -286,8 +286,9 @@ def test_a_small_shared_memory_is_noticed_for_real():
     assert '--shm-size=1g' in warnings[0]
 
 
-FAULTS = """
-import ctypes, resource, sys
+# With the C library's own functions, after the settings that the argument asks for.
+ALLOCATIONS = """
+import ctypes, resource, sys, threading
 from gps_denied_c7.ros.dds import tune_allocator
 done = tune_allocator() if sys.argv[1] == 'tune' else None
 library = ctypes.CDLL(None)
@@ -295,6 +296,9 @@ library.malloc.restype = ctypes.c_void_p
 library.malloc.argtypes = [ctypes.c_size_t]
 library.free.argtypes = [ctypes.c_void_p]
 library.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+"""
+
+FAULTS = """
 def frame(size):
     blocks = [library.malloc(size) for _ in range(2)]
     for block in blocks:
@@ -310,14 +314,18 @@ print(done, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+def plain_environ() -> dict[str, str]:
+    """Return the environment without anybody's own settings of the allocator."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(('MALLOC_', 'GLIBC_TUNABLES'))}
+
+
 def test_tuned_allocator_stops_the_page_faults():
     """Half of what a 1080p frame costs beyond copying is page faults of fresh memory; they end."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(('MALLOC_', 'GLIBC_TUNABLES'))}
 
     def faults(argument: str, **extra: str) -> tuple[str, int]:
         run = subprocess.run(
-            [sys.executable, '-c', FAULTS, argument], capture_output=True, text=True, check=True,
-            env={**environ, **extra},
+            [sys.executable, '-c', ALLOCATIONS + FAULTS, argument], capture_output=True, text=True, check=True,
+            env={**plain_environ(), **extra},
         )  # fmt: skip
         done, count = run.stdout.split()
         return done, int(count)
@@ -331,14 +339,6 @@ def test_tuned_allocator_stops_the_page_faults():
 
 
 ARENAS = """
-import ctypes, sys, threading
-from gps_denied_c7.ros.dds import tune_allocator
-done = tune_allocator() if sys.argv[1] == 'tune' else None
-library = ctypes.CDLL(None)
-library.malloc.restype = ctypes.c_void_p
-library.malloc.argtypes = [ctypes.c_size_t]
-library.free.argtypes = [ctypes.c_void_p]
-library.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 def resident():
     return int(open('/proc/self/statm').read().split()[1]) * 4096
 def use(done, over):
@@ -360,10 +360,10 @@ over.set()
 
 def test_threads_share_what_the_tuned_allocator_keeps():
     """Engines are loaded in threads of their own: each could keep as much again."""
-    environ = {name: value for name, value in os.environ.items() if not name.startswith(('MALLOC_', 'GLIBC_TUNABLES'))}
     run = subprocess.run(
-        [sys.executable, '-c', ARENAS, 'tune'], capture_output=True, text=True, check=True, env=environ
-    )
+        [sys.executable, '-c', ALLOCATIONS + ARENAS, 'tune'], capture_output=True, text=True, check=True,
+        env=plain_environ(),
+    )  # fmt: skip
     done, growth = run.stdout.split()
     if done == 'False':
         pytest.skip('the C library is not glibc')
