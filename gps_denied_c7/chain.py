@@ -12,10 +12,11 @@ from typing import NoReturn, TypeVar
 
 from numpy.typing import NDArray
 
+from gps_denied_c7.backoff import Backoff
 from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain_status import ChainState, ChainStatus
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.engine_loader import EngineLoad, EngineLoader, LoadedEngine
+from gps_denied_c7.engine_loader import EngineLoad, EngineLoader, RungEngine
 from gps_denied_c7.errors import (
     C7Error,
     ChainExhaustedError,
@@ -28,11 +29,10 @@ from gps_denied_c7.errors import (
     join_reasons,
 )
 from gps_denied_c7.gpu_health import GpuHealth
-from gps_denied_c7.leaving import LeavingEngines
-from gps_denied_c7.pauses import Pauses
 from gps_denied_c7.proof import Proof
+from gps_denied_c7.retiring import RetiringEngines
 from gps_denied_c7.rungs import ORT_LABEL, Rung, RungHost, build_rungs
-from gps_denied_c7.runtime import EngineFacts, ProviderSet
+from gps_denied_c7.runtime import EngineFacts
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = ['Answer', 'RuntimeChain']
@@ -111,17 +111,17 @@ class RuntimeChain:
         self._monotonic_ns = monotonic_ns
         self._turn = threading.RLock()
         self._closing = False
-        self._engine: LoadedEngine | None = None
-        self._standby: LoadedEngine | None = None
-        self._candidate: LoadedEngine | None = None
-        self._late: list[LoadedEngine] = []
-        self._leaving = LeavingEngines(emit=emit, monotonic_ns=monotonic_ns)
+        self._engine: RungEngine | None = None
+        self._standby: RungEngine | None = None
+        self._candidate: RungEngine | None = None
+        self._late: list[RungEngine] = []
+        self._retiring = RetiringEngines(emit=emit, monotonic_ns=monotonic_ns)
         self._gpu = GpuHealth(config.gpu_fault_window_s, monotonic_ns)
-        self._pauses = Pauses(monotonic_ns)
+        self._backoff = Backoff(monotonic_ns)
         self._proof = Proof(bundle)
         self._loader = EngineLoader(
             config, host_factory, self._proof,
-            attempts=self._attempts, given_up=lambda: self._closing, let_go=self._leaving.add,
+            attempts=self._attempts, given_up=lambda: self._closing, let_go=self._retiring.add,
             monotonic_ns=monotonic_ns,
         )  # fmt: skip
         self._announced: frozenset[str] = frozenset()
@@ -137,7 +137,13 @@ class RuntimeChain:
 
     def status(self) -> ChainStatus:
         """Return the latest status without waiting for anything."""
-        return replace(self._status, gpu_lost=self._gpu.lost, longest_load_s=self._loader.longest_s())
+        return replace(
+            self._status,
+            gpu_lost=self._gpu.lost,
+            longest_load_s=self._loader.longest_s(),
+            worker_pid=_pid(self._engine),
+            standby_pid=_pid(self._standby),
+        )
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -242,7 +248,7 @@ class RuntimeChain:
                 self._restart()
             started_ns = self._monotonic_ns()
             self._request += 1
-            restore_gpu = self._gpu.remember()
+            restore_gpu = self._gpu.snapshot()
             failures: dict[Rung, Exception] = {}
             loaded_afresh: Counter[Rung] = Counter()
             late_before = False
@@ -303,7 +309,7 @@ class RuntimeChain:
                 break
             if self._engine is not first:
                 self._record_first_switch(failures, started_ns)
-            self._pauses.forget(_RESTART)
+            self._backoff.reset(_RESTART)
             self._announce()
             self._shadow(inputs, outputs)
             return self._answer(outputs)
@@ -357,9 +363,9 @@ class RuntimeChain:
             self._closing = True
             self._drop_all()
             self._failures.clear()
-            self._pauses.clear()
+            self._backoff.clear()
             self._proof.forget()
-            self._gpu.find()
+            self._gpu.restore()
             self._set_status(state=ChainState.UNLOADED, active=None, facts=None, standby=None, switches=0)
         finally:
             self._closing = False
@@ -367,7 +373,7 @@ class RuntimeChain:
 
     # --- one request ------------------------------------------------------------------------------
 
-    def _ask(self, engine: LoadedEngine, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
+    def _ask(self, engine: RungEngine, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """
         Return the answer of ``engine``; where it is late, wait while another one is being loaded (F-4).
 
@@ -401,7 +407,7 @@ class RuntimeChain:
         outputs, engine.late_answer = engine.late_answer, None
         return outputs
 
-    def _age_s(self, engine: LoadedEngine) -> float:
+    def _age_s(self, engine: RungEngine) -> float:
         return (self._monotonic_ns() - engine.began_ns) / 1e9
 
     # --- walking the chain ------------------------------------------------------------------------
@@ -441,7 +447,7 @@ class RuntimeChain:
             _log.warning('%s is still loading; the next rung serves meanwhile.', rung.name)
         if self._serve_candidate():
             return
-        self._pauses.begin(_RESTART, self._config.restart_backoff_s)
+        self._backoff.begin(_RESTART, self._config.restart_backoff_s)
         self._set_status(state=ChainState.EXHAUSTED, active=None, facts=None)
         exhausted = self._exhausted()
         if not self._closing:
@@ -460,15 +466,15 @@ class RuntimeChain:
         self._take_over(engine)
         return True
 
-    def _take_over(self, engine: LoadedEngine) -> None:
+    def _take_over(self, engine: RungEngine) -> None:
         """Have the candidate serve; where the GPU was lost, its proofs have shown that it is back."""
         self._candidate = None
         if not self._may_serve(engine.rung):
             _log.warning('%s works: the GPU is back.', engine.rung.name)
-            self._gpu.find()
+            self._gpu.restore()
         self._serve(engine)
 
-    def _load_within(self, rung: Rung, budget_s: float | None) -> LoadedEngine | None:
+    def _load_within(self, rung: Rung, budget_s: float | None) -> RungEngine | None:
         """Load ``rung``; None where it goes on loading in the background."""
         load = self._loader.find(rung)
         if load is None:
@@ -477,14 +483,14 @@ class RuntimeChain:
             load = self._loader.start(rung)
         if not load.done.wait(None if budget_s is None else max(0.0, budget_s)):
             return None
-        self._loader.loads.remove(load)
+        self._loader.take(load)
         if isinstance(load.error, GpuMemoryError):
             return self._load_here(rung)
         if load.error is not None:
             raise load.error
         return load.engine
 
-    def _load_here(self, rung: Rung) -> LoadedEngine:
+    def _load_here(self, rung: Rung) -> RungEngine:
         with self._loader.listed(rung) as load:
             try:
                 return self._loader.load(load)
@@ -496,7 +502,7 @@ class RuntimeChain:
     def _make_room(self, lack_bytes: int, but: EngineLoad | None = None) -> bool:
         """Free the candidate, the standby and what is being loaded, as far as it takes; False where it is no use."""
         others = [engine for engine in (self._candidate, self._standby) if engine is not None]
-        loads = [load for load in self._loader.loads if load is not but and _on_gpu(load.rung)]
+        loads = [load for load in self._loader.loads if load is not but and load.rung.on_gpu]
         if not loads and sum(engine.gpu_bytes for engine in others) < lack_bytes:
             return False
         for engine in others:
@@ -515,7 +521,7 @@ class RuntimeChain:
     def _make_room_beside(self, lack_bytes: int) -> bool:
         return self._beside is not None and self._beside.make_room(lack_bytes)
 
-    def _free(self, engine: LoadedEngine) -> None:
+    def _free(self, engine: RungEngine) -> None:
         """Free an engine that does not serve, and do not load it again at once."""
         if engine is self._standby:
             self._drop_standby()
@@ -528,7 +534,7 @@ class RuntimeChain:
         """Return how often ``rung`` is loaded in a row while its workers die; there is nothing after the last one."""
         return _LAST_ATTEMPTS if rung == self._rungs[-1] else _ATTEMPTS
 
-    def _serve(self, engine: LoadedEngine) -> None:
+    def _serve(self, engine: RungEngine) -> None:
         self._engine = engine
         self._failures.pop(engine.rung.name, None)
         for note in engine.facts.notes:
@@ -550,18 +556,18 @@ class RuntimeChain:
                 self._drop_candidate()
 
     def _may_serve(self, rung: Rung) -> bool:
-        return not self._gpu.lost or not _on_gpu(rung) or self._flies_gpu_only()
+        return not self._gpu.lost or not rung.on_gpu or self._flies_gpu_only()
 
     def _may_take_over(self, rung: Rung) -> bool:
         """Return whether ``rung`` may be proven beside what serves: on a lost GPU beside the CPU, unless it hangs."""
-        cpu_serves = self._engine is not None and not _on_gpu(self._engine.rung)
+        cpu_serves = self._engine is not None and not self._engine.rung.on_gpu
         return self._may_serve(rung) or (cpu_serves and not self._gpu_hangs())
 
     def _gpu_hangs(self) -> bool:
-        return any(_on_gpu(rung) for rung in self._leaving.stuck())
+        return any(rung.on_gpu for rung in self._retiring.stuck())
 
     def _flies_gpu_only(self) -> bool:
-        return all(_on_gpu(rung) for rung in self._rungs)
+        return all(rung.on_gpu for rung in self._rungs)
 
     def _after(self, failed: Rung) -> tuple[Rung, ...]:
         return self._rungs[self._rungs.index(failed) + 1 :]
@@ -571,7 +577,7 @@ class RuntimeChain:
     def _look_after_others(self) -> None:
         """Take what came of loads, late answers and shadowed frames; never waits."""
         self._take_loads()
-        for rung in self._leaving.look():
+        for rung in self._retiring.look():
             self._lose_gpu(rung, 'a worker cannot be ended')
         for engine in list(self._late):
             self._look_after_late(engine)
@@ -580,7 +586,7 @@ class RuntimeChain:
         if self._candidate is not None:
             self._hear_candidate(self._candidate)
 
-    def _look_after_standby(self, engine: LoadedEngine) -> None:
+    def _look_after_standby(self, engine: RungEngine) -> None:
         """Drop one that could not answer if it were asked."""
         if not engine.host.alive:
             _log.error('%s died standing by.', engine.rung.name)
@@ -591,14 +597,14 @@ class RuntimeChain:
             return
         self._drop_standby()
 
-    def _look_after_late(self, engine: LoadedEngine) -> None:
+    def _look_after_late(self, engine: RungEngine) -> None:
         try:
             engine.late_answer = engine.host.poll(0.0)
         except Exception as error:
             _log.error('%s, which was late, failed: %s', engine.rung.name, error)
             self._late.remove(engine)
             self._note_fault(engine.rung)
-            self._leaving.add(engine.rung, engine.host)
+            self._retiring.add(engine.rung, engine.host)
             return
         if engine.late_answer is not None:
             self._late.remove(engine)
@@ -608,9 +614,9 @@ class RuntimeChain:
             self._late.remove(engine)
             _log.error('%s has not answered for %.1f s and is killed.', engine.rung.name, self._age_s(engine))
             self._note_fault(engine.rung)
-            self._leaving.add(engine.rung, engine.host)
+            self._retiring.add(engine.rung, engine.host)
 
-    def _hear_candidate(self, engine: LoadedEngine) -> None:
+    def _hear_candidate(self, engine: RungEngine) -> None:
         """Compare what the engine that is to take over made of a live frame, where it has answered."""
         if engine.expected is None:
             return
@@ -649,7 +655,7 @@ class RuntimeChain:
         self._serve_standby()
         self._record_switch(engine.rung.name, 'the GPU is lost', started_ns, frames_affected=0)
 
-    def _promote(self, engine: LoadedEngine) -> None:
+    def _promote(self, engine: RungEngine) -> None:
         """Have a better rung serve from the next frame on; the one that served stands by."""
         started_ns = self._monotonic_ns()
         before, self._engine = self._engine, None
@@ -684,24 +690,24 @@ class RuntimeChain:
             _log.warning('%s does not take over yet: %s', engine.rung.name, fault)
             self._emit('c7.promotion_delayed', rung=engine.rung.name, reason=fault)
             self._postpone('promotion', engine.rung)
-        self._leaving.add(engine.rung, engine.host)
+        self._retiring.add(engine.rung, engine.host)
 
-    def _stand_by(self, engine: LoadedEngine, *, ordered: bool = False) -> None:
+    def _stand_by(self, engine: RungEngine, *, ordered: bool = False) -> None:
         """Have ``engine`` stand by where one is wanted; an ordered one takes the place of one less preferred."""
         standby, wanted = self._standby, ordered or self._config.hot_standby
         if standby is not None and ordered and self._preference(engine.rung) < self._preference(standby.rung):
-            self._leaving.add(standby.rung, standby.host)
+            self._retiring.add(standby.rung, standby.host)
             standby = None
         if standby is None and wanted and self._may_serve(engine.rung):
             self._standby = engine
             self._set_status(standby=engine.rung)
         else:
-            self._leaving.add(engine.rung, engine.host)
+            self._retiring.add(engine.rung, engine.host)
 
     def _drop_standby(self) -> None:
         engine, self._standby = self._standby, None
         if engine is not None:
-            self._leaving.add(engine.rung, engine.host)
+            self._retiring.add(engine.rung, engine.host)
             self._set_status(standby=None)
 
     def _preference(self, rung: Rung) -> tuple[bool, int]:
@@ -744,14 +750,14 @@ class RuntimeChain:
             if load not in self._loader.loads:
                 # It has given way to one before it.
                 continue
-            self._loader.loads.remove(load)
+            self._loader.take(load)
             better = self._is_better(load.rung)
             if load.engine is not None and better and self._may_take_over(load.rung):
                 self._drop_candidate()
                 self._candidate = load.engine
             elif load.engine is not None:
-                self._pauses.forget(('standby', load.rung))
-                self._pauses.forget(('promotion', load.rung))
+                self._backoff.reset(('standby', load.rung))
+                self._backoff.reset(('promotion', load.rung))
                 self._stand_by(load.engine, ordered=True)
             elif load.error is not None:
                 if isinstance(load.error, GpuMemoryError):
@@ -770,10 +776,10 @@ class RuntimeChain:
         return serving is not None and self._rungs.index(rung) < self._rungs.index(serving.rung)
 
     def _due(self, purpose: str, rung: Rung) -> bool:
-        if (purpose, rung) not in self._pauses and purpose == 'promotion':
+        if (purpose, rung) not in self._backoff and purpose == 'promotion':
             # It has just failed: its first attempt is one pause away.
             self._postpone(purpose, rung)
-        return self._pauses.over((purpose, rung))
+        return self._backoff.over((purpose, rung))
 
     def _postpone_load(self, rung: Rung) -> None:
         self._postpone('standby' if self._standby is None and not self._is_better(rung) else 'promotion', rung)
@@ -781,11 +787,11 @@ class RuntimeChain:
     def _postpone(self, purpose: str, rung: Rung) -> None:
         promotion = purpose == 'promotion'
         bounds_s = self._config.promotion_backoff_s if promotion else self._config.restart_backoff_s
-        self._pauses.begin((purpose, rung), bounds_s)
+        self._backoff.begin((purpose, rung), bounds_s)
 
     # --- failures ---------------------------------------------------------------------------------
 
-    def _passes_proof(self, engine: LoadedEngine) -> bool:
+    def _passes_proof(self, engine: RungEngine) -> bool:
         try:
             self._proof.run(engine.host, engine.hang_s)
         except Exception as error:
@@ -798,7 +804,7 @@ class RuntimeChain:
         serving = self._serving()
         if next(iter(failures)) != serving:
             self._record_first_switch(failures, started_ns)
-        self._pauses.forget(_RESTART)
+        self._backoff.reset(_RESTART)
         cause = failures[serving]
         raise InferenceError(
             f'no runtime can answer this request, while {serving.name} still passes its proof: {cause}',
@@ -815,14 +821,14 @@ class RuntimeChain:
             raise self._exhausted()
         if before.state is ChainState.EXHAUSTED and not self._gpu_hangs():
             # Nothing serves, so nothing is risked by trying what was given up for the CPU's sake.
-            self._gpu.find()
+            self._gpu.restore()
         self._replace_serving(self._rungs)
         if before.state is ChainState.EXHAUSTED:
             self._record_switch('none', 'the chain was exhausted', before.since_ns, frames_affected=0)
 
     def _may_restart(self) -> bool:
         """Return whether an exhausted chain has an engine that was loaded meanwhile, or its pause is over."""
-        return self._standby is not None or self._pauses.over(_RESTART)
+        return self._standby is not None or self._backoff.over(_RESTART)
 
     def _fail_serving(self, error: Exception) -> Rung:
         rung = self._serving()
@@ -833,12 +839,12 @@ class RuntimeChain:
         return rung
 
     def _note_fault(self, rung: Rung) -> None:
-        if _on_gpu(rung) and self._gpu.note_fault(rung):
+        if rung.on_gpu and self._gpu.note_fault(rung):
             self._leave_gpu_alone()
 
     def _lose_gpu(self, rung: Rung, why: str) -> None:
-        if _on_gpu(rung):
-            self._gpu.lose(why)
+        if rung.on_gpu:
+            self._gpu.mark_lost(why)
             self._leave_gpu_alone()
 
     def _leave_gpu_alone(self) -> None:
@@ -945,16 +951,16 @@ class RuntimeChain:
     def _drop_serving(self) -> None:
         engine, self._engine = self._engine, None
         if engine is not None:
-            self._leaving.add(engine.rung, engine.host)
+            self._retiring.add(engine.rung, engine.host)
 
     def _drop_all(self) -> None:
         self._drop_serving()
         others = [*self._late, *filter(None, (self._standby, self._candidate))]
         self._late, self._standby, self._candidate, self._announced = [], None, None, frozenset()
         for engine in others:
-            self._leaving.add(engine.rung, engine.host)
+            self._retiring.add(engine.rung, engine.host)
         self._loader.cancel(self._loader.loads)
-        self._leaving.wait()
+        self._retiring.wait()
 
     def _set_status(self, **changes: object) -> None:
         status = replace(
@@ -975,8 +981,8 @@ class RuntimeChain:
         self._on_change(self.status())
 
 
-def _on_gpu(rung: Rung) -> bool:
-    return rung.providers is not ProviderSet.CPU
+def _pid(engine: RungEngine | None) -> int | None:
+    return getattr(engine.host, 'pid', None) if engine is not None else None
 
 
 def _without_frames(error: ErrorT) -> ErrorT:

@@ -34,6 +34,8 @@ class ChainStatus:
     :param switches: changes of the serving rung since the chain was loaded.
     :param gpu_lost: GPU rungs do not serve until one of them has been proven again beside the CPU.
     :param longest_load_s: seconds by rung, from the start of its worker to its last proof.
+    :param worker_pid: the process whose engine serves, None where there is none, or it lives in this process.
+    :param standby_pid: likewise, of the engine that stands by.
     """
 
     model_name: str
@@ -49,3 +51,5 @@ class ChainStatus:
     switches: int = 0
     gpu_lost: bool = False
     longest_load_s: tuple[tuple[str, float], ...] = ()
+    worker_pid: int | None = None
+    standby_pid: int | None = None

@@ -17,7 +17,7 @@ from gps_denied_c7.proof import Proof
 from gps_denied_c7.rungs import Rung, RungHost
 from gps_denied_c7.runtime import EngineFacts
 
-__all__ = ['EngineLoad', 'EngineLoader', 'LoadedEngine']
+__all__ = ['EngineLoad', 'EngineLoader', 'RungEngine']
 
 _SHORTEST_LOAD_S = 2.0
 _WARM_UPS = 4
@@ -28,9 +28,9 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
-class LoadedEngine:
+class RungEngine:
     """
-    One loaded engine of a chain, and what the chain has it do.
+    One loaded engine of a rung, and what the chain has it do.
 
     :param deadline_s: seconds after which a request counts as late, from its hand-over.
     :param hang_s: seconds after which it counts as hung.
@@ -63,14 +63,14 @@ class EngineLoad:
     """
     One engine that is being loaded.
 
-    :param done: set once ``engine`` or ``error`` is.
+    :param done: set once ``engine`` or ``error`` is, by a load in a thread of its own.
     :param cancelled: nobody waits for it any more; what comes of it is freed.
     """
 
     rung: Rung
     done: threading.Event = field(default_factory=threading.Event)
     host: RungHost | None = None
-    engine: LoadedEngine | None = None
+    engine: RungEngine | None = None
     error: BaseException | None = None
     cancelled: bool = False
 
@@ -115,7 +115,7 @@ class EngineLoader:
         self._monotonic_ns = monotonic_ns
         self._longest_s: dict[Rung, float] = {}
         self.loads: list[EngineLoad] = []
-        """Loads that are under way, or that nobody has taken what came of them."""
+        """Loads under way, and those that have ended until somebody takes what came of them; only to be read."""
 
     def longest_s(self) -> tuple[tuple[str, float], ...]:
         """Return by rung the seconds of the longest load, from the start of its worker to its last proof."""
@@ -136,13 +136,17 @@ class EngineLoader:
         try:
             yield load
         finally:
-            self.loads.remove(load)
+            self.take(load)
 
     def find(self, rung: Rung) -> EngineLoad | None:
-        """Return the load of ``rung`` that is under way, None where there is none."""
+        """Return a load of ``rung`` that nobody has taken, None where there is none."""
         return next((load for load in self.loads if load.rung == rung), None)
 
-    def load(self, load: EngineLoad) -> LoadedEngine:
+    def take(self, load: EngineLoad) -> None:
+        """Forget a load whose end the caller has in hand."""
+        self.loads.remove(load)
+
+    def load(self, load: EngineLoad) -> RungEngine:
         """
         Load and prove an engine in the calling thread.
 
@@ -195,7 +199,7 @@ class EngineLoader:
         if load.cancelled and load.engine is not None:
             self._let_go(load.rung, load.engine.host)
 
-    def _try(self, load: EngineLoad) -> LoadedEngine:
+    def _try(self, load: EngineLoad) -> RungEngine:
         started_ns = self._monotonic_ns()
         host = load.host = self._host_factory(load.rung)
         try:
@@ -211,4 +215,4 @@ class EngineLoader:
         self._longest_s[load.rung] = max(self._longest_s.get(load.rung, 0.0), took_s)
         deadline_s = max(self._config.inference_deadline_ms / 1e3, _LATE * warm_up_s)
         hang_s = max(self._config.hang_timeout_ms / 1e3, _LATE * deadline_s)
-        return LoadedEngine(load.rung, host, facts, deadline_s, hang_s)
+        return RungEngine(load.rung, host, facts, deadline_s, hang_s)

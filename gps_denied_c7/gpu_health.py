@@ -32,26 +32,26 @@ class GpuHealth:
         self._faults.append((now_ns, rung))
         if len({fault for when_ns, fault in self._faults if now_ns - when_ns <= self._window_s * 1e9}) < 2:
             return False
-        self.lose(f'two GPU rungs failed within {self._window_s:.0f} s')
+        self.mark_lost(f'two GPU rungs failed within {self._window_s:.0f} s')
         return True
 
-    def lose(self, why: str) -> None:
+    def mark_lost(self, why: str) -> None:
         """Take it for lost."""
         _log.error('%s: the GPU is lost.', why)
         self.lost = True
 
-    def find(self) -> None:
+    def restore(self) -> None:
         """Trust it again, and forget its faults."""
         self._faults.clear()
         self.lost = False
 
-    def remember(self) -> Callable[[], None]:
+    def snapshot(self) -> Callable[[], None]:
         """Return what takes back all that is noted from now on."""
         faults, lost = tuple(self._faults), self.lost
 
-        def restore() -> None:
+        def take_back() -> None:
             self._faults.clear()
             self._faults.extend(faults)
             self.lost = lost
 
-        return restore
+        return take_back

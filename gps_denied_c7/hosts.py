@@ -20,7 +20,6 @@ from gps_denied_c7.runtime import (
     EngineFacts,
     EngineHandle,
     InferenceRuntime,
-    ProviderSet,
 )
 from gps_denied_c7.runtimes import create_runtime
 from gps_denied_c7.runtimes.base import BaseRuntime
@@ -132,7 +131,7 @@ def in_process_hosts(
     local_gate = functools.cache(_local_gate)
 
     def make(rung: Rung) -> InProcessHost:
-        gate = None if rung.providers is ProviderSet.CPU else local_gate()
+        gate = local_gate() if rung.on_gpu else None
         runtime = create_runtime(rung.strategy, config, thermal=thermal, gate=gate, providers=rung.providers)
         return InProcessHost(runtime, bundle, build)
 

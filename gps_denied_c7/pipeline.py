@@ -267,6 +267,7 @@ class InferenceThread:
                 self._take_replacement()
                 # Not kept in a variable: once it is answered its memory takes the next image, still in the caches.
                 self._serve(self._slots.take(_IDLE_S))
+                self._pipeline.maintain()
             except C7Error as error:
                 _log.error('%s', error)
             except Exception:
@@ -275,14 +276,13 @@ class InferenceThread:
 
     def _serve(self, frame: Frame | None) -> None:
         if frame is None:
-            self._pipeline.maintain()
-        elif self._too_old(frame):
+            return
+        if self._too_old(frame):
             self._statistics.count(frame.topic, 'too_old')
         elif self._shed(frame):
             self._statistics.count(frame.topic, 'shed')
         else:
             self._pipeline.process(frame)
-            self._pipeline.maintain()
 
     def _take_replacement(self) -> None:
         if self._replacement is None:

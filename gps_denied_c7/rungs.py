@@ -30,6 +30,11 @@ class Rung:
         """As ``onnx_trt_ep/cpu``."""
         return f'{self.strategy}/{self.providers.value}'
 
+    @property
+    def on_gpu(self) -> bool:
+        """Whether its engine may run on a GPU."""
+        return self.providers is not ProviderSet.CPU
+
 
 def build_rungs(config: C7InferenceConfig, bundle: ModelBundle) -> tuple[Rung, ...]:
     """

@@ -22,7 +22,7 @@ from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import EngineDeserializeError, InferenceError, WorkerDiedError
 from gps_denied_c7.gpu_memory import GpuMemoryBudget, GpuMemoryClaim
 from gps_denied_c7.rungs import Rung
-from gps_denied_c7.runtime import BuildProgress, EngineFacts, ProviderSet
+from gps_denied_c7.runtime import BuildProgress, EngineFacts
 from gps_denied_c7.runtimes import require_strategy
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.tensors import TensorSpec, check_inputs, check_outputs
@@ -300,7 +300,7 @@ class WorkerHost:
     def _claim_memory(self) -> WorkerTask:
         """Return the task with the memory that the engine may take, where it is one on a GPU."""
         task = self._task
-        if task.rung.providers is ProviderSet.CPU:
+        if not task.rung.on_gpu:
             return task
         artefacts = task.bundle.artefacts_for(task.rung.strategy)
         self._claim = self._memory.claim(

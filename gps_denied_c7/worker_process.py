@@ -28,7 +28,10 @@ _EXPENDABLE = """
 { read -r score && echo $((score > 400 ? 1000 : score + 600)) >/proc/self/oom_score_adj; } </proc/self/oom_score_adj
 exec "$@"
 """
-_KEPT_VARIABLES = ('PATH', 'LD_LIBRARY_PATH', 'HOME', 'USER', 'LANG', 'TZ', 'TMPDIR', '_ROS_WHEELS_BOOTSTRAP_COMPLETE')
+# LD_PRELOAD: on Arm, libgomp has to be there first for vendor libraries to find room for their thread-local variables.
+_KEPT_VARIABLES = (
+    'PATH', 'LD_LIBRARY_PATH', 'LD_PRELOAD', 'HOME', 'USER', 'LANG', 'TZ', 'TMPDIR', '_ROS_WHEELS_BOOTSTRAP_COMPLETE',
+)  # fmt: skip
 _KEPT_PREFIXES = ('LC_', 'XDG_', 'PYTHON', 'VIRTUAL_ENV', 'MALLOC_', 'OMP_', 'CUDA_', 'NVIDIA_', 'ORT_', 'TORCH')
 
 _log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.hosts import in_process_hosts
 from gps_denied_c7.rungs import Rung
-from gps_denied_c7.runtime import BuildProgress, EngineFacts, ProviderSet
+from gps_denied_c7.runtime import BuildProgress, EngineFacts
 from gps_denied_c7.runtimes.gpu_usage import GpuMemoryWatch
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.tensors import TensorSpec
@@ -79,7 +79,7 @@ class EngineService:
             file.seek(0)
             task: WorkerTask = pickle.load(file)
         self._channel.send({'say': 'loading'})
-        if task.rung.providers is ProviderSet.CPU:
+        if not task.rung.on_gpu:
             # A broken driver must not reach the last one that flies; no vendor library has looked for a GPU yet.
             os.environ['CUDA_VISIBLE_DEVICES'] = ''
         try:
@@ -100,7 +100,7 @@ class EngineService:
         )
 
     def _load_engine(self, task: WorkerTask) -> EngineFacts:
-        if task.rung.providers is ProviderSet.CPU:
+        if not task.rung.on_gpu:
             return cast('EngineFacts', self._host.load())
         with GpuMemoryWatch() as watch:
             facts: EngineFacts = self._host.load()

@@ -29,15 +29,15 @@ def test_f2_one_rung_twice_or_two_far_apart_do_not(gpu, clock, second, at_s):
 
 def test_f2_found_again_its_faults_are_forgotten(gpu):
     gpu.note_fault('tensorrt')
-    gpu.lose('a worker cannot be ended')
-    gpu.find()
+    gpu.mark_lost('a worker cannot be ended')
+    gpu.restore()
     assert not gpu.lost and not gpu.note_fault('onnx')
 
 
 def test_what_a_request_cost_can_be_taken_back(gpu):
     gpu.note_fault('tensorrt')
-    restore = gpu.remember()
+    take_back = gpu.snapshot()
     assert gpu.note_fault('onnx')
-    restore()
+    take_back()
     assert not gpu.lost
     assert gpu.note_fault('pytorch'), 'what was noted before still counts'

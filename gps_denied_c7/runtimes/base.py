@@ -9,7 +9,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,8 +65,8 @@ class _Bound(Generic[EngineT]):
     """
     An engine with its canonical tensors, and the file's own name for each.
 
-    :param requests: the last request's arrays that were run as they were given, and their shapes: most callers fill
-        the same ones again.
+    :param requests: the last request's arrays that were run as they were given, with their shapes and dtypes: most
+        callers fill the same ones again.
     :param answers: where the last answer lay, and what its caller got: most engines write into the same arrays again.
     """
 
@@ -75,7 +75,7 @@ class _Bound(Generic[EngineT]):
     outputs: tuple[TensorSpec, ...]
     own_inputs: Mapping[str, str]
     own_outputs: Mapping[str, str]
-    requests: dict[str, tuple[NDArray, tuple[int, ...]]] = field(default_factory=dict)
+    requests: dict[str, tuple[NDArray, tuple[int, ...], np.dtype[Any]]] = field(default_factory=dict)
     answers: dict[str, tuple[NDArray, NDArray]] = field(default_factory=dict)
 
     def own_arrays(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
@@ -88,7 +88,8 @@ class _Bound(Generic[EngineT]):
         """
         known = self.requests
         same = len(known) == len(inputs) > 0 and all(
-            inputs.get(name) is array and array.shape == shape for name, (array, shape) in known.items()
+            inputs.get(name) is array and array.shape == shape and array.dtype == dtype
+            for name, (array, shape, dtype) in known.items()
         )
         if not same:
             known.clear()
@@ -97,7 +98,7 @@ class _Bound(Generic[EngineT]):
                     raise InferenceError(f'input {name!r} is a {type(value).__name__}, not a NumPy array.')
             check_inputs(self.inputs, inputs)
             if all(array.flags.c_contiguous for array in inputs.values()):
-                known.update({name: (array, array.shape) for name, array in inputs.items()})
+                known.update({name: (array, array.shape, array.dtype) for name, array in inputs.items()})
         return {own: np.asarray(inputs[name], order='C') for name, own in self.own_inputs.items()}
 
 

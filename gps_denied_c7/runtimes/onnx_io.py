@@ -62,7 +62,7 @@ class HostIo:
         self._binding = session.io_binding()
         self._free = [spec.name for spec in outputs if None in spec.shape]
         self._on_cpu = session.get_providers() == ['CPUExecutionProvider']
-        self._inputs: dict[str, tuple[NDArray, tuple[int, ...]]] = {}
+        self._inputs: dict[str, tuple[NDArray, tuple[int, ...], np.dtype[Any]]] = {}
         self._outputs: dict[str, NDArray] = {}
         # Kept as long as they are bound, since they own nothing and are owned by nothing.
         self._values: dict[str, Any] = {}
@@ -77,10 +77,11 @@ class HostIo:
     def run(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """Run one request; see TensorIo."""
         for name, array in inputs.items():
-            bound, shape = self._inputs.get(name, (None, ()))
-            if not self._on_cpu or bound is not array or shape != array.shape:
+            known = self._inputs.get(name)
+            same = known is not None and known[0] is array and known[1:] == (array.shape, array.dtype)
+            if not self._on_cpu or not same:
                 self._binding.bind_cpu_input(name, array)
-                self._inputs[name] = array, array.shape
+                self._inputs[name] = array, array.shape, array.dtype
         _bind_free(self._binding, self._free)
         self._session.run_with_iobinding(self._binding)
         return {**self._outputs, **_fetch_free(self._binding, self._free)}

@@ -165,6 +165,7 @@ def run_camera(seconds: float) -> None:
 def measure_overload(report: Report, directory: Path, seconds: float) -> None:
     with running_node({'model_path': slow(directory, multiplications=24), 'cpu_threads': 1}) as (process, peer):
         peer.start()
+        # The first call makes its client, which takes longer than an answer.
         peer.get_parameter('model_path')
         with camera_process(peer.context.get_domain_id(), seconds) as camera:
             wait_until(lambda: peer.tensors, 'the first answer')

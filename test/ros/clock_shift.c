@@ -1,8 +1,8 @@
 /*
  * Shift the system's clock for one process and its children, as a step of the real clock would: preload it.
  *
- * The file named by C7_CLOCK_SHIFT holds the shift in nanoseconds, an int64 in native order, and may be
- * written at any time. Readings of the clock are shifted, and waits that end at a time of that clock end
+ * The file beside this library that is called "shift" holds the shift in nanoseconds, an int64 in native
+ * order, and may be written at any time. Readings of the clock are shifted, and waits that end at a time of that clock end
  * by the shifted one, also those that had begun before a step. Waits by the steady clock are left alone:
  * their times are since the start of the machine, and so before the year 2001.
  */
@@ -10,10 +10,11 @@
 #include <dlfcn.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <limits.h>
 #include <pthread.h>
 #include <semaphore.h>
 #include <stdint.h>
-#include <stdlib.h>
+#include <string.h>
 #include <sys/mman.h>
 #include <sys/time.h>
 #include <time.h>
@@ -54,8 +55,14 @@ __attribute__((constructor)) static void start(void)
     real_mutex_timedlock = dlsym(RTLD_NEXT, "pthread_mutex_timedlock");
     real_sem_timedwait = newest("sem_timedwait");
     real_gettime = dlsym(RTLD_NEXT, "clock_gettime");
-    const char *path = getenv("C7_CLOCK_SHIFT");
-    int file = path ? open(path, O_RDONLY | O_CLOEXEC) : -1;
+    Dl_info own;
+    char path[PATH_MAX];
+    if (!dladdr((void *)&start, &own) || strlen(own.dli_fname) >= sizeof(path) - sizeof("shift"))
+        return;
+    strcpy(path, own.dli_fname);
+    char *slash = strrchr(path, '/');
+    strcpy(slash ? slash + 1 : path, "shift");
+    int file = open(path, O_RDONLY | O_CLOEXEC);
     if (file < 0)
         return;
     void *page = mmap(NULL, sizeof(int64_t), PROT_READ, MAP_SHARED, file, 0);

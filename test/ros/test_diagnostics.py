@@ -54,6 +54,11 @@ def test_it_shows_how_long_the_engines_of_a_rung_take_to_load():
     assert report.values['longest_load_s onnx_trt_ep/cpu'] == '0.310'
 
 
+def test_it_names_the_processes_to_look_at():
+    values = runtime_report('active', chain(worker_pid=71, standby=CPU), '', {}).values
+    assert (values['worker_pid'], values['standby_pid']) == (71, 'none')
+
+
 def test_standing_alerts_are_a_warning_that_names_them():
     report = runtime_report('active', chain(alerts=('c7.cpu_fallback',), is_fallback=True), '', {})
     assert report.level == WARN

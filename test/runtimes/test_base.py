@@ -146,6 +146,11 @@ def test_r1_what_was_run_before_is_known_only_as_long_as_it_is_the_same(
     request['image'].shape = (1, 5, 4)
     with pytest.raises(InferenceError):
         runtime.infer(handle, request)
+    request['image'].shape = (1, 4, 5)
+    runtime.infer(handle, request)
+    request['image'].dtype = np.int8
+    with pytest.raises(InferenceError):
+        runtime.infer(handle, request)
 
 
 def test_r1_release_frees_once(runtime: NumpyRuntime, entry: EngineCacheEntry) -> None:

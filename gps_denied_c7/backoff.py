@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Hashable
 
-__all__ = ['Pauses']
+__all__ = ['Backoff']
 
 
-class Pauses:
+class Backoff:
     """
     Say when something that has failed may be tried again.
 
@@ -20,7 +20,7 @@ class Pauses:
         self._pauses: dict[Hashable, tuple[int, float]] = {}
 
     def __contains__(self, what: Hashable) -> bool:
-        """Return whether ``what`` has failed since it was last forgotten."""
+        """Return whether ``what`` has failed since it was last reset."""
         return what in self._pauses
 
     def begin(self, what: Hashable, bounds_s: tuple[float, float]) -> None:
@@ -33,7 +33,7 @@ class Pauses:
         """Return whether ``what`` may be tried now."""
         return self._monotonic_ns() >= self._pauses.get(what, (0, 0.0))[0]
 
-    def forget(self, what: Hashable) -> None:
+    def reset(self, what: Hashable) -> None:
         """Have the next pause of ``what`` be the shortest again; it may be tried at once."""
         self._pauses.pop(what, None)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from gps_denied_c7.rungs import Rung, RungHost
 
-__all__ = ['LeavingEngines']
+__all__ = ['RetiringEngines']
 
 _UNKILLABLE_S = 2.0
 
@@ -17,7 +17,7 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(eq=False, slots=True)
-class _Leaving:
+class _Retiring:
     """One of them; ``stuck`` once it has taken too long."""
 
     rung: Rung
@@ -27,7 +27,7 @@ class _Leaving:
     stuck: bool = False
 
 
-class LeavingEngines:
+class RetiringEngines:
     """
     See engines to their end, and tell of those whose driver does not let go of them.
 
@@ -40,45 +40,45 @@ class LeavingEngines:
     ) -> None:
         self._emit = emit
         self._monotonic_ns = monotonic_ns
-        self._leaving: list[_Leaving] = []
+        self._engines: list[_Retiring] = []
 
     def __len__(self) -> int:
         """Return how many have not come to their end."""
-        return len(self._leaving)
+        return len(self._engines)
 
     def add(self, rung: Rung, host: RungHost) -> None:
         """Have an engine ended; never waits; from any thread."""
         pid = getattr(host, 'pid', None)
         host.release()
-        if not host.join(0.0) and all(leaving.host is not host for leaving in self._leaving):
-            self._leaving.append(_Leaving(rung, host, pid, self._monotonic_ns()))
+        if not host.join(0.0) and all(engine.host is not host for engine in self._engines):
+            self._engines.append(_Retiring(rung, host, pid, self._monotonic_ns()))
 
     def look(self) -> list[Rung]:
         """Forget those that are gone; return the rungs of those that have taken too long since the last look."""
         stuck = []
-        for leaving in list(self._leaving):
-            if leaving.host.join(0.0):
-                self._leaving.remove(leaving)
-            elif not leaving.stuck and self._monotonic_ns() - leaving.since_ns > _UNKILLABLE_S * 1e9:
-                self._tell(leaving)
-                stuck.append(leaving.rung)
+        for engine in list(self._engines):
+            if engine.host.join(0.0):
+                self._engines.remove(engine)
+            elif not engine.stuck and self._monotonic_ns() - engine.since_ns > _UNKILLABLE_S * 1e9:
+                self._tell(engine)
+                stuck.append(engine.rung)
         return stuck
 
     def stuck(self) -> list[Rung]:
         """Return the rungs of those that have taken too long."""
-        return [leaving.rung for leaving in self._leaving if leaving.stuck]
+        return [engine.rung for engine in self._engines if engine.stuck]
 
     def wait(self) -> None:
         """Wait for all of them, for a while, and tell of those that stay."""
         end = time.monotonic() + _UNKILLABLE_S
-        for leaving in list(self._leaving):
-            if leaving.host.join(max(0.0, end - time.monotonic())):
-                self._leaving.remove(leaving)
-            elif not leaving.stuck:
-                self._tell(leaving)
+        for engine in list(self._engines):
+            if engine.host.join(max(0.0, end - time.monotonic())):
+                self._engines.remove(engine)
+            elif not engine.stuck:
+                self._tell(engine)
 
-    def _tell(self, leaving: _Leaving) -> None:
-        leaving.stuck = True
-        rung, pid = leaving.rung.name, leaving.pid
+    def _tell(self, engine: _Retiring) -> None:
+        engine.stuck = True
+        rung, pid = engine.rung.name, engine.pid
         _log.error('a worker of %s (pid %s) cannot be ended; it holds its memory until its driver lets go.', rung, pid)
         self._emit('c7.worker_unkillable', rung=rung, pid=pid)

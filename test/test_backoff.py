@@ -1,0 +1,49 @@
+"""F-6, F-7: each pause is twice as long as the one before, up to a limit."""
+
+from __future__ import annotations
+
+import pytest
+
+from gps_denied_c7.backoff import Backoff
+
+BOUNDS_S = (1.0, 5.0)
+
+
+@pytest.fixture
+def backoff(clock):
+    return Backoff(clock)
+
+
+def length_s(backoff, clock, what='x'):
+    """Return how long the pause of ``what`` lasts from now."""
+    for tenths in range(1000):
+        if backoff.over(what):
+            return tenths / 10
+        clock.ns += 100_000_000
+    pytest.fail('it does not end')
+
+
+def test_pauses_grow_to_a_limit(backoff, clock):
+    lengths = []
+    for _ in range(5):
+        backoff.begin('x', BOUNDS_S)
+        lengths.append(length_s(backoff, clock))
+    assert lengths == pytest.approx([1.0, 2.0, 4.0, 5.0, 5.0], abs=0.11)
+
+
+def test_what_has_not_failed_need_not_wait(backoff):
+    backoff.begin('x', BOUNDS_S)
+    assert 'x' in backoff and not backoff.over('x')
+    assert 'y' not in backoff and backoff.over('y')
+
+
+def test_what_is_reset_begins_anew(backoff, clock):
+    backoff.begin('x', BOUNDS_S)
+    backoff.begin('x', BOUNDS_S)
+    backoff.reset('x')
+    assert backoff.over('x')
+    backoff.begin('x', BOUNDS_S)
+    assert length_s(backoff, clock) == pytest.approx(1.0, abs=0.11)
+    backoff.begin('y', BOUNDS_S)
+    backoff.clear()
+    assert 'x' not in backoff and backoff.over('y')
