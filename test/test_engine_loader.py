@@ -1,0 +1,160 @@
+"""F-1, F-5: loading and proving engines, again where a worker dies meanwhile."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from gps_denied_c7.bundle import ModelBundle
+from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.demo.network import write_demo_bundle
+from gps_denied_c7.engine_loader import EngineLoad, EngineLoader
+from gps_denied_c7.errors import EngineDeserializeError, InferenceError, WorkerDiedError
+from gps_denied_c7.proof import Proof
+from gps_denied_c7.rungs import Rung
+from gps_denied_c7.runtime import EngineFacts, ProviderSet
+
+pytest.importorskip('onnx')
+pytest.importorskip('onnxruntime')
+
+CPU = Rung('onnx_trt_ep', ProviderSet.CPU)
+
+
+@pytest.fixture(scope='module')
+def bundle(tmp_path_factory):
+    return ModelBundle.load(write_demo_bundle(tmp_path_factory.mktemp('model') / 'bundle'))
+
+
+class Host:
+    """An engine that gives the golden outputs, unless it is told otherwise."""
+
+    def __init__(self, bench):
+        self.bench, self.killed, self.released = bench, False, False
+        self.inputs = bench.bundle.inputs
+
+    def load(self):
+        if self.bench.faults:
+            fault = self.bench.faults.pop(0)
+            if fault is not None:
+                raise fault
+        return EngineFacts('provider', ('provider',), True, 0, (), 0.0)
+
+    def begin(self, inputs):
+        self.bench.requests.append(inputs)
+
+    def poll(self, timeout_s):
+        return self.bench.answer
+
+    def kill(self):
+        self.killed = True
+
+
+class Bench:
+    def __init__(self, bundle, attempts=2):
+        self.bundle, self.attempts = bundle, attempts
+        self.faults, self.requests, self.hosts, self.freed = [], [], [], []
+        self.answer = bundle.golden_outputs()
+        self.may_load = threading.Event()
+        self.may_load.set()
+        self.given_up = False
+        self.proof = Proof(bundle)
+        self.loader = EngineLoader(
+            C7InferenceConfig(), self.make, self.proof,
+            attempts=lambda rung: self.attempts, given_up=lambda: self.given_up,
+            let_go=lambda rung, host: self.freed.append(host),
+        )  # fmt: skip
+
+    def make(self, rung):
+        assert self.may_load.wait(30)
+        self.hosts.append(Host(self))
+        return self.hosts[-1]
+
+    def load(self):
+        with self.loader.listed(CPU) as load:
+            return self.loader.load(load)
+
+
+@pytest.fixture
+def bench(bundle):
+    return Bench(bundle)
+
+
+def test_f5_an_engine_is_loaded_and_proven(bench):
+    engine = bench.load()
+    assert (engine.rung, engine.host) == (CPU, bench.hosts[0])
+    assert all(request is bench.requests[0] for request in bench.requests) and len(bench.requests) > 1
+    assert engine.hang_s > engine.deadline_s > 0
+    assert bench.loader.loads == [] and bench.freed == []
+    assert [name for name, _ in bench.loader.longest_s()] == [CPU.name]
+
+
+def test_f1_a_worker_that_dies_meanwhile_is_tried_again_and_only_so_often(bench):
+    bench.faults = [WorkerDiedError('died'), None]
+    assert bench.load().host is bench.hosts[1]
+    assert bench.freed == [bench.hosts[0]]
+    bench.faults = [WorkerDiedError('died')] * 5
+    with pytest.raises(WorkerDiedError):
+        bench.load()
+    assert len(bench.faults) == 3 and bench.loader.loads == []
+
+
+def test_f1_nothing_is_tried_again_that_nobody_waits_for(bench):
+    bench.attempts, bench.given_up, bench.faults = 9, True, [WorkerDiedError('died')] * 5
+    with pytest.raises(WorkerDiedError):
+        bench.load()
+    assert len(bench.hosts) == 1
+
+
+def test_f5_an_engine_that_cannot_be_loaded_or_fails_its_proof_is_freed(bench):
+    bench.faults = [EngineDeserializeError('damaged')]
+    with pytest.raises(EngineDeserializeError):
+        bench.load()
+    bench.answer = {name: array + np.ones((), array.dtype) for name, array in bench.answer.items()}
+    with pytest.raises(InferenceError, match='golden'):
+        bench.load()
+    bench.answer = None
+    with pytest.raises(InferenceError, match='longer'):
+        bench.load()
+    assert bench.freed == bench.hosts and bench.hosts[-1].killed
+
+
+def test_f5_in_a_thread_of_its_own_it_is_there_to_be_taken(bench):
+    load = bench.loader.start(CPU)
+    assert bench.loader.find(CPU) is load
+    assert load.done.wait(30) and load.engine.host is bench.hosts[0]
+    bench.loader.take(load)
+    assert bench.loader.loads == [] and bench.loader.find(CPU) is None
+    bench.faults = [EngineDeserializeError('damaged')]
+    failed = bench.loader.start(CPU)
+    assert failed.done.wait(30) and isinstance(failed.error, EngineDeserializeError) and failed.engine is None
+
+
+def test_f1_what_comes_of_a_cancelled_load_is_freed(bench):
+    ended = bench.loader.start(CPU)
+    assert ended.done.wait(30)
+    bench.may_load.clear()
+    under_way = bench.loader.start(CPU)
+    threading.Timer(0.1, bench.may_load.set).start()
+    bench.loader.cancel(list(bench.loader.loads))
+    assert under_way.done.wait(30)
+    assert bench.loader.loads == [] and ended.host.killed
+    deadline = time.monotonic() + 30
+    while {*bench.freed} != {*bench.hosts}:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_m1_the_golden_tensors_are_read_once(bench, monkeypatch):
+    bench.load()
+    monkeypatch.setattr(type(bench.bundle), 'golden_inputs', lambda self: pytest.fail('read again'))
+    bench.load()
+    bench.proof.forget()
+    with pytest.raises(pytest.fail.Exception):
+        bench.load()
+
+
+def test_a_load_that_has_come_to_no_host_cannot_be_killed_and_is_not_harmed():
+    EngineLoad(CPU).kill()
