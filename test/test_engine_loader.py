@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 
+from gps_denied_c7 import engine_loader
 from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.demo.network import write_demo_bundle
@@ -132,7 +133,10 @@ def test_f5_in_a_thread_of_its_own_it_is_there_to_be_taken(bench):
     assert failed.done.wait(30) and isinstance(failed.error, EngineDeserializeError) and failed.engine is None
 
 
-def test_f1_what_comes_of_a_cancelled_load_is_freed(bench):
+@pytest.mark.parametrize('patience_s', [30.0, 0.0])
+def test_f1_what_comes_of_a_cancelled_load_is_freed(bench, monkeypatch, patience_s):
+    """By who cancels it, or later by its own thread."""
+    monkeypatch.setattr(engine_loader, '_CANCEL_S', patience_s)
     ended = bench.loader.start(CPU)
     assert ended.done.wait(30)
     bench.may_load.clear()
