@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from numpy.typing import NDArray
 
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.errors import WorkerDiedError
+from gps_denied_c7.errors import NO_THREADS_REMEDY, EngineDeserializeError, WorkerDiedError
 from gps_denied_c7.proof import Proof
 from gps_denied_c7.rungs import Rung, RungHost
 from gps_denied_c7.runtime import EngineFacts
@@ -125,7 +125,11 @@ class EngineLoader:
         """Begin to load an engine in a thread of its own."""
         load = EngineLoad(rung)
         self.loads.append(load)
-        threading.Thread(target=self._run, args=(load,), name='c7-load', daemon=True).start()
+        try:
+            threading.Thread(target=self._run, args=(load,), name='c7-load', daemon=True).start()
+        except RuntimeError as error:
+            load.error = EngineDeserializeError(f'{rung.name} cannot be loaded now: {error}.', remedy=NO_THREADS_REMEDY)
+            load.done.set()
         return load
 
     @contextlib.contextmanager
@@ -162,9 +166,9 @@ class EngineLoader:
             limit_s = min(limit_s, self._config.load_timeout_s)
             watchdog = threading.Timer(limit_s, load.kill)
             watchdog.daemon = True
-            if known_s is not None and self._isolated:
-                watchdog.start()
             try:
+                if known_s is not None and self._isolated:
+                    watchdog.start()
                 return self._try(load)
             except WorkerDiedError as error:
                 _log.error('%s died while it was being loaded: %s', load.rung.name, error)

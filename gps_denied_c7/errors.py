@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 __all__ = [
+    'NO_THREADS_REMEDY',
     'C7Error',
     'ChainExhaustedError',
     'ConfigError',
@@ -20,6 +21,9 @@ __all__ = [
     'error_and_causes',
     'join_reasons',
 ]
+
+
+NO_THREADS_REMEDY = 'Raise the limit of processes and threads: ulimit -u, or pids.max of the control group.'
 
 
 class C7Error(Exception):

@@ -154,6 +154,9 @@ class Preprocessor:
     """
 
     def __init__(self, spec: PreprocessingSpec) -> None:
+        # Now, so that the first image need not wait for it.
+        import cv2  # noqa: F401
+
         self.spec = spec
         self._scratch = Scratch()
         std, mean = (np.broadcast_to(values, spec.channels) for values in (spec.std, spec.mean))

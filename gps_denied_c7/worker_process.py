@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from gps_denied_c7.errors import C7Error, EngineDeserializeError, WorkerDiedError
+from gps_denied_c7.errors import NO_THREADS_REMEDY, C7Error, EngineDeserializeError, WorkerDiedError
 from gps_denied_c7.worker import LOG_MARK
 from gps_denied_c7.worker_channel import Channel, ChannelClosedError
 
@@ -33,6 +33,8 @@ _KEPT_VARIABLES = (
     'PATH', 'LD_LIBRARY_PATH', 'LD_PRELOAD', 'HOME', 'USER', 'LANG', 'TZ', 'TMPDIR', '_ROS_WHEELS_BOOTSTRAP_COMPLETE',
 )  # fmt: skip
 _KEPT_PREFIXES = ('LC_', 'XDG_', 'PYTHON', 'VIRTUAL_ENV', 'MALLOC_', 'OMP_', 'CUDA_', 'NVIDIA_', 'ORT_', 'TORCH')
+
+_LINE_CHARACTERS = 4096
 
 _log = logging.getLogger(__name__)
 
@@ -93,8 +95,9 @@ class WorkerProcess:
         self._process = process
         self._channel = channel
         self._lifetime = lifetime
-        self._releasing = threading.Lock()
+        self._releasing, self._reaping = threading.Lock(), threading.Lock()
         self._released = False
+        self._then: Callable[[], None] = lambda: None
         self._gone = threading.Event()
         self._pidfd = os.pidfd_open(process.pid)
         self._death = select.poll()
@@ -142,14 +145,18 @@ class WorkerProcess:
                 failed.callback(process.wait)
                 failed.callback(process.kill)
                 worker = cls(name, process, ours, lifetime)
+                failed.callback(os.close, worker._pidfd)
                 forward = threading.Thread(
                     target=_forward_log, args=(log_read, worker), name='c7-worker-log', daemon=True
                 )
                 forward.start()
                 failed.pop_all()
                 return worker
-        except OSError as error:
-            raise EngineDeserializeError(f'no worker process could be started: {error}.') from error
+        except (OSError, RuntimeError) as error:
+            # RuntimeError: no thread to read its log.
+            raise EngineDeserializeError(
+                f'no worker process could be started: {error}.', remedy=NO_THREADS_REMEDY
+            ) from error
 
     @property
     def pid(self) -> int:
@@ -221,31 +228,36 @@ class WorkerProcess:
         with self._releasing:
             if self._released:
                 return
-            self._released = True
+            self._released, self._then = True, then
             self._kill()
             self._channel.close()
-            if self._process.poll() is None:
-                # A driver may need a second for what it held, or for ever.
-                threading.Thread(target=self._reap, args=(then,), name='c7-reaper', daemon=True).start()
-            else:
-                self._reap(then)
             for descriptor in (self._pidfd, self._lifetime):
                 if descriptor >= 0:
                     os.close(descriptor)
             self._pidfd = self._lifetime = -1
+            if self._process.poll() is not None:
+                self._reap()
+                return
+            # A driver may need a second for what it held, or for ever. Where no thread is left, join reaps.
+            with contextlib.suppress(RuntimeError):
+                threading.Thread(target=self._reap, name='c7-reaper', daemon=True).start()
 
     def join(self, timeout_s: float) -> bool:
         """Wait until the released process is gone; False where it is not within ``timeout_s``."""
-        return self._gone.wait(timeout_s)
+        if not self._gone.wait(timeout_s) and self._released and self._process.poll() is not None:
+            self._reap()
+        return self._gone.is_set()
 
     def _kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
 
-    def _reap(self, then: Callable[[], None]) -> None:
+    def _reap(self) -> None:
         self._process.wait()
-        then()
-        self._gone.set()
+        with self._reaping:
+            if not self._gone.is_set():
+                self._then()
+                self._gone.set()
 
     def _died(self) -> WorkerDiedError:
         if self._pidfd < 0 or not self._death.poll(_EXIT_CODE_S * 1e3):
@@ -325,13 +337,16 @@ def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
 def _forward_log(descriptor: int, worker: WorkerProcess) -> None:
     """Log what a worker writes, its own records with their level and vendors' lines as warnings."""
     with open(descriptor, encoding='utf-8', errors='replace') as lines:
-        for line in lines:
-            text, level = line.rstrip(), logging.WARNING
+        begins = True
+        while line := lines.readline(_LINE_CHARACTERS):
+            # The rest of a line without an end is read, and left out.
+            text, level = line.rstrip() if begins else '', logging.WARNING
+            begins = line.endswith('\n')
             if text.startswith(LOG_MARK):
                 number, _, text = text[1:].partition(' ')
-                level = int(number) if number.isdigit() else level
+                level = int(number) if number.isascii() and number.isdigit() else level
             if text:
-                _log.log(level, '%s: %s', worker.name, text)
+                _log.log(level, '%s: %s%s', worker.name, text, '' if begins else ' ...')
 
 
 def _signal_name(number: int) -> str:

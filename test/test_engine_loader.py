@@ -133,6 +133,18 @@ def test_f5_in_a_thread_of_its_own_it_is_there_to_be_taken(bench):
     assert failed.done.wait(30) and isinstance(failed.error, EngineDeserializeError) and failed.engine is None
 
 
+def test_f7_where_no_thread_is_left_the_load_has_failed(bench, monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, 'start', refuse)
+        load = bench.loader.start(CPU)
+    assert load.done.is_set() and "can't start new thread" in str(load.error) and load.engine is None
+    bench.loader.take(load)
+    assert bench.loader.start(CPU).done.wait(30)
+
+
 @pytest.mark.parametrize('patience_s', [30.0, 0.0])
 def test_f1_what_comes_of_a_cancelled_load_is_freed(bench, monkeypatch, patience_s):
     """By who cancels it, or later by its own thread."""

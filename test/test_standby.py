@@ -229,6 +229,22 @@ def test_f3_a_standby_that_dies_is_replaced():
     assert bench.switches() == []
 
 
+def test_f3_a_standby_that_no_thread_was_left_for_is_loaded_after_a_pause(monkeypatch):
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    bench = Bench(CPU)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, 'start', refuse)
+        bench.chain.load()
+        assert bench.ask().runtime_label == 'onnx_trt_ep'
+    bench.settle()
+    assert bench.chain.status().standby is None
+    bench.now_ns += int(60e9)
+    bench.settle()
+    assert bench.chain.status().standby == CPU
+
+
 def test_f3_an_engine_that_is_preferred_takes_the_place_of_the_one_that_stands_by():
     bench = Bench(GPU, OTHER_GPU, CPU)
     bench.load_faults[OTHER_GPU] = EngineDeserializeError('not now.')

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import types
 from pathlib import Path
@@ -206,8 +207,6 @@ def test_f1_nothing_stays_behind(bundle):
 
 def wait_until_flat() -> int:
     """Return the number of descriptors once the threads that forward logs have ended."""
-    import threading
-
     wait_until(lambda: not [t for t in threading.enumerate() if t.name == 'c7-worker-log'], 'the log threads')
     return descriptors()
 
@@ -386,6 +385,21 @@ def test_n8_what_a_worker_says_is_logged_with_its_level(worker, bundle, caplog):
     ]  # fmt: skip
 
 
+def test_f1_a_line_without_an_end_takes_no_memory_and_an_odd_level_is_none(caplog):
+    read, write = os.pipe()
+    reader = threading.Thread(target=worker_process._forward_log, args=(read, types.SimpleNamespace(name='worker 1')))
+    with caplog.at_level(logging.DEBUG, 'gps_denied_c7'):
+        reader.start()
+        for _ in range(50):
+            os.write(write, b'x' * 100_000)
+        os.write(write, '\nafter it\n\x1e\u00b2 squared\n'.encode())
+        os.close(write)
+        reader.join(30)
+    long, *others = [record.message for record in caplog.records]
+    assert len(long) < 5000 and long.endswith('x ...')
+    assert others == ['worker 1: after it', 'worker 1: squared']
+
+
 @pytest.mark.parametrize(
     'error',
     [
@@ -486,6 +500,55 @@ def test_f1_the_spare_worker_becomes_the_next_engine_and_another_one_gets_ready(
     assert wait_for_spare(spare) not in (first.pid, second.pid)
     for host in (first, second):
         host.release()
+
+
+@pytest.fixture
+def no_threads_called(monkeypatch):
+    """Refuse to start threads of the names that a test adds, as a system does that has none left."""
+    names, start = set(), threading.Thread.start
+
+    def refuse(thread):
+        if thread.name in names:
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, 'start', refuse)
+    return names
+
+
+def test_f1_where_no_thread_is_left_for_a_spare_worker_the_engine_serves_all_the_same(
+    bundle, spare, no_threads_called, caplog
+):
+    host = worker_hosts(bundle, CONFIG, spare=spare)(CPU)
+    start = WorkerProcess.start
+
+    def start_and_run_out(name, *arguments):
+        process = start(name, *arguments)
+        no_threads_called.add('c7-worker-log')
+        return process
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WorkerProcess, 'start', start_and_run_out)
+        host.load()
+    assert 'no spare worker' in caplog.text and 'pids.max' in caplog.text
+    assert host.infer(bundle.golden_inputs())
+    before = descriptors()
+    with pytest.raises(EngineDeserializeError, match='no worker process could be started'):
+        worker_hosts(bundle, CONFIG)(CPU).load()
+    assert descriptors() == before
+    host.release()
+
+
+def test_f1_a_worker_is_reaped_where_no_thread_is_left_to_wait_for_it(bundle, no_threads_called):
+    before, ended = wait_until_flat(), []
+    process = WorkerProcess.start('worker')
+    pid = process.pid
+    no_threads_called.add('c7-reaper')
+    process.release(then=lambda: ended.append(pid))
+    wait_until(lambda: process.join(0.0), 'its end')
+    assert ended == [pid] and not Path(f'/proc/{pid}').exists()
+    assert process.join(0.0) and ended == [pid]
+    assert wait_until_flat() == before
 
 
 def test_f1_a_spare_worker_takes_the_processor_from_nobody_until_it_has_a_task(bundle, spare):

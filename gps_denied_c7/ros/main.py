@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import signal
+import stat
 import sys
 import threading
 import time
@@ -66,6 +67,10 @@ def main(args: list[str] | None = None) -> int:
     :return: the exit code 2 for a command line that cannot be used; after a signal the process ends with 0 in here.
     """
     _open_standard_streams()
+    _wait_for_no_reader()
+    # Nothing here multiplies matrices. OpenCV's copy of OpenBLAS would start a thread for each core and, where it may
+    # not, send this process a SIGINT.
+    os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
     profile = apply_profile(os.environ)
     tune_allocator()
     swept = sweep_segments()
@@ -141,6 +146,22 @@ def _open_standard_streams() -> None:
             os.fstat(number)
         except OSError:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+
+
+def _wait_for_no_reader() -> None:
+    """
+    Have log lines be lost where nobody reads them: a full pipe, or a terminal that Ctrl-S has stopped.
+
+    rclpy writes them under the interpreter's lock, so that a write that waits would hold up every thread. Opened anew,
+    since the flag belongs to the open file, which others share; what cannot be opened so, as a socket, stays as it is.
+    """
+    for number in (1, 2):
+        if not (stat.S_ISFIFO(os.fstat(number).st_mode) or os.isatty(number)):
+            continue
+        with contextlib.suppress(OSError):
+            anew = os.open(f'/proc/self/fd/{number}', os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+            os.dup2(anew, number)
+            os.close(anew)
 
 
 if __name__ == '__main__':

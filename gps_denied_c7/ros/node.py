@@ -303,16 +303,25 @@ class C7InferenceNode(ResponsiveLifecycleNode):
             self._building = None
 
     def _resolve_topics(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        topics = tuple(self.resolve_topic_name(name) for name in names)
+        topics = tuple(self._resolve_topic(name) for name in names)
         # Two spellings of one topic, or a remapping, would have each of its frames answered twice.
         if len(set(topics)) != len(topics):
             raise ConfigError('image_topics', f'{list(names)} resolves to {list(topics)}, a topic twice.')
         own = {each.topic_name for each in self.publishers} | {each.topic_name for each in self.subscriptions}
+        own.add('/rosout')
         if clashing := sorted(own.intersection(topics)):
             raise ConfigError(
                 'image_topics', f'{clashing} are topics of this node itself.', remedy='Name the topics of cameras.'
             )
         return topics
+
+    def _resolve_topic(self, name: str) -> str:
+        try:
+            return str(self.resolve_topic_name(name))
+        except Exception as error:  # rclpy's own, of several kinds
+            raise ConfigError(
+                'image_topics', f'{name!r} cannot be resolved: {error}.', remedy='Correct the name of the topic.'
+            ) from error
 
     def _activate(self, state: LifecycleState) -> None:
         loaded = self._require_loaded()

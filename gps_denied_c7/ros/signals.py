@@ -26,6 +26,8 @@ def on_first_signal(numbers: Iterable[signal.Signals], act: Callable[[signal.Sig
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     for number in awaited:
         signal.signal(number, lambda number, frame: None)
+    # Who started this process may have blocked them, and what is blocked there stays so here.
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, awaited)
 
     def watch() -> None:
         # Whatever else has a handler is written as well.

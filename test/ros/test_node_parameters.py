@@ -227,7 +227,15 @@ def test_two_nodes_side_by_side(tmp_path):
                 process.close()
 
 
-@pytest.mark.parametrize('topic', ['~/tensors', '/diagnostics'])
+@pytest.mark.parametrize('topic', ['a//b', '{bogus}/image', 'x' * 300])
+def test_n1_a_topic_that_cannot_be_resolved_is_named(tmp_path, topic):
+    with running_node({'model_path': copying(tmp_path), 'image_topics': [topic]}) as (_, peer):
+        assert not peer.change_state('configure')
+        peer.wait_level('Runtime', 'ERROR')
+        assert f"image_topics: '{topic}' cannot be resolved" in peer.message('Runtime')
+
+
+@pytest.mark.parametrize('topic', ['~/tensors', '/diagnostics', '/rosout'])
 def test_n1_a_topic_of_the_node_itself_is_no_image_topic(tmp_path, topic):
     """Refused with the reason on configure, where the middleware would say "invalid allocator" on every activate."""
     with running_node({'model_path': copying(tmp_path), 'image_topics': [topic]}) as (_, peer):

@@ -42,3 +42,19 @@ def test_n8_the_first_of_the_awaited_signals_is_heard_whatever_the_main_thread_d
         awaited = [number.name for number in numbers if number is not signal.SIGUSR1]
         # Of two that come at once, the system may hand over the one of the smaller number first.
         assert process.returncode == 0 and output.split()[0] in awaited and len(output.split()) == 1
+
+
+def test_n8_a_signal_that_the_parent_has_blocked_is_heard():
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    try:
+        process = subprocess.Popen([sys.executable, '-c', WAITS], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    with process:
+        try:
+            assert process.stdout.readline() == 'ready\n'
+            process.send_signal(signal.SIGTERM)
+            output, _ = process.communicate(timeout=30)
+        finally:
+            process.kill()
+    assert (process.returncode, output) == (0, 'SIGTERM\n')
