@@ -119,9 +119,11 @@ class Channel:
         try:
             if not data:
                 raise ChannelClosedError('the other end is closed.')
+            if kind & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+                raise ValueError(f'cut off: longer than {_PACKET_BYTES} bytes, or with more descriptors than are taken')
             packet = decode_json(data.decode())
-            if kind & (socket.MSG_TRUNC | socket.MSG_CTRUNC) or not isinstance(packet, dict):
-                raise ValueError('cut off, or no object')
+            if not isinstance(packet, dict):
+                raise ValueError('no object')
         except (ChannelClosedError, ValueError) as error:
             for descriptor in descriptors:
                 os.close(descriptor)

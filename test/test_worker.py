@@ -636,6 +636,16 @@ def test_a_packet_nested_to_any_depth_is_an_error(depth):
     theirs.close()
 
 
+def test_f1_a_packet_that_is_too_long_says_so():
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    channel = Channel(ours)
+    theirs.send(b'{"say": "' + b'x' * 70_000 + b'"}')
+    with pytest.raises(InferenceError, match='longer than 65536 bytes'):
+        channel.receive()
+    channel.close()
+    theirs.close()
+
+
 def test_f1_descriptors_beside_an_empty_packet_are_closed():
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     channel = Channel(ours)
