@@ -167,6 +167,7 @@ def test_f1_any_error_told_is_an_error_of_the_family(content: bytes) -> None:
 def no_wait_for_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that stands for the worker does not end, though its channel may seem closed."""
     monkeypatch.setattr('gps_denied_c7.worker_process._EXIT_CODE_S', 0.0)
+    monkeypatch.setattr('gps_denied_c7.worker_host._LONGEST_STEP_S', 0.01)
 
 
 class FakeWorkerProcess(WorkerProcess):
