@@ -11,7 +11,7 @@ import socket
 import struct
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -176,8 +176,8 @@ class FakeWorkerProcess(WorkerProcess):
     def _kill(self) -> None:
         pass
 
-    def _reap(self, then: Callable[[], None]) -> None:
-        then()
+    def _reap(self) -> None:
+        self._then()
 
 
 class HostOfFakeWorker(WorkerHost):
