@@ -103,10 +103,12 @@ class InProcessHost(SynchronousHost):
             raise InferenceError('no engine is loaded.')
         return self._runtime.infer(self._handle, inputs)
 
-    def place_outputs(self, outputs: Mapping[str, NDArray]) -> None:
-        """Have later answers written into these arrays where the runtime can; see BaseRuntime."""
+    def place(
+        self, *, inputs: Mapping[str, NDArray] | None = None, outputs: Mapping[str, NDArray] | None = None
+    ) -> None:
+        """Have later requests read from these arrays and answers written there; see BaseRuntime."""
         if self._handle is not None and isinstance(self._runtime, BaseRuntime):
-            self._runtime.place_outputs(self._handle, outputs)
+            self._runtime.place(self._handle, inputs=inputs, outputs=outputs)
 
     def release(self) -> None:
         """Free the engine; safe to repeat."""

@@ -17,7 +17,9 @@ from gps_denied_c7.errors import InferenceError
 
 __all__ = ['SharedTensors', 'TensorLayout']
 
-_ALIGNMENT = 64
+# Pages that a driver locks for one tensor must not hold another's.
+_ALIGNMENT = mmap.PAGESIZE
+_SMALLEST_BYTES = 64
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
 _DTYPES = frozenset(np.dtype(code).name for code in '?bBhHiIlLqQefd')
 _MAX_RANK = 32
@@ -37,7 +39,7 @@ class TensorLayout:
 
     @classmethod
     def of(cls, arrays: Mapping[str, NDArray]) -> TensorLayout:
-        """Lay ``arrays`` out one after another, each at a multiple of 64 bytes."""
+        """Lay ``arrays`` out one after another, each on memory pages of its own."""
         tensors, offset = [], 0
         for name, array in arrays.items():
             tensors.append((name, array.dtype.name, array.shape, offset))
@@ -107,7 +109,7 @@ class SharedTensors:
         """
         descriptor = os.memfd_create('c7-tensors', os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.posix_fallocate(descriptor, 0, max(size, _ALIGNMENT))
+            os.posix_fallocate(descriptor, 0, max(size, _SMALLEST_BYTES))
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
         except BaseException:
             os.close(descriptor)

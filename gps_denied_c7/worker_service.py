@@ -127,10 +127,12 @@ class EngineService:
         """Take the layout of this request and of those that follow as a number alone, and answer it."""
         assert self._requests is not None
         self._inputs = self._requests.arrays(TensorLayout.from_json(packet['layout']))
-        self._answer(packet['id'])
+        self._answer(packet['id'], place=True)
 
-    def _answer(self, number: int) -> None:
+    def _answer(self, number: int, *, place: bool = False) -> None:
         try:
+            if place:
+                self._host.place(inputs=self._inputs)
             layout = self._write(self._host.infer(self._inputs))
         except Exception as error:
             self._channel.send({'say': 'failed', 'id': number, 'error': error_to_json(error)})
@@ -155,7 +157,7 @@ class EngineService:
                 self._map(received[0], received[1])
             assert self._answers is not None
             self._outputs = self._answers.arrays(layout)
-            self._host.place_outputs(self._outputs)
+            self._host.place(outputs=self._outputs)
         elsewhere = [name for name, array in self._outputs.items() if not _is_at(array, outputs[name])]
         for name in elsewhere:
             self._outputs[name][...] = outputs[name]

@@ -1,5 +1,6 @@
 """F-1: sealed segments whose tensors two processes see; what a worker says of them is checked."""
 
+import mmap
 import os
 
 import numpy as np
@@ -26,7 +27,7 @@ def test_what_one_mapping_writes_the_other_reads():
         array[...] = ARRAYS[name]
     for name, array in read.arrays(TensorLayout.from_json(layout.to_json())).items():
         assert array.dtype == ARRAYS[name].dtype and (array == ARRAYS[name]).all()
-        assert not array.flags.writeable and array.ctypes.data % 64 == 0
+        assert not array.flags.writeable and array.ctypes.data % mmap.PAGESIZE == 0
 
 
 def test_a_view_outlives_its_segment():

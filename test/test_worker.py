@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import itertools
@@ -107,13 +108,58 @@ def test_f1_the_engine_writes_its_answers_into_the_segment(bundle):
     for _ in range(2):
         segment = SharedTensors.create(TensorLayout.of(first).size, writable=True)
         views = segment.arrays(TensorLayout.of(first))
-        host.place_outputs(views)
+        host.place(outputs=views)
         answer = host.infer(request)
         for name, view in views.items():
             assert np.shares_memory(answer[name], view)
             assert not answer[name].flags.writeable
         assert not bundle.compare(views, bundle.golden_outputs())
     host.release()
+
+
+def test_f1_the_engine_is_told_once_where_requests_come_and_answers_are_wanted():
+    """F-1: so that a GPU reads and writes the memory that both processes see, and nobody copies in between."""
+    placed = []
+
+    class FakeHost:
+        def place(self, **arrays):
+            placed.append(arrays)
+
+        def infer(self, inputs):
+            return {'twice': inputs['x'] * 2}
+
+    ours, theirs = Channel.pair()
+    service = worker_service.EngineService(theirs)
+    service._host = FakeHost()
+
+    def serve():
+        with contextlib.suppress(ChannelClosedError):
+            service.run()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    layout = TensorLayout.of({'x': np.zeros(5, np.float32)})
+    requests, answers = (SharedTensors.create(layout.size, writable=True) for _ in range(2))
+    request = requests.arrays(layout)['x']
+    ours.send({'do': 'map', 'segment': 'requests'}, [requests.descriptor])
+    for number in (1, 2, 3):
+        request[...] = number
+        if number == 1:
+            ours.send({'do': 'infer', 'id': number, 'layout': layout.to_json()})
+            assert ours.receive()[0]['say'] == 'needs'
+            ours.send({'do': 'map', 'segment': 'answers'}, [answers.descriptor])
+            twice = answers.arrays(TensorLayout.from_json(ours.receive()[0]['layout']))['twice']
+        else:
+            ours.send_number(number)
+            assert ours.receive()[0] == number
+        assert list(twice) == [2 * number] * 5
+    assert [list(arrays) for arrays in placed] == [['inputs'], ['outputs']]
+    request[...], twice[...] = 7, 8
+    assert list(placed[0]['inputs']['x']) == [7] * 5 and not placed[0]['inputs']['x'].flags.writeable
+    assert list(placed[1]['outputs']['twice']) == [8] * 5
+    ours.close()
+    thread.join()
+    theirs.close()
 
 
 def test_f1_a_request_may_be_written_in_place(bundle, worker):

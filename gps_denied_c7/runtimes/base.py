@@ -176,17 +176,30 @@ class BaseRuntime(ABC, Generic[EngineT]):
             _forget_locals(error)
             raise
 
-    def place_outputs(self, handle: EngineHandle, outputs: Mapping[str, NDArray]) -> None:
+    def place(
+        self,
+        handle: EngineHandle,
+        *,
+        inputs: Mapping[str, NDArray] | None = None,
+        outputs: Mapping[str, NDArray] | None = None,
+    ) -> None:
         """
-        Have later answers written into arrays of the caller's, by those vendors' libraries that can.
+        Have later requests read from arrays of the caller's, and answers written there, by those that can.
 
-        Nothing promises it: whoever needs the answer elsewhere than where :meth:`infer` returns it copies it.
+        Nothing promises it: requests may come in any arrays, and whoever needs an answer elsewhere than where
+        :meth:`infer` returns it copies it. What was placed is kept until the engine is released or another array takes
+        its place.
 
-        :param outputs: C-contiguous arrays by canonical name; not to be read while a request runs. Kept until the
-            engine is released or others are placed.
+        :param inputs: C-contiguous arrays by canonical name that most requests will come in, each on memory pages of
+            its own; may be read-only.
+        :param outputs: likewise, writable; not to be read while a request runs.
+        :raises InferenceError: the engine does not run any more.
         """
         bound = self._bound(handle)
-        self._place(bound.engine, {own: outputs[name] for name, own in bound.own_outputs.items() if name in outputs})
+        inputs, outputs = inputs or {}, outputs or {}
+        places = {own: inputs[name] for name, own in bound.own_inputs.items() if name in inputs}
+        places |= {own: outputs[name] for name, own in bound.own_outputs.items() if name in outputs}
+        self._place(bound.engine, places)
 
     def release_engine(self, handle: EngineHandle) -> None:
         """Free the engine; a foreign or released handle is a silent no-op."""
@@ -267,8 +280,8 @@ class BaseRuntime(ABC, Generic[EngineT]):
         """Do what wants an engine that has run, as capturing a graph; return remarks for its facts."""
         return ()
 
-    def _place(self, engine: EngineT, outputs: Mapping[str, NDArray]) -> None:
-        """Write later answers into ``outputs``, by the file's own names, where that saves a copy."""
+    def _place(self, engine: EngineT, arrays: Mapping[str, NDArray]) -> None:
+        """Read later requests from ``arrays`` and write answers there, by the file's own names, where that helps."""
 
     def _witness(self, engine: EngineT, facts: EngineFacts) -> EngineFacts:
         """Return the facts as the warm-up run has shown them to be, or raise to refuse the engine."""

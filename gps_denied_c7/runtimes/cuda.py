@@ -19,7 +19,7 @@ from numpy.typing import DTypeLike, NDArray
 from gps_denied_c7.errors import RuntimeUnavailableError
 from gps_denied_c7.runtimes.finite_kernel import FINITE_KERNEL, FINITE_KERNEL_NAME, FINITE_MASKS, QUAD_BYTES
 
-__all__ = ['Cuda', 'CudaError', 'FiniteCheck', 'GpuFacts', 'gpu_devices', 'open_cuda']
+__all__ = ['Cuda', 'CudaError', 'FiniteCheck', 'GpuFacts', 'StagedTensor', 'gpu_devices', 'open_cuda']
 
 # cuda-python 12.8 renamed its modules and 13 dropped the old names.
 _MODULES = (('cuda.bindings.runtime', 'cuda.bindings.driver'), ('cuda.cudart', 'cuda.cuda'))
@@ -199,6 +199,22 @@ class Cuda:
             raise
         return address
 
+    def lock_pages(self, array: NDArray) -> None:
+        """
+        Page-lock memory that is there already, so that it is copied from and to without a stopover.
+
+        To be undone with ``cudaHostUnregister`` and the array's address, before its memory is given back.
+
+        :param array: on pages of its own, since none may be locked twice.
+        :raises CudaError: the driver cannot, as for read-only memory on some GPUs.
+        """
+        flags = self.runtime.cudaHostRegisterDefault if array.flags.writeable else self.runtime.cudaHostRegisterReadOnly
+        try:
+            self.call('cudaHostRegister', _address(array), array.nbytes, flags)
+        except CudaError:
+            self.runtime.cudaGetLastError()
+            raise
+
     def copy_to_device(self, address: int, array: NDArray, stream: Any) -> Callable[[], None]:
         """Return a call that copies a pinned array to the GPU, in the order of ``stream``."""
         return self._copy(address, _address(array), array.nbytes, self._to_device, stream)
@@ -269,6 +285,70 @@ class Cuda:
             self.refuse(call, status)
         return values[0] if len(values) == 1 else tuple(values) or None
 
+
+class StagedTensor:
+    """
+    Hold a tensor on both sides: GPU memory at an address that stays, and page-locked memory of the host.
+
+    :param stream: whose order the copies keep.
+    :param inward: it is copied to the GPU, else from it.
+    :raises CudaError: no memory.
+    """
+
+    def __init__(self, cuda: Cuda, shape: tuple[int, ...], dtype: DTypeLike, stream: Any, *, inward: bool) -> None:
+        self.host = cuda.pinned(shape, dtype)
+        """The array that :meth:`copy` reads or fills."""
+        self.address = cuda.device_memory(self.host.nbytes)
+        """Of the GPU's memory."""
+        self._cuda = cuda
+        self._stream = stream
+        self._inward = inward
+        self._locked = 0
+        self.copy = self._make_copy()
+        """Put the copy on the stream."""
+
+    def fill(self, array: NDArray) -> None:
+        """Have ``array`` in :attr:`host`: nothing is to be done where it lies there."""
+        if array is not self.host and _address(array) != _address(self.host):
+            np.copyto(self.host, array)
+
+    def place(self, array: NDArray) -> bool:
+        """
+        Copy from or to ``array`` from now on; the stream must be idle.
+
+        :param array: shaped as its own; kept until another takes its place. What is read on the way to the GPU may be
+            read-only.
+        :return: whether that is a change; False also for another shape, and for pages that the driver does not lock.
+        """
+        fits = (array.shape, array.dtype) == (self.host.shape, self.host.dtype) and array.nbytes
+        if not fits or _address(array) == _address(self.host):
+            return False
+        try:
+            self._cuda.lock_pages(array)
+        except CudaError as error:
+            _log.info('tensors of %d bytes are copied once more on their way: %s', array.nbytes, error)
+            return False
+        self._unlock()
+        self.host, self._locked = array, _address(array)
+        self.copy = self._make_copy()
+        return True
+
+    def release(self) -> None:
+        """Free the GPU's memory and unlock what was placed, once the stream is idle; safe to repeat."""
+        self._unlock()
+        address, self.address = self.address, 0
+        if address:
+            self._cuda.try_call('cudaFree', address)
+
+    def _make_copy(self) -> Callable[[], None]:
+        if self._inward:
+            return self._cuda.copy_to_device(self.address, self.host, self._stream)
+        return self._cuda.copy_to_host(self.host, self.address, self._stream)
+
+    def _unlock(self) -> None:
+        locked, self._locked = self._locked, 0
+        if locked:
+            self._cuda.try_call('cudaHostUnregister', locked)
 
 
 class FiniteCheck:

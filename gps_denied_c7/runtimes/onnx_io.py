@@ -8,14 +8,14 @@ accord when one fails, which a bound run does not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.runtimes.cuda import Cuda, FiniteCheck
+from gps_denied_c7.runtimes.cuda import Cuda, FiniteCheck, StagedTensor
 from gps_denied_c7.runtimes.finite_kernel import FINITE_MASKS
 from gps_denied_c7.tensors import TensorSpec, is_finite
 
@@ -35,8 +35,12 @@ class TensorIo(Protocol):
         """Run one request, all by the session's own names; the arrays returned are valid until the next run."""
         ...
 
-    def place(self, outputs: Mapping[str, NDArray]) -> None:
-        """Write later answers into these arrays where that saves a copy; they are kept as long as they are bound."""
+    def place(self, arrays: Mapping[str, NDArray]) -> None:
+        """
+        Read later requests from these arrays and write answers there, by name, where that saves a copy.
+
+        They are kept as long as they are bound.
+        """
         ...
 
     def release(self) -> None:
@@ -86,12 +90,12 @@ class HostIo:
         self._session.run_with_iobinding(self._binding)
         return {**self._outputs, **_fetch_free(self._binding, self._free)}
 
-    def place(self, outputs: Mapping[str, NDArray]) -> None:
-        """Bind these arrays instead of its own, where they are shaped as those are; see TensorIo."""
+    def place(self, arrays: Mapping[str, NDArray]) -> None:
+        """Bind these arrays instead of its own outputs, where they are shaped as those are; see TensorIo."""
         self._bind({
-            name: outputs[name]
+            name: arrays[name]
             for name, own in self._outputs.items()
-            if name in outputs and (outputs[name].shape, outputs[name].dtype) == (own.shape, own.dtype)
+            if name in arrays and (arrays[name].shape, arrays[name].dtype) == (own.shape, own.dtype)
         })  # fmt: skip
 
     def release(self) -> None:
@@ -116,14 +120,15 @@ class GpuIo:
         self._session = session
         self._binding = session.io_binding()
         self._free = [spec.name for spec in outputs if None in spec.shape]
-        self._host: dict[str, NDArray] = {}
-        self._memory: dict[str, int] = {}
-        self._copy_in: dict[str, Callable[[], None]] = {}
-        self._copy_out: list[Callable[[], None]] = []
+        self._inputs: dict[str, StagedTensor] = {}
+        self._outputs: dict[str, StagedTensor] = {}
+        self._answer: dict[str, NDArray] = {}
         self._check: FiniteCheck | None = None
         self._stream = cuda.new_stream()
         try:
-            self._outputs = {spec.name: self._add_output(spec) for spec in outputs if None not in spec.shape}
+            for spec in outputs:
+                if None not in spec.shape:
+                    self._add_output(spec)
             self._watch_outputs()
         except BaseException:
             self.release()
@@ -132,29 +137,33 @@ class GpuIo:
     def run(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """Run one request; see TensorIo."""
         for name, array in inputs.items():
-            if name not in self._copy_in:
-                self._add_input(name, array)
-            np.copyto(self._host[name], array)
-            self._copy_in[name]()
+            if name not in self._inputs:
+                self._inputs[name] = StagedTensor(self._cuda, array.shape, array.dtype, self._stream, inward=True)
+            self._inputs[name].fill(array)
+            self._inputs[name].copy()
         self._wait()
         for name in inputs:
             # Bound anew each time: an input that a node on the CPU reads is copied there when it is bound.
-            host = self._host[name]
-            self._binding.bind_input(name, *_GPU, host.dtype.type, host.shape, self._memory[name])
+            staged = self._inputs[name]
+            self._binding.bind_input(name, *_GPU, staged.host.dtype.type, staged.host.shape, staged.address)
         _bind_free(self._binding, self._free)
         self.seen_finite = False
         self._session.run_with_iobinding(self._binding)
         if self._check is not None:
             self._check.reset()
             self._check.enqueue()
-        for copy in self._copy_out:
-            copy()
+        for tensor in self._outputs.values():
+            tensor.copy()
         self._wait()
         self.seen_finite = self._check is not None and not self._check.found
-        return {**self._outputs, **_fetch_free(self._binding, self._free)}
+        return {**self._answer, **_fetch_free(self._binding, self._free)}
 
-    def place(self, outputs: Mapping[str, NDArray]) -> None:
-        """Keep its own, which are pinned; see TensorIo."""
+    def place(self, arrays: Mapping[str, NDArray]) -> None:
+        """Have the pages of these arrays locked, and copied from and to; see TensorIo."""
+        for name, tensor in (*self._inputs.items(), *self._outputs.items()):
+            if name in arrays:
+                tensor.place(arrays[name])
+        self._answer = {name: tensor.host for name, tensor in self._outputs.items()}
 
     def release(self) -> None:
         """Unbind and free everything, also after an error that has cost the CUDA context; see TensorIo."""
@@ -165,38 +174,27 @@ class GpuIo:
         check, self._check = self._check, None
         if check is not None:
             check.release()
-        memory, self._memory = self._memory, {}
-        for address in memory.values():
-            self._cuda.try_call('cudaFree', address)
+        for tensor in (*self._inputs.values(), *self._outputs.values()):
+            tensor.release()
+        # The pinned arrays give their memory back when the last view of them goes.
+        self._inputs, self._outputs, self._answer = {}, {}, {}
         if stream is not None:
             self._cuda.try_call('cudaStreamDestroy', stream)
-        # The pinned arrays give their memory back when the last view of them goes.
-        self._host, self._outputs, self._copy_in, self._copy_out = {}, {}, {}, []
 
-    def _add_input(self, name: str, like: NDArray) -> None:
-        host = self._make_room(name, like.shape, like.dtype)
-        self._copy_in[name] = self._cuda.copy_to_device(self._memory[name], host, self._stream)
-
-    def _add_output(self, spec: TensorSpec) -> NDArray:
-        host = self._make_room(spec.name, _sizes(spec), np.dtype(spec.dtype))
-        self._copy_out.append(self._cuda.copy_to_host(host, self._memory[spec.name], self._stream))
-        self._binding.bind_output(spec.name, *_GPU, host.dtype.type, host.shape, self._memory[spec.name])
-        return host
-
-    def _make_room(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray:
-        host = self._host[name] = self._cuda.pinned(shape, dtype)
-        self._memory[name] = self._cuda.device_memory(host.nbytes)
-        return host
+    def _add_output(self, spec: TensorSpec) -> None:
+        staged = StagedTensor(self._cuda, _sizes(spec), spec.dtype, self._stream, inward=False)
+        self._outputs[spec.name], self._answer[spec.name] = staged, staged.host
+        self._binding.bind_output(spec.name, *_GPU, staged.host.dtype.type, staged.host.shape, staged.address)
 
     def _wait(self) -> None:
         self._cuda.call('cudaStreamSynchronize', self._stream)
 
     def _watch_outputs(self) -> None:
         """Have the GPU look for NaN and infinity, once it has proven here that it finds them."""
-        floats = {name: array for name, array in self._outputs.items() if array.dtype.kind == 'f' and array.size}
+        floats = {name: array for name, array in self._answer.items() if array.dtype.kind == 'f' and array.size}
         if self._free or any(str(array.dtype) not in FINITE_MASKS for array in floats.values()):
             return
-        checks = [(self._memory[name], array.nbytes, str(array.dtype)) for name, array in floats.items()]
+        checks = [(self._outputs[name].address, array.nbytes, str(array.dtype)) for name, array in floats.items()]
         try:
             self._check = FiniteCheck(self._cuda, checks, self._stream)
             for name, array in floats.items():
@@ -211,7 +209,7 @@ class GpuIo:
         """Show the check a NaN at the end of an output, and then none."""
         for value in (np.nan, 0.0):
             array.reshape(-1)[-1] = value
-            self._cuda.copy_to_device(self._memory[name], array, self._stream)()
+            self._cuda.copy_to_device(self._outputs[name].address, array, self._stream)()
             check.reset()
             check.enqueue()
             self._wait()

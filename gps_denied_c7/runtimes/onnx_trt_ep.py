@@ -214,9 +214,9 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
         assert engine.io is not None
         return engine.io.run(inputs)
 
-    def _place(self, engine: _Session, outputs: Mapping[str, NDArray]) -> None:
+    def _place(self, engine: _Session, arrays: Mapping[str, NDArray]) -> None:
         if engine.io is not None:
-            engine.io.place(outputs)
+            engine.io.place(arrays)
 
     def _found_finite(self, engine: _Session) -> bool:
         return engine.io is not None and engine.io.seen_finite

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -22,7 +22,7 @@ from gps_denied_c7.errors import (
 from gps_denied_c7.gate import AdmittedEngine, EngineGate, EngineName, same_tensorrt
 from gps_denied_c7.runtime import BuildConfig, EngineCacheEntry, EngineFacts, EngineHandle
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine, own_input_shapes
-from gps_denied_c7.runtimes.cuda import Cuda, CudaError, FiniteCheck, open_cuda
+from gps_denied_c7.runtimes.cuda import Cuda, CudaError, FiniteCheck, StagedTensor, open_cuda
 from gps_denied_c7.runtimes.finite_kernel import FINITE_MASKS
 from gps_denied_c7.runtimes.tensorrt_build import build_engine, source_artefact, source_shapes
 from gps_denied_c7.runtimes.tensorrt_library import dtype_name, error_recorder, import_tensorrt, vendor_logger
@@ -60,7 +60,7 @@ class TensorrtRuntime(BaseRuntime['_Engine']):
         :raises InferenceError: a foreign or released handle.
         """
         bound = self._bound(handle)
-        return {name: bound.engine.inputs[own] for name, own in bound.own_inputs.items()}
+        return {name: bound.engine.inputs[own].host for name, own in bound.own_inputs.items()}
 
     def _compile(self, model: ModelBundle, build_config: BuildConfig) -> EngineCacheEntry:
         open_cuda(self.label)
@@ -161,6 +161,9 @@ class TensorrtRuntime(BaseRuntime['_Engine']):
     def _settle(self, engine: _Engine) -> Sequence[str]:
         return engine.capture()
 
+    def _place(self, engine: _Engine, arrays: Mapping[str, NDArray]) -> None:
+        engine.place(arrays)
+
     def _found_finite(self, engine: _Engine) -> bool:
         return engine.seen_finite
 
@@ -179,8 +182,9 @@ class _Engine:
     def __init__(self, cuda: Cuda, trt: ModuleType) -> None:
         self.input_specs: tuple[TensorSpec, ...] = ()
         self.output_specs: tuple[TensorSpec, ...] = ()
-        self.inputs: dict[str, NDArray] = {}
-        self.outputs: dict[str, NDArray] = {}
+        self.inputs: dict[str, StagedTensor] = {}
+        self.outputs: dict[str, StagedTensor] = {}
+        self._answer: dict[str, NDArray] = {}
         self.notes: list[str] = []
         self.seen_finite = False
         self._cuda = cuda
@@ -193,9 +197,6 @@ class _Engine:
         self._stream: Any = None
         self._graph: Any = None
         self._check: FiniteCheck | None = None
-        self._memory: dict[str, int] = {}
-        self._before: list[Callable[[], None]] = []
-        self._after: list[Callable[[], None]] = []
 
     def load(self, admitted: AdmittedEngine, shapes: Mapping[str, Sequence[int | None]], budget_bytes: int) -> None:
         """
@@ -221,15 +222,13 @@ class _Engine:
         self._stream = self._cuda.new_stream()
         for spec in (*self.input_specs, *self.output_specs):
             self._make_room(spec)
+        self._answer = {name: tensor.host for name, tensor in self.outputs.items()}
         self._watch_outputs()
 
     def run(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """Run one request; the arrays returned are views of pinned memory, valid until the next run."""
         for name, array in inputs.items():
-            pinned = self.inputs[name]
-            # Filled in place by who asked for the buffers.
-            if array is not pinned and array.__array_interface__['data'] != pinned.__array_interface__['data']:
-                np.copyto(pinned, array)
+            self.inputs[name].fill(array)
         self.seen_finite = False
         if self._check is not None:
             self._check.reset()
@@ -247,7 +246,21 @@ class _Engine:
                 remedy='Where CUDA errors repeat, the process must be started again: its CUDA context is lost.',
             ) from error
         self.seen_finite = self._check is not None and not self._check.found
-        return self.outputs
+        return self._answer
+
+    def place(self, arrays: Mapping[str, NDArray]) -> None:
+        """Copy from and to these arrays from now on, where that is possible; a graph is captured anew."""
+        staged = {**self.inputs, **self.outputs}
+        placed = [staged[name].place(array) for name, array in arrays.items()]
+        if not any(placed):
+            return
+        self._answer = {name: tensor.host for name, tensor in self.outputs.items()}
+        if self._graph is not None:
+            # It has the addresses of before.
+            self._drop_graph()
+            self.run({})
+            for remark in self.capture():
+                _log.warning('%s', remark)
 
     def capture(self) -> list[str]:
         """
@@ -255,7 +268,7 @@ class _Engine:
 
         :return: why there is none, empty where there is.
         """
-        expected = {name: array.copy() for name, array in self.outputs.items()}
+        expected = {name: array.copy() for name, array in self._answer.items()}
         try:
             self._graph = self._cuda.capture(self._stream, self._enqueue)
         except Exception as error:
@@ -264,7 +277,7 @@ class _Engine:
             self.run({})
             return [f'No CUDA graph: {error}']
         self.run({})
-        if different := [name for name in expected if not _close(self.outputs[name], expected[name])]:
+        if different := [name for name in expected if not _close(self._answer[name], expected[name])]:
             self._drop_graph()
             self.run({})
             return [f'No CUDA graph: its answer differs in {different}.']
@@ -276,21 +289,19 @@ class _Engine:
         if self._stream is not None:
             cuda.try_call('cudaStreamSynchronize', self._stream)
         self._drop_graph()
-        self._before, self._after = [], []
         check, self._check = self._check, None
         if check is not None:
             check.release()
         self._context = None
-        memory, self._memory = self._memory, {}
-        for address in memory.values():
-            cuda.try_call('cudaFree', address)
+        for tensor in (*self.inputs.values(), *self.outputs.values()):
+            tensor.release()
+        # The pinned arrays give their memory back when the last view of them goes.
+        self.inputs, self.outputs, self._answer = {}, {}, {}
         stream, self._stream = self._stream, None
         if stream is not None:
             cuda.try_call('cudaStreamDestroy', stream)
         self._engine = None
         self._runtime = None
-        # The pinned arrays give their memory back when the last view of them goes.
-        self.inputs, self.outputs = {}, {}
 
     # --- loading ----------------------------------------------------------------------------------
 
@@ -364,23 +375,18 @@ class _Engine:
 
     def _make_room(self, spec: TensorSpec) -> None:
         shape = tuple(size for size in spec.shape if size is not None)
-        array = self._cuda.pinned(shape, spec.dtype)
-        address = self._memory[spec.name] = self._cuda.device_memory(array.nbytes)
-        if not self._context.set_tensor_address(spec.name, address):
+        inward = spec in self.input_specs
+        tensor = StagedTensor(self._cuda, shape, spec.dtype, self._stream, inward=inward)
+        (self.inputs if inward else self.outputs)[spec.name] = tensor
+        if not self._context.set_tensor_address(spec.name, tensor.address):
             raise self._refused(f'TensorRT does not take the memory for {spec.name!r}')
-        if spec in self.input_specs:
-            self.inputs[spec.name] = array
-            self._before.append(self._cuda.copy_to_device(address, array, self._stream))
-        else:
-            self.outputs[spec.name] = array
-            self._after.append(self._cuda.copy_to_host(array, address, self._stream))
 
     def _watch_outputs(self) -> None:
         """Have the GPU look for NaN and infinity, once it has proven here that it finds them."""
         floats = [spec for spec in self.output_specs if np.dtype(spec.dtype).kind == 'f']
         if any(spec.dtype not in FINITE_MASKS for spec in floats):
             return
-        checks = [(self._memory[spec.name], self.outputs[spec.name].nbytes, spec.dtype) for spec in floats]
+        checks = [(self.outputs[spec.name].address, self.outputs[spec.name].host.nbytes, spec.dtype) for spec in floats]
         check: FiniteCheck | None = None
         try:
             check = FiniteCheck(self._cuda, checks, self._stream)
@@ -395,7 +401,7 @@ class _Engine:
 
     def _prove_check(self, check: FiniteCheck, spec: TensorSpec) -> None:
         """Show the check a NaN at the end of an output, and then none."""
-        array, address = self.outputs[spec.name], self._memory[spec.name]
+        array, address = self.outputs[spec.name].host, self.outputs[spec.name].address
         if not array.size:
             return
         for value in (np.nan, 0.0):
@@ -411,16 +417,16 @@ class _Engine:
 
     def _enqueue(self) -> None:
         """Put one request on the stream: copies in, network, check, copies out."""
-        for copy in self._before:
-            copy()
+        for tensor in self.inputs.values():
+            tensor.copy()
         if not self._context.execute_async_v3(int(self._stream)):
             raise InferenceError(
                 f'TensorRT failed the request. {self._said()}', remedy='The next runtime of the chain can serve it.'
             )
         if self._check is not None:
             self._check.enqueue()
-        for copy in self._after:
-            copy()
+        for tensor in self.outputs.values():
+            tensor.copy()
 
     def _launch(self) -> None:
         (status,) = self._cuda.runtime.cudaGraphLaunch(self._graph, self._stream)
@@ -453,5 +459,5 @@ def _close(one: NDArray, other: NDArray) -> bool:
         return bool(np.array_equal(one, other))
     span = float(other.max()) - float(other.min())
     if not math.isfinite(span):
-        return False
+        return bool(np.array_equal(one, other, equal_nan=True))
     return bool(np.abs(one.astype(np.float64) - other).max() <= _GRAPH_TOLERANCE * max(span, 1e-6))

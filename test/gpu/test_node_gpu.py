@@ -6,19 +6,26 @@ import json
 import os
 import shutil
 import time
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from node_stack import MISSING
-from results import record
+from results import percentiles, record
+
+from gps_denied_c7.statistics import STAGES
+
+WARM_UP, FRAMES = 30, 300
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 if not MISSING:
-    from harness import NodeProcess, Peer, free_domain_id, wait_until
+    from harness import NodeProcess, Peer, free_domain_id, image, running_node, wait_until
     from scenario import IMAGE_TOPIC, record_flight, replay
+
+    from gps_denied_c7.ros.dds import apply_profile
 
     STREAM = f'Stream {IMAGE_TOPIC}'
 
@@ -101,6 +108,49 @@ def test_node_builds_on_configure_and_flies_on_tensorrt(flown: Any) -> None:
             start_to_active_s=flight['start_to_active_s'],
             slowest_get_state_ms=flight['slowest_get_state_ms'],
             **flight['latency'],
+        )
+
+
+@pytest.mark.parametrize('camera', ['640x480 mono8', '1920x1080 rgb8'])
+def test_where_the_time_goes(
+    superpoint_bundle: Path, flight_caches: dict[str, str], camera: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each stage in the node at 30 Hz, with a worker and without, and what a frame takes from camera to listener."""
+    # The camera is this process: it needs the profile too.
+    environ = dict(os.environ)
+    variable = apply_profile(environ).variable
+    monkeypatch.setenv(variable, environ[variable])
+    size, encoding = camera.split()
+    width, height = map(int, size.split('x'))
+    step = width * (3 if encoding == 'rgb8' else 1)
+    data = array('B', bytes(range(256)) * (step * height // 256))
+    for isolation in ('process', 'none'):
+        parameters = {'model_path': str(superpoint_bundle), 'isolation': isolation, **flight_caches}
+        took_s: list[float] = []
+        with running_node(parameters) as (_, peer):
+            peer.start()
+            publisher = peer.wait_matched(IMAGE_TOPIC)
+            for number in range(1, WARM_UP + FRAMES + 1):
+                message = image(number, width=width, height=height, encoding=encoding, step=step, data=data)
+                started = time.monotonic()
+                publisher.publish(message)
+                while len(peer.tensors) < number:
+                    assert time.monotonic() - started < 30.0, f'no answer to image {number}'
+                    time.sleep(0.0002)
+                took_s.append(time.monotonic() - started)
+                time.sleep(max(0.0, started + 1 / 30 - time.monotonic()))
+            assert [answer.header.stamp.sec for answer in peer.tensors] == list(range(1, WARM_UP + FRAMES + 1))
+            assert {answer.runtime_label for answer in peer.tensors} == {'tensorrt'}
+            total = str(WARM_UP + FRAMES)
+            wait_until(lambda peer=peer, total=total: peer.values('Latency').get('frames') == total, 'the last frame')
+            values = peer.values('Latency')
+        stages = {
+            stage: {**{f'{p}_ms': float(values[f'{stage}_{p}_ms']) for p in ('p50', 'p95', 'p99')}, 'n': int(total)}
+            for stage in STAGES
+            if f'{stage}_p50_ms' in values
+        }
+        record(
+            f'node, {camera}, isolation {isolation}', **stages, camera_to_listener=percentiles(took_s[WARM_UP:])
         )
 
 

@@ -30,13 +30,15 @@ from gps_denied_c7.errors import (
 )
 from gps_denied_c7.gate import AdmittedEngine, EngineGate, EngineManifest, manifest_path
 from gps_denied_c7.hosts import in_process_hosts
-from gps_denied_c7.runtime import BuildConfig, BuildProgress, EngineCacheEntry, EngineHandle
+from gps_denied_c7.rungs import Rung
+from gps_denied_c7.runtime import BuildConfig, BuildProgress, EngineCacheEntry, EngineHandle, ProviderSet
 from gps_denied_c7.runtimes.cuda import Cuda, FiniteCheck, open_cuda
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.tensorrt import TensorrtRuntime, _Engine
 from gps_denied_c7.runtimes.tensorrt_build import build_engine
 from gps_denied_c7.runtimes.tensorrt_library import import_tensorrt
 from gps_denied_c7.thermal import UnknownThermalState
+from gps_denied_c7.worker_host import WorkerHost
 
 Arrays = dict[str, NDArray]
 
@@ -595,3 +597,67 @@ def test_r2_latency_beside_the_bare_pinned_copy_loop(
     ratios = {subject: round(values['p50_ms'] / reference, 3) for subject, values in figures.items()}
     record(f'tensorrt latency {name}', **figures, ratio_of_p50_to_bare_loop=ratios)
     assert all(len(values) == ROUNDS * RUNS_PER_ROUND for values in seconds.values())
+
+
+def test_r2_what_a_request_is_made_of(
+    bench: Bench, built: Built, cuda: Cuda, load: Callable[[EngineCacheEntry], Loaded]
+) -> None:
+    """Each stage alone and waited for, and then what a request takes in which nothing waits for another."""
+    loaded = load(built['fp16'])
+    engine = loaded.engine
+    in_place = loaded.runtime.input_buffers(loaded.handle)
+    in_place['image'][...] = bench.request['image']
+    check = engine._check
+    assert check is not None
+    stages: dict[str, Callable[[], object]] = {
+        'copy a request to pinned memory': lambda: np.copyto(in_place['image'], bench.request['image']),
+        'copy it to the GPU': lambda: [tensor.copy() for tensor in engine.inputs.values()],
+        'network': lambda: engine._context.execute_async_v3(int(engine._stream)),
+        'look for non-finite values': check.enqueue,
+        'copy the answer to pinned memory': lambda: [tensor.copy() for tensor in engine.outputs.values()],
+        'copy it elsewhere': lambda: {name: array.copy() for name, array in engine._answer.items()},
+        'infer, in place': lambda: loaded.infer(in_place),
+    }
+    seconds: dict[str, list[float]] = {stage: [] for stage in stages}
+    for round_ in range(RUNS_PER_ROUND + 20):
+        for stage, run in stages.items():
+            start = time.perf_counter()
+            run()
+            cuda.call('cudaStreamSynchronize', engine._stream)
+            end = time.perf_counter()
+            if round_ >= 20:
+                seconds[stage].append(end - start)
+    record('tensorrt stages fp16', **{stage: percentiles(values) for stage, values in seconds.items()})
+    assert max(bench.differences(loaded.infer(in_place)).values()) < 1.0
+
+
+def test_f1_a_worker_beside_an_engine_in_this_process(bench: Bench, built: Built) -> None:
+    """Requests are filled in place in the memory that both processes see; the GPU reads and writes there."""
+    entry = built['fp16']
+    model = bundle_around(entry.path, 'tensorrt', inputs=superpoint_inputs(), outputs=superpoint_outputs())
+    rung = Rung('tensorrt', ProviderSet.GPU)
+    hosts: dict[str, Any] = {
+        'in this process, request copied': in_process_hosts(model, bench.config, UnknownThermalState())(rung),
+        'in a worker, request in place': WorkerHost(rung, model, bench.config),
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in hosts}
+    try:
+        for host in hosts.values():
+            host.load()
+        for round_ in range(ROUNDS * RUNS_PER_ROUND + 20):
+            for name, host in hosts.items():
+                request = host.request_arrays or bench.request
+                for key, array in request.items():
+                    if array is not bench.request[key]:
+                        np.copyto(array, bench.request[key])
+                start = time.perf_counter()
+                answer = host.infer(request)
+                end = time.perf_counter()
+                if round_ >= 20:
+                    seconds[name].append(end - start)
+                else:
+                    assert max(bench.differences(answer).values()) < 1.0
+    finally:
+        for host in hosts.values():
+            host.release()
+    record('tensorrt fp16, processes', **{name: percentiles(values) for name, values in seconds.items()})

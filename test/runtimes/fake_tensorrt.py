@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import enum
 import math
+import mmap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -32,6 +33,7 @@ class _Status(enum.IntEnum):
     cudaErrorInvalidValue = 1
     cudaErrorNoDevice = 100
     cudaErrorIllegalAddress = 700
+    cudaErrorNotSupported = 801
     cudaErrorStreamCaptureUnsupported = 900
 
 
@@ -63,6 +65,8 @@ class FakeCudaThisMachineHasNone:
     )
     cudaStreamNonBlocking = 1
     cudaHostAllocDefault = 0
+    cudaHostRegisterDefault = 0
+    cudaHostRegisterReadOnly = 8
 
     def __init__(self) -> None:
         self.log: list[str] = []
@@ -71,6 +75,7 @@ class FakeCudaThisMachineHasNone:
         self.kernel_works = True
         self.memory: dict[int, Any] = {}
         self.pinned: dict[int, Any] = {}
+        self.locked: dict[int, range] = {}
         self.live: list[_Handle] = []
         self._capturing: list[Callable[[], None]] | None = None
         self._numbers = iter(range(1000, 10**6))
@@ -137,6 +142,17 @@ class FakeCudaThisMachineHasNone:
 
     def _do_cudaFreeHost(self, address):
         del self.pinned[address]
+
+    def _do_cudaHostRegister(self, address, size, flags):
+        assert flags in (self.cudaHostRegisterDefault, self.cudaHostRegisterReadOnly)
+        pages = range(address // mmap.PAGESIZE, (address + size - 1) // mmap.PAGESIZE + 1)
+        taken = [page for pages_of in self.locked.values() for page in pages_of]
+        assert not set(pages) & set(taken), 'a page may be locked once'
+        self.locked[address] = pages
+        self.pinned[address] = (ctypes.c_uint8 * size).from_address(address)
+
+    def _do_cudaHostUnregister(self, address):
+        del self.locked[address], self.pinned[address]
 
     def _do_cudaMalloc(self, size):
         return (self._allocate(self.memory, size),)

@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 from onnx_models import INPUTS, OUTPUTS, SHAPE, arithmetic, bare_bundle, bundle_around, write_model
+from shared_arrays import shared
 from torch_models import write_program
 
 from gps_denied_c7.bundle import ModelBundle
@@ -36,6 +37,7 @@ from gps_denied_c7.errors import (
 from gps_denied_c7.gate import EngineGate, manifest_path
 from gps_denied_c7.runtime import BuildConfig, EngineCacheEntry, EngineHandle, InferenceRuntime
 from gps_denied_c7.runtimes import create_runtime
+from gps_denied_c7.runtimes.base import BaseRuntime
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.tensorrt_build import build_engine
 from gps_denied_c7.tensors import TensorSpec
@@ -46,6 +48,9 @@ ARTEFACTS: dict[str, Callable[[Path], Path]] = {
     'pytorch_fp16': lambda directory: write_program(directory / 'arithmetic.pt2'),
     'tensorrt': lambda directory: write_engine(directory),
 }
+
+# Those that write an answer where it was placed.
+PLACING = ('TensorRT', 'TensorrtExecutionProvider', 'CUDAExecutionProvider', 'CPUExecutionProvider')
 
 # ONNX Runtime warns where its build has no GPU provider at all; the facts say the same.
 pytestmark = pytest.mark.filterwarnings('ignore:Specified provider')
@@ -170,6 +175,28 @@ def test_r1_strided_inputs_are_read_right(subject: Subject, request_arrays: dict
     assert not strided['left'].flags.c_contiguous
     for name, array in subject.runtime.infer(handle, strided).items():
         np.testing.assert_array_equal(array, plain[name])
+
+
+def test_f1_arrays_that_were_placed_are_answered_as_others(
+    subject: Subject, request_arrays: dict[str, NDArray]
+) -> None:
+    """F-1: the memory of two processes, read-only on the way in; requests in other arrays go on being answered."""
+    runtime, handle = subject.runtime, subject.load()
+    assert isinstance(runtime, BaseRuntime)
+    own, request = shared(request_arrays, writable=False)
+    seen, answer = shared({spec.name: np.zeros(spec.shape, spec.dtype) for spec in OUTPUTS}, writable=True)
+    runtime.infer(handle, request)
+    runtime.place(handle, inputs=request)
+    runtime.place(handle, outputs=answer)
+    for number in (3.0, 5.0):
+        own['left'][...] = number
+        outputs = runtime.infer(handle, request)
+        np.testing.assert_allclose(outputs['total'], number + own['right'])
+        if handle.facts.active_provider in PLACING:
+            np.testing.assert_allclose(seen['total'], number + own['right'])
+        elsewhere = runtime.infer(handle, request_arrays)
+        np.testing.assert_allclose(elsewhere['ratio'], request_arrays['left'] / request_arrays['right'])
+    runtime.release_engine(handle)
 
 
 def test_r1_engines_do_not_disturb_each_other(subject: Subject, request_arrays: dict[str, NDArray]) -> None:

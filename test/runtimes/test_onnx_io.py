@@ -31,6 +31,7 @@ class HostMemoryInsteadOfCuda:
     def __init__(self) -> None:
         self.blocks: dict[int, Any] = {}
         self.freed: list[int] = []
+        self.locked: list[int] = []
         self.calls: list[str] = []
         self.queue: list[Callable[[], None]] = []
         self.fails: str | None = None
@@ -49,6 +50,11 @@ class HostMemoryInsteadOfCuda:
         self.blocks[ctypes.addressof(block)] = block
         return ctypes.addressof(block)
 
+    def lock_pages(self, array: NDArray) -> None:
+        if self.fails == 'locking':
+            raise CudaError('cudaHostRegister', 'cudaErrorNotSupported', 'read-only memory')
+        self.locked.append(array.ctypes.data)
+
     def copy_to_device(self, address: int, array: NDArray, stream: Any) -> Callable[[], None]:
         return lambda: self.queue.append(lambda: ctypes.memmove(address, array.ctypes.data, array.nbytes))
 
@@ -66,6 +72,8 @@ class HostMemoryInsteadOfCuda:
         self.call(name, *arguments)
         if name == 'cudaFree':
             self.freed.append(arguments[0])
+        elif name == 'cudaHostUnregister':
+            self.locked.remove(arguments[0])
 
 
 class CheckOnTheHost:
@@ -254,6 +262,27 @@ def test_f1_answers_are_written_where_the_caller_wants_them() -> None:
         io.place({'negative': misfit})
         assert io.run({'x': x})['negative'] is place
     io.release()
+
+
+def test_f1_what_is_placed_is_copied_from_and_to(cuda: HostMemoryInsteadOfCuda) -> None:
+    """R-3: with its pages locked; a request in other arrays is copied there first, and a misfit changes nothing."""
+    io = GpuIo(cuda, session_on(arithmetic()), OUTPUTS)
+    request = requests()[0]
+    own = io.run(request)['ratio']
+    for _ in range(2):
+        total, left = np.full(SHAPE, 7, np.float32), np.full(SHAPE, 4, np.float32)
+        left.flags.writeable = False
+        io.place({'total': total, 'left': left, 'ratio': np.zeros((4, 3), np.float32), 'nothing': total})
+        assert sorted(cuda.locked) == sorted([total.ctypes.data, left.ctypes.data])
+        answer = io.run({'left': left, 'right': request['right']})
+        assert answer['total'] is total and answer['ratio'] is own
+        np.testing.assert_array_equal(total, np.full(SHAPE, 6))
+    cuda.fails = 'locking'
+    io.place({'total': np.zeros(SHAPE, np.float32)})
+    assert io.run({'left': left, 'right': left})['total'] is total
+    np.testing.assert_array_equal(total, np.full(SHAPE, 8))
+    io.release()
+    assert not cuda.locked
 
 
 @pytest.mark.parametrize('shape', [(), (1,), (0, 3), (2, 3)])

@@ -24,6 +24,7 @@ import pytest
 from fake_tensorrt import FakeCudaThisMachineHasNone, FakeTensorrtThisMachineCannotRun, broken, plan_of
 from numpy.typing import NDArray
 from onnx_models import INPUTS, OUTPUTS, SHAPE, arithmetic, bare_bundle, bundle_around, write_model
+from shared_arrays import shared
 from source_tree import REPOSITORY
 
 from gps_denied_c7.bundle import Artefact, ModelBundle
@@ -452,6 +453,74 @@ def test_r2_a_graph_with_another_answer_is_not_used(
     assert 'its answer differs' in handle.facts.notes[0]
     monkeypatch.undo()
     np.testing.assert_allclose(runtime.infer(handle, request_arrays)['total'], sum(request_arrays.values()))
+
+
+@pytest.fixture
+def places(request_arrays: dict[str, NDArray]) -> tuple[dict[str, NDArray], dict[str, NDArray]]:
+    """A request and room for its answer as two processes share them: on pages of their own, the request read-only."""
+    _, request = shared(request_arrays, writable=False)
+    _, answer = shared({spec.name: np.zeros(spec.shape, spec.dtype) for spec in OUTPUTS}, writable=True)
+    return request, answer
+
+
+def test_f1_what_is_placed_is_copied_from_and_to(
+    loaded: tuple[TensorrtRuntime, EngineHandle],
+    cuda: FakeCudaThisMachineHasNone,
+    places: tuple[dict[str, NDArray], dict[str, NDArray]],
+) -> None:
+    """R-2: by a graph captured anew, and nothing else touches the values on the way."""
+    runtime, handle = loaded
+    request, answer = places
+    runtime.place(handle, inputs=request)
+    runtime.place(handle, outputs=answer)
+    assert len(cuda.locked) == 4
+    # The first to come there lets go of where answers lay before.
+    runtime.infer(handle, request)
+    for array in answer.values():
+        array[...] = 0
+    cuda.log.clear()
+    found = runtime.infer(handle, request)
+    assert cuda.log == ['cudaGraphLaunch', 'cudaStreamSynchronize']
+    assert all(np.shares_memory(found[name], array) for name, array in answer.items())
+    np.testing.assert_allclose(answer['total'], request['left'] + request['right'])
+    runtime.place(handle, inputs=request, outputs=answer)
+    assert 'cudaStreamBeginCapture' not in cuda.log, 'they are there already'
+    runtime.release_engine(handle)
+    assert not cuda.locked
+
+
+def test_f1_pages_that_the_driver_does_not_lock_cost_a_copy(
+    loaded: tuple[TensorrtRuntime, EngineHandle],
+    cuda: FakeCudaThisMachineHasNone,
+    places: tuple[dict[str, NDArray], dict[str, NDArray]],
+) -> None:
+    runtime, handle = loaded
+    request, answer = places
+    with broken(cuda, 'cudaHostRegister', 'cudaErrorNotSupported'):
+        runtime.place(handle, inputs=request, outputs=answer)
+    cuda.log.clear()
+    found = runtime.infer(handle, request)
+    assert cuda.log == ['cudaGraphLaunch', 'cudaStreamSynchronize']
+    assert not any(np.shares_memory(found[name], array) for name, array in answer.items())
+    np.testing.assert_allclose(found['total'], request['left'] + request['right'])
+
+
+def test_f1_a_graph_that_cannot_be_captured_anew_is_gone(
+    loaded: tuple[TensorrtRuntime, EngineHandle],
+    trt: FakeTensorrtThisMachineCannotRun,
+    places: tuple[dict[str, NDArray], dict[str, NDArray]],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The one of before has the addresses of before."""
+    runtime, handle = loaded
+    request, answer = places
+    trt.refuses = {'execute captured'}
+    runtime.place(handle, inputs=request, outputs=answer)
+    assert 'No CUDA graph' in caplog.text
+    trt.cuda.log.clear()
+    runtime.infer(handle, request)
+    assert 'cudaGraphLaunch' not in trt.cuda.log
+    np.testing.assert_allclose(answer['total'], request['left'] + request['right'])
 
 
 def test_r2_what_tensorrt_reports_is_in_the_exception(
