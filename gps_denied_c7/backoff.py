@@ -1,4 +1,4 @@
-"""Pauses between attempts that fail, each twice as long as the one before."""
+"""Pauses between attempts that fail, each twice as long as the one before while they come close together."""
 
 from __future__ import annotations
 
@@ -24,10 +24,17 @@ class Backoff:
         return what in self._pauses
 
     def begin(self, what: Hashable, bounds_s: tuple[float, float]) -> None:
-        """Begin the next pause of ``what``; the first of ``bounds_s`` the first time, never more than the second."""
+        """
+        Begin the next pause of ``what``, twice as long as the last one.
+
+        :param bounds_s: first and longest pause; one that has been over for as long as the longest is forgotten.
+        """
         first, longest = bounds_s
-        pause_s = min(longest, 2 * self._pauses[what][1]) if what in self._pauses else first
-        self._pauses[what] = (self._monotonic_ns() + int(pause_s * 1e9), pause_s)
+        now_ns = self._monotonic_ns()
+        end_ns, pause_s = self._pauses.get(what, (0, 0.0))
+        close = pause_s and now_ns - end_ns < longest * 1e9
+        pause_s = min(longest, 2 * pause_s) if close else first
+        self._pauses[what] = (now_ns + int(pause_s * 1e9), pause_s)
 
     def over(self, what: Hashable) -> bool:
         """Return whether ``what`` may be tried now."""

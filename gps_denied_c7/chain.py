@@ -637,8 +637,9 @@ class RuntimeChain:
     def _between_frames(self) -> None:
         """Change what serves where no frame is under way: away from a lost GPU, or to a better engine (F-6)."""
         self._look_after_others()
-        if self._candidate is not None and self._candidate.agreements >= _SHADOWED_FRAMES:
-            self._promote(self._candidate)
+        candidate = self._candidate
+        if candidate is not None and candidate.agreements >= _SHADOWED_FRAMES and candidate.expected is None:
+            self._promote(candidate)
         self._leave_lost_gpu()
 
     def _leave_lost_gpu(self) -> None:
@@ -671,7 +672,8 @@ class RuntimeChain:
         if engine is None:
             return
         self._hear_candidate(engine)
-        if self._candidate is None or engine.expected is not None:
+        if self._candidate is None or engine.expected is not None or engine.agreements >= _SHADOWED_FRAMES:
+            # One that runs a request when it takes over could not be asked.
             return
         try:
             engine.began_ns = self._monotonic_ns()

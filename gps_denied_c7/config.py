@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,9 +90,10 @@ class C7InferenceConfig:
             if not getattr(self, name) > 0:
                 raise ConfigError(name, f'{getattr(self, name)} is not positive.')
         for name in ('restart_backoff_s', 'promotion_backoff_s'):
-            first, longest = getattr(self, name)
-            if not 0 < first <= longest:
-                raise ConfigError(name, f'{getattr(self, name)} is not (first, longest) in seconds.')
+            bounds = tuple(getattr(self, name))
+            if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] < math.inf:
+                raise ConfigError(name, f'{list(bounds)} is not [first, longest] in positive seconds.')
+            object.__setattr__(self, name, bounds)
         if self.isolation not in ISOLATIONS:
             raise ConfigError('isolation', f'{self.isolation!r} unknown.', remedy=f'Known are {list(ISOLATIONS)}.')
         if self.cpu_threads < 0:

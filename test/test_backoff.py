@@ -31,6 +31,13 @@ def test_pauses_grow_to_a_limit(backoff, clock):
     assert lengths == pytest.approx([1.0, 2.0, 4.0, 5.0, 5.0], abs=0.11)
 
 
+def test_a_pause_that_has_been_over_for_as_long_as_the_longest_is_forgotten(backoff, clock):
+    for quiet_s, expected in ((0, 1.0), (4.5, 2.0), (4.5, 4.0), (5.5, 1.0)):
+        clock.ns += int(quiet_s * 1e9)
+        backoff.begin('x', BOUNDS_S)
+        assert length_s(backoff, clock) == pytest.approx(expected, abs=0.11)
+
+
 def test_what_has_not_failed_need_not_wait(backoff):
     backoff.begin('x', BOUNDS_S)
     assert 'x' in backoff and not backoff.over('x')

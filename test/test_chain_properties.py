@@ -333,6 +333,7 @@ class ChainMachine(RuleBasedStateMachine):
         ), 'whoever is gone holds no memory'
         assert (status.state is ChainState.READY) == (chain._engine is not None) == (status.active is not None)
         assert status.active == (chain._engine.rung if chain._engine else None)
+        assert chain._engine is None or chain._engine.host.request is None, 'it could not be asked'
         assert status.standby == (chain._standby.rung if chain._standby else None)
         if chain._candidate is not None:
             assert chain._engine is not None, 'where nothing else serves, it does'

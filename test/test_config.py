@@ -1,6 +1,7 @@
 """The frozen configuration refuses what cannot be flown with."""
 
 import dataclasses
+import math
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,9 @@ def test_is_frozen():
         ('gpu_fault_window_s', -1.0),
         ('restart_backoff_s', (2.0, 1.0)),
         ('restart_backoff_s', (0.0, 1.0)),
+        ('restart_backoff_s', (1.0,)),
+        ('promotion_backoff_s', (1.0, math.nan)),
+        ('promotion_backoff_s', (1.0, math.inf)),
         ('cpu_threads', -1),
     ],
 )

@@ -636,6 +636,30 @@ def test_f6_a_better_rung_comes_back_after_three_live_frames():
     assert (switch['from'], switch['to'], switch['frames_affected']) == (CPU.name, GPU.name, 0)
 
 
+def test_f6_a_better_rung_takes_over_once_it_has_answered_every_frame_that_it_was_given():
+    """One that still runs a request could not be asked: its first own frame would cost it the GPU."""
+    bench = Bench(GPU, CPU)
+    bench.load_faults[GPU] = EngineDeserializeError('not now.')
+    bench.ready()
+    bench.load_faults.clear()
+    bench.ask()
+    bench.now_ns += int(6e9)
+    bench.settle()
+    candidate = bench.chain._candidate.host
+    candidate.act, begin = 'slow', candidate.begin
+
+    def begin_slowly(inputs):
+        begin(inputs)
+        # It is asked once before it answers.
+        candidate.patience = 1 if bench.chain._candidate else 0
+
+    candidate.begin = begin_slowly
+    for _ in range(8):
+        bench.ask()
+    assert bench.serving() is candidate
+    assert len(bench.switches()) == 1
+
+
 @pytest.mark.parametrize('act', ['die', 'fail', 'disagree'])
 def test_f6_a_better_rung_that_dies_fails_or_disagrees_in_the_shadow_costs_no_frame(act):
     bench = Bench(GPU, CPU)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 import math
 import threading
@@ -175,6 +176,17 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
         limits=(0.1, 3600.0),
     ),
     ParameterDeclaration(
+        'promotion_backoff_s', Type.DOUBLE_ARRAY, list(_DEFAULTS.promotion_backoff_s),
+        'First and longest pause before a better rung that has failed is loaded again beside the one that serves, '
+        'seconds; each is twice the one before, until none was needed for as long as the longest.',
+        constraints='[first, longest]',
+    ),
+    ParameterDeclaration(
+        'restart_backoff_s', Type.DOUBLE_ARRAY, list(_DEFAULTS.restart_backoff_s),
+        'The same for a chain in which every rung has failed, and for what stands by, seconds.',
+        constraints='[first, longest]',
+    ),
+    ParameterDeclaration(
         'cpu_threads', Type.INTEGER, _DEFAULTS.cpu_threads,
         'Threads of one CPU inference; 0 means all cores but one.', limits=(0, 256),
     ),
@@ -253,6 +265,7 @@ _CONFIG_FIELDS = (
     'ort_disallow_cpu_fallback', 'build_on_configure', 'engine_cache_dir', 'ort_trt_cache_dir',
     'gpu_memory_budget_bytes', 'gpu_fault_window_s', 'isolation', 'hot_standby', 'spare_worker',
     'load_timeout_s', 'inference_deadline_ms', 'hang_timeout_ms', 'configure_budget_s', 'cpu_threads',
+    'promotion_backoff_s', 'restart_backoff_s',
 )
 
 
@@ -386,6 +399,7 @@ class NodeParameters:
         for declaration in PARAMETERS:
             self._declare(declaration)
         self._values = {declaration.name: self._value(declaration.name) for declaration in PARAMETERS}
+        self._warn_of_strangers()
         node.add_on_set_parameters_callback(self._on_set)
 
     def settings(self) -> NodeSettings:
@@ -433,6 +447,18 @@ class NodeParameters:
             self._broken[declaration.name] = f'the start value cannot be used ({error}).'
             self._node.get_logger().error(f'parameter {declaration.name}: {self._broken[declaration.name]}')
             self._node.declare_parameter(declaration.name, value, descriptor, ignore_override=True)
+
+    def _warn_of_strangers(self) -> None:
+        """Say which start values name no parameter: ROS ignores them without a word, typing errors among them."""
+        strangers = []
+        # Private, and the same from Humble to Kilted; there is no other way to see them.
+        for name in getattr(self._node, '_parameter_overrides', {}):
+            # What others declare: rclpy itself, and each subscription's QoS later on.
+            if not self._node.has_parameter(name) and not name.startswith('qos_overrides.'):
+                (meant,) = difflib.get_close_matches(name, _BY_NAME, 1) or ('',)
+                strangers.append(f'{name} (did you mean {meant}?)' if meant else name)
+        if strangers:
+            self._node.get_logger().warning(f'no parameter of this node, and ignored: {", ".join(sorted(strangers))}')
 
     def _value(self, name: str) -> Any:
         value = self._node.get_parameter_or(name, Parameter(name)).value

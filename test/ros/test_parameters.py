@@ -68,6 +68,8 @@ def test_the_shipped_parameter_file_holds_the_defaults():
         ('gpu_memory_budget_bytes', 0, 'positive'),
         ('gpu_fault_window_s', 0.0, 'positive'),
         ('cpu_threads', -1, 'negative'),
+        ('promotion_backoff_s', [5.0], 'longest'),
+        ('restart_backoff_s', [2.0, 1.0], 'longest'),
         ('max_queue_age_ms', math.nan, 'number'),
         ('max_frame_age_ms', math.nan, 'number'),
         ('latency_warn_ms', math.nan, 'number'),
@@ -146,6 +148,16 @@ def test_start_values_are_taken(bench):
     assert made.parameters.live().max_queue_age_ms == 5.0
 
 
+def test_a_start_value_of_no_parameter_is_told_with_what_was_meant(bench, capfd):
+    """ROS ignores it; what others declare, before or later, is none of it."""
+    bench(**{
+        'promotion_backof_s': [1.0, 2.0], 'xyzzy': 1, 'use_sim_time': False,
+        'qos_overrides./camera.subscription.depth': 3, 'hot_standby': False,
+    })  # fmt: skip
+    (told,) = [line for line in capfd.readouterr().err.splitlines() if 'no parameter' in line]
+    assert told.endswith('ignored: promotion_backof_s (did you mean promotion_backoff_s?), xyzzy')
+
+
 WRONG_STARTS = {
     'image_topics': 'one string',
     'model_path': 5,
@@ -211,7 +223,7 @@ def test_any_other_is_refused_with_the_reason_while_configured(bench, declaratio
     value = {
         'cpu_threads': 2, 'preprocess.width': 32, 'preprocess.height': 32, 'preprocess.colour': 'gray',
         'preprocess.layout': 'nhwc', 'preprocess.resize': 'letterbox', 'isolation': 'none', 'hot_standby': False,
-        'spare_worker': False,
+        'spare_worker': False, 'promotion_backoff_s': [1.0, 2.0], 'restart_backoff_s': [1.0, 2.0],
     }.get(declaration.name, value)  # fmt: skip
     made.why_fixed = 'cannot change while active; run the cleanup transition first.'
     refused = made.set(**{declaration.name: value})
