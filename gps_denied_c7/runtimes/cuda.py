@@ -300,6 +300,7 @@ class StagedTensor:
         """The array that :meth:`copy` reads or fills."""
         self.address = cuda.device_memory(self.host.nbytes)
         """Of the GPU's memory."""
+        self._own = self.host if inward else None
         self._cuda = cuda
         self._stream = stream
         self._inward = inward
@@ -307,17 +308,30 @@ class StagedTensor:
         self.copy = self._make_copy()
         """Put the copy on the stream."""
 
-    def fill(self, array: NDArray) -> None:
-        """Have ``array`` in :attr:`host`: nothing is to be done where it lies there."""
-        if array is not self.host and _address(array) != _address(self.host):
-            np.copyto(self.host, array)
+    def fill(self, array: NDArray) -> bool:
+        """
+        Have what is copied to the GPU hold ``array``: nothing is to be done where it lies there.
+
+        What was placed is its owner's, and not written to: another array than that is copied from memory of its own.
+
+        :return: whether that is a change of where the copy reads.
+        """
+        if array is self.host or _address(array) == _address(self.host):
+            return False
+        assert self._own is not None
+        moved = self.host is not self._own
+        if moved:
+            self._unlock()
+            self.host = self._own
+            self.copy = self._make_copy()
+        np.copyto(self.host, array)
+        return moved
 
     def place(self, array: NDArray) -> bool:
         """
         Copy from or to ``array`` from now on; the stream must be idle.
 
-        :param array: shaped as its own; kept until another takes its place. What is read on the way to the GPU may be
-            read-only.
+        :param array: shaped as its own; kept until another takes its place. One that is copied to the GPU is only read.
         :return: whether that is a change; False also for another shape, and for pages that the driver does not lock.
         """
         fits = (array.shape, array.dtype) == (self.host.shape, self.host.dtype) and array.nbytes

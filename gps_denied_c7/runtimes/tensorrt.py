@@ -227,8 +227,9 @@ class _Engine:
 
     def run(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """Run one request; the arrays returned are views of pinned memory, valid until the next run."""
-        for name, array in inputs.items():
-            self.inputs[name].fill(array)
+        moved = [self.inputs[name].fill(array) for name, array in inputs.items()]
+        if any(moved):
+            self._capture_anew()
         self.seen_finite = False
         if self._check is not None:
             self._check.reset()
@@ -255,12 +256,7 @@ class _Engine:
         if not any(placed):
             return
         self._answer = {name: tensor.host for name, tensor in self.outputs.items()}
-        if self._graph is not None:
-            # It has the addresses of before.
-            self._drop_graph()
-            self.run({})
-            for remark in self.capture():
-                _log.warning('%s', remark)
+        self._capture_anew()
 
     def capture(self) -> list[str]:
         """
@@ -282,6 +278,15 @@ class _Engine:
             self.run({})
             return [f'No CUDA graph: its answer differs in {different}.']
         return []
+
+    def _capture_anew(self) -> None:
+        """Replace a graph that has the addresses of before."""
+        if self._graph is None:
+            return
+        self._drop_graph()
+        self.run({})
+        for remark in self.capture():
+            _log.warning('%s', remark)
 
     def release(self) -> None:
         """Free everything; safe to repeat, also after an error that has cost the CUDA context."""

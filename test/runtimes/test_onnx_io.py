@@ -277,6 +277,9 @@ def test_f1_what_is_placed_is_copied_from_and_to(cuda: HostMemoryInsteadOfCuda) 
         answer = io.run({'left': left, 'right': request['right']})
         assert answer['total'] is total and answer['ratio'] is own
         np.testing.assert_array_equal(total, np.full(SHAPE, 6))
+    assert io.run(request)['total'] is total
+    np.testing.assert_array_equal(total, request['left'] + request['right'])
+    assert (left == 4).all() and cuda.locked == [total.ctypes.data], 'requests come elsewhere now'
     cuda.fails = 'locking'
     io.place({'total': np.zeros(SHAPE, np.float32)})
     assert io.run({'left': left, 'right': left})['total'] is total

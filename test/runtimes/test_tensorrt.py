@@ -485,6 +485,12 @@ def test_f1_what_is_placed_is_copied_from_and_to(
     np.testing.assert_allclose(answer['total'], request['left'] + request['right'])
     runtime.place(handle, inputs=request, outputs=answer)
     assert 'cudaStreamBeginCapture' not in cuda.log, 'they are there already'
+    elsewhere = {name: array + 1 for name, array in request.items()}
+    for _ in range(2):
+        cuda.log.clear()
+        np.testing.assert_allclose(runtime.infer(handle, elsewhere)['total'], sum(elsewhere.values()))
+    assert cuda.log == ['cudaGraphLaunch', 'cudaStreamSynchronize']
+    assert len(cuda.locked) == 2, 'requests come elsewhere now'
     runtime.release_engine(handle)
     assert not cuda.locked
 
