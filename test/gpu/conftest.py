@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from report import write_report
-from results import VARIABLE
+from results import VARIABLE, record
 
 HERE = Path(__file__).parent
 # The suite reuses the models and fakes of the runtime tests.
 sys.path.append(str(HERE.parent / 'runtimes'))
 
 # Device files of a discrete GPU and of a Jetson; looked at by name, so that no vendor library is loaded to decide.
+# What came of the conformance suite, by what it ran on.
+conformance: dict[str, Counter[str]] = {}
+
 GPU_SIGNS = ('/proc/driver/nvidia/version', '/dev/nvidia0', '/dev/nvidiactl', '/dev/nvhost-gpu')
 
 
@@ -53,12 +57,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.gpu)
+            if getattr(item, 'function', None) and item.function.__module__ == 'test_conformance':
+                params = item.callspec.params if hasattr(item, 'callspec') else {}
+                on = params.get('subject') or params.get('provider') or 'engine'
+                item.user_properties.append(('conformance', f'{item.path.stem[5:-4]} {on}'))
             if reason:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Print a failure at once: a run on a lent machine may be cut off before pytest sums up."""
+    """Print a failure at once, since a run may be cut off before pytest sums up; and count the conformance suite's."""
+    on = dict(report.user_properties).get('conformance')
+    if on and (report.when == 'call' or not report.passed):
+        conformance.setdefault(str(on), Counter())[report.outcome] += 1
     if report.failed and os.environ.get(VARIABLE):
         told = report.longreprtext[-3000:], report.capstdout[-3000:]
         print('', report.nodeid, report.when, *told, sep='\n', flush=True)
@@ -67,5 +78,8 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_sessionfinish() -> None:
     """Let the suite write its report from everything measured so far."""
     results = os.environ.get(VARIABLE)
+    for on, outcomes in conformance.items():
+        if outcomes['passed'] or outcomes['failed']:
+            record(f'conformance: {on}', **{outcome: outcomes[outcome] for outcome in ('passed', 'failed', 'skipped')})
     if results and Path(results).is_file():
         write_report(Path(results).read_text(encoding='utf-8').splitlines())

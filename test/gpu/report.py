@@ -31,11 +31,11 @@ float32 out.
 """
 
 _REMARKS = """\
-Cold sessions: of the 35 s that TensorRT 8.6 itself takes for this network in FP16 on the H100's virtual machine, 9 s
-go into loading the builder's kernels (3 GB of memory that nobody has touched before) and 26 s into timing tactics:
-25.5 s without those of cuDNN and cuBLAS, 12.9 s at builder optimisation level 2. ONNX Runtime is asked with four
-options alone, and that level is none of them. Build on the ground: `c7_engine build`, or start once with
-`build_on_configure`."""
+Cold sessions: of the 35 s that TensorRT 8.6 itself takes for this network in FP16, 9 s go into loading the builder's
+kernels (3 GB of memory that nobody has touched before) and 26 s into timing tactics: 25.5 s without those of cuDNN and
+cuBLAS, 12.9 s at builder optimisation level 2. CUDA_MODULE_LOADING changes nothing here, since LAZY is the driver's
+default. ONNX Runtime is asked with four options alone, and that level is none of them. Build on the ground:
+`c7_engine build`, or start once with `build_on_configure`."""
 
 _LONGEST = 240
 
@@ -54,9 +54,10 @@ def read_results(lines: Iterable[str]) -> dict[str, dict[str, Figures]]:
 
 def render(environments: dict[str, dict[str, Figures]]) -> str:
     """Return the report as Markdown."""
-    parts = [_HEAD, _summary(environments)]
-    for name, results in environments.items():
+    parts = [_HEAD, _summary(environments), _stages(environments)]
+    for name, every in environments.items():
         gpu, versions = name.split('; ', 1)
+        results = {result: figures for result, figures in every.items() if not result.startswith(_STAGED)}
         parts.append(f'## {gpu}\n\n{versions}')
         if rows := [row for result, figures in results.items() for row in _durations(result, figures)]:
             parts.append(_table(('durations', 'p50', 'p95', 'p99', 'largest', 'n', 'unit'), rows))
@@ -68,6 +69,14 @@ def render(environments: dict[str, dict[str, Figures]]) -> str:
 def write_report(lines: Iterable[str], path: Path = DOCS / 'gpu-results.md') -> None:
     """Write the report of all results."""
     path.write_text(render(read_results(lines)), encoding='utf-8')
+
+
+def _short(environment: str) -> str:
+    """Return the GPU and the Python of an environment, which tell those of one machine apart."""
+    gpu, _, rest = environment.partition('; ')
+    python = next((part for part in rest.replace(';', ',').split(', ') if part.startswith('python ')), '')
+    gpu_runtime = next((part for part in rest.split(', ') if part.startswith('onnxruntime-gpu ')), '')
+    return ', '.join(filter(None, (gpu.removeprefix('NVIDIA '), python, gpu_runtime)))
 
 
 # --- what is required -------------------------------------------------------------------------------------------------
@@ -92,8 +101,10 @@ def _p95(figures: Figures) -> float | None:
     return durations.get('p95_s') if isinstance(durations, dict) else None
 
 
-# Requirement, result that shows it, how to read that, unit, and the most that is allowed.
+# Requirement, result that shows it (any that starts so, where it ends in a colon), how to read that, unit, and the most
+# that is allowed.
 _REQUIRED: tuple[tuple[str, str, Callable[[Figures], float | None], str, float], ...] = (
+    ('failures of the conformance suite:', 'conformance: ', lambda figures: figures.get('failed'), '', 0),
     ('TensorRT FP16 against the CPU in FP32', 'tensorrt accuracy fp16', _largest_share, '% of range', 1.0),
     ('ONNX Runtime TensorRT FP16 against the CPU in FP32', 'r3_fp16_tensorrt_ep_against_cpu_fp32', _largest_value,
      '% of range', 1.0),
@@ -105,6 +116,7 @@ _REQUIRED: tuple[tuple[str, str, Callable[[Figures], float | None], str, float],
      lambda figures: figures.get('ratio_to_direct'), 'x p50', 1.5),
     ('session of an .onnx, cold', 'r3_session_cold', _p95, 's p95', 30.0),
     ('session of an .onnx, warm', 'r3_session_warm_onnx', _p95, 's p95', 5.0),
+    ('session of an .engine', 'r3_session_engine', _p95, 's p95', 5.0),
     ('GPU memory left after engines were killed over', 'chaos: an engine fails over',
      lambda figures: figures.get('gpu_memory_left_mib'), 'MiB', 64),
     ('GPU memory left after damaged engines', 'chaos: damaged engines past the gate',
@@ -117,13 +129,54 @@ _REQUIRED: tuple[tuple[str, str, Callable[[Figures], float | None], str, float],
 def _summary(environments: dict[str, dict[str, Figures]]) -> str:
     rows = []
     for what, result, read, unit, most in _REQUIRED:
-        for name, results in environments.items():
-            value = read(results[result]) if result in results else None
+        found = [
+            (name, each.removeprefix(result), results[each])
+            for name, results in environments.items()
+            for each in results
+            if each == result or (result.endswith(': ') and each.startswith(result))
+        ]
+        for name, which, figures in found:
+            value = read(figures)
             if value is not None:
-                rows.append((what, name.split('; ')[0], f'{value:.3g} {unit}', f'{most:g} {unit}',
+                rows.append((f'{what} {which}'.strip(), _short(name), f'{value:.3g} {unit}', f'{most:g} {unit}',
                              'yes' if value <= most else '**no**'))  # fmt: skip
-    table = _table(('requirement', 'GPU', 'measured', 'at most', 'holds'), rows)
+    table = _table(('requirement', 'where', 'measured', 'at most', 'holds'), rows)
     return f'## Against what is required\n\n{table}\n\n{_REMARKS}'
+
+
+# --- where the time goes ---------------------------------------------------------------------------------------------
+
+# Results whose durations are stages of one whole.
+_STAGED = ('node, ', 'tensorrt stages')
+_STAGE_REMARKS = """\
+Of a request to the engine alone, each stage waited for by itself; `infer, in place` is all of them but the copies
+before and after, in one go. A worker's engine reads its requests and writes its answers in the memory that it shares
+with the node, whose pages are locked: neither copy is made there. In the node, `inference` is from the hand-over to the
+worker to its answer, and `publish` makes a message of 6 MB of tensors and hands it to DDS; `camera to listener` ends
+in another Python process that has the tensors."""
+
+
+def _stages(environments: dict[str, dict[str, Figures]]) -> str:
+    tables = [_STAGE_REMARKS]
+    for start in _STAGED:
+        for name, results in environments.items():
+            staged = {result: figures for result, figures in results.items() if result.startswith(start)}
+            stages = list(dict.fromkeys(stage for figures in staged.values() for stage in figures))
+            rows = [
+                (stage.replace('_', ' '), *(_p50_p95(figures.get(stage)) for figures in staged.values()))
+                for stage in stages
+                if any(_is_durations(figures.get(stage)) for figures in staged.values())
+            ]
+            if rows:
+                what = 'a frame' if start == _STAGED[0] else 'an engine alone'
+                tables.append(f'{_short(name)}, {what}, p50 / p95 in ms:')
+                heads = (result.removeprefix(start).strip() for result in staged)
+                tables.append(_table(('stage', *heads), rows))
+    return '## Where the time goes\n\n' + '\n\n'.join(tables)
+
+
+def _p50_p95(durations: Any) -> str:
+    return f'{durations["p50_ms"]:.2f} / {durations["p95_ms"]:.2f}' if _is_durations(durations) else ''
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import random
 import threading
 import time
@@ -13,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_conformance
 from numpy.typing import NDArray
-from onnx_models import bundle_around
+from onnx_models import SHAPE, bundle_around
 from results import percentiles, record
 from superpoint import image, superpoint_inputs, superpoint_outputs, write_superpoint
 
@@ -182,6 +184,33 @@ def load(bench: Bench, gate: EngineGate) -> Iterator[Callable[[EngineCacheEntry]
     yield make
     for one in loaded:
         one.runtime.release_engine(one.handle)
+
+
+# --- conformance ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> C7InferenceConfig:
+    return C7InferenceConfig(engine_cache_dir=tmp_path / 'engines', ort_trt_cache_dir=tmp_path / 'ort')
+
+
+@pytest.fixture
+def request_arrays() -> Arrays:
+    return {'left': np.arange(12, dtype=np.float32).reshape(SHAPE), 'right': np.full(SHAPE, 2.0, np.float32)}
+
+
+@pytest.fixture
+def subject(gate: EngineGate, config: C7InferenceConfig, tmp_path: Path) -> test_conformance.Subject:
+    """What the conformance suite runs on: an engine that TensorRT has built here."""
+    path = test_conformance.ARTEFACTS['tensorrt'](tmp_path)
+    return test_conformance.Subject(test_conformance.runtime_of('tensorrt', config), bundle_around(path, 'tensorrt'))
+
+
+globals().update(
+    (name, test)
+    for name, test in vars(test_conformance).items()
+    if name.startswith('test_') and 'subject' in inspect.signature(test).parameters
+)
 
 
 # --- answers ----------------------------------------------------------------------------------------
