@@ -18,6 +18,7 @@ class Backoff:
     def __init__(self, monotonic_ns: Callable[[], int] = time.monotonic_ns) -> None:
         self._monotonic_ns = monotonic_ns
         self._pauses: dict[Hashable, tuple[int, float]] = {}
+        self._attempts: dict[Hashable, int] = {}
 
     def __contains__(self, what: Hashable) -> bool:
         """Return whether ``what`` has failed since it was last reset."""
@@ -27,23 +28,35 @@ class Backoff:
         """
         Begin the next pause of ``what``, twice as long as the last one.
 
-        :param bounds_s: first and longest pause; one that has been over for as long as the longest is forgotten.
+        :param bounds_s: first and longest pause. After one that had been over for as long as the longest when the
+            attempt began that has failed now, or when what had succeeded failed, the first comes again.
         """
         first, longest = bounds_s
         now_ns = self._monotonic_ns()
         end_ns, pause_s = self._pauses.get(what, (0, 0.0))
-        close = pause_s and now_ns - end_ns < longest * 1e9
+        # An attempt may take longer than any pause: what it took is no sign that all was well.
+        close = pause_s > 0 and self._attempts.pop(what, now_ns) - end_ns < longest * 1e9
         pause_s = min(longest, 2 * pause_s) if close else first
         self._pauses[what] = (now_ns + int(pause_s * 1e9), pause_s)
 
-    def over(self, what: Hashable) -> bool:
-        """Return whether ``what`` may be tried now."""
-        return self._monotonic_ns() >= self._pauses.get(what, (0, 0.0))[0]
+    def may_begin(self, what: Hashable) -> bool:
+        """Return whether ``what`` may be tried now; who is told so tries it."""
+        now_ns = self._monotonic_ns()
+        if now_ns < self._pauses.get(what, (0, 0.0))[0]:
+            return False
+        self._attempts[what] = now_ns
+        return True
+
+    def succeed(self, what: Hashable) -> None:
+        """End the attempt: whatever ``what`` fails with from now on is another failure."""
+        self._attempts.pop(what, None)
 
     def reset(self, what: Hashable) -> None:
         """Have the next pause of ``what`` be the shortest again; it may be tried at once."""
         self._pauses.pop(what, None)
+        self._attempts.pop(what, None)
 
     def clear(self) -> None:
         """Forget everything."""
         self._pauses.clear()
+        self._attempts.clear()

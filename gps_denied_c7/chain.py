@@ -469,6 +469,7 @@ class RuntimeChain:
     def _take_over(self, engine: RungEngine) -> None:
         """Have the candidate serve; where the GPU was lost, its proofs have shown that it is back."""
         self._candidate = None
+        self._backoff.succeed(('promotion', engine.rung))
         if not self._may_serve(engine.rung):
             _log.warning('%s works: the GPU is back.', engine.rung.name)
             self._gpu.restore()
@@ -781,7 +782,7 @@ class RuntimeChain:
         if (purpose, rung) not in self._backoff and purpose == 'promotion':
             # It has just failed: its first attempt is one pause away.
             self._postpone(purpose, rung)
-        return self._backoff.over((purpose, rung))
+        return self._backoff.may_begin((purpose, rung))
 
     def _postpone_load(self, rung: Rung) -> None:
         self._postpone('standby' if self._standby is None and not self._is_better(rung) else 'promotion', rung)
@@ -830,7 +831,7 @@ class RuntimeChain:
 
     def _may_restart(self) -> bool:
         """Return whether an exhausted chain has an engine that was loaded meanwhile, or its pause is over."""
-        return self._standby is not None or self._backoff.over(_RESTART)
+        return self._standby is not None or self._backoff.may_begin(_RESTART)
 
     def _fail_serving(self, error: Exception) -> Rung:
         rung = self._serving()
@@ -838,6 +839,8 @@ class RuntimeChain:
         self._drop_serving()
         self._failures[rung.name] = _without_frames(error)
         self._note_fault(rung)
+        if self._may_serve(rung):
+            self._postpone('promotion', rung)
         return rung
 
     def _note_fault(self, rung: Rung) -> None:

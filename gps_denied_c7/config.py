@@ -34,7 +34,8 @@ class C7InferenceConfig:
     :param ort_disallow_cpu_fallback: refuse to fly on the CPU.
     :param gpu_memory_budget_bytes: bytes of GPU memory for all engines together.
     :param gpu_fault_window_s: seconds in which failures of two different GPU rungs mean that the GPU is lost.
-    :param restart_backoff_s: first and longest pause in seconds before an exhausted chain is tried again.
+    :param restart_backoff_s: first and longest pause in seconds before an exhausted chain, or what stands by, is tried
+        again.
     :param build_on_configure: engines may be built while configuring (minutes).
     :param isolation: ``process``: each engine in a worker process of its own, so that no vendor library can end
         the node; ``none``: all in this process, where a vendor's crash or hang is the node's.
@@ -90,7 +91,8 @@ class C7InferenceConfig:
             if not getattr(self, name) > 0:
                 raise ConfigError(name, f'{getattr(self, name)} is not positive.')
         for name in ('restart_backoff_s', 'promotion_backoff_s'):
-            bounds = tuple(getattr(self, name))
+            value = getattr(self, name)
+            bounds = tuple(value) if isinstance(value, (tuple, list)) else (value,)
             if len(bounds) != 2 or not 0 < bounds[0] <= bounds[1] < math.inf:
                 raise ConfigError(name, f'{list(bounds)} is not [first, longest] in positive seconds.')
             object.__setattr__(self, name, bounds)

@@ -211,7 +211,8 @@ class EngineLoader:
             limit_s = self._config.load_timeout_s
             warm_up_s = self._proof.run(host, limit_s)
             if self._isolated:
-                warm_up_s = max(warm_up_s, *(self._proof.time(host, limit_s) for _ in range(_WARM_UPS)))
+                # Not the first, in which a worker and its node come to know where tensors lie.
+                warm_up_s = max(self._proof.time(host, limit_s) for _ in range(_WARM_UPS))
         except BaseException:
             self._let_go(load.rung, host)
             raise

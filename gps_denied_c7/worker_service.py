@@ -156,8 +156,10 @@ class EngineService:
                 assert received is not None and isinstance(received[0], dict)
                 self._map(received[0], received[1])
             assert self._answers is not None
-            self._outputs = self._answers.arrays(layout)
-            self._host.place(outputs=self._outputs)
+            places = self._answers.arrays(layout)
+            # It may run the request once more, whose answer is the same; the node knows the layout once it was sent.
+            self._host.place(outputs=places)
+            self._outputs = places
         elsewhere = [name for name, array in self._outputs.items() if not _is_at(array, outputs[name])]
         for name in elsewhere:
             self._outputs[name][...] = outputs[name]

@@ -36,6 +36,7 @@ def test_is_frozen():
         ('restart_backoff_s', (2.0, 1.0)),
         ('restart_backoff_s', (0.0, 1.0)),
         ('restart_backoff_s', (1.0,)),
+        ('restart_backoff_s', 1.0),
         ('promotion_backoff_s', (1.0, math.nan)),
         ('promotion_backoff_s', (1.0, math.inf)),
         ('cpu_threads', -1),

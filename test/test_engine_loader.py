@@ -92,6 +92,14 @@ def test_f5_an_engine_is_loaded_and_proven(bench):
     assert [name for name, _ in bench.loader.longest_s()] == [CPU.name]
 
 
+def test_f4_what_counts_as_late_follows_from_usual_requests_and_not_from_the_first(bench, monkeypatch):
+    monkeypatch.setattr(bench.proof, 'run', lambda host, limit_s: 60.0)
+    usual_s = iter((0.1, 0.4, 0.1, 0.1))
+    monkeypatch.setattr(bench.proof, 'time', lambda host, limit_s: next(usual_s))
+    engine = bench.load()
+    assert (engine.deadline_s, engine.hang_s) == pytest.approx((1.2, 3.6))
+
+
 def test_f1_a_worker_that_dies_meanwhile_is_tried_again_and_only_so_often(bench):
     bench.faults = [WorkerDiedError('died'), None]
     assert bench.load().host is bench.hosts[1]

@@ -660,6 +660,22 @@ def test_f6_a_better_rung_takes_over_once_it_has_answered_every_frame_that_it_wa
     assert len(bench.switches()) == 1
 
 
+def test_f6_a_better_rung_that_dies_again_and_again_is_tried_ever_more_seldom():
+    """And as soon as at first once it has served for long."""
+    bench = Bench(GPU, CPU, promotion_backoff_s=(5.0, 40.0)).ready()
+    waited = []
+    for serves_s in (1, 1, 1, 1, 1, 50):
+        bench.now_ns += int(serves_s * 1e9)
+        bench.serving().act = 'die'
+        died_ns = bench.now_ns
+        while bench.ask().runtime_label != 'tensorrt':
+            if bench.chain._candidate is None:
+                bench.now_ns += int(0.25e9)
+            bench.settle()
+        waited.append((bench.now_ns - died_ns) / 1e9)
+    assert waited == pytest.approx([5, 10, 20, 40, 40, 5], abs=0.5)
+
+
 @pytest.mark.parametrize('act', ['die', 'fail', 'disagree'])
 def test_f6_a_better_rung_that_dies_fails_or_disagrees_in_the_shadow_costs_no_frame(act):
     bench = Bench(GPU, CPU)

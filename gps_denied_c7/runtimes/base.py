@@ -188,7 +188,7 @@ class BaseRuntime(ABC, Generic[EngineT]):
 
         Nothing promises it: requests may come in any arrays, and whoever needs an answer elsewhere than where
         :meth:`infer` returns it copies it. What was placed is kept until the engine is released or another array takes
-        its place.
+        its place. An answer of before may change meanwhile: engines that are captured anew run once more.
 
         :param inputs: C-contiguous arrays by canonical name that most requests will come in, each on memory pages of
             its own; may be read-only.

@@ -27,6 +27,8 @@ _MODULES = (('cuda.bindings.runtime', 'cuda.bindings.driver'), ('cuda.cudart', '
 # A discrete GPU, the nodes of a Jetson, and the paravirtual GPU of WSL.
 _DEVICE_NODES = ('nvidia[0-9]*', 'nvhost-gpu', 'nvhost-ctrl-gpu', 'nvgpu', 'dxg')
 
+# cudaHostRegisterReadOnly, since CUDA 11.1; bindings may lack its name.
+_REGISTER_READ_ONLY = 8
 _THREADS = 256
 _MAX_BLOCKS = 1024
 
@@ -208,7 +210,7 @@ class Cuda:
         :param array: on pages of its own, since none may be locked twice.
         :raises CudaError: the driver cannot, as for read-only memory on some GPUs.
         """
-        flags = self.runtime.cudaHostRegisterDefault if array.flags.writeable else self.runtime.cudaHostRegisterReadOnly
+        flags = self.runtime.cudaHostRegisterDefault if array.flags.writeable else _REGISTER_READ_ONLY
         try:
             self.call('cudaHostRegister', _address(array), array.nbytes, flags)
         except CudaError:
@@ -300,7 +302,8 @@ class StagedTensor:
         """The array that :meth:`copy` reads or fills."""
         self.address = cuda.device_memory(self.host.nbytes)
         """Of the GPU's memory."""
-        self._own = self.host if inward else None
+        self.own = self.host if inward else None
+        """Its own memory on the way to the GPU, None on the way back, where it is given up for what is placed."""
         self._cuda = cuda
         self._stream = stream
         self._inward = inward
@@ -312,17 +315,18 @@ class StagedTensor:
         """
         Have what is copied to the GPU hold ``array``: nothing is to be done where it lies there.
 
-        What was placed is its owner's, and not written to: another array than that is copied from memory of its own.
+        What was placed is its owner's, and not written to: another array than that is copied from :attr:`own`. The
+        stream must be idle.
 
         :return: whether that is a change of where the copy reads.
         """
         if array is self.host or _address(array) == _address(self.host):
             return False
-        assert self._own is not None
-        moved = self.host is not self._own
+        assert self.own is not None
+        moved = self.host is not self.own
         if moved:
             self._unlock()
-            self.host = self._own
+            self.host = self.own
             self.copy = self._make_copy()
         np.copyto(self.host, array)
         return moved
@@ -332,9 +336,11 @@ class StagedTensor:
         Copy from or to ``array`` from now on; the stream must be idle.
 
         :param array: shaped as its own; kept until another takes its place. One that is copied to the GPU is only read.
-        :return: whether that is a change; False also for another shape, and for pages that the driver does not lock.
+        :return: whether that is a change; False also for an array that does not do, and for pages that the driver does
+            not lock.
         """
         fits = (array.shape, array.dtype) == (self.host.shape, self.host.dtype) and array.nbytes
+        fits = fits and array.flags.c_contiguous and (self._inward or array.flags.writeable)
         if not fits or _address(array) == _address(self.host):
             return False
         try:

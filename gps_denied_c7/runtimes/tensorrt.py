@@ -60,7 +60,8 @@ class TensorrtRuntime(BaseRuntime['_Engine']):
         :raises InferenceError: a foreign or released handle.
         """
         bound = self._bound(handle)
-        return {name: bound.engine.inputs[own].host for name, own in bound.own_inputs.items()}
+        buffers = {name: bound.engine.inputs[own].own for name, own in bound.own_inputs.items()}
+        return {name: buffer for name, buffer in buffers.items() if buffer is not None}
 
     def _compile(self, model: ModelBundle, build_config: BuildConfig) -> EngineCacheEntry:
         open_cuda(self.label)
@@ -241,7 +242,11 @@ class _Engine:
             (status,) = self._cuda.runtime.cudaStreamSynchronize(self._stream)
             if status:
                 self._cuda.refuse('cudaStreamSynchronize', status)
-        except CudaError as error:
+        except (CudaError, InferenceError) as error:
+            # What is on the stream already may still read and write the memory of the tensors.
+            self._cuda.try_call('cudaStreamSynchronize', self._stream)
+            if isinstance(error, InferenceError):
+                raise
             raise InferenceError(
                 f'CUDA failed the request: {error}. {self._said()}'.strip(),
                 remedy='Where CUDA errors repeat, the process must be started again: its CUDA context is lost.',

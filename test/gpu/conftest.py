@@ -16,10 +16,10 @@ HERE = Path(__file__).parent
 sys.path.append(str(HERE.parent / 'runtimes'))
 
 # Device files of a discrete GPU and of a Jetson; looked at by name, so that no vendor library is loaded to decide.
+GPU_SIGNS = ('/proc/driver/nvidia/version', '/dev/nvidia0', '/dev/nvidiactl', '/dev/nvhost-gpu')
+
 # What came of the conformance suite, by what it ran on.
 conformance: dict[str, Counter[str]] = {}
-
-GPU_SIGNS = ('/proc/driver/nvidia/version', '/dev/nvidia0', '/dev/nvidiactl', '/dev/nvhost-gpu')
 
 
 @pytest.fixture(scope='session')

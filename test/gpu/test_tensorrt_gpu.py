@@ -18,6 +18,7 @@ import test_conformance
 from numpy.typing import NDArray
 from onnx_models import SHAPE, bundle_around
 from results import percentiles, record
+from shared_arrays import shared
 from superpoint import image, superpoint_inputs, superpoint_outputs, write_superpoint
 
 from gps_denied_c7.bundle import Artefact, ModelBundle
@@ -658,6 +659,31 @@ def test_r2_what_a_request_is_made_of(
                 seconds[stage].append(end - start)
     record('tensorrt stages fp16', **{stage: percentiles(values) for stage, values in seconds.items()})
     assert max(bench.differences(loaded.infer(in_place)).values()) < 1.0
+
+
+def test_f1_the_gpu_reads_and_writes_memory_that_two_processes_share(
+    bench: Bench, built: Built, cuda: Cuda, load: Callable[[EngineCacheEntry], Loaded]
+) -> None:
+    """Requests are mapped for reading alone, which not every GPU can lock: what came of it is in the results."""
+    loaded = load(built['fp16'])
+    own, request = shared(bench.request, writable=False)
+    _, answer = shared({name: np.zeros_like(array) for name, array in bench.expected.items()}, writable=True)
+    loaded.infer(request)
+    loaded.runtime.place(loaded.handle, inputs=request, outputs=answer)
+    attribute = cuda.runtime.cudaDeviceAttr.cudaDevAttrHostRegisterReadOnlySupported
+    locks_read_only = bool(cuda.call('cudaDeviceGetAttribute', attribute, 0))
+    in_place = {
+        name: bool(np.shares_memory(tensor.host, {**request, **answer}[name]))
+        for name, tensor in {**loaded.engine.inputs, **loaded.engine.outputs}.items()
+    }
+    record('tensors in shared memory', in_place=in_place, locks_read_only_memory=locks_read_only)
+    assert all(in_place[name] for name in answer)
+    assert in_place['image'] == locks_read_only
+    for seed in (1, 0):
+        own['image'][...] = image(seed=seed)
+        outputs = loaded.infer(request)
+    assert all(np.shares_memory(outputs[name], array) for name, array in answer.items())
+    assert max(bench.differences(answer).values()) < 1.0
 
 
 def test_f1_a_worker_beside_an_engine_in_this_process(bench: Bench, built: Built) -> None:
