@@ -56,6 +56,15 @@ class Backoff:
         self._pauses.pop(what, None)
         self._attempts.pop(what, None)
 
+    def snapshot(self) -> Callable[[], None]:
+        """Return what takes back all that comes from now on."""
+        pauses, attempts = self._pauses.copy(), self._attempts.copy()
+
+        def take_back() -> None:
+            self._pauses, self._attempts = pauses, attempts
+
+        return take_back
+
     def clear(self) -> None:
         """Forget everything."""
         self._pauses.clear()

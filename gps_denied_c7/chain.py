@@ -248,7 +248,7 @@ class RuntimeChain:
                 self._restart()
             started_ns = self._monotonic_ns()
             self._request += 1
-            restore_gpu = self._gpu.snapshot()
+            take_back: Callable[[], None] | None = None
             failures: dict[Rung, Exception] = {}
             loaded_afresh: Counter[Rung] = Counter()
             late_before = False
@@ -277,6 +277,7 @@ class RuntimeChain:
                     late_before = True
                     continue
                 except Exception as error:
+                    take_back = take_back or self._blame_snapshot()
                     rung = engine.rung
                     others, again = self._after(rung), rung in failures
                     failures.setdefault(rung, error)
@@ -288,7 +289,7 @@ class RuntimeChain:
                         name: array.copy() if array is in_place.get(name) else array for name, array in inputs.items()
                     }
                     if (again or not others) and engine.host.alive and self._passes_proof(engine):
-                        restore_gpu()
+                        take_back()
                         self._blame_request(failures, started_ns)
                     _log.error('%s failed a frame: %s', rung.name, error)
                     self._fail_serving(error)
@@ -300,7 +301,7 @@ class RuntimeChain:
                         self._replace_serving((rung,))
                         if self._serving() in failures:
                             # Afresh it passes its proof once more: the request is what it does not survive.
-                            restore_gpu()
+                            take_back()
                             self._blame_request(failures, started_ns)
                         continue
                     if self._replace_serving(others if spent else (*others, rung)):
@@ -370,6 +371,16 @@ class RuntimeChain:
         finally:
             self._closing = False
             self._turn.release()
+
+    def _blame_snapshot(self) -> Callable[[], None]:
+        """Return what takes back all that engines are blamed for from now on: the request may prove to be at fault."""
+        restore_gpu, restore_pauses = self._gpu.snapshot(), self._backoff.snapshot()
+
+        def take_back() -> None:
+            restore_gpu()
+            restore_pauses()
+
+        return take_back
 
     # --- one request ------------------------------------------------------------------------------
 

@@ -60,6 +60,16 @@ def test_what_has_not_failed_need_not_wait(backoff):
     assert 'y' not in backoff and backoff.may_begin('y')
 
 
+def test_what_was_noted_in_error_is_taken_back(backoff, clock):
+    backoff.begin('x', BOUNDS_S)
+    take_back = backoff.snapshot()
+    backoff.begin('x', BOUNDS_S)
+    backoff.begin('y', BOUNDS_S)
+    take_back()
+    assert 'y' not in backoff
+    assert length_s(backoff, clock) == pytest.approx(1.0, abs=0.11)
+
+
 def test_what_is_reset_begins_anew(backoff, clock):
     backoff.begin('x', BOUNDS_S)
     backoff.begin('x', BOUNDS_S)

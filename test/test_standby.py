@@ -366,6 +366,19 @@ def test_f2_a_request_that_kills_every_engine_costs_itself_and_no_other(rungs, h
     assert bench.ask(1.0)
 
 
+def test_f6_requests_that_no_engine_survives_do_not_put_off_a_better_one():
+    bench = PoisonedBench(GPU, CPU, promotion_backoff_s=(5.0, 300.0)).ready()
+    for _ in range(3):
+        with pytest.raises(InferenceError, match='no runtime can answer this request'):
+            bench.ask(13.0)
+        bench.settle()
+        bench.now_ns += int(5.1e9)
+        bench.settle()
+        for _ in range(4):
+            bench.ask()
+        assert bench.serving().rung == GPU
+
+
 @pytest.mark.parametrize('hot_standby', [True, False])
 def test_f2_a_lost_gpu_is_left_also_by_an_engine_that_still_answers(hot_standby):
     """It goes on answering until the CPU is loaded; nothing of the GPU serves or stands by from then on."""
