@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -23,7 +24,7 @@ from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.chain_status import ChainStatus
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.errors import C7Error, ConfigError, ImageRejectedError
+from gps_denied_c7.errors import C7Error, ConfigError, ImageRejectedError, InferenceError
 from gps_denied_c7.gpu_memory import GpuMemoryBudget
 from gps_denied_c7.host import describe_gpu, hardware_id, package_versions
 from gps_denied_c7.hosts import in_process_hosts
@@ -64,6 +65,9 @@ _FINISH_FRAME_S = 5.0
 _CANCEL_SWAP_S = 2.0
 _WARN_EVERY_S = 5.0
 _DRAIN_S = 0.5
+# Of the time for an end: from when on a frame in hand is given up, and what is left for the last record to arrive.
+_END_FRAME_S = 1.6
+_SAY_GOODBYE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,12 +186,23 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         except RuntimeError:
             # No memory for one more thread: better an end that may be cut short than none.
             shut_down()
-        clean = done.wait(max(0.0, timeout_s - 1.0)) and not self._left_behind
+        for_frame_s = max(0.0, timeout_s - _END_FRAME_S)
+        if not done.wait(for_frame_s):
+            self._give_up_frame()
+        clean = done.wait(max(0.0, timeout_s - for_frame_s - _SAY_GOODBYE_S)) and not self._left_behind
         self._flight_recorder().recorder.flush(force=True)
         self.record('c7.session_ended', reason=reason, clean=clean, lifecycle_state=self.lifecycle_state)
         # Fast DDS acknowledges with its heartbeats, seconds apart; what was sent is out long before that.
         self._flight_recorder().drain(min(_DRAIN_S, max(0.0, deadline - time.monotonic())))
         return clean
+
+    def _give_up_frame(self) -> None:
+        """End the engine that keeps the shutdown waiting: a worker can be ended, a thread of this process cannot."""
+        loaded = self._loaded
+        if loaded is not None:
+            self.get_logger().warning('the frame in hand is not answered in time and is given up')
+            with contextlib.suppress(InferenceError):
+                loaded.model.chain.release(0.2)
 
     def record(self, kind: str, **payload: Any) -> None:
         """Write a flight record and, since it may come with a change of level, look at diagnostics."""

@@ -101,7 +101,11 @@ def test_n8_the_shared_memory_of_dds_goes_with_the_process(tmp_path):
 @pytest.mark.parametrize('isolation', ISOLATIONS)
 def test_n8_active_with_a_hung_engine(number, isolation, tmp_path):
     """A worker is killed; what hangs in the node's own process is left behind, and the record says so."""
-    parameters = {'model_path': hanging_on_white(tmp_path), 'autostart': True, 'isolation': isolation}
+    parameters = {
+        'model_path': hanging_on_white(tmp_path), 'autostart': True, 'isolation': isolation,
+        # Nobody else ends it meanwhile.
+        'inference_deadline_ms': 60_000.0, 'hang_timeout_ms': 60_000.0,
+    }  # fmt: skip
     with running_node(parameters) as (process, peer):
         peer.wait_state('active')
         peer.wait_matched(CAMERA)
