@@ -649,9 +649,8 @@ class RuntimeChain:
     def _between_frames(self) -> None:
         """Change what serves where no frame is under way: away from a lost GPU, or to a better engine (F-6)."""
         self._look_after_others()
-        candidate = self._candidate
-        if candidate is not None and candidate.agreements >= _SHADOWED_FRAMES and candidate.expected is None:
-            self._promote(candidate)
+        if self._candidate is not None and self._candidate.agreements >= _SHADOWED_FRAMES:
+            self._promote(self._candidate)
         self._leave_lost_gpu()
 
     def _leave_lost_gpu(self) -> None:

@@ -649,8 +649,8 @@ def test_f6_a_better_rung_comes_back_after_three_live_frames():
     assert (switch['from'], switch['to'], switch['frames_affected']) == (CPU.name, GPU.name, 0)
 
 
-def test_f6_a_better_rung_takes_over_once_it_has_answered_every_frame_that_it_was_given():
-    """One that still runs a request could not be asked: its first own frame would cost it the GPU."""
+def about_to_promote():
+    """Return a bench where the CPU serves and the GPU, which was out, is the candidate."""
     bench = Bench(GPU, CPU)
     bench.load_faults[GPU] = EngineDeserializeError('not now.')
     bench.ready()
@@ -658,6 +658,12 @@ def test_f6_a_better_rung_takes_over_once_it_has_answered_every_frame_that_it_wa
     bench.ask()
     bench.now_ns += int(6e9)
     bench.settle()
+    return bench
+
+
+def test_f6_a_better_rung_takes_over_once_it_has_answered_every_frame_that_it_was_given():
+    """One that still runs a request could not be asked: its first own frame would cost it the GPU."""
+    bench = about_to_promote()
     candidate = bench.chain._candidate.host
     candidate.act, begin = 'slow', candidate.begin
 
@@ -691,13 +697,7 @@ def test_f6_a_better_rung_that_dies_again_and_again_is_tried_ever_more_seldom():
 
 @pytest.mark.parametrize('act', ['die', 'fail', 'disagree'])
 def test_f6_a_better_rung_that_dies_fails_or_disagrees_in_the_shadow_costs_no_frame(act):
-    bench = Bench(GPU, CPU)
-    bench.load_faults[GPU] = EngineDeserializeError('not now.')
-    bench.ready()
-    bench.load_faults.clear()
-    bench.ask()
-    bench.now_ns += int(6e9)
-    bench.settle()
+    bench = about_to_promote()
     bench.chain._candidate.host.act = act
     for _ in range(5):
         assert bench.ask().runtime_label == 'onnx_trt_ep'
