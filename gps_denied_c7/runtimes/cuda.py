@@ -7,7 +7,7 @@ import importlib
 import logging
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from gps_denied_c7.errors import RuntimeUnavailableError
+from gps_denied_c7.errors import EngineDeserializeError, RuntimeUnavailableError
 from gps_denied_c7.runtimes.finite_kernel import FINITE_KERNEL, FINITE_KERNEL_NAME, FINITE_MASKS, QUAD_BYTES
+from gps_denied_c7.tensors import is_finite
 
 __all__ = ['Cuda', 'CudaError', 'FiniteCheck', 'GpuFacts', 'StagedTensor', 'gpu_devices', 'open_cuda']
 
@@ -388,6 +389,39 @@ class FiniteCheck:
         self._module: Any = cuda.drive('cuModuleLoadData', FINITE_KERNEL + b'\0')
         self._kernel = cuda.drive('cuModuleGetFunction', self._module, FINITE_KERNEL_NAME)
         self._launches = [self._launch(*check) for check in checks]
+
+    @classmethod
+    def proven(cls, cuda: Cuda, outputs: Mapping[str, StagedTensor], stream: Any) -> FiniteCheck | None:
+        """
+        Return a check of these outputs that was shown a NaN at the end of each, and then none, and told them apart.
+
+        :return: None where one has a type that it cannot read.
+        :raises CudaError: as the constructor.
+        :raises EngineDeserializeError: it missed or made up a NaN.
+        """
+        hosts = {name: tensor.host for name, tensor in outputs.items()}
+        floats = {name: host for name, host in hosts.items() if host.dtype.kind == 'f' and host.size}
+        if any(str(host.dtype) not in FINITE_MASKS for host in floats.values()):
+            return None
+        wanted = [(outputs[name].address, host.nbytes, str(host.dtype)) for name, host in floats.items()]
+        check = cls(cuda, wanted, stream)
+        try:
+            for name in floats:
+                check._prove(name, outputs[name], stream)
+        except BaseException:
+            check.release()
+            raise
+        return check
+
+    def _prove(self, name: str, tensor: StagedTensor, stream: Any) -> None:
+        for value in (np.nan, 0.0):
+            tensor.host.reshape(-1)[-1] = value
+            self._cuda.copy_to_device(tensor.address, tensor.host, stream)()
+            self.reset()
+            self.enqueue()
+            self._cuda.call('cudaStreamSynchronize', stream)
+            if self.found == is_finite(tensor.host):
+                raise EngineDeserializeError(f'the GPU missed or made up a NaN in {name!r}.')
 
     @property
     def found(self) -> bool:

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gps_denied_c7.runtimes.cuda import Cuda, FiniteCheck, StagedTensor
-from gps_denied_c7.runtimes.finite_kernel import FINITE_MASKS
-from gps_denied_c7.tensors import TensorSpec, is_finite
+from gps_denied_c7.tensors import TensorSpec
 
 __all__ = ['GpuIo', 'HostIo', 'TensorIo']
 
@@ -190,31 +189,13 @@ class GpuIo:
         self._cuda.call('cudaStreamSynchronize', self._stream)
 
     def _watch_outputs(self) -> None:
-        """Have the GPU look for NaN and infinity, once it has proven here that it finds them."""
-        floats = {name: array for name, array in self._answer.items() if array.dtype.kind == 'f' and array.size}
-        if self._free or any(str(array.dtype) not in FINITE_MASKS for array in floats.values()):
+        """Have the GPU look for NaN and infinity, where it can."""
+        if self._free:
             return
-        checks = [(self._outputs[name].address, array.nbytes, str(array.dtype)) for name, array in floats.items()]
         try:
-            self._check = FiniteCheck(self._cuda, checks, self._stream)
-            for name, array in floats.items():
-                self._prove_check(self._check, name, array)
+            self._check = FiniteCheck.proven(self._cuda, self._outputs, self._stream)
         except Exception as error:
-            check, self._check = self._check, None
-            if check is not None:
-                check.release()
             self.notes.append(f'The processor looks for non-finite outputs, since the GPU cannot: {error}')
-
-    def _prove_check(self, check: FiniteCheck, name: str, array: NDArray) -> None:
-        """Show the check a NaN at the end of an output, and then none."""
-        for value in (np.nan, 0.0):
-            array.reshape(-1)[-1] = value
-            self._cuda.copy_to_device(self._outputs[name].address, array, self._stream)()
-            check.reset()
-            check.enqueue()
-            self._wait()
-            if check.found == is_finite(array):
-                raise ValueError(f'it missed or made up a NaN in {name!r}.')
 
 
 def _sizes(spec: TensorSpec) -> tuple[int, ...]:

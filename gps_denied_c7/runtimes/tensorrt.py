@@ -23,10 +23,9 @@ from gps_denied_c7.gate import AdmittedEngine, EngineGate, EngineName, same_tens
 from gps_denied_c7.runtime import BuildConfig, EngineCacheEntry, EngineFacts, EngineHandle
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine, own_input_shapes
 from gps_denied_c7.runtimes.cuda import Cuda, CudaError, FiniteCheck, StagedTensor, open_cuda
-from gps_denied_c7.runtimes.finite_kernel import FINITE_MASKS
 from gps_denied_c7.runtimes.tensorrt_build import build_engine, source_artefact, source_shapes
 from gps_denied_c7.runtimes.tensorrt_library import dtype_name, error_recorder, import_tensorrt, vendor_logger
-from gps_denied_c7.tensors import TensorSpec, is_finite
+from gps_denied_c7.tensors import TensorSpec
 
 __all__ = ['PROVIDER', 'TensorrtRuntime']
 
@@ -392,36 +391,11 @@ class _Engine:
             raise self._refused(f'TensorRT does not take the memory for {spec.name!r}')
 
     def _watch_outputs(self) -> None:
-        """Have the GPU look for NaN and infinity, once it has proven here that it finds them."""
-        floats = [spec for spec in self.output_specs if np.dtype(spec.dtype).kind == 'f']
-        if any(spec.dtype not in FINITE_MASKS for spec in floats):
-            return
-        checks = [(self.outputs[spec.name].address, self.outputs[spec.name].host.nbytes, spec.dtype) for spec in floats]
-        check: FiniteCheck | None = None
+        """Have the GPU look for NaN and infinity, where it can."""
         try:
-            check = FiniteCheck(self._cuda, checks, self._stream)
-            for spec in floats:
-                self._prove_check(check, spec)
+            self._check = FiniteCheck.proven(self._cuda, self.outputs, self._stream)
         except Exception as error:
-            if check is not None:
-                check.release()
             self.notes.append(f'The processor looks for non-finite outputs, since the GPU cannot: {error}')
-            return
-        self._check = check
-
-    def _prove_check(self, check: FiniteCheck, spec: TensorSpec) -> None:
-        """Show the check a NaN at the end of an output, and then none."""
-        array, address = self.outputs[spec.name].host, self.outputs[spec.name].address
-        if not array.size:
-            return
-        for value in (np.nan, 0.0):
-            array.reshape(-1)[-1] = value
-            self._cuda.copy_to_device(address, array, self._stream)()
-            check.reset()
-            check.enqueue()
-            self._cuda.call('cudaStreamSynchronize', self._stream)
-            if check.found == is_finite(array):
-                raise EngineDeserializeError(f'the GPU missed or made up a NaN in {spec.name!r}.')
 
     # --- running ----------------------------------------------------------------------------------
 

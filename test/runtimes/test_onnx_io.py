@@ -20,7 +20,7 @@ from onnx import TensorProto, helper
 from onnx_models import OUTPUTS, SHAPE, arithmetic, model_of
 
 from gps_denied_c7.runtimes import onnx_io
-from gps_denied_c7.runtimes.cuda import CudaError
+from gps_denied_c7.runtimes.cuda import CudaError, FiniteCheck
 from gps_denied_c7.runtimes.onnx_io import GpuIo, HostIo
 from gps_denied_c7.tensors import TensorSpec
 
@@ -76,9 +76,10 @@ class HostMemoryInsteadOfCuda:
             self.locked.remove(arguments[0])
 
 
-class CheckOnTheHost:
+class CheckOnTheHost(FiniteCheck):
     """Do what FiniteCheck does, with NumPy."""
 
+    found = False
     released = 0
     blind = False
 
