@@ -41,6 +41,7 @@ __all__ = [
     'CachedFile',
     'OrtEngineCache',
     'VerifiedCache',
+    'WHOLE_ENGINE',
     'WholeGraph',
     'driver_version',
     'linked_tensorrt',
@@ -51,6 +52,8 @@ __all__ = [
 
 LISTING_NAME = 'listing.json'
 LISTING_SCHEMA = 1
+# An engine that TensorRT's own builder made of a whole model; the provider, whose names are others, never finds it.
+WHOLE_ENGINE = 'whole.engine'
 
 _LISTING_LIMIT_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 20
@@ -171,6 +174,11 @@ class VerifiedCache:
     listing: CacheListing
     plan: bytes | None = field(repr=False)
 
+    @property
+    def is_for_provider(self) -> bool:
+        """Whether the provider finds its engines here by itself, and so builds none."""
+        return all(file.name != WHOLE_ENGINE for file in self.listing.files)
+
 
 class OrtEngineCache:
     """
@@ -243,10 +251,22 @@ class CacheBuild:
 
     def __init__(self, directory: Path, built_for: BuiltFor) -> None:
         self.directory = directory
-        self._built_for = built_for
+        self.built_for = built_for
         # Held until the listing is written: who finds files without a listing must be able to tell a build that is
         # under way from one that died. The kernel gives the lock back when its holder dies.
         self._lock: int | None = _lock(directory)
+
+    def keep(self, plan: bytes) -> None:
+        """
+        Add an engine that is the whole model to what is to be listed.
+
+        :raises EngineDeserializeError: it cannot be written; the directory is gone then.
+        """
+        try:
+            (self.directory / WHOLE_ENGINE).write_bytes(plan)
+        except OSError as error:
+            self.close()
+            raise EngineDeserializeError(f'The built engine is not kept: {error}') from error
 
     def record(self, whole_graph: tuple[Sequence[TensorSpec], Sequence[TensorSpec]] | None) -> CacheListing:
         """
@@ -261,7 +281,7 @@ class CacheBuild:
             if not engines:
                 raise EngineDeserializeError('TensorRT wrote no engine into its cache.')
             listing = CacheListing(
-                built_for=self._built_for, files=files, whole_graph=_as_whole_graph(engines, whole_graph)
+                built_for=self.built_for, files=files, whole_graph=_as_whole_graph(engines, whole_graph)
             )
             write_atomically(self.directory / LISTING_NAME, listing.to_json())
             _sync(self.directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -61,6 +62,23 @@ class OnnxModel:
             except ModelBundleError as error:
                 raise EngineDeserializeError(error.message, remedy=error.remedy) from error
         return digest.hexdigest()
+
+    def with_axes(self, sizes: Mapping[str, int]) -> OnnxModel:
+        """
+        Return the model with these axes fixed wherever its inputs and outputs name them.
+
+        A model whose weights lie in external files is returned as it is: it can be read by its path alone.
+        """
+        if not sizes or isinstance(self.source, str):
+            return self
+        import onnx
+
+        model = onnx.ModelProto.FromString(self.source)
+        for value in (*model.graph.input, *model.graph.output):
+            for axis in value.type.tensor_type.shape.dim:
+                if axis.dim_param in sizes:
+                    axis.dim_value = sizes[axis.dim_param]
+        return dataclasses.replace(self, source=model.SerializeToString())
 
     def dimension_overrides(self, shapes: Mapping[str, Sequence[int | None]]) -> dict[str, int]:
         """

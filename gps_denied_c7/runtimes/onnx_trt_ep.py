@@ -18,8 +18,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from gps_denied_c7.bundle import Artefact
+from gps_denied_c7.engine_cache import EngineCache
 from gps_denied_c7.errors import C7Error, EngineDeserializeError, RuntimeUnavailableError
-from gps_denied_c7.gate import AdmittedEngine
+from gps_denied_c7.gate import AdmittedEngine, same_tensorrt
 from gps_denied_c7.ort_cache import (
     BuiltFor,
     CacheBuild,
@@ -32,8 +33,11 @@ from gps_denied_c7.ort_cache import (
 from gps_denied_c7.runtime import EngineCacheEntry, EngineFacts, ProviderSet
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine, own_input_shapes
 from gps_denied_c7.runtimes.cuda import open_cuda
+from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.onnx_io import GpuIo, HostIo, TensorIo
 from gps_denied_c7.runtimes.onnx_model import OnnxModel, ep_context_model, read_onnx
+from gps_denied_c7.runtimes.tensorrt_build import BuildWatch, Plan, PlanRequest, build_plan, workspace_bytes
+from gps_denied_c7.runtimes.tensorrt_library import import_tensorrt
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = ['CPU', 'CUDA', 'TENSORRT', 'OnnxTrtEpRuntime']
@@ -66,12 +70,14 @@ class _Attempt:
 
     :param source: the model's bytes, or its path where it has external weights.
     :param engine: the model is one TensorRT engine in an EPContext node.
+    :param built: that engine's bytes where it was built just now, to be kept if this is the way that works.
     :param cache: where the TensorRT provider may read and write engines.
     """
 
     providers: tuple[str, ...]
     source: bytes | str
     engine: bool = False
+    built: bytes | None = None
     cache: Path | None = None
 
     def __str__(self) -> str:
@@ -130,6 +136,7 @@ class _Session:
     :param takes_cpu: it may run on the CPU alone.
     :param placement: where the graph landed, None where that is not known, or not yet.
     :param build: the cache directory that it may have filled.
+    :param built: the engine that is to be kept there.
     :param profile: where it writes what ran, until that has been read.
     """
 
@@ -141,6 +148,7 @@ class _Session:
     outputs: tuple[TensorSpec, ...]
     placement: _Placement | None
     build: CacheBuild | None
+    built: bytes | None
     profile: tempfile.TemporaryDirectory[str] | None
     io: TensorIo | None = None
 
@@ -265,10 +273,10 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
         if TENSORRT in ort.get_available_providers():
             digest = model.content_sha256()
             warm, build = self._engine_cache(ort, entry, digest, axes, notes)
-        if warm or entry.build.allow_build:
-            cache = warm.directory if warm else build.directory if build else None
-            attempts.insert(0, _Attempt(_GPU_FIRST, model.source, cache=cache))
-        else:
+        if entry.build.allow_build or (warm and warm.is_for_provider):
+            kept = warm if warm and warm.is_for_provider else build
+            attempts.insert(0, _Attempt(_GPU_FIRST, model.source, cache=kept.directory if kept else None))
+        elif warm is None:
             # The provider builds whatever its cache lacks, for minutes, and loads unread what lies there.
             notes.append(f'{TENSORRT} was not asked for: its cache is not verified and building is not allowed.')
         if warm and warm.plan is not None and (whole := warm.listing.whole_graph):
@@ -280,6 +288,11 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
                 sm=warm.listing.built_for.sm,
             )
             attempts.insert(0, _Attempt(_GPU_FIRST, around, engine=True))
+        elif build and (plan := self._build_whole(entry, model, build.built_for, notes)):
+            around = ep_context_model(
+                plan.plan, name=entry.path.stem, inputs=plan.inputs, outputs=plan.outputs, sm=build.built_for.sm
+            )
+            attempts.insert(0, _Attempt(_GPU_FIRST, around, engine=True, built=plan.plan))
         return _Request(entry.path, tuple(attempts), digest, precision, axes, build, tuple(notes))
 
     def _engine_cache(
@@ -310,6 +323,29 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
         build, found = cache.begin(built_for)
         notes += found
         return None, build
+
+    def _build_whole(
+        self, entry: EngineCacheEntry, model: OnnxModel, built_for: BuiltFor, notes: list[str]
+    ) -> Plan | None:
+        """Return the model as one engine of TensorRT's own builder, None where the provider has to build."""
+        request = PlanRequest(
+            model=model.with_axes(built_for.axes),
+            name=entry.model.name,
+            precision=entry.build.precision,
+            shapes=own_input_shapes(entry, self.label),
+            workspace_bytes=workspace_bytes(self._config),
+            fixed_outputs=True,
+        )
+        try:
+            host = local_host_profile(open_cuda(self.label))
+            if not same_tensorrt(host.tensorrt, built_for.tensorrt):
+                raise EngineDeserializeError(f'Python has TensorRT {host.tensorrt}, ONNX Runtime {built_for.tensorrt}.')
+            trt = import_tensorrt(self.label)
+            with BuildWatch(entry.build.progress) as watch:
+                return build_plan(trt, request, host, EngineCache.at(self._config.engine_cache_dir), watch)
+        except Exception as error:
+            notes.append(f'{TENSORRT} builds by itself: {error}')
+            return None
 
     def _import_onnxruntime(self) -> ModuleType:
         try:
@@ -406,6 +442,7 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
             outputs=(),
             placement=_reported_placement(session),
             build=request.build,
+            built=attempt.built,
             profile=profile,
         )
 
@@ -417,7 +454,7 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
             TENSORRT: {
                 'trt_engine_cache_enable': attempt.cache is not None,
                 'trt_engine_cache_path': str(directory),
-                'trt_max_workspace_size': budget // 4,
+                'trt_max_workspace_size': workspace_bytes(self._config),
                 'trt_fp16_enable': request.precision == 'fp16',
             },
             # Outside of that limit, the search for the fastest convolution would take what the greediest one wants: 10
@@ -517,8 +554,10 @@ def _keep_build(engine: _Session, provider: str, notes: list[str]) -> None:
     if provider != TENSORRT:
         build.close()
         return
-    whole = engine.placement is not None and engine.placement.is_one_engine
+    whole = engine.built is not None or (engine.placement is not None and engine.placement.is_one_engine)
     try:
+        if engine.built is not None:
+            build.keep(engine.built)
         build.record((engine.inputs, engine.outputs) if whole else None)
     except EngineDeserializeError as error:
         notes.append(error.message)

@@ -8,7 +8,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType, TracebackType
 from typing import Any
 
@@ -17,7 +17,7 @@ from gps_denied_c7.bundle import Artefact, ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engine_cache import EngineCache, engine_model_name
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, RuntimeUnavailableError
-from gps_denied_c7.gate import EngineGate, EngineManifest, same_tensorrt
+from gps_denied_c7.gate import EngineGate, EngineManifest, HostProfile, same_tensorrt
 from gps_denied_c7.runtime import BuildConfig, BuildProgress, EngineCacheEntry
 from gps_denied_c7.runtimes.cuda import Cuda, open_cuda
 from gps_denied_c7.runtimes.half_precision import to_half_precision
@@ -32,7 +32,17 @@ from gps_denied_c7.runtimes.tensorrt_library import (
 )
 from gps_denied_c7.tensors import TensorSpec
 
-__all__ = ['PRECISIONS', 'build_engine', 'source_artefact', 'source_shapes']
+__all__ = [
+    'PRECISIONS',
+    'BuildWatch',
+    'Plan',
+    'PlanRequest',
+    'build_engine',
+    'build_plan',
+    'source_artefact',
+    'source_shapes',
+    'workspace_bytes',
+]
 
 LABEL = 'tensorrt'
 PRECISIONS = ('fp16', 'fp32')
@@ -111,64 +121,98 @@ def build_engine(
     source = source_artefact(model)
     onnx_model = read_onnx(source.path, source.sha256)
     trt = import_tensorrt(LABEL)
-    request = _Request(
+    request = PlanRequest(
         model=onnx_model,
         name=model.name,
         precision=build.precision,
         convert=convert,
         shapes=source_shapes(model, source),
-        # As much as the TensorRT provider of ONNX Runtime gets, so that the strategies compare.
-        workspace_bytes=config.gpu_memory_budget_bytes // 4,
-        timings=cache.read_timing_cache(gate.host),
+        workspace_bytes=workspace_bytes(config),
     )
     started = time.monotonic()
-    with _Watch(build.progress) as watch:
-        built = _Builder(trt, watch).build(request)
+    with BuildWatch(build.progress) as watch:
+        built = build_plan(trt, request, gate.host, cache, watch)
         watch.phase = 'publishing the engine'
         manifest = _manifest(built, request, gate, cuda, trt)
         cached = cache.publish(built.plan, manifest)
-        if built.timings:
-            cache.write_timing_cache(gate.host, built.timings)
         # An engine that this gate refuses now would be found out in flight.
         gate.admit(cached.path, engine_sha256=manifest.engine_sha256, source_sha256=onnx_model.sha256)
     _log.info('built %s in %.1f s (%d bytes)', cached.path, time.monotonic() - started, len(built.plan))
     return EngineCacheEntry(cached.path, manifest.engine_sha256, model, build, source)
 
 
+def workspace_bytes(config: C7InferenceConfig) -> int:
+    """Return the scratch memory that a builder may use: as much for TensorRT alone as below ONNX Runtime (AC-8)."""
+    return config.gpu_memory_budget_bytes // 4
+
+
 @dataclass(frozen=True, slots=True)
-class _Request:
-    """What is to be built."""
+class PlanRequest:
+    """
+    Say what is to be built.
+
+    :param name: of the model, for messages.
+    :param precision: ``fp16`` or ``fp32``.
+    :param shapes: wanted shape by input name; of a free axis without one, the first is the batch, which is 1.
+    :param workspace_bytes: scratch memory that the builder, and later the engine, may use.
+    :param convert: as in :func:`build_engine`.
+    :param fixed_outputs: refuse a network whose outputs have a free axis, before it is built.
+    """
 
     model: OnnxModel
     name: str
     precision: str
-    convert: bool | None
     shapes: Shapes
     workspace_bytes: int
-    timings: bytes
+    convert: bool | None = None
+    fixed_outputs: bool = False
 
 
 @dataclass(frozen=True, slots=True)
-class _Built:
-    """What came out."""
+class Plan:
+    """
+    Hold what a build gave.
 
-    plan: bytes
+    :param plan: the engine's bytes.
+    :param inputs: every axis fixed.
+    :param outputs: as the network names them; an axis may be free where its size depends on the data.
+    :param flags: what the builder was told.
+    """
+
+    plan: bytes = field(repr=False)
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     flags: tuple[str, ...]
-    timings: bytes
+
+
+def build_plan(
+    trt: ModuleType, request: PlanRequest, host: HostProfile, cache: EngineCache, watch: BuildWatch
+) -> Plan:
+    """
+    Build an engine with TensorRT's own builder; takes seconds to many minutes.
+
+    :param host: what tactics were timed on; those of earlier builds there are used, and the new ones kept.
+    :param cache: where timings lie.
+    :param watch: told of the progress.
+    :raises EngineDeserializeError: TensorRT refused the model.
+    """
+    plan, timings = _Builder(trt, watch).build(request, cache.read_timing_cache(host))
+    if timings:
+        cache.write_timing_cache(host, timings)
+    return plan
 
 
 class _Builder:
     """Take a request through TensorRT's parser and builder."""
 
-    def __init__(self, trt: ModuleType, watch: _Watch) -> None:
+    def __init__(self, trt: ModuleType, watch: BuildWatch) -> None:
         self._trt = trt
         self._watch = watch
         self._logger = vendor_logger(trt)
         self._errors = error_recorder(trt)
 
-    def build(self, request: _Request) -> _Built:
+    def build(self, request: PlanRequest, known_timings: bytes) -> tuple[Plan, bytes]:
+        """Return the engine, and the timings of its tactics."""
         trt = self._trt
         builder = trt.Builder(self._logger)
         if builder is None:
@@ -200,7 +244,7 @@ class _Builder:
             # TensorFloat-32 has the mantissa of float16, and is on by default.
             config.clear_flag(trt.BuilderFlag.TF32)
         self._fix_shapes(builder, config, network, inputs)
-        timings = self._attach_timings(config, request.timings)
+        timings = self._attach_timings(config, known_timings)
         self._watch.attach(trt, config)
         self._watch.phase = 'building the engine'
         with listening(self._watch.hear):
@@ -212,9 +256,8 @@ class _Builder:
                 'fly the .onnx.',
             )
         self._watch.phase = 'writing the engine'
-        return _Built(
-            bytes(serialised), inputs, outputs, tuple(flags), b'' if timings is None else bytes(timings.serialize())
-        )
+        plan = Plan(bytes(serialised), inputs, outputs, tuple(flags))
+        return plan, b'' if timings is None else bytes(timings.serialize())
 
     def _parse(self, parser: Any, content: bytes | str, name: str) -> None:
         parsed = parser.parse_from_file(content) if isinstance(content, str) else parser.parse(content)
@@ -228,7 +271,7 @@ class _Builder:
         )
 
     def _tensors(
-        self, network: Any, request: _Request
+        self, network: Any, request: PlanRequest
     ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
         """Return the network's tensors, the inputs with the sizes that they are built for."""
         inputs = []
@@ -245,7 +288,10 @@ class _Builder:
                     remedy='Give its sizes under inputs in a model.json, or export the model with fixed ones.',
                 )
             inputs.append(dataclasses.replace(spec, shape=shape))
-        return tuple(inputs), tuple(_spec(network.get_output(index)) for index in range(network.num_outputs))
+        outputs = tuple(_spec(network.get_output(index)) for index in range(network.num_outputs))
+        if request.fixed_outputs and (free := [spec for spec in outputs if None in spec.shape]):
+            raise EngineDeserializeError(f'output {free[0].name!r} has free axes: {free[0].shape}.')
+        return tuple(inputs), outputs
 
     def _fix_shapes(self, builder: Any, config: Any, network: Any, inputs: Sequence[TensorSpec]) -> None:
         """Give each input with a free axis one size; nothing else is ever asked of the engine."""
@@ -278,7 +324,7 @@ class _Builder:
         return '; '.join(self._errors.messages()) or 'it gave no reason, see the log'
 
 
-class _Watch:
+class BuildWatch:
     """
     Tell somebody once a second how far a build is.
 
@@ -295,7 +341,7 @@ class _Watch:
         self._monitor: Any = None
         self._thread = threading.Thread(target=self._run, name='c7-build-progress', daemon=True)
 
-    def __enter__(self) -> _Watch:
+    def __enter__(self) -> BuildWatch:
         self._thread.start()
         return self
 
@@ -338,7 +384,7 @@ def _monitor_class(trt: ModuleType) -> type:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc, name-defined]
         """Pass TensorRT's phases on; called from any thread, by C++ code that lets no exception through."""
 
-        def __init__(self, watch: _Watch) -> None:
+        def __init__(self, watch: BuildWatch) -> None:
             trt.IProgressMonitor.__init__(self)
             self._watch = watch
             self._steps: dict[str, int] = {}
@@ -394,7 +440,7 @@ def _parser_error(error: Any, operators: list[str]) -> str:
     return f'{where}: {error.desc()} ({error.code()})'
 
 
-def _manifest(built: _Built, request: _Request, gate: EngineGate, cuda: Cuda, trt: ModuleType) -> EngineManifest:
+def _manifest(built: Plan, request: PlanRequest, gate: EngineGate, cuda: Cuda, trt: ModuleType) -> EngineManifest:
     host = gate.host
     gpu = cuda.gpu_facts()
     return EngineManifest(

@@ -121,6 +121,8 @@ def probe(task: Mapping[str, Any]) -> dict[str, Any]:
 def load(task: Mapping[str, Any]) -> dict[str, Any]:
     """Load a model or an engine as the chain would, run it, and say all that can be seen of it."""
     path = Path(task['path'])
+    if not task.get('own_builder', True):
+        sys.modules['tensorrt'] = None  # type: ignore[assignment]
     start = time.perf_counter()
     ort = import_onnxruntime() if task.get('touch', True) else None
     import_s = time.perf_counter() - start

@@ -113,6 +113,17 @@ def cold(tensorrt: str, root: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 
 @pytest.fixture(scope='module')
+def by_provider(tensorrt: str, root: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """A load that had to build where Python has no TensorRT, and the folder of its caches."""
+    expect(40, "a cold load that ONNX Runtime's provider builds for")
+    folder = tmp_path_factory.mktemp('by_provider')
+    path = str(root / 'superpoint.onnx')
+    answer = child(folder, do='load', root=str(folder), path=path, build=True, own_builder=False)
+    assert any('builds by itself' in note for note in answer['notes'])
+    return folder, answer
+
+
+@pytest.fixture(scope='module')
 def direct(tensorrt: str, root: Path) -> dict[str, Any]:
     """An engine that TensorRT itself built, and its answers."""
     pytest.importorskip('gps_denied_c7.runtimes.tensorrt')
@@ -165,6 +176,8 @@ def test_ac2_cold_model_asks_for_all_three_and_is_built_once(cold: list[dict[str
         assert answer['active'] == TENSORRT, answer['notes']
         assert answer['cpu_nodes'] == 0
         assert set(answer['seen']['options'][0][TENSORRT]) == OPTIONS
+        # TensorRT's own builder made what is served.
+        assert answer['seen']['engine'] == [True], answer['notes']
     record(
         'r3_session_cold',
         load=percentiles([answer['load_s'] for answer in cold], 's'),
@@ -216,8 +229,16 @@ def test_ac2_warm_model_is_served_as_epcontext_without_a_build(cold: list[dict[s
     assert all(value < 0.01 for value in difference.values())
 
 
+def test_g2_without_tensorrt_for_python_the_provider_builds(by_provider: tuple[Path, dict[str, Any]]) -> None:
+    folder, answer = by_provider
+    assert answer['active'] == TENSORRT, answer['notes']
+    assert answer['seen']['engine'] == [False]
+    assert list(folder.glob('ort_trt_cache/*/TensorrtExecutionProvider_*.engine'))
+    record('r3_session_cold_by_provider', load=percentiles([answer['load_s']], 's'), notes=answer['notes'])
+
+
 def test_g2_plain_warm_cache_takes_longer_and_builds_nothing(
-    cold: list[dict[str, Any]], root: Path, tmp_path: Path
+    by_provider: tuple[Path, dict[str, Any]], root: Path, tmp_path: Path
 ) -> None:
     """The same cache, its listing made to say that the engine is not the whole model."""
     import shutil
@@ -226,7 +247,7 @@ def test_g2_plain_warm_cache_takes_longer_and_builds_nothing(
     from gps_denied_c7.ort_cache import LISTING_NAME, CacheListing
 
     expect(12 * PLAIN_N, f'{PLAIN_N} loads from the plain cache')
-    shutil.copytree(root / 'ort_trt_cache', tmp_path / 'ort_trt_cache')
+    shutil.copytree(by_provider[0] / 'ort_trt_cache', tmp_path / 'ort_trt_cache')
     (directory,) = (tmp_path / 'ort_trt_cache').iterdir()
     listing = CacheListing.from_json((directory / LISTING_NAME).read_bytes())
     (directory / LISTING_NAME).write_bytes(replace(listing, whole_graph=None).to_json())

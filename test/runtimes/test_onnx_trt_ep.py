@@ -7,6 +7,7 @@ provider runs against FakeOnnxRuntimeThisMachineHasNoCuda, everything else on th
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import logging
@@ -22,6 +23,7 @@ import onnxruntime
 import pytest
 from engine_files import HOST, PLAN, write_engine
 from fake_onnxruntime import CPU, CUDA, TENSORRT, FakeOnnxRuntimeThisMachineHasNoCuda
+from fake_tensorrt import FakeCudaThisMachineHasNone, FakeTensorrtThisMachineCannotRun
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from onnx_models import (
@@ -45,9 +47,9 @@ from gps_denied_c7.errors import (
     RuntimeUnavailableError,
 )
 from gps_denied_c7.gate import EngineGate
-from gps_denied_c7.ort_cache import LISTING_NAME, CacheListing
-from gps_denied_c7.runtime import BuildConfig, EngineCacheEntry, EngineHandle, ProviderSet
-from gps_denied_c7.runtimes import onnx_trt_ep
+from gps_denied_c7.ort_cache import LISTING_NAME, WHOLE_ENGINE, CacheListing
+from gps_denied_c7.runtime import BuildConfig, BuildProgress, EngineCacheEntry, EngineHandle, ProviderSet
+from gps_denied_c7.runtimes import onnx_trt_ep, tensorrt_library
 from gps_denied_c7.runtimes.cuda import GpuFacts
 from gps_denied_c7.runtimes.onnx_trt_ep import OnnxTrtEpRuntime
 from gps_denied_c7.tensors import TensorSpec
@@ -1146,6 +1148,188 @@ def test_g4_refused_engine_falls_back_to_the_plain_cache(
     assert handle.facts.active_provider == TENSORRT
     assert any('could not deserialize' in note for note in handle.facts.notes)
     assert len(fake.builds) == 1
+
+
+# --- G-2, G-4: the engine that TensorRT's own builder makes of a whole model ---------------------------
+
+
+@pytest.fixture
+def own_builder(named_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch) -> FakeTensorrtThisMachineCannotRun:
+    """Have Python's TensorRT be the one that ONNX Runtime loads."""
+    fake = FakeTensorrtThisMachineCannotRun(FakeCudaThisMachineHasNone(), '8.6.2')
+    monkeypatch.setitem(sys.modules, 'tensorrt', fake)
+    monkeypatch.setattr(tensorrt_library, '_logger', None)
+    return fake
+
+
+def builds(trt: FakeTensorrtThisMachineCannotRun) -> int:
+    return trt.log.count('build')
+
+
+def kept(config: C7InferenceConfig, model: ModelBundle) -> list[str]:
+    return sorted(path.name for path in cache_of(config, model).iterdir())
+
+
+@pytest.mark.parametrize('behaviour', [{}, ONE_ENGINE, {'profile': {TENSORRT: 1}}, {'profile': None}])
+def test_g4_cold_model_is_built_by_tensorrt_and_served_as_epcontext(
+    config: C7InferenceConfig,
+    tmp_path: Path,
+    named_gpu: FakeGpu,
+    own_builder: FakeTensorrtThisMachineCannotRun,
+    request_arrays: dict[str, NDArray],
+    behaviour: dict[str, object],
+) -> None:
+    fake = named_gpu(**behaviour)
+    model = bare_bundle(tmp_path)
+    told: list[BuildProgress] = []
+    _, handle = load(config, model, ProviderSet.GPU, BuildConfig(allow_build=True, progress=told.append))
+    assert [is_around_an_engine(attempt) for attempt in fake.attempts] == [True]
+    assert providers_asked(fake) == [[TENSORRT, CUDA, CPU]]
+    assert handle.facts.active_provider == TENSORRT
+    assert (builds(own_builder), fake.builds) == (1, [])
+    assert told
+    assert own_builder.built['config'].limits['workspace'] == config.gpu_memory_budget_bytes // 4
+    assert kept(config, model) == [LISTING_NAME, WHOLE_ENGINE]
+    fake.attempts.clear()
+    runtime, handle = load(config, model, ProviderSet.GPU, NO_BUILD)
+    (attempt,) = fake.attempts
+    assert is_around_an_engine(attempt)
+    assert (handle.inputs, handle.outputs) == (INPUTS, OUTPUTS)
+    assert (builds(own_builder), fake.builds) == (1, [])
+    assert list(runtime.infer(handle, request_arrays)) == ['total', 'ratio']
+
+
+def test_g4_timings_of_earlier_builds_are_used_and_kept(
+    config: C7InferenceConfig, tmp_path: Path, named_gpu: FakeGpu, own_builder: FakeTensorrtThisMachineCannotRun
+) -> None:
+    named_gpu()
+    load(config, bare_bundle(tmp_path))
+    assert own_builder.built['config'].timings == b''
+    (tmp_path / 'other').mkdir()
+    load(config, bare_bundle(tmp_path / 'other', arithmetic(producer='another')))
+    assert own_builder.built['config'].timings == b'measured'
+
+
+def test_g2_provider_that_builds_does_so_outside_of_a_cache_that_is_not_its_own(
+    config: C7InferenceConfig, tmp_path: Path, named_gpu: FakeGpu, own_builder: FakeTensorrtThisMachineCannotRun
+) -> None:
+    fake = named_gpu()
+    model = bare_bundle(tmp_path)
+    load(config, model)
+    fake.behaviour.engine_raises = RuntimeError('could not deserialize engine from binary data')
+    load(config, model)
+    assert len(fake.builds) == 1
+    assert kept(config, model) == [LISTING_NAME, WHOLE_ENGINE]
+
+
+@pytest.mark.parametrize(('refuses', 'says'), [('parse', 'no such operator'), ('build', 'INTERNAL_ERROR')])
+def test_g4_model_that_tensorrt_refuses_is_built_by_the_provider(
+    config: C7InferenceConfig,
+    tmp_path: Path,
+    named_gpu: FakeGpu,
+    own_builder: FakeTensorrtThisMachineCannotRun,
+    refuses: str,
+    says: str,
+) -> None:
+    fake = named_gpu(**ONE_ENGINE)
+    own_builder.refuses.add(refuses)
+    model = bare_bundle(tmp_path)
+    _, handle = load(config, model)
+    assert [is_around_an_engine(attempt) for attempt in fake.attempts] == [False]
+    assert len(fake.builds) == 1
+    assert WHOLE_ENGINE not in kept(config, model)
+    assert any('builds by itself' in note and says in note for note in handle.facts.notes)
+
+
+def test_g4_another_tensorrt_than_the_providers_builds_nothing(
+    config: C7InferenceConfig, tmp_path: Path, named_gpu: FakeGpu, own_builder: FakeTensorrtThisMachineCannotRun
+) -> None:
+    fake = named_gpu()
+    own_builder.__version__ = '10.3.0'
+    _, handle = load(config, bare_bundle(tmp_path))
+    assert (builds(own_builder), len(fake.builds)) == (0, 1)
+    assert any('10.3.0' in note and '8.6.2' in note for note in handle.facts.notes)
+
+
+def test_g4_output_of_free_size_is_left_to_the_provider_before_anything_is_built(
+    config: C7InferenceConfig, tmp_path: Path, named_gpu: FakeGpu, own_builder: FakeTensorrtThisMachineCannotRun
+) -> None:
+    fake = named_gpu()
+    own_builder.shape = (-1, 3, 4)
+    _, handle = load(config, bare_bundle(tmp_path, arithmetic(shape=(None, 3, 4))))
+    assert (builds(own_builder), len(fake.builds)) == (0, 1)
+    assert any('free axes' in note for note in handle.facts.notes)
+
+
+def test_f5_named_axes_are_fixed_in_what_tensorrt_builds(
+    config: C7InferenceConfig, tmp_path: Path, named_gpu: FakeGpu, own_builder: FakeTensorrtThisMachineCannotRun
+) -> None:
+    named_gpu()
+    load(config, bare_bundle(tmp_path, arithmetic(shape=('batch', 3, 4))))
+    graph = onnx.load_model_from_string(own_builder.built['model']).graph
+    for value in (*graph.input, *graph.output):
+        assert [axis.dim_value for axis in value.type.tensor_type.shape.dim] == [1, 3, 4]
+
+
+def test_g4_built_engine_that_the_provider_refuses_is_built_by_it_and_not_kept(
+    config: C7InferenceConfig, tmp_path: Path, named_gpu: FakeGpu, own_builder: FakeTensorrtThisMachineCannotRun
+) -> None:
+    fake = named_gpu(**ONE_ENGINE, engine_raises=RuntimeError('could not deserialize engine'))
+    model = bare_bundle(tmp_path)
+    _, handle = load(config, model)
+    assert [is_around_an_engine(attempt) for attempt in fake.attempts] == [True, False]
+    assert len(fake.builds) == 1
+    assert handle.facts.active_provider == TENSORRT
+    assert WHOLE_ENGINE not in kept(config, model)
+    _, handle = load(config, model, build=NO_BUILD)
+    assert len(fake.builds) == 1
+
+
+def test_g4_built_engine_that_fails_its_warm_up_leaves_nothing(
+    config: C7InferenceConfig, tmp_path: Path, named_gpu: FakeGpu, own_builder: FakeTensorrtThisMachineCannotRun
+) -> None:
+    named_gpu(run_raises=RuntimeError('CUDA error 2: out of memory'))
+    model = bare_bundle(tmp_path)
+    refusal(config, model)
+    assert builds(own_builder) == 1
+    assert not cache_of(config, model).exists()
+
+
+def test_f5_refused_engine_of_a_warm_cache_is_never_built_again_in_flight(
+    config: C7InferenceConfig, tmp_path: Path, named_gpu: FakeGpu, own_builder: FakeTensorrtThisMachineCannotRun
+) -> None:
+    """The provider would not find its own engine in a cache that holds TensorRT's, and would build."""
+    fake = named_gpu()
+    model = bare_bundle(tmp_path)
+    load(config, model)
+    fake.attempts.clear()
+    fake.behaviour.engine_raises = RuntimeError('could not deserialize engine from binary data')
+    fake.behaviour.profile = {CUDA: 3}
+    _, handle = load(config, model, ProviderSet.GPU, NO_BUILD)
+    assert providers_asked(fake) == [[TENSORRT, CUDA, CPU], [CUDA, CPU]]
+    assert handle.facts.active_provider == CUDA
+    assert (builds(own_builder), fake.builds) == (1, [])
+    assert kept(config, model) == [LISTING_NAME, WHOLE_ENGINE]
+
+
+def test_g2_full_disk_costs_the_built_engine_and_not_the_session(
+    config: C7InferenceConfig,
+    tmp_path: Path,
+    named_gpu: FakeGpu,
+    own_builder: FakeTensorrtThisMachineCannotRun,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    named_gpu()
+    model = bare_bundle(tmp_path)
+
+    def full(path: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Path, 'write_bytes', full)
+    _, handle = load(config, model)
+    assert handle.facts.active_provider == TENSORRT
+    assert any('not kept' in note and 'No space left' in note for note in handle.facts.notes)
+    assert not cache_of(config, model).exists()
 
 
 def test_ac6_tensorrt_that_refuses_a_warm_cache_gives_cuda(
