@@ -91,6 +91,7 @@ def _build(options: argparse.Namespace) -> int:
         engine_cache_dir=options.cache or C7InferenceConfig().engine_cache_dir,
         # A quarter of the budget is the builder's.
         gpu_memory_budget_bytes=4 * options.workspace,
+        builder_optimization_level=options.optimization_level,
     )
     build = BuildConfig(allow_build=True, precision=options.precision, progress=_Progress())
     started_s = time.monotonic()
@@ -337,6 +338,11 @@ def _parser() -> argparse.ArgumentParser:
     build.add_argument(
         '--workspace', type=_positive_bytes, default=defaults.gpu_memory_budget_bytes // 4, metavar='BYTES',
         help='GPU memory that the builder and the engine may use as scratch, as 512M or 2G; default: 1G',
+    )  # fmt: skip
+    build.add_argument(
+        '--optimization-level', type=int, choices=range(6), default=defaults.builder_optimization_level,
+        help="how hard TensorRT's builder searches for fast kernels, 0 to 5; from 3 on it also compiles some for the "
+        'network, which takes twice the time; default: %(default)s',
     )  # fmt: skip
 
     inspect = command(

@@ -40,6 +40,7 @@ def test_is_frozen():
         ('promotion_backoff_s', (1.0, math.nan)),
         ('promotion_backoff_s', (1.0, math.inf)),
         ('cpu_threads', -1),
+        ('builder_optimization_level', 6),
     ],
 )
 def test_an_unusable_value_is_refused_by_name(field, value):

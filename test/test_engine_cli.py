@@ -205,10 +205,14 @@ def test_g3_build_hands_on_what_was_asked_for(
     tmp_path: Path, run: Run, builder: FakeBuilderThisMachineHasNoGpu
 ) -> None:
     cache = tmp_path / 'cache'
-    line = ('build', saved(tmp_path), '--cache', cache, '--precision', 'fp32', '--workspace', '512M')
+    line = (
+        'build', saved(tmp_path), '--cache', cache, '--precision', 'fp32', '--workspace', '512M',
+        '--optimization-level', '1',
+    )  # fmt: skip
     status, out, error = run(*line)
     assert builder.config is not None and builder.build is not None
     assert builder.config.engine_cache_dir == cache
+    assert builder.config.builder_optimization_level == 1
     # The builder's workspace is a quarter of the budget.
     assert builder.config.gpu_memory_budget_bytes == 4 * (512 << 20)
     assert (builder.build.allow_build, builder.build.precision) == (True, 'fp32')

@@ -123,6 +123,11 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
         'Build missing engines while configuring, which takes minutes. Not for flight.',
     ),
     ParameterDeclaration(
+        'builder_optimization_level', Type.INTEGER, _DEFAULTS.builder_optimization_level,
+        "How hard TensorRT's builder searches for fast kernels; from 3 on it also compiles some for the network, which "
+        'takes twice the time.', limits=(0, 5),
+    ),
+    ParameterDeclaration(
         'engine_cache_dir', Type.STRING, str(_DEFAULTS.engine_cache_dir), 'Directory of the engine files.',
     ),
     ParameterDeclaration(
@@ -262,8 +267,8 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
 _BY_NAME = {declaration.name: declaration for declaration in PARAMETERS}
 _DECLARED = {declaration.name: declaration.default for declaration in PARAMETERS}
 _CONFIG_FIELDS = (
-    'ort_disallow_cpu_fallback', 'build_on_configure', 'engine_cache_dir', 'ort_trt_cache_dir',
-    'gpu_memory_budget_bytes', 'gpu_fault_window_s', 'isolation', 'hot_standby', 'spare_worker',
+    'ort_disallow_cpu_fallback', 'build_on_configure', 'builder_optimization_level', 'engine_cache_dir',
+    'ort_trt_cache_dir', 'gpu_memory_budget_bytes', 'gpu_fault_window_s', 'isolation', 'hot_standby', 'spare_worker',
     'load_timeout_s', 'inference_deadline_ms', 'hang_timeout_ms', 'configure_budget_s', 'cpu_threads',
     'promotion_backoff_s', 'restart_backoff_s',
 )

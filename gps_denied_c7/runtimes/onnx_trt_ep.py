@@ -334,6 +334,7 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
             precision=entry.build.precision,
             shapes=own_input_shapes(entry, self.label),
             workspace_bytes=workspace_bytes(self._config),
+            optimization_level=self._config.builder_optimization_level,
             fixed_outputs=True,
         )
         try:

@@ -128,6 +128,7 @@ def build_engine(
         convert=convert,
         shapes=source_shapes(model, source),
         workspace_bytes=workspace_bytes(config),
+        optimization_level=config.builder_optimization_level,
     )
     started = time.monotonic()
     with BuildWatch(build.progress) as watch:
@@ -155,6 +156,7 @@ class PlanRequest:
     :param precision: ``fp16`` or ``fp32``.
     :param shapes: wanted shape by input name; of a free axis without one, the first is the batch, which is 1.
     :param workspace_bytes: scratch memory that the builder, and later the engine, may use.
+    :param optimization_level: 0 to 5, how hard the builder searches.
     :param convert: as in :func:`build_engine`.
     :param fixed_outputs: refuse a network whose outputs have a free axis, before it is built.
     """
@@ -164,6 +166,7 @@ class PlanRequest:
     precision: str
     shapes: Shapes
     workspace_bytes: int
+    optimization_level: int
     convert: bool | None = None
     fixed_outputs: bool = False
 
@@ -238,6 +241,10 @@ class _Builder:
             'typing=strong' if strong else 'typing=weak',
             *(['converted'] if convert else []),
         ]
+        # From TensorRT 8.6 on.
+        if hasattr(config, 'builder_optimization_level'):
+            config.builder_optimization_level = request.optimization_level
+            flags.append(f'optimization_level={request.optimization_level}')
         if half and by_flag:
             config.set_flag(trt.BuilderFlag.FP16)
         if not half and hasattr(trt.BuilderFlag, 'TF32'):

@@ -468,6 +468,8 @@ class _Config:
         self.flags: set[str] = {'tf32'}
         self.limits: dict[str, int] = {}
         self.timings: bytes | None = None
+        if tuple(map(int, trt.__version__.split('.')[:2])) >= (8, 6):
+            self.builder_optimization_level = 3
         if hasattr(trt, 'IProgressMonitor'):
             self.progress_monitor = None
 

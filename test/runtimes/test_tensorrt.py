@@ -831,6 +831,22 @@ def test_r2_workspace_comes_from_the_budget(
     assert f'workspace={100 << 20}' in manifest.builder_flags
 
 
+@pytest.mark.parametrize(('version', 'known'), [('8.5.2', False), ('8.6.0', True), ('10.3.0', True), ('11.0.0', True)])
+def test_r2_builder_is_told_how_hard_to_search(
+    cuda: FakeCudaThisMachineHasNone,
+    config: C7InferenceConfig,
+    model: ModelBundle,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    known: bool,
+) -> None:
+    trt = FakeTensorrtThisMachineCannotRun(cuda, version)
+    install(trt, monkeypatch)
+    manifest = build_with(trt, replace(config, builder_optimization_level=1), model)
+    assert getattr(trt.built['config'], 'builder_optimization_level', None) == (1 if known else None)
+    assert ('optimization_level=1' in manifest.builder_flags) is known
+
+
 def test_r2_timings_are_kept_beside_the_engines_and_damaged_ones_dropped(
     trt: FakeTensorrtThisMachineCannotRun, config: C7InferenceConfig, model: ModelBundle
 ) -> None:
