@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from pathlib import Path
+
+from gps_denied_c7.ros.dds import apply_profile
 
 __all__ = ['MISSING']
 
@@ -18,3 +21,5 @@ except ImportError as error:
     MISSING = f'the node, TensorRT and NVML: {error}'
 else:
     sys.path += [str(Path(__file__).parents[1] / folder) for folder in ('ros', 'measure')]
+    # This process is camera and listener. Fast DDS reads the profile when a process makes its first participant.
+    apply_profile(os.environ)

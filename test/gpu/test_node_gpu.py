@@ -26,7 +26,6 @@ if not MISSING:
     from harness import NodeProcess, Peer, free_domain_id, image, running_node, wait_until
     from scenario import IMAGE_TOPIC, record_flight, replay
 
-    from gps_denied_c7.ros.dds import apply_profile
 
     STREAM = f'Stream {IMAGE_TOPIC}'
 
@@ -113,14 +112,8 @@ def test_node_builds_on_configure_and_flies_on_tensorrt(flown: Any) -> None:
 
 
 @pytest.mark.parametrize('camera', ['640x480 mono8', '1920x1080 rgb8'])
-def test_where_the_time_goes(
-    superpoint_bundle: Path, flight_caches: dict[str, str], camera: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_where_the_time_goes(superpoint_bundle: Path, flight_caches: dict[str, str], camera: str) -> None:
     """Each stage in the node at 30 Hz, with a worker and without, and what a frame takes from camera to listener."""
-    # The camera is this process: it needs the profile too.
-    environ = dict(os.environ)
-    variable = apply_profile(environ).variable
-    monkeypatch.setenv(variable, environ[variable])
     size, encoding = camera.split()
     width, height = map(int, size.split('x'))
     step = width * (3 if encoding == 'rgb8' else 1)
