@@ -224,7 +224,7 @@ def test_any_other_is_refused_with_the_reason_while_configured(bench, declaratio
         'cpu_threads': 2, 'preprocess.width': 32, 'preprocess.height': 32, 'preprocess.colour': 'gray',
         'preprocess.layout': 'nhwc', 'preprocess.resize': 'letterbox', 'isolation': 'none', 'hot_standby': False,
         'spare_worker': False, 'promotion_backoff_s': [1.0, 2.0], 'restart_backoff_s': [1.0, 2.0],
-        'builder_optimization_level': 2,
+        'builder_optimization_level': 3,
     }.get(declaration.name, value)  # fmt: skip
     made.why_fixed = 'cannot change while active; run the cleanup transition first.'
     refused = made.set(**{declaration.name: value})
