@@ -20,7 +20,7 @@ from gps_denied_c7.errors import EngineDeserializeError, RuntimeUnavailableError
 from gps_denied_c7.runtimes.finite_kernel import FINITE_KERNEL, FINITE_KERNEL_NAME, FINITE_MASKS, QUAD_BYTES
 from gps_denied_c7.tensors import is_finite
 
-__all__ = ['Cuda', 'CudaError', 'FiniteCheck', 'GpuFacts', 'StagedTensor', 'gpu_devices', 'open_cuda']
+__all__ = ['Cuda', 'CudaError', 'FiniteCheck', 'GpuFacts', 'StagedTensor', 'gpu_devices', 'open_cuda', 'require_gpu']
 
 # cuda-python 12.8 renamed its modules and 13 dropped the old names.
 _MODULES = (('cuda.bindings.runtime', 'cuda.bindings.driver'), ('cuda.cudart', 'cuda.cuda'))
@@ -70,6 +70,21 @@ def gpu_devices(dev: Path = Path('/dev')) -> list[str]:
     return sorted(str(path) for pattern in _DEVICE_NODES for path in dev.glob(pattern))
 
 
+def require_gpu(label: str) -> None:
+    """
+    Refuse a host without a GPU, before any vendor library is called.
+
+    :param label: the runtime that asks, for the error.
+    :raises RuntimeUnavailableError: there is none.
+    """
+    if not gpu_devices():
+        raise RuntimeUnavailableError(
+            label,
+            'this host has no NVIDIA GPU (none of /dev/nvidia*, /dev/nvhost-gpu, /dev/dxg).',
+            remedy='Run on a host with one, or give the container access to it.',
+        )
+
+
 def open_cuda(label: str) -> Cuda:
     """
     Return access to the first visible GPU.
@@ -80,12 +95,7 @@ def open_cuda(label: str) -> Cuda:
     :param label: the runtime that asks, for the error.
     :raises RuntimeUnavailableError: no GPU, no driver for it, or no cuda-python; says which.
     """
-    if not gpu_devices():
-        raise RuntimeUnavailableError(
-            label,
-            'this host has no NVIDIA GPU (none of /dev/nvidia*, /dev/nvhost-gpu, /dev/dxg).',
-            remedy='Run on a host with one, or give the container access to it.',
-        )
+    require_gpu(label)
     runtime, driver = _import_bindings(label)
     cuda = Cuda(runtime, driver)
     try:

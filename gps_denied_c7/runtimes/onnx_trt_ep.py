@@ -32,7 +32,7 @@ from gps_denied_c7.ort_cache import (
 )
 from gps_denied_c7.runtime import EngineCacheEntry, EngineFacts, ProviderSet
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine, own_input_shapes
-from gps_denied_c7.runtimes.cuda import open_cuda
+from gps_denied_c7.runtimes.cuda import open_cuda, require_gpu
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.onnx_io import GpuIo, HostIo, TensorIo
 from gps_denied_c7.runtimes.onnx_model import OnnxModel, ep_context_model, read_onnx
@@ -358,16 +358,27 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
         return onnxruntime
 
     def _refuse_absent_gpu(self, ort: ModuleType, request: _Request) -> None:
-        """Refuse before any session where this build of ONNX Runtime already rules out what is needed."""
+        """Refuse before any session where this host, or this build of ONNX Runtime, rules out what is needed."""
+        if request.takes_cpu:
+            return
         available = ort.get_available_providers()
         needed = [name for name in request.requested if name != CPU]
-        if request.takes_cpu or set(needed) & set(available):
+        if set(needed) & set(available):
+            self._require_gpu()
             return
         lack = f'{request.path} needs {" or ".join(needed)}, and this onnxruntime has only {available}.'
         if self._config.ort_disallow_cpu_fallback:
             raise EngineDeserializeError(lack, remedy=self._gpu_remedy())
         # As lasting as a package that is not installed: no later attempt is worth a process of its own.
         raise RuntimeUnavailableError(self.label, lack, remedy=self._gpu_remedy())
+
+    def _require_gpu(self) -> None:
+        try:
+            require_gpu(self.label)
+        except RuntimeUnavailableError as error:
+            if self._config.ort_disallow_cpu_fallback:
+                raise EngineDeserializeError(error.message, remedy=_ALLOW_CPU) from error
+            raise
 
     def _gpu_remedy(self) -> str:
         if self._config.ort_disallow_cpu_fallback:

@@ -40,6 +40,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeOnnxRuntimeTh
         raise RuntimeUnavailableError(label, 'this test has no GPU.')
 
     monkeypatch.setattr(onnx_trt_ep, 'open_cuda', no_cuda)
+    monkeypatch.setattr(onnx_trt_ep, 'require_gpu', lambda label: None)
 
     def install(**behaviour: object) -> FakeOnnxRuntimeThisMachineHasNoCuda:
         fake = FakeOnnxRuntimeThisMachineHasNoCuda(GpuBehaviour(**behaviour))

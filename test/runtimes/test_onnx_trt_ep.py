@@ -49,6 +49,7 @@ from gps_denied_c7.errors import (
 from gps_denied_c7.gate import EngineGate
 from gps_denied_c7.ort_cache import LISTING_NAME, WHOLE_ENGINE, CacheListing
 from gps_denied_c7.runtime import BuildConfig, BuildProgress, EngineCacheEntry, EngineHandle, ProviderSet
+from gps_denied_c7.runtimes import cuda as cuda_module
 from gps_denied_c7.runtimes import onnx_trt_ep, tensorrt_library
 from gps_denied_c7.runtimes.cuda import GpuFacts
 from gps_denied_c7.runtimes.onnx_trt_ep import OnnxTrtEpRuntime
@@ -1066,6 +1067,27 @@ def test_g2_gpu_that_cannot_be_told_keeps_no_cache(
     assert fake.attempts[0]['options'][TENSORRT]['trt_engine_cache_enable'] is False
     assert any('cannot be told apart' in note for note in handle.facts.notes)
     assert not config.ort_trt_cache_dir.exists()
+
+
+@pytest.mark.parametrize(
+    ('disallow', 'error'), [(False, RuntimeUnavailableError), (True, EngineDeserializeError)]
+)
+def test_risk2_host_without_a_gpu_is_told_before_any_session(
+    config: C7InferenceConfig,
+    tmp_path: Path,
+    fake_gpu: FakeGpu,
+    monkeypatch: pytest.MonkeyPatch,
+    disallow: bool,
+    error: type[C7Error],
+) -> None:
+    fake = fake_gpu()
+    monkeypatch.setattr(onnx_trt_ep, 'require_gpu', cuda_module.require_gpu)
+    monkeypatch.setattr(cuda_module, 'gpu_devices', list)
+    config = replace(config, ort_disallow_cpu_fallback=disallow)
+    refused = refusal(config, bare_bundle(tmp_path), ProviderSet.GPU)
+    assert type(refused) is error
+    assert 'no NVIDIA GPU' in refused.message
+    assert fake.attempts == []
 
 
 @pytest.mark.parametrize('build', [BUILD, NO_BUILD])
