@@ -37,8 +37,8 @@ class C7InferenceConfig:
     :param restart_backoff_s: first and longest pause in seconds before an exhausted chain, or what stands by, is tried
         again.
     :param build_on_configure: engines may be built while configuring (minutes).
-    :param builder_optimization_level: how long TensorRT's builder searches for fast kernels, 0 to 5; 3 takes twice the
-        time of 2 and gives engines that are some percent faster. TensorRT before 8.6 has no such choice.
+    :param builder_optimization_level: how long TensorRT's builder searches for fast kernels, 0 to 5; TensorRT before
+        8.6 has no such choice. An engine that is there already is taken, whatever its level.
     :param isolation: ``process``: each engine in a worker process of its own, so that no vendor library can end
         the node; ``none``: all in this process, where a vendor's crash or hang is the node's.
     :param hot_standby: keep a second engine loaded that answers when the serving one does not; workers only.

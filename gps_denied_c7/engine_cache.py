@@ -125,10 +125,14 @@ class EngineCache:
             raise _unwritable(directory, error) from error
         return CachedEngine(directory / name, manifest)
 
-    def read_timing_cache(self, host: HostProfile) -> bytes:
-        """Return what TensorRT measured in earlier builds on such a host; empty where that is absent or damaged."""
+    def read_timing_cache(self, host: HostProfile, level: int) -> bytes:
+        """
+        Return what TensorRT measured in earlier builds on such a host; empty where that is absent or damaged.
+
+        :param level: of optimisation: what a builder at a lower one found best is not what one at a higher would.
+        """
         for directory in self.directories:
-            path = directory / _timing_name(host)
+            path = directory / _timing_name(host, level)
             try:
                 if path.exists():
                     trusted_directory(directory)
@@ -140,11 +144,11 @@ class EngineCache:
                 _log.warning('%s: timings are measured again: %s', path, error)
         return b''
 
-    def write_timing_cache(self, host: HostProfile, content: bytes) -> None:
+    def write_timing_cache(self, host: HostProfile, level: int, content: bytes) -> None:
         """Keep what TensorRT measured; a failure costs only the next build's time, so it is logged."""
         try:
             directory = self.writable_directory()
-            name = _timing_name(host)
+            name = _timing_name(host, level)
             with _part(directory, name, hashlib.sha256(content).digest() + content) as part:
                 os.replace(part, directory / name)
         except (C7Error, OSError) as error:
@@ -239,9 +243,9 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(number) for number in text.split('.'))
 
 
-def _timing_name(host: HostProfile) -> str:
+def _timing_name(host: HostProfile, level: int) -> str:
     gpu = re.sub(r'[^A-Za-z0-9]+', '_', host.gpu).strip('_')
-    return f'{gpu}-sm{host.sm}-trt{host.tensorrt}-{host.platform}{TIMING_SUFFIX}'
+    return f'{gpu}-sm{host.sm}-trt{host.tensorrt}-{host.platform}-level{level}{TIMING_SUFFIX}'
 
 
 def _split_digest(content: bytes) -> tuple[bytes, bytes]:

@@ -343,8 +343,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     build.add_argument(
         '--optimization-level', type=int, choices=range(6), default=_ON_THE_GROUND,
-        help="how long TensorRT's builder searches for fast kernels, 0 to 5; default: %(default)s, which takes twice "
-        f'the time of {defaults.builder_optimization_level}, the level of build_on_configure, for engines that are '
+        help="how long TensorRT's builder searches for fast kernels, 0 to 5; default: %(default)s, which takes half as "
+        f'long again as {defaults.builder_optimization_level}, the level of build_on_configure, for engines that are '
         'some percent faster',
     )  # fmt: skip
 

@@ -22,7 +22,7 @@ from gps_denied_c7.engine_cache import LOCK_NAME, PART_SUFFIX, TIMING_SUFFIX
 from gps_denied_c7.errors import EngineSchemaMismatchError
 from gps_denied_c7.gate import EngineName, HostProfile, manifest_path, read_manifest, trusted_directory
 from gps_denied_c7.host_match import mismatches
-from gps_denied_c7.ort_cache import LISTING_NAME, BuiltFor, CacheListing, read_listing
+from gps_denied_c7.ort_cache import LISTING_NAME, WHOLE_ENGINE, BuiltFor, CacheListing, read_listing
 
 __all__ = ['CacheItem', 'Caches', 'Criteria', 'Removal', 'SweepReport', 'list_cache', 'sweep']
 
@@ -33,13 +33,18 @@ _DAY_S = 86400.0
 
 _PART = re.compile(r'\.[A-Za-z0-9][A-Za-z0-9._-]*\.[A-Za-z0-9_]{8}' + re.escape(PART_SUFFIX), re.ASCII)
 _TIMING = re.compile(
-    r'\w+-sm(?P<sm>\d{2,3})-trt(?P<tensorrt>\d+(?:\.\d+){2,3})-(?P<platform>\w+-\w+)' + re.escape(TIMING_SUFFIX),
+    r'\w+-sm(?P<sm>\d{2,3})-trt(?P<tensorrt>\d+(?:\.\d+){2,3})-(?P<platform>\w+-\w+)(?:-level\d)?'
+    + re.escape(TIMING_SUFFIX),
     re.ASCII,
 )
 _MODEL_DIGEST = re.compile(r'[0-9a-f]{64}')
-# The provider's own files, and a listing that was never finished.
+# The provider's own files, an engine of TensorRT's own builder, and a listing that was never finished.
 _ORT_FILE = re.compile(
-    r'TensorrtExecutionProvider_.+\.(?:engine|profile|timing)|\.' + re.escape(LISTING_NAME) + r'\.[a-z0-9_]{8}',
+    r'TensorrtExecutionProvider_.+\.(?:engine|profile|timing)|'
+    + re.escape(WHOLE_ENGINE)
+    + r'|\.'
+    + re.escape(LISTING_NAME)
+    + r'\.[a-z0-9_]{8}',
     re.ASCII,
 )
 

@@ -1,5 +1,5 @@
 """
-What ONNX Runtime's TensorRT provider keeps between sessions, and whether it may be loaded again (G-2).
+The engines that ONNX Runtime's TensorRT provider runs, kept between sessions, and whether they may be loaded (G-2).
 
 The provider loads whatever engine lies in its cache under the right name, unread, and that name leaves the
 weights and the shapes out. So each model digest has a directory of its own, and what a build wrote there is

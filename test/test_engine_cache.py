@@ -322,24 +322,25 @@ def test_g3_a_writer_killed_at_any_moment_leaves_nothing_half_finished(directory
 
 
 def test_r2_timings_come_back_whole_or_not_at_all(cache: EngineCache, directory: Path) -> None:
-    assert cache.read_timing_cache(HOST) == b''
-    cache.write_timing_cache(HOST, b'measured')
-    assert cache.read_timing_cache(HOST) == b'measured'
-    assert cache.read_timing_cache(replace(HOST, gpu='NVIDIA H100 80GB HBM3')) == b''
+    assert cache.read_timing_cache(HOST, 2) == b''
+    cache.write_timing_cache(HOST, 2, b'measured')
+    assert cache.read_timing_cache(HOST, 2) == b'measured'
+    assert cache.read_timing_cache(replace(HOST, gpu='NVIDIA H100 80GB HBM3'), 2) == b''
+    assert cache.read_timing_cache(HOST, 3) == b'', 'a longer search finds other tactics'
     (file,) = directory.glob('*.timing')
     for content in (file.read_bytes()[:-1], b'', b'x' * 100):
         file.write_bytes(content)
-        assert cache.read_timing_cache(HOST) == b''
-    cache.write_timing_cache(HOST, b'measured')
+        assert cache.read_timing_cache(HOST, 2) == b''
+    cache.write_timing_cache(HOST, 2, b'measured')
     directory.chmod(0o777)
-    assert cache.read_timing_cache(HOST) == b'', 'somebody else could have put it there'
+    assert cache.read_timing_cache(HOST, 2) == b'', 'somebody else could have put it there'
 
 
 def test_r2_timings_that_cannot_be_kept_cost_nothing_but_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (tmp_path / 'file').touch()
-    EngineCache((tmp_path / 'file',)).write_timing_cache(HOST, b'measured')
+    EngineCache((tmp_path / 'file',)).write_timing_cache(HOST, 2, b'measured')
     assert 'timing cache was not kept' in caplog.text
 
 

@@ -22,7 +22,7 @@ from gps_denied_c7.engine_cache import EngineCache
 from gps_denied_c7.engine_sweep import Caches, Criteria, SweepReport, sweep
 from gps_denied_c7.errors import EngineSchemaMismatchError
 from gps_denied_c7.gate import EngineGate, manifest_path
-from gps_denied_c7.ort_cache import BuiltFor, OrtEngineCache
+from gps_denied_c7.ort_cache import WHOLE_ENGINE, BuiltFor, OrtEngineCache
 
 NOW_S = 1_800_000_000.0
 DAY_S = 86400.0
@@ -139,12 +139,12 @@ def test_g3_what_cannot_be_told_is_no_reason(caches: Caches, monkeypatch: pytest
 
 def test_g3_timing_caches_are_swept_too(caches: Caches) -> None:
     cache = EngineCache(caches.engines)
-    cache.write_timing_cache(HOST, b'ours')
+    cache.write_timing_cache(HOST, 2, b'ours')
     other = dataclasses.replace(HOST, gpu='NVIDIA GeForce RTX 4090', sm=89, platform='linux-x86_64')
-    cache.write_timing_cache(other, b'theirs')
+    cache.write_timing_cache(other, 2, b'theirs')
     report = swept(caches, not_for=HOST)
     assert [removal.item.kind for removal in report.removed] == ['timing']
-    assert (cache.read_timing_cache(HOST), cache.read_timing_cache(other)) == (b'ours', b'')
+    assert (cache.read_timing_cache(HOST, 2), cache.read_timing_cache(other, 2)) == (b'ours', b'')
 
 
 @pytest.mark.parametrize('days', [0.0, 0.02, 0.05, 3.0])
@@ -159,8 +159,11 @@ def test_g3_leftovers_go_once_nobody_can_be_at_work_on_them(caches: Caches, days
     (unlisted / 'listing.json').rename(unlisted / '.listing.json.k3_9xq0a')
     empty = caches.ort[0] / ('e' * 64)
     empty.mkdir()
+    half = caches.ort[0] / ('f' * 64)
+    half.mkdir()
+    (half / WHOLE_ENGINE).write_bytes(b'ftrt')
     whole = publish_engine(caches.engines[0], model='whole')
-    leftovers = [engine, manifest_path(note), part, unlisted, empty]
+    leftovers = [engine, manifest_path(note), part, unlisted, empty, half]
     for path in [*leftovers, whole]:
         age(path, days, now_s=NOW_S)
     expected = sorted(leftovers) if days * 24 > 1 else []

@@ -124,8 +124,8 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ),
     ParameterDeclaration(
         'builder_optimization_level', Type.INTEGER, _DEFAULTS.builder_optimization_level,
-        "How long TensorRT's builder searches for fast kernels: 3 takes twice the time of 2, for engines that are some "
-        'percent faster.', limits=(0, 5),
+        "How long TensorRT's builder searches for fast kernels: 3 takes half as long again as 2, for engines that are "
+        'some percent faster. An engine that is there already is taken, whatever its level.', limits=(0, 5),
     ),
     ParameterDeclaration(
         'engine_cache_dir', Type.STRING, str(_DEFAULTS.engine_cache_dir), 'Directory of the engine files.',

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,12 +39,14 @@ class OnnxModel:
         where weights lie in external files, since only then can those be found.
     :param sha256: hex digest of the model file.
     :param inputs: axes by input name; an int where fixed, a text where free and named, else None.
+    :param dtypes: NumPy's name of the type of each input and output, but of those that NumPy lacks.
     :param external_files: files beside the model with weights, which its digest does not cover.
     """
 
     source: bytes | str = field(repr=False)
     sha256: str
     inputs: Mapping[str, tuple[int | str | None, ...]]
+    dtypes: Mapping[str, str]
     external_files: tuple[str, ...]
 
     def content_sha256(self) -> str:
@@ -135,6 +137,7 @@ def read_onnx(path: Path, sha256: str | None) -> OnnxModel:
             )
             for value in model.graph.input
         },
+        dtypes=_dtypes((*model.graph.input, *model.graph.output)),
         external_files=external,
     )
 
@@ -213,6 +216,18 @@ def _parse(path: Path, data: bytes) -> onnx.ModelProto:
     if not model.HasField('graph'):
         raise EngineDeserializeError(f'{path} holds no graph ({len(data)} bytes).', remedy=_COPY_AGAIN)
     return model
+
+
+def _dtypes(values: Iterable[onnx.ValueInfoProto]) -> dict[str, str]:
+    from onnx import helper
+
+    types: dict[str, str] = {}
+    for value in values:
+        try:
+            types[value.name] = str(helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type))
+        except KeyError:
+            continue
+    return types
 
 
 def _contents(model: onnx.ModelProto) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -9,7 +10,7 @@ import logging
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -30,13 +31,13 @@ from gps_denied_c7.ort_cache import (
     linked_tensorrt,
     platform_name,
 )
-from gps_denied_c7.runtime import EngineCacheEntry, EngineFacts, ProviderSet
+from gps_denied_c7.runtime import BuildProgress, EngineCacheEntry, EngineFacts, ProviderSet
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine, own_input_shapes
 from gps_denied_c7.runtimes.cuda import open_cuda, require_gpu
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.onnx_io import GpuIo, HostIo, TensorIo
 from gps_denied_c7.runtimes.onnx_model import OnnxModel, ep_context_model, read_onnx
-from gps_denied_c7.runtimes.tensorrt_build import BuildWatch, Plan, PlanRequest, build_plan, workspace_bytes
+from gps_denied_c7.runtimes.tensorrt_build import BuildWatch, PlanRequest, build_plan, workspace_bytes
 from gps_denied_c7.runtimes.tensorrt_library import import_tensorrt
 from gps_denied_c7.tensors import TensorSpec
 
@@ -72,6 +73,7 @@ class _Attempt:
     :param engine: the model is one TensorRT engine in an EPContext node.
     :param built: that engine's bytes where it was built just now, to be kept if this is the way that works.
     :param cache: where the TensorRT provider may read and write engines.
+    :param builds: the provider builds, for minutes and in silence.
     """
 
     providers: tuple[str, ...]
@@ -79,6 +81,7 @@ class _Attempt:
     engine: bool = False
     built: bytes | None = None
     cache: Path | None = None
+    builds: bool = False
 
     def __str__(self) -> str:
         return f'{list(self.providers)}{" around the engine" if self.engine else ""}'
@@ -91,6 +94,7 @@ class _Request:
 
     :param axes: size of each free axis by name.
     :param build: the cache directory that this load may fill.
+    :param progress: told how far a build is.
     """
 
     path: Path
@@ -99,6 +103,7 @@ class _Request:
     precision: str
     axes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     build: CacheBuild | None = None
+    progress: Callable[[BuildProgress], None] | None = None
     notes: tuple[str, ...] = ()
 
     @property
@@ -154,6 +159,7 @@ class _Session:
 
     def release(self) -> None:
         """Free everything; ONNX Runtime frees a session, GPU memory included, when its last reference goes."""
+        self.built = None
         io, self.io = self.io, None
         if io is not None:
             io.release()
@@ -174,6 +180,10 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
     retries here keep them, and what came is compared with what was asked for. The provider's engine cache
     is used where it is what its listing says; an engine in it that is the whole model is loaded as such,
     which takes a fraction of a second where the cache alone takes ten.
+
+    Where engines may be built, a model becomes one by TensorRT's own builder, if Python has the TensorRT that
+    ONNX Runtime loads: it tells how far it is, knows the timings of earlier builds, and can be told how long
+    to search. What it does not take, the provider builds.
     """
 
     label = 'onnx_trt_ep'
@@ -273,9 +283,10 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
         if TENSORRT in ort.get_available_providers():
             digest = model.content_sha256()
             warm, build = self._engine_cache(ort, entry, digest, axes, notes)
-        if entry.build.allow_build or (warm and warm.is_for_provider):
-            kept = warm if warm and warm.is_for_provider else build
-            attempts.insert(0, _Attempt(_GPU_FIRST, model.source, cache=kept.directory if kept else None))
+        ready = warm if warm and warm.is_for_provider else None
+        if ready or entry.build.allow_build:
+            cache = ready.directory if ready else build.directory if build else None
+            attempts.insert(0, _Attempt(_GPU_FIRST, model.source, cache=cache, builds=ready is None))
         elif warm is None:
             # The provider builds whatever its cache lacks, for minutes, and loads unread what lies there.
             notes.append(f'{TENSORRT} was not asked for: its cache is not verified and building is not allowed.')
@@ -288,12 +299,10 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
                 sm=warm.listing.built_for.sm,
             )
             attempts.insert(0, _Attempt(_GPU_FIRST, around, engine=True))
-        elif build and (plan := self._build_whole(entry, model, build.built_for, notes)):
-            around = ep_context_model(
-                plan.plan, name=entry.path.stem, inputs=plan.inputs, outputs=plan.outputs, sm=build.built_for.sm
-            )
-            attempts.insert(0, _Attempt(_GPU_FIRST, around, engine=True, built=plan.plan))
-        return _Request(entry.path, tuple(attempts), digest, precision, axes, build, tuple(notes))
+        elif build and (built := self._build_whole(entry, model, build.built_for, notes)):
+            attempts.insert(0, built)
+        progress = entry.build.progress
+        return _Request(entry.path, tuple(attempts), digest, precision, axes, build, progress, tuple(notes))
 
     def _engine_cache(
         self, ort: ModuleType, entry: EngineCacheEntry, digest: str, axes: Mapping[str, int], notes: list[str]
@@ -326,27 +335,33 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
 
     def _build_whole(
         self, entry: EngineCacheEntry, model: OnnxModel, built_for: BuiltFor, notes: list[str]
-    ) -> Plan | None:
-        """Return the model as one engine of TensorRT's own builder, None where the provider has to build."""
-        request = PlanRequest(
-            model=model.with_axes(built_for.axes),
-            name=entry.model.name,
-            precision=entry.build.precision,
-            shapes=own_input_shapes(entry, self.label),
-            workspace_bytes=workspace_bytes(self._config),
-            optimization_level=self._config.builder_optimization_level,
-            fixed_outputs=True,
-        )
+    ) -> _Attempt | None:
+        """Have TensorRT's own builder make one engine of the model; None, and why, where the provider has to build."""
         try:
+            request = PlanRequest(
+                model=model.with_axes(built_for.axes),
+                name=entry.model.name,
+                precision=entry.build.precision,
+                shapes=own_input_shapes(entry, self.label),
+                workspace_bytes=workspace_bytes(self._config),
+                optimization_level=self._config.builder_optimization_level,
+                whole=True,
+            )
             host = local_host_profile(open_cuda(self.label))
             if not same_tensorrt(host.tensorrt, built_for.tensorrt):
                 raise EngineDeserializeError(f'Python has TensorRT {host.tensorrt}, ONNX Runtime {built_for.tensorrt}.')
             trt = import_tensorrt(self.label)
             with BuildWatch(entry.build.progress) as watch:
-                return build_plan(trt, request, host, EngineCache.at(self._config.engine_cache_dir), watch)
+                plan = build_plan(trt, request, host, EngineCache.at(self._config.engine_cache_dir), watch)
+            around = ep_context_model(
+                plan.plan, name=entry.path.stem, inputs=plan.inputs, outputs=plan.outputs, sm=built_for.sm
+            )
         except Exception as error:
-            notes.append(f'{TENSORRT} builds by itself: {error}')
+            # Its remedy is for who wants an engine of TensorRT's, and this model will be served.
+            notes.append(f'{TENSORRT} builds by itself: {getattr(error, "message", error)}')
+            _log.warning('%s: %s', entry.path, notes[-1])
             return None
+        return _Attempt(_GPU_FIRST, around, engine=True, built=plan.plan)
 
     def _import_onnxruntime(self) -> ModuleType:
         try:
@@ -376,9 +391,9 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
         try:
             require_gpu(self.label)
         except RuntimeUnavailableError as error:
-            if self._config.ort_disallow_cpu_fallback:
-                raise EngineDeserializeError(error.message, remedy=_ALLOW_CPU) from error
-            raise
+            # Not as lasting as a package that is missing: a driver's device files may come after the node.
+            remedy = _ALLOW_CPU if self._config.ort_disallow_cpu_fallback else error.remedy
+            raise EngineDeserializeError(error.message, remedy=remedy) from error
 
     def _gpu_remedy(self) -> str:
         if self._config.ort_disallow_cpu_fallback:
@@ -430,13 +445,15 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
         if attempt.providers != (CPU,) and not _reports_placement(ort.InferenceSession):
             profile = _profile_runs(options)
         every = self._provider_options(request, attempt)
+        watch = BuildWatch(request.progress, f'{TENSORRT} builds') if attempt.builds else contextlib.nullcontext()
         try:
-            session = _strict(ort.InferenceSession)(
-                attempt.source,
-                sess_options=options,
-                providers=[(name, every[name]) for name in attempt.providers],
-                enable_fallback=0,
-            )
+            with watch:
+                session = _strict(ort.InferenceSession)(
+                    attempt.source,
+                    sess_options=options,
+                    providers=[(name, every[name]) for name in attempt.providers],
+                    enable_fallback=0,
+                )
             came = session.get_providers()
             if attempt.engine and TENSORRT not in came:
                 raise EngineDeserializeError(f'{TENSORRT} did not come')
@@ -561,15 +578,16 @@ def _strict(session: type[Any]) -> type[Any]:
 def _keep_build(engine: _Session, provider: str, notes: list[str]) -> None:
     """List what TensorRT has built, so that the next session may use it."""
     build, engine.build = engine.build, None
+    plan, engine.built = engine.built, None
     if build is None:
         return
     if provider != TENSORRT:
         build.close()
         return
-    whole = engine.built is not None or (engine.placement is not None and engine.placement.is_one_engine)
+    whole = plan is not None or (engine.placement is not None and engine.placement.is_one_engine)
     try:
-        if engine.built is not None:
-            build.keep(engine.built)
+        if plan is not None:
+            build.keep(plan)
         build.record((engine.inputs, engine.outputs) if whole else None)
     except EngineDeserializeError as error:
         notes.append(error.message)

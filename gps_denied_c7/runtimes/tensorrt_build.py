@@ -1,4 +1,4 @@
-"""Build TensorRT engines from ONNX: on the ground, for this host, into the engine cache."""
+"""Build TensorRT engines from ONNX, for this host: into the engine cache, or for who asks for the plan."""
 
 from __future__ import annotations
 
@@ -158,7 +158,8 @@ class PlanRequest:
     :param workspace_bytes: scratch memory that the builder, and later the engine, may use.
     :param optimization_level: 0 to 5, how hard the builder searches.
     :param convert: as in :func:`build_engine`.
-    :param fixed_outputs: refuse a network whose outputs have a free axis, before it is built.
+    :param whole: refuse, before it is built, a network that cannot stand for the model: one whose outputs have a free
+        axis, or whose tensors have other types than the model's, as TensorRT before 10 makes int32 of int64.
     """
 
     model: OnnxModel
@@ -168,7 +169,7 @@ class PlanRequest:
     workspace_bytes: int
     optimization_level: int
     convert: bool | None = None
-    fixed_outputs: bool = False
+    whole: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,9 +200,10 @@ def build_plan(
     :param watch: told of the progress.
     :raises EngineDeserializeError: TensorRT refused the model.
     """
-    plan, timings = _Builder(trt, watch).build(request, cache.read_timing_cache(host))
+    level = request.optimization_level
+    plan, timings = _Builder(trt, watch).build(request, cache.read_timing_cache(host, level))
     if timings:
-        cache.write_timing_cache(host, timings)
+        cache.write_timing_cache(host, level, timings)
     return plan
 
 
@@ -296,8 +298,8 @@ class _Builder:
                 )
             inputs.append(dataclasses.replace(spec, shape=shape))
         outputs = tuple(_spec(network.get_output(index)) for index in range(network.num_outputs))
-        if request.fixed_outputs and (free := [spec for spec in outputs if None in spec.shape]):
-            raise EngineDeserializeError(f'output {free[0].name!r} has free axes: {free[0].shape}.')
+        if request.whole:
+            _require_whole(request.model, inputs, outputs)
         return tuple(inputs), outputs
 
     def _fix_shapes(self, builder: Any, config: Any, network: Any, inputs: Sequence[TensorSpec]) -> None:
@@ -335,11 +337,14 @@ class BuildWatch:
     """
     Tell somebody once a second how far a build is.
 
+    The first report is made before anything is built, which may keep every other thread from running.
+
     :param report: takes a BuildProgress; None for nobody. What it raises is logged, the build goes on.
+    :param phase: what comes first.
     """
 
-    def __init__(self, report: Callable[[BuildProgress], None] | None) -> None:
-        self.phase = 'starting'
+    def __init__(self, report: Callable[[BuildProgress], None] | None, phase: str = 'starting') -> None:
+        self.phase = phase
         self.fraction: float | None = None
         self._report = report
         self._started = time.monotonic()
@@ -349,6 +354,7 @@ class BuildWatch:
         self._thread = threading.Thread(target=self._run, name='c7-build-progress', daemon=True)
 
     def __enter__(self) -> BuildWatch:
+        self._tell()
         self._thread.start()
         return self
 
@@ -376,15 +382,16 @@ class BuildWatch:
             config.progress_monitor = self._monitor
 
     def _run(self) -> None:
-        while True:
-            if self._report is not None:
-                elapsed_s = time.monotonic() - self._started
-                try:
-                    self._report(BuildProgress(self.phase, elapsed_s, self.fraction))
-                except Exception:
-                    _log.exception('reporting the progress of a build failed')
-            if self._ended.wait(_REPORT_EVERY_S):
-                return
+        while not self._ended.wait(_REPORT_EVERY_S):
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._report is None:
+            return
+        try:
+            self._report(BuildProgress(self.phase, time.monotonic() - self._started, self.fraction))
+        except Exception:
+            _log.exception('reporting the progress of a build failed')
 
 
 def _monitor_class(trt: ModuleType) -> type:
@@ -419,6 +426,17 @@ def _network_flags(trt: ModuleType) -> int:
     # Needed up to 8 (the first) and from 9 on (the second); where a version does without one, it has lost the name.
     names = [name for name in ('EXPLICIT_BATCH', 'STRONGLY_TYPED') if hasattr(kinds, name)]
     return sum(1 << int(getattr(kinds, name)) for name in names)
+
+
+def _require_whole(model: OnnxModel, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
+    for spec in outputs:
+        if None in spec.shape:
+            raise EngineDeserializeError(f'output {spec.name!r} has free axes: {spec.shape}.')
+    for spec in (*inputs, *outputs):
+        if model.dtypes.get(spec.name) != spec.dtype:
+            raise EngineDeserializeError(
+                f'TensorRT makes {spec.dtype} of {spec.name!r}, which is {model.dtypes.get(spec.name)} in the model.'
+            )
 
 
 def _spec(tensor: Any) -> TensorSpec:

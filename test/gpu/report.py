@@ -35,7 +35,8 @@ Cold sessions: TensorRT 8.6 itself takes 22 s for this network in FP16 at `build
 into loading the builder's kernels (3 GB of memory that nobody has touched before) and 13 into timing tactics. One build
 at each level on the H200, and the network's p50 in it: level 3 36 s and 0.293 ms, 2 22 s and 0.304 ms, 1 18 s and
 0.321 ms, 0 17 s and 0.357 ms. CUDA_MODULE_LOADING changes nothing, since LAZY is the driver's default. Where Python has
-no TensorRT, ONNX Runtime builds by itself, at level 3 (`r3_session_cold_by_provider`). Build on the ground:
+no TensorRT, ONNX Runtime builds by itself, at level 3 (`r3_session_cold_by_provider`); on the H100 only that was ever
+measured, 43 s at most of two. Build on the ground:
 `c7_engine build`, or start once with `build_on_configure`."""
 
 _LONGEST = 240
