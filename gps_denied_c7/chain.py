@@ -22,6 +22,7 @@ from gps_denied_c7.errors import (
     ChainExhaustedError,
     EngineSchemaMismatchError,
     GpuMemoryError,
+    GpuUnavailableError,
     InferenceError,
     RuntimeUnavailableError,
     WorkerDiedError,
@@ -43,7 +44,7 @@ _SHADOWED_FRAMES = 3
 _GIVEN_UP = 10.0
 _LOOK_S = 0.02
 _RESTART = 'restart'
-# What no second attempt can change while this process runs.
+# What no second attempt can change while this process runs, but for a GPU that comes.
 _LASTING = (RuntimeUnavailableError, EngineSchemaMismatchError)
 
 ErrorT = TypeVar('ErrorT', bound=BaseException)
@@ -756,7 +757,8 @@ class RuntimeChain:
     def _may_try(self, rung: Rung) -> bool:
         """Return whether loading ``rung`` beside the engine that serves may come to something."""
         allowed = self._may_take_over(rung) if self._is_better(rung) else self._may_serve(rung)
-        return allowed and not isinstance(self._failures.get(rung.name), _LASTING)
+        failure = self._failures.get(rung.name)
+        return allowed and (isinstance(failure, GpuUnavailableError) or not isinstance(failure, _LASTING))
 
     def _take_loads(self) -> None:
         for load in [load for load in self._loader.loads if load.done.is_set()]:

@@ -13,6 +13,7 @@ __all__ = [
     'EngineSchemaMismatchError',
     'FdrSchemaError',
     'GpuMemoryError',
+    'GpuUnavailableError',
     'ImageRejectedError',
     'InferenceError',
     'ModelBundleError',
@@ -58,6 +59,10 @@ class RuntimeUnavailableError(C7Error):
     def __init__(self, label: str, message: str, *, remedy: str = '') -> None:
         super().__init__(f'runtime {label!r} is unavailable: {message}', remedy=remedy)
         self.label = label
+
+
+class GpuUnavailableError(RuntimeUnavailableError):
+    """No GPU, or none that starts: other than a package, it may come, as a driver's device files do after boot."""
 
 
 class EngineSchemaMismatchError(C7Error):

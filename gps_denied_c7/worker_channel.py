@@ -13,7 +13,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gps_denied_c7 import errors
-from gps_denied_c7.errors import C7Error, EngineSchemaMismatchError, InferenceError, RuntimeUnavailableError
+from gps_denied_c7.errors import (
+    C7Error,
+    EngineSchemaMismatchError,
+    GpuUnavailableError,
+    InferenceError,
+    RuntimeUnavailableError,
+)
 from gps_denied_c7.json_fields import decode_json
 
 __all__ = ['Channel', 'ChannelClosedError', 'error_from_json', 'error_to_json', 'plain_text']
@@ -172,8 +178,8 @@ def error_from_json(value: Any) -> C7Error:
         error = EngineSchemaMismatchError(
             str(fields.get('field', '')), expected=fields.get('expected'), found=fields.get('found')
         )
-    elif kind is RuntimeUnavailableError:
-        error = RuntimeUnavailableError(str(fields.get('label', '')), '')
+    elif kind in (RuntimeUnavailableError, GpuUnavailableError):
+        error = kind(str(fields.get('label', '')), '')
     elif kind in (errors.EngineDeserializeError, errors.ModelBundleError, InferenceError):
         error = kind('')
     else:

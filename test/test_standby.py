@@ -15,7 +15,14 @@ from gps_denied_c7.bundle import AllClose, ModelBundle
 from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.chain_status import ChainState
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.errors import ChainExhaustedError, EngineDeserializeError, InferenceError, WorkerDiedError
+from gps_denied_c7.errors import (
+    ChainExhaustedError,
+    EngineDeserializeError,
+    GpuUnavailableError,
+    InferenceError,
+    RuntimeUnavailableError,
+    WorkerDiedError,
+)
 from gps_denied_c7.gpu_memory import GpuMemoryBudget
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import EngineFacts, ProviderSet
@@ -647,6 +654,25 @@ def test_f6_a_better_rung_comes_back_after_three_live_frames():
     assert bench.chain.status().standby == CPU
     (switch,) = bench.switches()
     assert (switch['from'], switch['to'], switch['frames_affected']) == (CPU.name, GPU.name, 0)
+
+
+@pytest.mark.parametrize(
+    ('error', 'comes'),
+    [
+        (GpuUnavailableError('tensorrt', 'this host has no GPU.'), True),
+        (RuntimeUnavailableError('tensorrt', 'its package is missing.'), False),
+    ],
+)
+def test_f6_a_gpu_that_is_there_later_is_taken_and_a_package_that_is_missing_not_looked_for(error, comes):
+    bench = Bench(GPU, CPU)
+    bench.load_faults[GPU] = error
+    bench.ready()
+    bench.load_faults.clear()
+    for _ in range(8):
+        bench.ask()
+        bench.now_ns += int(6e9)
+        bench.settle()
+    assert (bench.chain.status().active == GPU) is comes
 
 
 def about_to_promote():

@@ -37,6 +37,7 @@ from gps_denied_c7.errors import (
     EngineDeserializeError,
     EngineSchemaMismatchError,
     GpuMemoryError,
+    GpuUnavailableError,
     InferenceError,
     ModelBundleError,
     RuntimeUnavailableError,
@@ -451,6 +452,7 @@ def test_f1_a_line_without_an_end_takes_no_memory_and_an_odd_level_is_none(caplo
     [
         InferenceError('a.', remedy='b.'), EngineDeserializeError('c.'), ModelBundleError('d.'),
         RuntimeUnavailableError('tensorrt', 'is missing.', remedy='Install it.'), ValueError('no family'),
+        GpuUnavailableError('tensorrt', 'no GPU.', remedy='Plug one in.'),
     ],
 )  # fmt: skip
 def test_errors_keep_their_kind_and_words(error):

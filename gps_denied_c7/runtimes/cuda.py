@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from gps_denied_c7.errors import EngineDeserializeError, RuntimeUnavailableError
+from gps_denied_c7.errors import EngineDeserializeError, GpuUnavailableError, RuntimeUnavailableError
 from gps_denied_c7.runtimes.finite_kernel import FINITE_KERNEL, FINITE_KERNEL_NAME, FINITE_MASKS, QUAD_BYTES
 from gps_denied_c7.tensors import is_finite
 
@@ -75,10 +75,10 @@ def require_gpu(label: str) -> None:
     Refuse a host without a GPU, before any vendor library is called.
 
     :param label: the runtime that asks, for the error.
-    :raises RuntimeUnavailableError: there is none.
+    :raises GpuUnavailableError: there is none.
     """
     if not gpu_devices():
-        raise RuntimeUnavailableError(
+        raise GpuUnavailableError(
             label,
             'this host has no NVIDIA GPU (none of /dev/nvidia*, /dev/nvhost-gpu, /dev/dxg).',
             remedy='Run on a host with one, or give the container access to it.',
@@ -93,7 +93,8 @@ def open_cuda(label: str) -> Cuda:
     in the deserialiser), so they may be called after this alone.
 
     :param label: the runtime that asks, for the error.
-    :raises RuntimeUnavailableError: no GPU, no driver for it, or no cuda-python; says which.
+    :raises GpuUnavailableError: no GPU, or no driver for it; says which.
+    :raises RuntimeUnavailableError: no cuda-python.
     """
     require_gpu(label)
     runtime, driver = _import_bindings(label)
@@ -101,11 +102,11 @@ def open_cuda(label: str) -> Cuda:
     try:
         count = cuda.device_count()
     except RuntimeError as error:  # CudaError, or cuda-python's own where it finds no driver library
-        raise RuntimeUnavailableError(
+        raise GpuUnavailableError(
             label, f'CUDA does not start: {error}.', remedy='Install a driver that fits the CUDA version.'
         ) from error
     if count == 0:
-        raise RuntimeUnavailableError(label, 'CUDA sees no GPU.', remedy='Look at CUDA_VISIBLE_DEVICES.')
+        raise GpuUnavailableError(label, 'CUDA sees no GPU.', remedy='Look at CUDA_VISIBLE_DEVICES.')
     return cuda
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from gps_denied_c7.bundle import Artefact
 from gps_denied_c7.engine_cache import EngineCache
-from gps_denied_c7.errors import C7Error, EngineDeserializeError, RuntimeUnavailableError
+from gps_denied_c7.errors import C7Error, EngineDeserializeError, GpuUnavailableError, RuntimeUnavailableError
 from gps_denied_c7.gate import AdmittedEngine, same_tensorrt
 from gps_denied_c7.ort_cache import (
     BuiltFor,
@@ -390,10 +390,10 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
     def _require_gpu(self) -> None:
         try:
             require_gpu(self.label)
-        except RuntimeUnavailableError as error:
-            # Not as lasting as a package that is missing: a driver's device files may come after the node.
-            remedy = _ALLOW_CPU if self._config.ort_disallow_cpu_fallback else error.remedy
-            raise EngineDeserializeError(error.message, remedy=remedy) from error
+        except GpuUnavailableError as error:
+            if self._config.ort_disallow_cpu_fallback:
+                raise EngineDeserializeError(error.message, remedy=_ALLOW_CPU) from error
+            raise
 
     def _gpu_remedy(self) -> str:
         if self._config.ort_disallow_cpu_fallback:

@@ -43,6 +43,7 @@ from gps_denied_c7.errors import (
     C7Error,
     EngineDeserializeError,
     EngineSchemaMismatchError,
+    GpuUnavailableError,
     InferenceError,
     RuntimeUnavailableError,
 )
@@ -1069,21 +1070,21 @@ def test_g2_gpu_that_cannot_be_told_keeps_no_cache(
     assert not config.ort_trt_cache_dir.exists()
 
 
-@pytest.mark.parametrize('disallow', [False, True])
+@pytest.mark.parametrize(('disallow', 'error'), [(False, GpuUnavailableError), (True, EngineDeserializeError)])
 def test_risk2_host_without_a_gpu_is_told_before_any_session(
     config: C7InferenceConfig,
     tmp_path: Path,
     fake_gpu: FakeGpu,
     monkeypatch: pytest.MonkeyPatch,
     disallow: bool,
+    error: type[C7Error],
 ) -> None:
     fake = fake_gpu()
     monkeypatch.setattr(onnx_trt_ep, 'require_gpu', cuda_module.require_gpu)
     monkeypatch.setattr(cuda_module, 'gpu_devices', list)
     config = replace(config, ort_disallow_cpu_fallback=disallow)
     refused = refusal(config, bare_bundle(tmp_path), ProviderSet.GPU)
-    # It may come: RuntimeUnavailableError would be for good.
-    assert type(refused) is EngineDeserializeError
+    assert type(refused) is error
     assert 'no NVIDIA GPU' in refused.message
     assert fake.attempts == []
 
