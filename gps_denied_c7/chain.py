@@ -20,9 +20,7 @@ from gps_denied_c7.engine_loader import EngineLoad, EngineLoader, RungEngine
 from gps_denied_c7.errors import (
     C7Error,
     ChainExhaustedError,
-    EngineSchemaMismatchError,
     GpuMemoryError,
-    GpuUnavailableError,
     InferenceError,
     RuntimeUnavailableError,
     WorkerDiedError,
@@ -44,8 +42,6 @@ _SHADOWED_FRAMES = 3
 _GIVEN_UP = 10.0
 _LOOK_S = 0.02
 _RESTART = 'restart'
-# What no second attempt can change while this process runs, but for a GPU that comes.
-_LASTING = (RuntimeUnavailableError, EngineSchemaMismatchError)
 
 ErrorT = TypeVar('ErrorT', bound=BaseException)
 
@@ -758,7 +754,7 @@ class RuntimeChain:
         """Return whether loading ``rung`` beside the engine that serves may come to something."""
         allowed = self._may_take_over(rung) if self._is_better(rung) else self._may_serve(rung)
         failure = self._failures.get(rung.name)
-        return allowed and (isinstance(failure, GpuUnavailableError) or not isinstance(failure, _LASTING))
+        return allowed and not (isinstance(failure, C7Error) and failure.lasting)
 
     def _take_loads(self) -> None:
         for load in [load for load in self._loader.loads if load.done.is_set()]:

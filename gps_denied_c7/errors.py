@@ -35,6 +35,9 @@ class C7Error(Exception):
     :param remedy: what the reader does next, a full sentence; shown after the message.
     """
 
+    lasting = False
+    """Whether no second attempt can change it while this process runs."""
+
     def __init__(self, message: str, *, remedy: str = '') -> None:
         super().__init__(f'{message} {remedy}' if remedy else message)
         self.message = message
@@ -56,6 +59,8 @@ class ModelBundleError(C7Error):
 class RuntimeUnavailableError(C7Error):
     """A runtime strategy that this host cannot offer; ``label`` says which."""
 
+    lasting = True
+
     def __init__(self, label: str, message: str, *, remedy: str = '') -> None:
         super().__init__(f'runtime {label!r} is unavailable: {message}', remedy=remedy)
         self.label = label
@@ -64,6 +69,8 @@ class RuntimeUnavailableError(C7Error):
 class GpuUnavailableError(RuntimeUnavailableError):
     """No GPU, or none that starts: other than a package, it may come, as a driver's device files do after boot."""
 
+    lasting = False
+
 
 class EngineSchemaMismatchError(C7Error):
     """
@@ -71,6 +78,8 @@ class EngineSchemaMismatchError(C7Error):
 
     :param field: what was compared, as ``sm`` or ``engine_sha256``.
     """
+
+    lasting = True
 
     def __init__(self, field: str, *, expected: object, found: object, remedy: str = '') -> None:
         super().__init__(f'engine refused: {field}: expected {expected!r}, found {found!r}.', remedy=remedy)

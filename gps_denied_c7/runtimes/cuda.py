@@ -406,6 +406,7 @@ class FiniteCheck:
         """
         Return a check of these outputs that was shown a NaN at the end of each, and then none, and told them apart.
 
+        :param outputs: by name; the last value of each is overwritten.
         :return: None where one has a type that it cannot read.
         :raises CudaError: as the constructor.
         :raises EngineDeserializeError: it missed or made up a NaN.
