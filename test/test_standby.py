@@ -18,6 +18,7 @@ from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import (
     ChainExhaustedError,
     EngineDeserializeError,
+    EngineSchemaMismatchError,
     GpuUnavailableError,
     InferenceError,
     RuntimeUnavailableError,
@@ -661,9 +662,10 @@ def test_f6_a_better_rung_comes_back_after_three_live_frames():
     [
         (GpuUnavailableError('tensorrt', 'this host has no GPU.'), True),
         (RuntimeUnavailableError('tensorrt', 'its package is missing.'), False),
+        (EngineSchemaMismatchError('sm', expected=87, found=90), False),
     ],
 )
-def test_f6_a_gpu_that_is_there_later_is_taken_and_a_package_that_is_missing_not_looked_for(error, comes):
+def test_f6_a_gpu_that_is_there_later_is_taken_and_what_cannot_change_is_not_tried_again(error, comes):
     bench = Bench(GPU, CPU)
     bench.load_faults[GPU] = error
     bench.ready()
