@@ -39,12 +39,15 @@ class Backoff:
         pause_s = min(longest, 2 * pause_s) if close else first
         self._pauses[what] = (now_ns + int(pause_s * 1e9), pause_s)
 
+    def left_s(self, what: Hashable) -> float:
+        """Return the seconds that are left of the pause of ``what``, 0 where it is over."""
+        return max(0, self._pauses.get(what, (0, 0.0))[0] - self._monotonic_ns()) / 1e9
+
     def may_begin(self, what: Hashable) -> bool:
         """Return whether ``what`` may be tried now; who is told so tries it."""
-        now_ns = self._monotonic_ns()
-        if now_ns < self._pauses.get(what, (0, 0.0))[0]:
+        if self.left_s(what):
             return False
-        self._attempts[what] = now_ns
+        self._attempts[what] = self._monotonic_ns()
         return True
 
     def succeed(self, what: Hashable) -> None:

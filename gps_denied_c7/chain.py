@@ -391,6 +391,7 @@ class RuntimeChain:
         engine.began_ns, engine.request, engine.late_answer = self._monotonic_ns(), self._request, None
         engine.host.begin(inputs)
         outputs = engine.host.poll(engine.deadline_s)
+        hurry = True
         while outputs is None:
             if self._closing:
                 raise InferenceError(f'{engine.rung.name} still runs a request while the chain is released.')
@@ -402,8 +403,8 @@ class RuntimeChain:
             if self._age_s(engine) > _GIVEN_UP * engine.hang_s:
                 # Nothing could be loaded beside it in all that time; its memory may be what is missing.
                 raise InferenceError(f'{engine.rung.name} has not answered for {self._age_s(engine):.1f} s.')
-            if self._age_s(engine) > engine.hang_s:
-                self._order_standby()
+            if (self._config.hot_standby and not self._late) or self._age_s(engine) > engine.hang_s:
+                hurry = not self._order_standby(hurry=hurry) and hurry
             outputs = engine.host.poll(_LOOK_S)
         return outputs
 
@@ -729,10 +730,12 @@ class RuntimeChain:
     def _order_loads(self) -> None:
         """Begin what is missing: an engine that stands by (F-3), then better ones to serve (F-6) and to stand by."""
         engine = self._engine
-        if not self._isolated or engine is None or self._loader.loads or self._closing:
+        if not self._isolated or engine is None or self._closing:
             return
         if self._config.hot_standby and self._standby is None and not self._late:
             self._order_standby()
+        if self._loader.loads:
+            return
         wanted = list(self._rungs[: self._rungs.index(engine.rung)]) if self._candidate is None else []
         if self._standby is not None:
             standing_by = self._preference(self._standby.rung)
@@ -741,14 +744,25 @@ class RuntimeChain:
             if not self._loader.loads and self._may_try(rung) and self._due('promotion', rung):
                 self._loader.start(rung)
 
-    def _order_standby(self) -> None:
+    def _order_standby(self, *, hurry: bool = False) -> bool:
+        """
+        Begin to load the most preferred engine that may stand by, unless one is being loaded.
+
+        :param hurry: a frame waits for it: where each has failed and pauses, the one whose pause ends first is loaded.
+        :return: whether a load was begun.
+        """
         engine = self._engine
-        if not self._isolated or engine is None or self._loader.loads:
-            return
-        for rung in sorted((*self._after(engine.rung), engine.rung), key=self._preference):
-            if self._may_try(rung) and self._due('standby', rung):
-                self._loader.start(rung)
-                return
+        if not self._isolated or engine is None or any(not self._is_better(load.rung) for load in self._loader.loads):
+            return False
+        wanted = [rung for rung in (*self._after(engine.rung), engine.rung) if self._may_try(rung)]
+        rung = min(wanted, key=self._standby_order, default=None)
+        if rung is None or not (self._due('standby', rung) or hurry):
+            return False
+        self._loader.start(rung)
+        return True
+
+    def _standby_order(self, rung: Rung) -> tuple[float, bool, int]:
+        return (self._backoff.left_s(('standby', rung)), *self._preference(rung))
 
     def _may_try(self, rung: Rung) -> bool:
         """Return whether loading ``rung`` beside the engine that serves may come to something."""

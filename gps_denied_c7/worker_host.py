@@ -36,7 +36,7 @@ _LARGEST_ANSWER_BYTES = 1 << 30
 # A builder may measure one tactic, or time one layer, for minutes and show nothing meanwhile.
 _LONGEST_STEP_S = 600.0
 # A spare worker that does nothing with its task for so long is stopped, or starved.
-_SPARE_S = 1.0
+_SPARE_S = 0.25
 _SIGN_EVERY_S = 0.25
 # A request has one answer, and another packet where the answer needs a larger segment.
 _MOST_PACKETS = 8

@@ -471,6 +471,103 @@ def test_f4_the_last_worker_is_killed_for_no_lateness_before_another_one_is_ther
     assert len(answers) == 1 and bench.serving() is not hung
 
 
+def answered_while_nothing_stands_by(bench, value=3.0):
+    """Return whether a request that the serving engine hangs on is answered; its hang limit must be out of reach."""
+    bench.serving().act = 'late'
+    answers = []
+    asking = threading.Thread(target=lambda: answers.append(bench.ask(value)), daemon=True)
+    asking.start()
+    asking.join(10)
+    if not answers:
+        bench.chain.release()
+    return bool(answers)
+
+
+def test_f4_a_late_answer_has_an_engine_loaded_whose_pause_is_not_over():
+    bench = Bench(CPU, hang_timeout_ms=1e9, restart_backoff_s=(1e6, 1e6)).ready()
+    bench.load_faults[CPU] = WorkerDiedError('the worker was ended by SIGKILL.')
+    bench.standby().alive = False
+    bench.settle()
+    assert bench.chain.status().standby is None
+    bench.load_faults.clear()
+    assert answered_while_nothing_stands_by(bench)
+
+
+def test_f4_a_late_answer_has_the_engine_loaded_that_does_not_pause():
+    bench = Bench(GPU, OTHER_GPU, CPU, hang_timeout_ms=1e9, restart_backoff_s=(1e6, 1e6))
+    bench.load_faults[OTHER_GPU] = EngineDeserializeError('not now.')
+    bench.ready()
+    bench.load_faults.clear()
+    assert bench.chain.status().standby == CPU
+    bench.standby().alive = False
+    assert answered_while_nothing_stands_by(bench)
+    assert bench.chain.status().active == CPU
+
+
+def test_f4_a_late_answer_has_an_engine_loaded_where_the_one_that_was_being_loaded_fails():
+    bench = Bench(CPU, hang_timeout_ms=1e9, restart_backoff_s=(1e6, 1e6)).ready()
+    late_at_ns = bench.now_ns + int(10e9)
+
+    def fail_once_the_answer_is_late(rung):
+        while bench.now_ns < late_at_ns:
+            time.sleep(0.001)
+        raise EngineDeserializeError('not now.')
+
+    def load(rung):
+        steps.pop(0)(rung)
+
+    steps = [fail_once_the_answer_is_late, lambda rung: None]
+    bench.before_load = load
+    bench.standby().alive = False
+    bench.chain.maintain()
+    assert answered_while_nothing_stands_by(bench)
+    assert not steps
+
+
+def test_f4_a_late_answer_has_no_engine_loaded_again_and_again():
+    bench = Bench(CPU, restart_backoff_s=(1e6, 1e6)).ready()
+    beside = []
+
+    def refuse(rung):
+        if threading.current_thread().name == 'c7-load':
+            beside.append(rung)
+        raise EngineDeserializeError('no memory.')
+
+    bench.before_load = refuse
+    bench.standby().alive = False
+    bench.settle()
+    bench.serving().act = 'late'
+    with pytest.raises(ChainExhaustedError):
+        bench.ask()
+    assert beside == [CPU, CPU], 'one when the standby died, one when the answer was late'
+
+
+def test_f3_a_standby_is_replaced_while_a_better_engine_is_being_loaded():
+    bench = Bench(GPU, CPU)
+    bench.load_faults[GPU] = EngineDeserializeError('not now.')
+    bench.ready()
+    better_may_load = threading.Event()
+
+    def load(rung):
+        if rung == GPU:
+            assert better_may_load.wait(30)
+
+    bench.before_load = load
+    bench.now_ns += int(60e9)
+    bench.chain.maintain()
+    assert [each.rung for each in bench.chain._loader.loads] == [GPU]
+    dead = bench.standby()
+    dead.alive = False
+    deadline = time.monotonic() + 30
+    while bench.chain.status().standby is None or bench.standby() is dead:
+        assert time.monotonic() < deadline
+        bench.chain.maintain()
+    assert [each.rung for each in bench.chain._loader.loads] == [GPU]
+    better_may_load.set()
+    bench.settle()
+    assert bench.chain.status().standby == CPU
+
+
 def test_f4_a_request_that_hangs_every_worker_costs_two():
     """The node would never get past such a frame otherwise."""
     bench = Bench(CPU).ready()
