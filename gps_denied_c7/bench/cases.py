@@ -43,6 +43,7 @@ NETWORK_WIDTH, NETWORK_HEIGHT = 640, 480
 MODEL_MS = (5, 30, 100)
 _MAP_MB = NETWORK_WIDTH * NETWORK_HEIGHT * 4e-6
 _LARGE = 5
+_LARGE_BYTES = 1_000_000
 _SATURATION = 1.6
 
 
@@ -149,6 +150,16 @@ class Case:
     def large_outputs(self) -> bool:
         """Whether the network returns maps, and not 1 KB alone."""
         return self.dense_maps > 0
+
+    @property
+    def anew(self) -> bool:
+        """
+        Whether each repetition has processes of its own.
+
+        How a process has come to place its blocks in memory can decide about the time of every large one from then on;
+        one process's luck is not a contestant's.
+        """
+        return self.large_outputs or self.width * self.height * self.channels >= _LARGE_BYTES
 
     @property
     def outputs_mb(self) -> int:

@@ -234,7 +234,7 @@ def summarise(
     title: str,
     blocks: Sequence[Block],
     *,
-    statuses: Mapping[str, Mapping[str, str]] | None = None,
+    statuses: Sequence[Mapping[str, Mapping[str, str]]] | None = None,
     memory_mb: float | None = None,
     start_s: float | None = None,
     idle_percent: float | None = None,
@@ -243,7 +243,7 @@ def summarise(
     Return the figures of a contestant.
 
     :param blocks: one without stamps counts among frames sent and answered, and nowhere else.
-    :param statuses: of the node's diagnostics after the last block, None for a contestant that has none.
+    :param statuses: of the node's diagnostics when each of its processes ended, None for a contestant that has none.
     """
     everything, blocks = blocks, [block for block in blocks if block.stamps]
     counted = [answer for block in blocks for answer in block.counted]
@@ -253,10 +253,16 @@ def summarise(
     dropped: int | None = None
     lost_before: list[str] = []
     if statuses is not None:
-        streams = [values for status, values in statuses.items() if status.startswith('Stream ')]
+        streams = [
+            values for process in statuses for status, values in process.items() if status.startswith('Stream ')
+        ]
         dropped = sum(int(values.get('dropped_by_policy', 0)) for values in streams)
         lost_before = [values.get('lost_before_node', 'unknown') for values in streams]
-    latency = (statuses or {}).get('Latency', {})
+    publish_ms = [
+        float(process['Latency']['publish_p50_ms'])
+        for process in statuses or ()
+        if 'publish_p50_ms' in process.get('Latency', {})
+    ]
     elapsed = sum(block.elapsed_s for block in blocks)
     spent = {key: sum(block.cpu_s[key] for block in blocks) for key in (blocks[0].cpu_s if blocks else ())}
     p50s = [percentiles(block.latencies_ms) for block in blocks]
@@ -269,7 +275,7 @@ def summarise(
         answered_hz=float(np.median([block.answered_hz for block in blocks])) if blocks else 0.0,
         stages={stage: figures for stage, figures in stages.items() if figures},
         outside=percentiles([(answer['total_ns'] - answer['inference_ns']) * _MS for answer in counted]),
-        publish_call_ms=float(latency['publish_p50_ms']) if 'publish_p50_ms' in latency else None,
+        publish_call_ms=float(np.median(publish_ms)) if publish_ms else None,
         sent=sent,
         answered=answered,
         dropped=dropped,

@@ -8,6 +8,7 @@ import os
 import platform
 import shutil
 import signal
+import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -99,22 +100,55 @@ class _Service:
 
 
 @dataclass(slots=True)
+class _Record:
+    """
+    What one contestant has done in a case, in whichever processes.
+
+    :param durations: of the bare engine's inferences, nanoseconds, one list a repetition.
+    :param statuses: of a node's diagnostics, one for each process.
+    """
+
+    contestant: Contestant
+    blocks: list[Block] = field(default_factory=list)
+    durations: list[list[int]] = field(default_factory=list)
+    statuses: list[Mapping[str, Mapping[str, str]]] = field(default_factory=list)
+    memory_mb: list[float] = field(default_factory=list)
+    start_s: float | None = None
+    idle_percent: float | None = None
+
+    def summary(self) -> Result:
+        """Return the figures."""
+        contestant = self.contestant
+        if contestant.name == BARE:
+            return summarise_bare(contestant.name, contestant.title, self.durations)
+        return summarise(
+            contestant.name,
+            contestant.title,
+            self.blocks,
+            statuses=self.statuses if contestant.is_node else None,
+            memory_mb=statistics.median(self.memory_mb),
+            start_s=self.start_s,
+            idle_percent=self.idle_percent,
+        )
+
+
+@dataclass(slots=True)
 class _Running:
     """
     One contestant that runs.
 
+    :param began_s: wall clock when its process was started.
     :param service: of the bare engine, which is asked instead of being sent images.
     """
 
-    contestant: Contestant
+    record: _Record
     child: Child
-    topics: list[str]
-    started_s: float
+    began_s: float
     service: _Service | None = None
-    start_s: float | None = None
-    idle_percent: float | None = None
-    blocks: list[Block] = field(default_factory=list)
-    durations: list[list[int]] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.record.contestant.name
 
 
 def run_bench(options: BenchOptions, say: Callable[[str], None]) -> BenchReport:
@@ -232,7 +266,7 @@ class _Measurement:
         self._with_idle = with_idle and options.idle_s > 0
         self._case = case
         self._model = model
-        self._contestants = contestants
+        self._records = [_Record(one) for one in contestants]
         self._environ = environ
         self._directory = directory
         self._seconds = case.seconds or options.seconds
@@ -241,39 +275,57 @@ class _Measurement:
 
     def result(self) -> CaseResult:
         """Return what came of it."""
-        self._directory.mkdir()
-        with ExitStack() as stack:
-            nodes = [one.name for one in self._contestants if one.name != BARE]
-            topics = {name: [f'/{name}/camera_{n}/image_raw' for n in range(self._case.cameras)] for name in nodes}
-            self._listener = self._service(stack, 'gps_denied_c7.bench.listener', nodes)
-            self._camera = self._service(
-                stack,
-                'gps_denied_c7.bench.camera',
-                ['--size', str(self._case.width), str(self._case.height), '--encoding', self._case.encoding,
-                 '--topics', *(f'{name}={",".join(own)}' for name, own in topics.items())],
-            )  # fmt: skip
-            running = [self._start(stack, one, topics.get(one.name, [])) for one in self._contestants]
-            self._wait_quiet(running)
-            if self._with_idle:
-                self._watch_idle(running)
-            for repetition in range(self._repetitions):
-                # Whoever goes first changes: what one leaves behind, as heat, hits each of them.
-                turn = repetition % len(running)
-                for one in [*running[turn:], *running[:turn]]:
-                    self._measure(one)
-            time.sleep(_DIAGNOSTICS_S)
-            results = {one.contestant.name: self._summary(one) for one in running}
-            for one in running:
-                # All at once: each takes a second to leave its domain in order.
-                if one.service is None:
-                    one.child.process.send_signal(signal.SIGINT)
-            for one in running:
-                if one.service is None:
-                    one.child.wait()
+        repetitions = range(self._repetitions)
+        rounds = [[number] for number in repetitions] if self._case.anew else [list(repetitions)]
+        (self._directory / 'engines').mkdir(parents=True)
+        for number, of_round in enumerate(rounds):
+            self._logs = self._directory if len(rounds) == 1 else self._directory / f'processes_{number}'
+            self._logs.mkdir(exist_ok=True)
+            with ExitStack() as stack:
+                self._run_round(stack, of_round, first=number == 0)
+        results = {record.contestant.name: record.summary() for record in self._records}
         return CaseResult(self._case, self._model.engine_ms, self._hz, results)
 
+    def _run_round(self, stack: ExitStack, repetitions: Sequence[int], *, first: bool) -> None:
+        """Start every process, measure, and end them in order."""
+        nodes = [record.contestant.name for record in self._records if record.contestant.name != BARE]
+        topics = {name: [f'/{name}/camera_{n}/image_raw' for n in range(self._case.cameras)] for name in nodes}
+        self._listener = self._service(stack, 'gps_denied_c7.bench.listener', nodes)
+        self._camera = self._service(
+            stack,
+            'gps_denied_c7.bench.camera',
+            ['--size', str(self._case.width), str(self._case.height), '--encoding', self._case.encoding,
+             '--topics', *(f'{name}={",".join(own)}' for name, own in topics.items())],
+        )  # fmt: skip
+        running: list[_Running] = []
+        for record in self._records:
+            running.append(self._start(stack, record, topics.get(record.contestant.name, [])))
+            if first:
+                # How long one takes to start is measured while no other does.
+                self._wait_ready(running[-1], timed=True)
+        for one in running if not first else ():
+            self._wait_ready(one)
+        self._wait_quiet(running)
+        if self._with_idle and first:
+            self._watch_idle(running)
+        for repetition in repetitions:
+            # Whoever goes first changes: what one leaves behind, as heat, hits each of them.
+            turn = repetition % len(running)
+            for one in [*running[turn:], *running[:turn]]:
+                self._measure(one)
+        time.sleep(_DIAGNOSTICS_S)
+        for one in running:
+            self._take_leave(one)
+        for one in running:
+            # All at once: each takes a second to leave its domain in order.
+            if one.service is None:
+                one.child.process.send_signal(signal.SIGINT)
+        for one in running:
+            if one.service is None:
+                one.child.wait()
+
     def _service(self, stack: ExitStack, module: str, arguments: Sequence[str], log: str = '') -> _Service:
-        path = self._directory / f'{log or module.rpartition(".")[2]}.log'
+        path = self._logs / f'{log or module.rpartition(".")[2]}.log'
         child = Child(module, arguments, self._environ, log=path, pipe=True, commands=True)
         # Ending its input ends it in order; what does not end by that is ended by its context manager.
         stack.enter_context(child)
@@ -281,36 +333,41 @@ class _Measurement:
         stack.callback(_end_input, child)
         return _Service(child)
 
-    def _start(self, stack: ExitStack, contestant: Contestant, topics: list[str]) -> _Running:
-        began = time.time()
+    def _start(self, stack: ExitStack, record: _Record, topics: list[str]) -> _Running:
+        contestant, began = record.contestant, time.time()
         if contestant.name == BARE:
             service = self._service(stack, contestant.module, ['--model', str(self._model.path)], contestant.name)
-            return _Running(contestant, service.child, topics, began, service)
-        log = self._directory / f'{contestant.name}.log'
+            return _Running(record, service.child, began, service)
+        log = self._logs / f'{contestant.name}.log'
         arguments = self._arguments(contestant, topics)
-        child = stack.enter_context(Child(contestant.module, arguments, self._environ, log=log))
-        running = _Running(contestant, child, topics, began)
-        matched = self._camera.ask(do='match', contestant=contestant.name, timeout_s=_MATCH_S)['matched_s']
+        return _Running(record, stack.enter_context(Child(contestant.module, arguments, self._environ, log=log)), began)
+
+    def _wait_ready(self, running: _Running, *, timed: bool = False) -> None:
+        """Wait until images are answered."""
+        if running.service is not None:
+            return
+        name, child = running.name, running.child
+        matched = self._camera.ask(do='match', contestant=name, timeout_s=_MATCH_S)['matched_s']
         child.check_alive()
         if matched is None:
-            raise DemoError(f'{contestant.name} did not subscribe in {_MATCH_S:.0f} s.\n{child.tail()}')
-        running.start_s = matched - began
+            raise DemoError(f'{name} did not subscribe in {_MATCH_S:.0f} s.\n{child.tail()}')
+        if timed:
+            running.record.start_s = matched - running.began_s
         # The other end may match a moment later, and an engine's first run is not like the others.
         time.sleep(_MATCHED_S)
         deadline = time.monotonic() + _FIRST_ANSWER_S
         stamps = 0
         answers: list[Mapping[str, int]] = []
         while not answers:
-            stamps += len(self._camera.ask(do='send', contestant=contestant.name, rate_hz=5.0, seconds=0.2)['stamps'])
+            stamps += len(self._camera.ask(do='send', contestant=name, rate_hz=5.0, seconds=0.2)['stamps'])
             time.sleep(max(_SETTLE_S, 3e-3 * self._model.engine_ms))
-            answers = self._collect(contestant.name)['answers']
+            answers = self._collect(name)['answers']
             child.check_alive()
             if time.monotonic() > deadline:
                 if self._case.transport == DEFAULT_TRANSPORT:
                     break  # losing every image is what some hosts do without the profile
-                raise DemoError(f'{contestant.name} answered no image in {_FIRST_ANSWER_S:.0f} s.\n{child.tail()}')
-        running.blocks.append(Block((), stamps, 0, 0, answers, {}, 0.0))
-        return running
+                raise DemoError(f'{name} answered no image in {_FIRST_ANSWER_S:.0f} s.\n{child.tail()}')
+        running.record.blocks.append(Block((), stamps, 0, 0, answers, {}, 0.0))
 
     def _arguments(self, contestant: Contestant, topics: list[str]) -> list[str]:
         rename = ['-r', f'__node:={contestant.name}']
@@ -325,7 +382,7 @@ class _Measurement:
             'ort_trt_cache_dir': str(self._directory / 'engines' / 'ort_trt_cache'),
             **contestant.parameters,
         }
-        path = self._directory / f'{contestant.name}.yaml'
+        path = self._logs / f'{contestant.name}.yaml'
         lines = [f'    {name}: {json.dumps(value)}' for name, value in values.items()]
         path.write_text('\n'.join(['/**:', '  ros__parameters:', *lines, '']), encoding='utf-8')
         return ['--ros-args', *rename, '--params-file', str(path)]
@@ -347,14 +404,14 @@ class _Measurement:
         time.sleep(self._options.idle_s)
         for one, was in zip(everyone, before, strict=True):
             spent = cpu_seconds(one.child.process.pid) - was
-            one.idle_percent = 100.0 * spent / (time.monotonic() - began)
+            one.record.idle_percent = 100.0 * spent / (time.monotonic() - began)
 
     def _measure(self, running: _Running) -> None:
         if running.service is not None:
             seconds = self._seconds * _BARE_SHARE
-            running.durations.append(running.service.ask(seconds=seconds)['durations_ns'])
+            running.record.durations.append(running.service.ask(seconds=seconds)['durations_ns'])
             return
-        name = running.contestant.name
+        name = running.name
         pids = {
             'contestant': running.child.process.pid,
             'camera': self._camera.child.process.pid,
@@ -369,7 +426,7 @@ class _Measurement:
         spent = {key: cpu_seconds(pid) - before[key] for key, pid in pids.items()}
         elapsed = time.monotonic() - began
         running.child.check_alive()
-        running.blocks.append(
+        running.record.blocks.append(
             Block(
                 stamps=sent['stamps'],
                 warm_up=len(warm_up['stamps']),
@@ -384,22 +441,15 @@ class _Measurement:
     def _collect(self, name: str) -> dict[str, Any]:
         return self._listener.ask(contestant=name)
 
-    def _summary(self, running: _Running) -> Result:
-        contestant = running.contestant
+    def _take_leave(self, running: _Running) -> None:
+        """Note what a process that is about to end tells at last."""
         if running.service is not None:
-            return summarise_bare(contestant.name, contestant.title, running.durations)
-        collected = self._collect(contestant.name)
+            return
+        collected, record = self._collect(running.name), running.record
         if collected['answers']:
-            running.blocks.append(Block((), 0, 0, 0, collected['answers'], {}, 0.0))
-        return summarise(
-            contestant.name,
-            contestant.title,
-            running.blocks,
-            statuses=collected['statuses'] if contestant.is_node else None,
-            memory_mb=memory_mb(running.child.process.pid),
-            start_s=running.start_s,
-            idle_percent=running.idle_percent,
-        )
+            record.blocks.append(Block((), 0, 0, 0, collected['answers'], {}, 0.0))
+        record.statuses.append(collected['statuses'])
+        record.memory_mb.append(memory_mb(running.child.process.pid))
 
 
 def _end_input(child: Child) -> None:

@@ -24,10 +24,14 @@ BENCH = [sys.executable, '-m', 'gps_denied_c7.bench.run']
 
 
 @needs_ros
-def test_a_short_run_measures_everyone(tmp_path):
-    """One case, one repetition: all answer over DDS, and report, tables and plot are written."""
+@pytest.mark.parametrize(
+    ('case', 'repetitions', 'processes', 'limit'),
+    [('480p_mono8_5ms', 1, 1, 'in the node outside inference, p50'), ('5ms_6MB', 2, 2, 'lost by transport')],
+)
+def test_a_short_run_measures_everyone(tmp_path, case, repetitions, processes, limit):
+    """One case: all answer over DDS, and report, tables and plot are written."""
     output = tmp_path / 'out'
-    command = [*BENCH, '--output', str(output), '--only', '480p_mono8_5ms', '--seconds', '0.5', '--repetitions', '1']
+    command = [*BENCH, '--output', str(output), '--only', case, '--seconds', '0.5', '--repetitions', str(repetitions)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
     report = json.loads((output / 'report.json').read_text())
@@ -41,10 +45,10 @@ def test_a_short_run_measures_everyone(tmp_path):
             assert result['answered'] > 5 and result['latency']['p50'] > result['stages']['inference']['p50'] > 0
             assert result['memory_mb'] > 20 and result['cpu_ms_per_answer']['contestant'] > 0
             assert 0 < result['start_s'] < 100
+            assert len(result['p50_by_repetition']) == repetitions
+            assert len(list(output.glob(f'*/**/{name}.log'))) == processes
     assert results[SHIPPED]['dropped'] is not None and results[FORTY_LINES]['dropped'] is None
-    assert {'latency p50 / forty lines', 'in the node outside inference, p50'} <= {
-        limit['what'] for limit in report['limits']
-    }
+    assert {'latency p50 / forty lines', limit} <= {one['what'] for one in report['limits']}
     assert 'this node as shipped' in (output / 'report.md').read_text()
     assert (output / 'latency.png').stat().st_size > 1000
     assert processes_naming(output) == []

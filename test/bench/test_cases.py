@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 
 import pytest
@@ -86,3 +87,10 @@ def test_each_series_grows_along_its_axis_and_in_nothing_else():
 
 def test_the_point_of_two_series_is_measured_once():
     assert [case.series for case in scaling_cases() if len(case.series) != 1] == [(CAMERAS, OUTPUT_SIZE)]
+
+
+def test_where_large_blocks_move_each_repetition_has_processes_of_its_own():
+    small = Case(width=640, height=480, encoding='mono8', model_ms=5)
+    assert not small.anew
+    assert dataclasses.replace(small, dense_maps=1).anew
+    assert dataclasses.replace(small, width=1920, height=1080, encoding='rgb8').anew

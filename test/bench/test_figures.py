@@ -86,12 +86,23 @@ def test_frames_dropped_by_policy_are_not_lost():
         'Latency': {'publish_p50_ms': '0.25'},
     }
     early = Block((), 4, 0, 0, [answer(1)], {}, 0.0)
-    found = summarise('one', 'One', [early, block([10, 20], missing=3, contestant=0.1)], statuses=statuses)
+    found = summarise('one', 'One', [early, block([10, 20], missing=3, contestant=0.1)], statuses=[statuses])
     assert (found.sent, found.answered, found.dropped, found.lost) == (9, 3, 4, 2)
     assert found.lost_before_node == '2, unknown'
     assert found.publish_call_ms == 0.25
     # The block before the first repetition changes no figure but the counts.
     assert found.p50_by_repetition == pytest.approx((15,)) and found.answered_hz == pytest.approx(2)
+
+
+def test_what_the_processes_of_a_contestant_tell_is_put_together():
+    told = [
+        {'Stream /one/image_raw': {'dropped_by_policy': '3', 'lost_before_node': '2'}},
+        {'Stream /one/image_raw': {'dropped_by_policy': '4', 'lost_before_node': '0'}, 'Latency': {}},
+        *({'Latency': {'publish_p50_ms': text}} for text in ('0.25', '0.75', '0.5')),
+    ]
+    found = summarise('one', 'One', [block([10], missing=9)], statuses=told)
+    assert (found.dropped, found.lost, found.lost_before_node) == (7, 2, '2, 0')
+    assert found.publish_call_ms == 0.5
 
 
 def test_a_contestant_that_answers_nothing_has_no_figures():
