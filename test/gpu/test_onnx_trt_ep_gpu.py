@@ -535,7 +535,7 @@ def test_ac3_engine_without_a_visible_gpu_is_refused_without_a_crash(
         check=False,
     )
     assert process.returncode == 1
-    assert b'RuntimeUnavailableError' in process.stderr
+    assert b'GpuUnavailableError' in process.stderr
 
 
 # --- conformance, in this process --------------------------------------------------------------------
