@@ -126,7 +126,7 @@ class Result:
     :param cpu_ms_per_answer: processor time by process, for each answer.
     :param cpu_percent: of one core, by process.
     :param memory_mb: proportional set size, workers included.
-    :param start_s: from the start of the process to its subscriptions being matched.
+    :param start_s: from the start of the process to its subscriptions being matched; of the node as shipped alone.
     :param idle_percent: of one core, active and without images.
     """
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -19,7 +20,9 @@ from typing import Any
 
 from gps_denied_c7.bench.cases import (
     BARE,
+    CONTESTANTS,
     DEFAULT_TRANSPORT,
+    SHIPPED,
     Case,
     Contestant,
     full_cases,
@@ -297,14 +300,17 @@ class _Measurement:
             ['--size', str(self._case.width), str(self._case.height), '--encoding', self._case.encoding,
              '--topics', *(f'{name}={",".join(own)}' for name, own in topics.items())],
         )  # fmt: skip
-        running: list[_Running] = []
-        for record in self._records:
-            running.append(self._start(stack, record, topics.get(record.contestant.name, [])))
-            if first:
-                # How long one takes to start is measured while no other does.
-                self._wait_ready(running[-1], timed=True)
-        for one in running if not first else ():
-            self._wait_ready(one)
+        started: dict[str, _Running] = {}
+        # How long the node as shipped takes to start is measured while nobody else does.
+        for record in sorted(self._records, key=lambda record: record.contestant.name != SHIPPED):
+            name = record.contestant.name
+            started[name] = self._start(stack, record, topics.get(name, []))
+            if first and name == SHIPPED:
+                self._wait_ready(started[name], timed=True)
+        running = [started[record.contestant.name] for record in self._records]
+        for one in running:
+            if not (first and one.name == SHIPPED):
+                self._wait_ready(one)
         self._wait_quiet(running)
         if self._with_idle and first:
             self._watch_idle(running)
@@ -467,6 +473,11 @@ def _form(parsed: argparse.Namespace) -> tuple[tuple[Case, ...], dict[str, Any]]
     return quick_cases(), {}
 
 
+def _with(case: Case, contestants: Sequence[str]) -> Case:
+    """Return the case with those of its contestants alone."""
+    return dataclasses.replace(case, contestants=tuple(name for name in case.contestants if name in contestants))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -474,7 +485,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description='Measure this node beside the bare engine and beside a forty-line node, and show the limits.',
     )
     form = parser.add_mutually_exclusive_group()
-    form.add_argument('--quick', action='store_true', help='a choice of cases, about three minutes; the default')
+    form.add_argument('--quick', action='store_true', help='a choice of cases, about four minutes; the default')
     form.add_argument('--full', action='store_true', help='the whole matrix, many hours')
     form.add_argument(
         '--scaling', action='store_true',
@@ -485,6 +496,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help='made where missing; replaces what an earlier run left there; default: %(default)s',
     )  # fmt: skip
     parser.add_argument('--only', metavar='TEXT', default='', help='cases whose name holds this text')
+    parser.add_argument(
+        '--contestants', nargs='+', metavar='NAME', choices=[one.name for one in CONTESTANTS],
+        help='of each case, those of: %(choices)s',
+    )  # fmt: skip
     parser.add_argument('--list', action='store_true', help='name the cases and end')
     parser.add_argument('--seconds', type=float, metavar='S', help='of one measurement')
     parser.add_argument('--repetitions', type=int, metavar='N', help='of each case')
@@ -492,11 +507,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = parser.parse_args(arguments)
     cases, chosen = _form(parsed)
     cases = tuple(case for case in cases if parsed.only in case.name)
+    if parsed.contestants is not None:
+        cases = tuple(_with(case, parsed.contestants) for case in cases)
+        cases = tuple(case for case in cases if set(case.contestants) - {BARE})
     if parsed.list:
         print('\n'.join(case.name for case in cases))
         return 0
     if not cases:
-        print(f'c7_bench: no case has {parsed.only!r} in its name; --list names them.', file=sys.stderr)
+        print(
+            f'c7_bench: no case has {parsed.only!r} in its name and anybody to send images to; --list names them.',
+            file=sys.stderr,
+        )
         return 2
     if parsed.seconds is not None:
         chosen['seconds'] = parsed.seconds
