@@ -41,7 +41,7 @@ _DEATHS = 3
 _SHADOWED_FRAMES = 3
 _GIVEN_UP = 10.0
 _LOOK_S = 0.02
-_RESTART = 'restart'
+_RESTART, _HURRIED = 'restart', 'hurried'
 
 ErrorT = TypeVar('ErrorT', bound=BaseException)
 
@@ -391,7 +391,6 @@ class RuntimeChain:
         engine.began_ns, engine.request, engine.late_answer = self._monotonic_ns(), self._request, None
         engine.host.begin(inputs)
         outputs = engine.host.poll(engine.deadline_s)
-        hurry = True
         while outputs is None:
             if self._closing:
                 raise InferenceError(f'{engine.rung.name} still runs a request while the chain is released.')
@@ -404,7 +403,7 @@ class RuntimeChain:
                 # Nothing could be loaded beside it in all that time; its memory may be what is missing.
                 raise InferenceError(f'{engine.rung.name} has not answered for {self._age_s(engine):.1f} s.')
             if (self._config.hot_standby and not self._late) or self._age_s(engine) > engine.hang_s:
-                hurry = not self._order_standby(hurry=hurry) and hurry
+                self._order_standby(hurry=True)
             outputs = engine.host.poll(_LOOK_S)
         return outputs
 
@@ -744,22 +743,28 @@ class RuntimeChain:
             if not self._loader.loads and self._may_try(rung) and self._due('promotion', rung):
                 self._loader.start(rung)
 
-    def _order_standby(self, *, hurry: bool = False) -> bool:
+    def _order_standby(self, *, hurry: bool = False) -> None:
         """
         Begin to load the most preferred engine that may stand by, unless one is being loaded.
 
-        :param hurry: a frame waits for it: where each has failed and pauses, the one whose pause ends first is loaded.
-        :return: whether a load was begun.
+        :param hurry: a frame waits for it: where each has failed and pauses, the one whose pause ends first is loaded,
+            unless that was done so shortly before that the frames may be late because of it.
         """
-        engine = self._engine
-        if not self._isolated or engine is None or any(not self._is_better(load.rung) for load in self._loader.loads):
-            return False
-        wanted = [rung for rung in (*self._after(engine.rung), engine.rung) if self._may_try(rung)]
+        engine, loads = self._engine, self._loader.loads
+        if not self._isolated or engine is None or any(not self._is_better(load.rung) for load in loads):
+            return
+        # Two engines of unknown size that are loaded at once could take the memory of the one that serves.
+        gpu_taken = any(load.rung.on_gpu for load in loads)
+        rungs = (*self._after(engine.rung), engine.rung)
+        wanted = [rung for rung in rungs if self._may_try(rung) and not (gpu_taken and rung.on_gpu)]
         rung = min(wanted, key=self._standby_order, default=None)
-        if rung is None or not (self._due('standby', rung) or hurry):
-            return False
+        if rung is None:
+            return
+        if not self._due('standby', rung):
+            if not hurry or not self._backoff.may_begin(_HURRIED):
+                return
+            self._backoff.begin(_HURRIED, self._config.restart_backoff_s)
         self._loader.start(rung)
-        return True
 
     def _standby_order(self, rung: Rung) -> tuple[float, bool, int]:
         return (self._backoff.left_s(('standby', rung)), *self._preference(rung))
@@ -783,6 +788,7 @@ class RuntimeChain:
             elif load.engine is not None:
                 self._backoff.reset(('standby', load.rung))
                 self._backoff.reset(('promotion', load.rung))
+                self._backoff.reset(_HURRIED)
                 self._stand_by(load.engine, ordered=True)
             elif load.error is not None:
                 if isinstance(load.error, GpuMemoryError):

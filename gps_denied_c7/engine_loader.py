@@ -189,9 +189,10 @@ class EngineLoader:
         for load in loads:
             load.cancelled = True
             load.kill()
+        end = time.monotonic() + _CANCEL_S
         for load in loads:
             # One that ends later frees its engine itself.
-            if load.done.wait(_CANCEL_S) and load.engine is not None:
+            if load.done.wait(max(0.0, end - time.monotonic())) and load.engine is not None:
                 self._let_go(load.rung, load.engine.host)
 
     def _run(self, load: EngineLoad) -> None:

@@ -182,3 +182,17 @@ def test_m1_the_golden_tensors_are_read_once(bench, monkeypatch):
 
 def test_a_load_that_has_come_to_no_host_cannot_be_killed_and_is_not_harmed():
     EngineLoad(CPU).kill()
+
+
+def test_f5_loads_that_hang_are_cancelled_in_the_time_of_one(bench, monkeypatch):
+    waited = []
+
+    class Hanging(threading.Event):
+        def wait(self, timeout=None):
+            waited.append(timeout)
+            return False
+
+    monkeypatch.setattr(engine_loader.time, 'monotonic', lambda: sum(waited))
+    loads = [EngineLoad(CPU, done=Hanging()) for _ in range(3)]
+    bench.loader.cancel(loads)
+    assert len(waited) == 3 and sum(waited) == pytest.approx(engine_loader._CANCEL_S)

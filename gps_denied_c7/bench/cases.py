@@ -225,7 +225,7 @@ _TRANSPORT_ONLY = (SHIPPED,)
 
 
 def quick_cases() -> tuple[Case, ...]:
-    """Return the cases of the form that takes about three minutes."""
+    """Return the cases of the form that takes about four minutes."""
     return (
         Case(**_SMALL, model_ms=5),
         Case(**_HD, model_ms=5, contestants=(BARE, FORTY_LINES, BY_THE_BOOK, IN_PROCESS, SHIPPED)),

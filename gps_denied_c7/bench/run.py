@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import os
 import platform
 import shutil
@@ -16,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from gps_denied_c7.bench.cases import (
     BARE,
@@ -40,6 +41,8 @@ from gps_denied_c7.errors import C7Error
 from gps_denied_c7.host import package_versions
 
 __all__ = ['BenchOptions', 'main', 'run_bench']
+
+NumberT = TypeVar('NumberT', int, float)
 
 _MARKER = '.c7_bench'
 _READY_S = 90.0
@@ -478,6 +481,19 @@ def _with(case: Case, contestants: Sequence[str]) -> Case:
     return dataclasses.replace(case, contestants=tuple(name for name in case.contestants if name in contestants))
 
 
+def _positive(kind: type[NumberT]) -> Callable[[str], NumberT]:
+    """Return what reads a number above 0 from the command line."""
+
+    def read(text: str) -> NumberT:
+        number = kind(text)
+        if not 0 < number < math.inf:
+            raise argparse.ArgumentTypeError(f'{text} is not above 0')
+        return number
+
+    read.__name__ = kind.__name__
+    return read
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -501,8 +517,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help='of each case, those of: %(choices)s',
     )  # fmt: skip
     parser.add_argument('--list', action='store_true', help='name the cases and end')
-    parser.add_argument('--seconds', type=float, metavar='S', help='of one measurement')
-    parser.add_argument('--repetitions', type=int, metavar='N', help='of each case')
+    parser.add_argument('--seconds', type=_positive(float), metavar='S', help='of one measurement')
+    parser.add_argument('--repetitions', type=_positive(int), metavar='N', help='of each case')
     parser.add_argument('--domain-id', type=int, metavar='N', help='ROS domain; default: a free one')
     parsed = parser.parse_args(arguments)
     cases, chosen = _form(parsed)

@@ -188,8 +188,8 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ),
     ParameterDeclaration(
         'restart_backoff_s', Type.DOUBLE_ARRAY, list(_DEFAULTS.restart_backoff_s),
-        'The same for a chain in which every rung has failed, and for what stands by, seconds; where a frame is late and '
-        'nothing stands by, an engine is loaded without it.',
+        'The same for a chain in which every rung has failed, and for what stands by, seconds; where a frame is late '
+        'and nothing stands by, an engine is loaded without it, once in such a pause.',
         constraints='[first, longest]',
     ),
     ParameterDeclaration(

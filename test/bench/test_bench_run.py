@@ -70,6 +70,15 @@ def test_an_unknown_case_is_refused(tmp_path):
     assert run.returncode == 2 and '--list' in run.stderr
 
 
+@pytest.mark.parametrize('option', [('--repetitions', '0'), ('--seconds', '-1'), ('--seconds', 'nan')])
+def test_nothing_is_measured_for_no_time(capsys, option):
+    from gps_denied_c7.bench import run
+
+    with pytest.raises(SystemExit):
+        run.main([*option])
+    assert 'is not above 0' in capsys.readouterr().err
+
+
 def test_every_form_has_cases_and_settings_of_its_own(monkeypatch, capsys, tmp_path):
     from gps_denied_c7.bench import run
     from gps_denied_c7.bench.cases import full_cases, quick_cases, scaling_cases
