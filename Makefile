@@ -12,7 +12,7 @@ setup:  ## virtual environment, ROS 2 if it is not sourced, colcon build
 demo:  ## replay a synthetic flight through the node; results in demo_output/
 	@$(ENVIRONMENT) run c7_demo --output demo_output
 
-bench:  ## this node beside the bare engine and a forty-line node, 3 minutes; results in bench_output/
+bench:  ## this node beside the bare engine and a forty-line node, 4 minutes; results in bench_output/
 	@$(ENVIRONMENT) run c7_bench --quick --output bench_output
 
 lint:  ## ruff and mypy

@@ -11,6 +11,11 @@ from gps_denied_c7.bench.figures import STAGES, CaseResult, Result, ratio_p50, r
 
 __all__ = ['BenchReport']
 
+_HOW = (
+    'A ratio or difference of p50 is the median over the repetitions, of each with the one that was measured beside '
+    'it; one of p99 is of all repetitions together. They need not be those of the medians below.'
+)
+
 
 @dataclass(frozen=True, slots=True)
 class BenchReport:
@@ -128,6 +133,7 @@ class BenchReport:
             f'{heading}# Limits',
             verdict,
             self.limits_table(),
+            _HOW,
         ]
         for series, points in series_of(self.cases).items():
             constants = points[0].case.constants(series)

@@ -516,7 +516,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         '--contestants', nargs='+', metavar='NAME', choices=[one.name for one in CONTESTANTS],
         help='of each case, those of: %(choices)s',
     )  # fmt: skip
-    parser.add_argument('--list', action='store_true', help='name the cases and end')
+    parser.add_argument('--list', action='store_true', help='name the cases of the form and end')
     parser.add_argument('--seconds', type=_positive(float), metavar='S', help='of one measurement')
     parser.add_argument('--repetitions', type=_positive(int), metavar='N', help='of each case')
     parser.add_argument('--domain-id', type=int, metavar='N', help='ROS domain; default: a free one')
@@ -526,7 +526,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.contestants is not None:
         cases = tuple(_with(case, parsed.contestants) for case in cases)
         cases = tuple(case for case in cases if set(case.contestants) - {BARE})
-    if parsed.list:
+    if parsed.list and cases:
         print('\n'.join(case.name for case in cases))
         return 0
     if not cases:

@@ -10,8 +10,25 @@ import numpy as np
 
 __all__ = ['DemoReport', 'FrameCount', 'expected_alerts', 'stage_percentiles']
 
-STAGES = ('queue', 'decode', 'preprocess', 'inference', 'total')
+STAGES = ('queue', 'decode', 'preprocess', 'inference', 'message', 'total')
+"""From the entry of the image callback to the finished message; message: what the total holds beside the others."""
 _PERCENTILES = (50, 95, 99)
+_FRAMES_REMARK = (
+    'Dropped by policy: a newer image of the same camera came first, or it was too old. Refused: malformed, or every\n'
+    'runtime failed it. Lost: nothing accounts for it.'
+)
+_STAGES_REMARK = (
+    'One thread answers all cameras in turn: queue is the wait for it. Percentiles of stages do not add up to those\n'
+    'of their total.'
+)
+_PICTURE_REMARK = (
+    'Each circle is a detected point, larger and redder where its score is higher. What is grey lies outside of what '
+    'the network saw. Beside the image: what the network answered before points were picked from it.'
+)
+_ON_CPU = (
+    'No runtime on a GPU could serve, so the CPU does, and the alerts say so. '
+    'Without an NVIDIA GPU, that is as it should be.'
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +153,7 @@ class DemoReport:
             facts = tabulate(self._facts(), headers=['', ''], tablefmt=style)
         else:
             facts = tabulate(self._facts(), tablefmt=style, maxcolwidths=[None, 96])
-        return '\n\n'.join([frames, stages, facts])
+        return '\n\n'.join([frames, _FRAMES_REMARK, stages, _STAGES_REMARK, facts])
 
     @staticmethod
     def _frame_row(count: FrameCount) -> list[object]:
@@ -147,6 +164,7 @@ class DemoReport:
         return [
             ('runtime', ', '.join(self.runtimes) + (' (as fallback)' if self.is_fallback else '')),
             ('provider', ', '.join(self.providers)),
+            *([('', _ON_CPU)] if 'CPUExecutionProvider' in self.providers else []),
             ('model', f'{self.model}, weights {self.weights_digest[:19]}…'),
             ('alerts', ', '.join(alerts) or 'none'),
             ('diagnostics', self.diagnostics_message),
@@ -159,7 +177,8 @@ class DemoReport:
         """Return the report as a Markdown document."""
         problems = self.problems()
         verdict = 'All frames answered.' if not problems else '\n'.join(f'- **{problem}**' for problem in problems)
-        return f'# Demo flight\n\n{verdict}\n\n{self.text("github")}\n\n![detections](detections.png)\n'
+        parts = ['# Demo flight', verdict, self.text('github'), '![detections](detections.png)', _PICTURE_REMARK]
+        return '\n\n'.join(parts) + '\n'
 
 
 def expected_alerts(runtimes: Sequence[str], providers: Sequence[str], is_fallback: bool) -> tuple[str, ...]:
@@ -173,9 +192,16 @@ def expected_alerts(runtimes: Sequence[str], providers: Sequence[str], is_fallba
 
 
 def stage_percentiles(answers: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float, float]]:
-    """Return p50, p95 and p99 in milliseconds of every stage, from the ``ns`` of each answer."""
+    """
+    Return p50, p95 and p99 in milliseconds of every stage.
+
+    :param answers: each with nanoseconds by stage as ``ns``, of all stages but the message.
+    """
+    told = [stage for stage in STAGES if stage != 'message']
+    columns = {stage: np.array([answer['ns'][stage] / 1e6 for answer in answers]) for stage in told}
+    columns['message'] = 2 * columns['total'] - sum(columns.values())
     result = {}
     for stage in STAGES:
-        p50, p95, p99 = np.percentile([answer['ns'][stage] / 1e6 for answer in answers], _PERCENTILES)
+        p50, p95, p99 = np.percentile(columns[stage], _PERCENTILES)
         result[stage] = (float(p50), float(p95), float(p99))
     return result

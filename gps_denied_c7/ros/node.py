@@ -164,6 +164,11 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         )
         if self._settings.autostart:
             self._autostart.start()
+        else:
+            self.get_logger().info(
+                f'unconfigured, waiting for a transition (ros2 lifecycle set {self.get_fully_qualified_name()} '
+                'configure); with autostart, the node goes to active by itself'
+            )
 
     def end(self, reason: str, timeout_s: float) -> bool:
         """
@@ -370,6 +375,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
                 on_time_reset=self._report_time_reset,
             )
             self._streams = (*self._streams, stream)
+        self.get_logger().info(f'active, listening to {", ".join(loaded.topics)}')
 
     def _deactivate(self, state: LifecycleState) -> None:
         self._close_streams()

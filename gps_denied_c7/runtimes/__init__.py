@@ -31,15 +31,16 @@ class _Strategy:
     target: str
 
 
+_GPU_REQUIREMENTS = 'requirements/gpu.txt'
 _STRATEGIES = {
     'tensorrt': _Strategy(
-        ('tensorrt', 'cuda'), 'requirements/gpu.txt', 'gps_denied_c7.runtimes.tensorrt:TensorrtRuntime'
+        ('tensorrt', 'cuda'), _GPU_REQUIREMENTS, 'gps_denied_c7.runtimes.tensorrt:TensorrtRuntime'
     ),
     'onnx_trt_ep': _Strategy(
         ('onnxruntime', 'onnx'), 'requirements/runtime.txt', 'gps_denied_c7.runtimes.onnx_trt_ep:OnnxTrtEpRuntime'
     ),
     'pytorch_fp16': _Strategy(
-        ('torch',), 'requirements/gpu.txt', 'gps_denied_c7.runtimes.pytorch_fp16:PytorchFp16Runtime'
+        ('torch',), _GPU_REQUIREMENTS, 'gps_denied_c7.runtimes.pytorch_fp16:PytorchFp16Runtime'
     ),
 }
 
@@ -88,10 +89,17 @@ def require_strategy(label: str, config: C7InferenceConfig) -> None:
     missing = [package for package in strategy.packages if not _is_installed(package)]
     if missing:
         raise RuntimeUnavailableError(
-            label,
-            f'Python packages not installed: {", ".join(missing)}.',
-            remedy=f'pip install -r {strategy.requirements}',
+            label, f'Python packages not installed: {", ".join(missing)}.', remedy=_remedy(strategy.requirements)
         )
+
+
+def _remedy(requirements: str) -> str:
+    from gps_denied_c7.runtimes.cuda import gpu_devices
+
+    install = f'pip install -r {requirements}'
+    if requirements != _GPU_REQUIREMENTS or gpu_devices():
+        return install
+    return f'Nothing is missing where there is no NVIDIA GPU, as on this host; with one: {install}'
 
 
 def import_strategy(label: str) -> None:
