@@ -15,7 +15,7 @@ from gps_denied_c7.config import RUNTIME_LABELS, C7InferenceConfig
 from gps_denied_c7.errors import RuntimeUnavailableError
 from gps_denied_c7.gate import EngineGate
 from gps_denied_c7.runtime import BuildConfig, InferenceRuntime, ProviderSet
-from gps_denied_c7.runtimes import create_runtime
+from gps_denied_c7.runtimes import create_runtime, cuda
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = {
@@ -117,3 +117,16 @@ assert not vendors, vendors
     subprocess.run(
         [sys.executable, '-I', '-S', '-c', f'import sys; sys.path[:0] = {paths!r}\n{program}'], check=True, timeout=60
     )
+
+
+@pytest.mark.parametrize('label', ['tensorrt', 'pytorch_fp16'])
+def test_r5_packages_for_a_gpu_are_asked_for_where_there_is_one(
+    label: str, config: C7InferenceConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package, requirements = PACKAGES[label]
+    monkeypatch.setitem(sys.modules, package, None)
+    for devices in (['/dev/nvidia0'], []):
+        monkeypatch.setattr(cuda, 'gpu_devices', lambda found=devices: found)
+        remedy = refusal(label, config).remedy
+        assert f'pip install -r {requirements}' in remedy
+        assert ('no NVIDIA GPU' in remedy) is (not devices)
