@@ -365,18 +365,21 @@ class _Measurement:
         # The other end may match a moment later, and an engine's first run is not like the others.
         time.sleep(_MATCHED_S)
         deadline = time.monotonic() + _FIRST_ANSWER_S
-        stamps = 0
+        settle_s = max(_SETTLE_S, 3e-3 * self._model.engine_ms)
         answers: list[Mapping[str, int]] = []
         while not answers:
-            stamps += len(self._camera.ask(do='send', contestant=name, rate_hz=5.0, seconds=0.2)['stamps'])
-            time.sleep(max(_SETTLE_S, 3e-3 * self._model.engine_ms))
+            self._camera.ask(do='send', contestant=name, rate_hz=5.0, seconds=0.2)
+            time.sleep(settle_s)
             answers = self._collect(name)['answers']
             child.check_alive()
             if time.monotonic() > deadline:
                 if self._case.transport == DEFAULT_TRANSPORT:
                     break  # losing every image is what some hosts do without the profile
                 raise DemoError(f'{name} answered no image in {_FIRST_ANSWER_S:.0f} s.\n{child.tail()}')
-        running.record.blocks.append(Block((), stamps, 0, 0, answers, {}, 0.0))
+        time.sleep(settle_s)
+        answers += self._collect(name)['answers']
+        # What left before both ends had matched is lost on nobody.
+        running.record.blocks.append(Block((), len(answers), 0, 0, answers, {}, 0.0))
 
     def _arguments(self, contestant: Contestant, topics: list[str]) -> list[str]:
         rename = ['-r', f'__node:={contestant.name}']
