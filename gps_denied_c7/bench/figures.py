@@ -36,7 +36,7 @@ message: filling the TensorList; publish: the publish call, transport out and re
 """
 
 _MS = 1e-6
-_OUTSIDE_MS = {480: 1.5, 1080: 4.0}
+_OUTSIDE_MS = {(480, 'mono8'): 1.5, (1080, 'rgb8'): 4.0}
 
 
 @dataclass(frozen=True, slots=True)
@@ -371,7 +371,7 @@ def _outside_engine(case: CaseResult) -> list[Verdict]:
     # Callback entry to publish returned: the message's own durations end before the publish call.
     message = node.stages['message'].p50
     measured = node.outside.p50 + max(0.0, (node.publish_call_ms or message) - message)
-    limit = _OUTSIDE_MS.get(case.case.height)
+    limit = _OUTSIDE_MS.get((case.case.height, case.case.encoding))
     if limit is None:
         return []
     return _at_most('in the node outside inference, p50', measured, limit, case.case.title, ' ms')
