@@ -35,8 +35,7 @@ class C7InferenceConfig:
     :param gpu_memory_budget_bytes: bytes of GPU memory for all engines together.
     :param gpu_fault_window_s: seconds in which failures of two different GPU rungs mean that the GPU is lost.
     :param restart_backoff_s: first and longest pause in seconds before an exhausted chain, or what stands by, is tried
-        again; where a frame is late and nothing stands by, an engine is loaded without it, once in
-        such a pause.
+        again; where a frame is late and nothing stands by, an engine is loaded without it, once in such a pause.
     :param build_on_configure: engines may be built while configuring (minutes).
     :param builder_optimization_level: how long TensorRT's builder searches for fast kernels, 0 to 5; TensorRT before
         8.6 has no such choice. An engine that is there already is taken, whatever its level.

@@ -197,9 +197,9 @@ def stage_percentiles(answers: Sequence[Mapping[str, Any]]) -> dict[str, tuple[f
 
     :param answers: each with nanoseconds by stage as ``ns``, of all stages but the message.
     """
-    told = [stage for stage in STAGES if stage != 'message']
-    columns = {stage: np.array([answer['ns'][stage] / 1e6 for answer in answers]) for stage in told}
-    columns['message'] = 2 * columns['total'] - sum(columns.values())
+    inside = [stage for stage in STAGES if stage not in ('message', 'total')]
+    columns = {stage: np.array([answer['ns'][stage] / 1e6 for answer in answers]) for stage in (*inside, 'total')}
+    columns['message'] = columns['total'] - sum(columns[stage] for stage in inside)
     result = {}
     for stage in STAGES:
         p50, p95, p99 = np.percentile(columns[stage], _PERCENTILES)

@@ -79,15 +79,23 @@ def test_nothing_is_measured_for_no_time(capsys, option):
     assert 'is not above 0' in capsys.readouterr().err
 
 
-def test_every_form_has_cases_and_settings_of_its_own(monkeypatch, capsys, tmp_path):
+@pytest.fixture
+def ran(monkeypatch):
+    """The options of each run that the command line asks for; nothing is measured."""
     from gps_denied_c7.bench import run
-    from gps_denied_c7.bench.cases import full_cases, quick_cases, scaling_cases
 
     ran = []
     monkeypatch.setattr(run.signal, 'signal', lambda number, handler: None)
     monkeypatch.setattr(
         run, 'run_bench', lambda options, say: ran.append(options) or run.BenchReport((), {}, 0.0, {})
     )  # fmt: skip
+    return ran
+
+
+def test_every_form_has_cases_and_settings_of_its_own(ran, capsys, tmp_path):
+    from gps_denied_c7.bench import run
+    from gps_denied_c7.bench.cases import full_cases, quick_cases, scaling_cases
+
     for form, cases in (('quick', quick_cases()), ('scaling', scaling_cases()), ('full', full_cases())):
         assert run.main([f'--{form}', '--list']) == 0
         assert capsys.readouterr().out.splitlines() == [case.name for case in cases]
@@ -99,14 +107,9 @@ def test_every_form_has_cases_and_settings_of_its_own(monkeypatch, capsys, tmp_p
         run.main(['--scaling', '--full', '--list'])
 
 
-def test_contestants_can_be_chosen(monkeypatch, capsys, tmp_path):
+def test_contestants_can_be_chosen(ran, capsys, tmp_path):
     from gps_denied_c7.bench import run
 
-    ran = []
-    monkeypatch.setattr(run.signal, 'signal', lambda number, handler: None)
-    monkeypatch.setattr(
-        run, 'run_bench', lambda options, say: ran.append(options) or run.BenchReport((), {}, 0.0, {})
-    )  # fmt: skip
     assert run.main(['--output', str(tmp_path), '--contestants', SHIPPED, BARE]) == 0
     capsys.readouterr()
     # In the case's own order; the one with the default transport has the node alone.
