@@ -1,29 +1,44 @@
-"""Between ROS messages and the library's data."""
+"""
+Between ROS messages and the library's data.
+
+Images and tensors pass as serialised messages, since rclpy's objects cost a copy or more of all they hold; everything
+else, and whatever a middleware writes in a form of its own, passes as those objects.
+"""
 
 from __future__ import annotations
 
 import array
+import logging
 import time
-from collections.abc import Container
+from collections.abc import Container, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from builtin_interfaces.msg import Time
 from gps_denied_c7_msgs.msg import FdrRecord as FdrRecordMsg
 from gps_denied_c7_msgs.msg import Tensor, TensorList
 from numpy.typing import NDArray
+from rclpy.serialization import deserialize_message, serialize_message
 from sensor_msgs.msg import CompressedImage, Image
+from std_msgs.msg import Header
 
+from gps_denied_c7.cdr import CdrReader, CdrWriter, is_plain_cdr
 from gps_denied_c7.decoding import Pixels, RawImage, check_compressed, check_image, decode_compressed, decode_image
-from gps_denied_c7.errors import ImageRejectedError
+from gps_denied_c7.errors import CdrError, ImageRejectedError
 from gps_denied_c7.fdr import FdrRecord
 from gps_denied_c7.pipeline import FrameResult
 from gps_denied_c7.scratch import Scratch
 
 __all__ = [
+    'CompressedData',
+    'ReceivedImage',
+    'TensorListWriter',
     'check_message',
     'check_stamp',
     'decode_message',
     'image_type',
+    'read_image',
     'stamp_ns',
     'to_fdr_message',
     'to_tensor_list',
@@ -31,6 +46,10 @@ __all__ = [
 ]
 
 _NS = 1_000_000_000
+
+_log = logging.getLogger(__name__)
+
+_Outputs = Sequence[tuple[str, NDArray]]
 
 
 def image_type(topic: str) -> type[Image] | type[CompressedImage]:
@@ -72,47 +91,90 @@ def check_stamp(stamp: Time, now_ns: int, max_ahead_s: float) -> None:
         )
 
 
-def _raw(message: Image) -> RawImage:
-    return RawImage(
-        width=message.width,
-        height=message.height,
-        encoding=message.encoding,
-        step=message.step,
-        is_bigendian=bool(message.is_bigendian),
-        data=message.data,
+class CompressedData(NamedTuple):
+    """Hold the fields of a compressed image message: its format and its file's bytes, which are only read."""
+
+    format: str
+    data: memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class ReceivedImage:
+    """
+    Hold one image as it came.
+
+    :param header: the camera's own, which goes into the answer untouched.
+    :param picture: views of the message's bytes, which they keep alive.
+    """
+
+    header: Header
+    picture: RawImage | CompressedData
+
+    @property
+    def encoding(self) -> str:
+        """As ``sensor_msgs/Image.encoding``, or ``CompressedImage.format``."""
+        return self.picture.encoding if isinstance(self.picture, RawImage) else self.picture.format
+
+
+def read_image(serialised: bytes, message_type: type[Image] | type[CompressedImage]) -> ReceivedImage:
+    """
+    Return the image in a serialised message; its pixels are not copied.
+
+    :raises ImageRejectedError: reason ``message`` where the bytes are no such message.
+    """
+    try:
+        if is_plain_cdr(serialised):
+            return _read(CdrReader(serialised), message_type)
+        # Big-endian or XCDR2, from another vendor's publisher: rclpy knows these, at the price of copies.
+        return _from_message(deserialize_message(serialised, message_type))
+    except Exception as error:  # rclpy raises RuntimeError, or what a field's setter does
+        raise ImageRejectedError(
+            'message',
+            f'{len(serialised)} bytes are no {message_type.__name__}: {error}',
+            remedy='Build the publisher with the same sensor_msgs as this node.',
+        ) from error
+
+
+def _read(fields: CdrReader, message_type: type[Image] | type[CompressedImage]) -> ReceivedImage:
+    header = Header(stamp=Time(sec=fields.int32(), nanosec=fields.uint32()), frame_id=fields.string())
+    if message_type is CompressedImage:
+        return ReceivedImage(header, CompressedData(fields.string(), fields.octets()))
+    height, width, encoding = fields.uint32(), fields.uint32(), fields.string()
+    is_bigendian, step = bool(fields.uint8()), fields.uint32()
+    return ReceivedImage(header, RawImage(width, height, encoding, step, is_bigendian, fields.octets()))
+
+
+def _from_message(message: Image | CompressedImage) -> ReceivedImage:
+    if isinstance(message, CompressedImage):
+        return ReceivedImage(message.header, CompressedData(message.format, memoryview(message.data)))
+    picture = RawImage(
+        message.width, message.height, message.encoding, message.step, bool(message.is_bigendian), message.data
     )
+    return ReceivedImage(message.header, picture)
 
 
-def check_message(message: Image | CompressedImage) -> None:
+def check_message(image: ReceivedImage) -> None:
     """
     Look for what makes an image unusable without touching its pixels.
 
     :raises ImageRejectedError: with the reason under which it is counted.
     """
-    if isinstance(message, CompressedImage):
-        check_compressed(message.format, message.data)
+    if isinstance(image.picture, CompressedData):
+        check_compressed(*image.picture)
     else:
-        check_image(_raw(message))
+        check_image(image.picture)
 
 
-def decode_message(message: Image | CompressedImage, scratch: Scratch | None = None) -> Pixels:
+def decode_message(image: ReceivedImage, scratch: Scratch | None = None) -> Pixels:
     """
-    Return the pixels of an image message, as a view of its buffer where the encoding allows.
+    Return the pixels of an image, as a view of its message where the encoding allows.
 
     :param scratch: work buffers for encodings that need one; the pixels are then valid until it is used again.
     :raises ImageRejectedError: with the reason under which it is counted.
     """
-    if isinstance(message, CompressedImage):
-        return decode_compressed(message.format, message.data)
-    return decode_image(_raw(message), scratch)
-
-
-def _bytes_of(values: NDArray) -> array.array:
-    little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder('<'))
-    # rclpy takes an array('B') as it is; a NumPy array would be checked element by element (0.4 s for 6 MB).
-    data = array.array('B')
-    data.frombytes(little.data.cast('B') if little.size else b'')
-    return data
+    if isinstance(image.picture, CompressedData):
+        return decode_compressed(*image.picture)
+    return decode_image(image.picture, scratch)
 
 
 def to_tensor_list(result: FrameResult, published: Container[str] | None = None) -> TensorList:
@@ -121,15 +183,57 @@ def to_tensor_list(result: FrameResult, published: Container[str] | None = None)
 
     :param published: names of the outputs that go into it, None for all.
     """
+    message = _without_tensors(result)
+    message.tensors = _tensors(_chosen(result, published))
+    return message
+
+
+class TensorListWriter:
+    """
+    Serialise answers with one copy of their outputs.
+
+    rclpy serialises all but the tensors, which come last in a TensorList; those are appended. Whether rclpy reads from
+    that what was written is tried once, with a small answer: where a middleware serialises in a way of its own, message
+    objects are what is published.
+    """
+
+    def __init__(self) -> None:
+        outputs: _Outputs = (
+            ('scores', np.arange(3, dtype=np.float32)),
+            ('count', np.array(7, np.int64)),
+            ('none', np.zeros((2, 0), np.uint8)),
+        )
+        message = TensorList(source_topic='/camera', model_name='net')
+        try:
+            read = deserialize_message(_serialise(message, outputs), TensorList)
+            message.tensors = _tensors(outputs)
+            self._appends = read == message
+            found = '' if self._appends else f': {read}'
+        except (CdrError, RuntimeError) as error:  # the latter is what rclpy raises
+            self._appends, found = False, f': {error}'
+        if not self._appends:
+            _log.info('tensors are published as message objects: this middleware serialises otherwise%s', found)
+
+    def write(self, result: FrameResult, published: Container[str] | None = None) -> bytes | TensorList:
+        """
+        Return what a publisher takes for one answered frame; it owns all that is in it.
+
+        :param published: names of the outputs that go into it, None for all.
+        """
+        if self._appends:
+            return _serialise(_without_tensors(result), _chosen(result, published))
+        return to_tensor_list(result, published)
+
+
+def _without_tensors(result: FrameResult) -> TensorList:
     frame, answer, durations = result.frame, result.answer, result.durations_ns
-    image = frame.message
-    message = TensorList(
-        header=image.header,
+    return TensorList(
+        header=frame.message.header,
         source_topic=frame.topic,
         frame_seq=result.frame_seq,
         source_width=result.source_size[0],
         source_height=result.source_size[1],
-        source_encoding=image.format if isinstance(image, CompressedImage) else image.encoding,
+        source_encoding=frame.message.encoding,
         network_to_image=result.network_to_image.ravel(),
         receive_stamp=to_time(frame.receive_stamp_ns),
         model_name=answer.model_name,
@@ -141,14 +245,40 @@ def to_tensor_list(result: FrameResult, published: Container[str] | None = None)
         decode_ns=durations['decode'],
         preprocess_ns=durations['preprocess'],
         inference_ns=durations['inference'],
-        tensors=[
-            Tensor(name=name, dtype=values.dtype.name, shape=values.shape, data=_bytes_of(values))
-            for name, values in answer.outputs.items()
-            if published is None or name in published
-        ],
+        total_ns=time.monotonic_ns() - frame.received_ns,
     )
-    message.total_ns = time.monotonic_ns() - frame.received_ns
-    return message
+
+
+def _chosen(result: FrameResult, published: Container[str] | None) -> _Outputs:
+    return [each for each in result.answer.outputs.items() if published is None or each[0] in published]
+
+
+def _tensors(outputs: _Outputs) -> list[Tensor]:
+    return [
+        Tensor(name=name, dtype=values.dtype.name, shape=values.shape, data=_bytes_of(values))
+        for name, values in outputs
+    ]
+
+
+def _bytes_of(values: NDArray) -> array.array:
+    little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder('<'))
+    # rclpy takes an array('B') as it is; a NumPy array would be checked element by element (0.4 s for 6 MB).
+    data = array.array('B')
+    data.frombytes(little.data.cast('B') if little.size else b'')
+    return data
+
+
+def _serialise(message: TensorList, outputs: _Outputs) -> bytes:
+    """Return ``message``, which has no tensors yet, serialised with ``outputs``."""
+    # A TensorList without tensors ends with their number.
+    writer = CdrWriter(serialize_message(message)[:-4])
+    writer.uint32(len(outputs))
+    for name, values in outputs:
+        writer.string(name)
+        writer.string(values.dtype.name)
+        writer.int64s(values.shape)
+        writer.octets(values)
+    return writer.message()
 
 
 def to_fdr_message(record: FdrRecord) -> FdrRecordMsg:

@@ -43,7 +43,7 @@ from gps_denied_c7.ros.diagnostics import (
 from gps_denied_c7.ros.flight_recorder import FlightRecorder
 from gps_denied_c7.ros.guard import RateLimiter
 from gps_denied_c7.ros.lifecycle import ResponsiveLifecycleNode
-from gps_denied_c7.ros.messages import decode_message, stamp_ns, to_tensor_list
+from gps_denied_c7.ros.messages import TensorListWriter, decode_message, stamp_ns
 from gps_denied_c7.ros.parameters import LiveSettings, NodeParameters, NodeSettings
 from gps_denied_c7.ros.streams import ImageStream, publisher_mismatches
 from gps_denied_c7.rungs import ORT_LABEL, Rung, RungHost
@@ -129,6 +129,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         )
         self._live = self._settings.live()
         self._tensors = self.create_lifecycle_publisher(TensorList, '~/tensors', TENSORS_QOS)
+        self._writer = TensorListWriter()
         self._diagnostics = DiagnosticsPublisher(self, self._reports, hardware_id())
         # The steady clock: simulated time may stand still, and diagnostics must not.
         self._timer = self.create_timer(
@@ -408,7 +409,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
     # --- frames -----------------------------------------------------------------------------------
 
     def _publish(self, chosen: frozenset[str], result: FrameResult) -> None:
-        self._tensors.publish(to_tensor_list(result, chosen or None))
+        self._tensors.publish(self._writer.write(result, chosen or None))
 
     def _count(self, topic: str, event: str) -> None:
         self._statistics.count(topic, event)

@@ -15,7 +15,7 @@ from rclpy.subscription import Subscription
 from gps_denied_c7.errors import ImageRejectedError
 from gps_denied_c7.ros.executor import PromptCallbackGroup
 from gps_denied_c7.ros.guard import CallbackGuard
-from gps_denied_c7.ros.messages import check_message, check_stamp, image_type, stamp_ns
+from gps_denied_c7.ros.messages import check_message, check_stamp, image_type, read_image, stamp_ns
 from gps_denied_c7.ros.parameters import LiveSettings
 from gps_denied_c7.slots import Frame, FrameSlots
 from gps_denied_c7.statistics import Statistics
@@ -64,7 +64,8 @@ class ImageStream:
     Subscribe to one image topic and fill its slot.
 
     The callback must return at once, since it shares the executor with the services: it looks at the
-    message's shape, not at its pixels, and leaves everything else to the inference thread.
+    message's shape, not at its pixels, and leaves everything else to the inference thread. Messages come
+    serialised, since rclpy copies an image twice more to make an object of it.
 
     :param live: returns the live settings.
     :param on_refused: told the topic and every refused image's error.
@@ -84,6 +85,7 @@ class ImageStream:
         on_time_reset: Callable[[str, float], None],
     ) -> None:
         self._node = node
+        self._type = image_type(topic)
         self._slots = slots
         self._statistics = statistics
         self._live = live
@@ -101,13 +103,14 @@ class ImageStream:
         # The first message may arrive before create_subscription has returned.
         self._subscription: Subscription | None = None
         self._subscription = node.create_subscription(
-            image_type(topic),
+            self._type,
             topic,
             guard(f'image callback {topic}', on_message),
             # rclpy writes the overrides of one topic into the profile it is given.
             copy.copy(DEFAULT_QOS),
             callback_group=self._group,
             qos_overriding_options=QoSOverridingOptions.with_default_policies(),
+            raw=True,
         )
 
     @property
@@ -121,18 +124,19 @@ class ImageStream:
         if self._subscription is not None:
             self._node.destroy_subscription(self._subscription)
 
-    def _on_message_with_info(self, message: Any, info: dict[str, Any]) -> None:
-        self._receive(message, info)
+    def _on_message_with_info(self, serialised: bytes, info: dict[str, Any]) -> None:
+        self._receive(serialised, info)
 
-    def _on_message(self, message: Any) -> None:
-        self._receive(message, None)
+    def _on_message(self, serialised: bytes) -> None:
+        self._receive(serialised, None)
 
-    def _receive(self, message: Any, info: dict[str, Any] | None) -> None:
+    def _receive(self, serialised: bytes, info: dict[str, Any] | None) -> None:
         received_ns = time.monotonic_ns()
         now_ns = self._node.get_clock().now().nanoseconds
         self.last_received_ns = received_ns
         self._statistics.count(self.topic, 'received')
         try:
+            message = read_image(serialised, self._type)
             check_stamp(message.header.stamp, now_ns, self._live().max_stamp_ahead_s)
             check_message(message)
         except ImageRejectedError as error:

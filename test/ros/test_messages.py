@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import time
+from unittest.mock import patch
 
 import cv2
 import numpy as np
@@ -14,16 +15,22 @@ from harness import image, tensor
 from hypothesis import given
 from hypothesis import strategies as st
 from rclpy.serialization import deserialize_message, serialize_message
+from rosbags.typesys import Stores, get_typestore
 from sensor_msgs.msg import CompressedImage, Image
+from std_msgs.msg import Header
 
 from gps_denied_c7.chain import Answer
 from gps_denied_c7.errors import ImageRejectedError
 from gps_denied_c7.pipeline import FrameResult
 from gps_denied_c7.ros.messages import (
+    CompressedData,
+    ReceivedImage,
+    TensorListWriter,
     check_message,
     check_stamp,
     decode_message,
     image_type,
+    read_image,
     stamp_ns,
     to_tensor_list,
     to_time,
@@ -31,11 +38,16 @@ from gps_denied_c7.ros.messages import (
 from gps_denied_c7.slots import Frame
 
 SECOND = 1_000_000_000
+TEXT = st.text(st.characters(exclude_characters='\0', exclude_categories=['Cs']), max_size=9)
+
+
+def received(message):
+    return read_image(serialize_message(message), type(message))
 
 
 def result(message, outputs, **changes):
     values = {
-        'frame': Frame('/camera', message, time.monotonic_ns(), receive_stamp_ns=17 * SECOND + 5),
+        'frame': Frame('/camera', received(message), time.monotonic_ns(), receive_stamp_ns=17 * SECOND + 5),
         'frame_seq': 2**40,
         'source_size': (64, 48),
         'network_to_image': np.array([[2.0, 0.0, 0.5], [0.0, 3.0, 1.0]]),
@@ -114,14 +126,52 @@ def test_any_array_is_written_in_c_order_and_little_endian(dtype, shape, transpo
     np.testing.assert_array_equal(read, values)
 
 
-def test_the_message_owns_its_tensors():
+@pytest.mark.parametrize('make', [to_tensor_list, TensorListWriter().write])
+def test_the_message_owns_its_tensors(make):
     """The engine's buffers are valid until its next run only."""
     values = np.ones(4, np.float32)
-    message = to_tensor_list(result(image(), {'x': values}))
+    message = make(result(image(), {'x': values}))
     values[:] = 9
+    if isinstance(message, bytes):
+        message = deserialize_message(message, TensorList)
     np.testing.assert_array_equal(tensor(message, 'x'), np.ones(4))
-    # rclpy takes an array('B') whole; anything else it checks byte by byte.
-    assert isinstance(message.tensors[0].data, array.array) and message.tensors[0].data.typecode == 'B'
+
+
+def test_rclpy_takes_the_data_of_a_message_object_whole():
+    """Anything but an array('B') is checked byte by byte."""
+    (only,) = to_tensor_list(result(image(), {'x': np.ones(4, np.float32)})).tensors
+    assert isinstance(only.data, array.array) and only.data.typecode == 'B'
+
+
+ARRAYS = st.builds(
+    lambda dtype, shape: np.arange(np.prod(shape, dtype=int)).reshape(shape).astype(dtype),
+    st.sampled_from(['uint8', 'int16', 'int64', 'float16', 'float32', '>f8', 'bool']),
+    st.lists(st.integers(0, 4), max_size=4),
+)
+
+
+@given(st.dictionaries(TEXT, ARRAYS, max_size=4), TEXT, st.booleans())
+def test_answers_are_serialised_as_rclpy_does_it(outputs, frame_id, some):
+    answered = result(image(1, header=Header(frame_id=frame_id)), outputs)
+    published = list(outputs)[1:] if some else None
+    with patch.object(time, 'monotonic_ns', lambda: 2**62):
+        written = TensorListWriter().write(answered, published)
+        message = to_tensor_list(answered, published)
+    assert isinstance(written, bytes), 'this middleware writes plain CDR'
+    # Not byte for byte: what rclpy pads with is whatever was there.
+    assert deserialize_message(written, TensorList) == message
+
+
+def test_a_middleware_with_a_way_of_its_own_gets_message_objects(monkeypatch):
+    """Another encapsulation, padding at the end: what rclpy would not read back is not used."""
+    for way in (lambda data: b'\0\7' + data[2:], lambda data: data + bytes(4)):
+        with monkeypatch.context() as patched:
+            patched.setattr(
+                'gps_denied_c7.ros.messages.serialize_message', lambda message, way=way: way(serialize_message(message))
+            )
+            writer = TensorListWriter()
+        message = writer.write(result(image(5), {'x': np.ones(4, np.float32)}))
+        np.testing.assert_array_equal(tensor(message, 'x'), np.ones(4))
 
 
 def test_a_compressed_image_names_its_format():
@@ -170,26 +220,98 @@ def test_n7_any_other_stamp_passes(stamp, now_ns, ahead_s):
     check_stamp(stamp, now_ns, ahead_s)
 
 
-def test_a_raw_message_is_checked_and_decoded_without_a_copy():
-    message = image(1)
+def test_a_raw_message_is_read_checked_and_decoded_without_a_copy():
+    serialised = serialize_message(image(1))
+    message = read_image(serialised, Image)
     check_message(message)
     pixels = decode_message(message)
     assert pixels.order == 'gray' and pixels.array.shape == (48, 64)
-    assert np.shares_memory(pixels.array, np.frombuffer(message.data, np.uint8))
+    assert np.shares_memory(pixels.array, np.frombuffer(serialised, np.uint8))
     with pytest.raises(ImageRejectedError) as caught:
-        check_message(image(1, data=b'\0'))
+        check_message(received(image(1, data=b'\0')))
     assert caught.value.reason == 'data'
 
 
 def test_a_compressed_message_is_checked_and_decoded():
     picture = np.full((48, 64, 3), (10, 200, 90), np.uint8)
     message = CompressedImage(format='png', data=cv2.imencode('.png', picture)[1].tobytes())
-    check_message(message)
-    np.testing.assert_array_equal(decode_message(message).array, picture)
+    check_message(received(message))
+    np.testing.assert_array_equal(decode_message(received(message)).array, picture)
     message.data = message.data[:-8]
     with pytest.raises(ImageRejectedError) as caught:
-        check_message(message)
+        check_message(received(message))
     assert caught.value.reason == 'data'
+
+
+def same(read, message):
+    """Whether everything in a message has been read, byte for byte."""
+    assert read.header == message.header
+    if isinstance(message, CompressedImage):
+        assert isinstance(read.picture, CompressedData)
+        assert read.encoding == read.picture.format == message.format
+    else:
+        assert read.encoding == message.encoding
+        names = ('width', 'height', 'encoding', 'step', 'is_bigendian')
+        assert [getattr(read.picture, name) for name in names] == [getattr(message, name) for name in names]
+    assert bytes(read.picture.data) == message.data.tobytes()
+
+
+HEADERS = st.builds(
+    lambda sec, nanosec, frame: Header(stamp=Time(sec=sec, nanosec=nanosec), frame_id=frame),
+    st.integers(-(2**31), 2**31 - 1), st.integers(0, 2**32 - 1), TEXT,
+)  # fmt: skip
+UINT32 = st.integers(0, 2**32 - 1)
+RAW = st.builds(
+    Image,
+    header=HEADERS, width=UINT32, height=UINT32, step=UINT32, encoding=TEXT,
+    is_bigendian=st.integers(0, 1), data=st.binary(max_size=40).map(lambda data: array.array('B', data)),
+)  # fmt: skip
+COMPRESSED = st.builds(
+    CompressedImage,
+    header=HEADERS, format=TEXT, data=st.binary(max_size=40).map(lambda data: array.array('B', data)),
+)  # fmt: skip
+
+
+@given(RAW | COMPRESSED)
+def test_every_field_is_read_as_rclpy_reads_it(message):
+    same(received(message), message)
+
+
+def big_endian(message):
+    """The message as rosbags writes it in the other byte order."""
+    fields = {
+        name: np.frombuffer(value, np.uint8) if isinstance(value, array.array) else value
+        for name, value in ((name, getattr(message, name)) for name in message.get_fields_and_field_types())
+    }
+    store = get_typestore(Stores.ROS2_JAZZY)
+    name = f'sensor_msgs/msg/{type(message).__name__}'
+    return bytes(store.serialize_cdr(store.types[name](**fields), name, little_endian=False))
+
+
+@pytest.mark.parametrize('message', [image(7), CompressedImage(format='png', data=b'abc')])
+def test_a_message_in_another_byte_order_is_read_by_rclpy(message):
+    serialised = big_endian(message)
+    assert serialised[:2] == b'\0\0'
+    same(read_image(serialised, type(message)), message)
+
+
+@pytest.mark.parametrize('message', [image(7), CompressedImage(format='png', data=b'abc')])
+def test_n7_a_message_cut_short_anywhere_is_refused(message):
+    serialised = serialize_message(message)
+    for end in {*range(80), *range(len(serialised) - 80, len(serialised))} & set(range(len(serialised))):
+        with pytest.raises(ImageRejectedError, match='bytes are no .*sensor_msgs') as caught:
+            read_image(serialised[:end], type(message))
+        assert caught.value.reason == 'message'
+
+
+@given(st.binary(max_size=120), st.sampled_from([Image, CompressedImage]))
+def test_n7_any_bytes_are_an_image_or_refused(tail, message_type):
+    try:
+        read = read_image(b'\0\1\0\0' + tail, message_type)
+    except ImageRejectedError as error:
+        assert error.reason == 'message'
+    else:
+        assert isinstance(read, ReceivedImage) and len(read.picture.data) <= len(tail)
 
 
 def test_big_endian_and_padded_rows_are_honoured():
@@ -197,5 +319,5 @@ def test_big_endian_and_padded_rows_are_honoured():
     padded = np.zeros((48, 70), '>u2')
     padded[:, :64] = values
     message = image(1, encoding='mono16', step=140, is_bigendian=1, data=padded.tobytes())
-    check_message(message)
-    np.testing.assert_array_equal(decode_message(message).array, values)
+    check_message(received(message))
+    np.testing.assert_array_equal(decode_message(received(message)).array, values)
