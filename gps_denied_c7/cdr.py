@@ -22,7 +22,7 @@ _HEADER_BYTES = 4
 _LITTLE_ENDIAN = b'\x00\x01'
 
 
-def is_plain_cdr(message: bytes) -> bool:
+def is_plain_cdr(message: bytes | memoryview) -> bool:
     """Return whether a serialised message is XCDR1 in little-endian byte order, the one form read and written here."""
     return message[:2] == _LITTLE_ENDIAN
 
@@ -38,7 +38,7 @@ class CdrReader:
     :raises CdrError: the message is not plain CDR.
     """
 
-    def __init__(self, message: bytes) -> None:
+    def __init__(self, message: bytes | memoryview) -> None:
         if not is_plain_cdr(message):
             raise CdrError(f'encapsulation {message[:2].hex()!r} is not plain little-endian CDR.')
         self._data = memoryview(message)
@@ -122,9 +122,25 @@ class CdrWriter:
         if little.size:
             self._append(little.data.cast('B'))
 
+    @property
+    def nbytes(self) -> int:
+        """Length of the message so far, header included."""
+        return self._end
+
     def message(self) -> bytes:
         """Return the whole message; large fields are copied now, once."""
         return b''.join(self._parts)
+
+    def write_into(self, buffer: memoryview) -> None:
+        """
+        Write the whole message; large fields are copied now, once.
+
+        :param buffer: writable, of ``nbytes`` bytes.
+        """
+        at = 0
+        for part in self._parts:
+            buffer[at : at + len(part)] = part
+            at += len(part)
 
     def _align(self, alignment: int) -> None:
         self._append(bytes(_aligned(self._end, alignment) - self._end))

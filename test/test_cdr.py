@@ -85,6 +85,9 @@ def test_any_fields_are_written_as_another_implementation_writes_them(fields):
         else:
             {'uint32': writer.uint32, 'string': writer.string, 'int64[]': writer.int64s}[kind](value)
     assert writer.message() == written_by_rosbags(kinds, values)
+    buffer = bytearray(writer.nbytes)
+    writer.write_into(memoryview(buffer))
+    assert buffer == writer.message()
 
 
 def test_large_fields_are_views_of_the_message():

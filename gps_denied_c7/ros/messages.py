@@ -116,7 +116,7 @@ class ReceivedImage:
         return self.picture.encoding if isinstance(self.picture, RawImage) else self.picture.format
 
 
-def read_image(serialised: bytes, message_type: type[Image] | type[CompressedImage]) -> ReceivedImage:
+def read_image(serialised: bytes | memoryview, message_type: type[Image] | type[CompressedImage]) -> ReceivedImage:
     """
     Return the image in a serialised message; its pixels are not copied.
 
@@ -126,7 +126,7 @@ def read_image(serialised: bytes, message_type: type[Image] | type[CompressedIma
         if is_plain_cdr(serialised):
             return _read(CdrReader(serialised), message_type)
         # Big-endian or XCDR2, from another vendor's publisher: rclpy knows these, at the price of copies.
-        return _from_message(deserialize_message(serialised, message_type))
+        return _from_message(deserialize_message(bytes(serialised), message_type))
     except Exception as error:  # rclpy raises RuntimeError, or what a field's setter does
         raise ImageRejectedError(
             'message',
@@ -205,7 +205,7 @@ class TensorListWriter:
         )
         message = TensorList(source_topic='/camera', model_name='net')
         try:
-            read = deserialize_message(_serialise(message, outputs), TensorList)
+            read = deserialize_message(_serialise(message, outputs).message(), TensorList)
             message.tensors = _tensors(outputs)
             self._appends = read == message
             found = '' if self._appends else f': {read}'
@@ -214,9 +214,9 @@ class TensorListWriter:
         if not self._appends:
             _log.info('tensors are published as message objects: this middleware serialises otherwise%s', found)
 
-    def write(self, result: FrameResult, published: Container[str] | None = None) -> bytes | TensorList:
+    def write(self, result: FrameResult, published: Container[str] | None = None) -> CdrWriter | TensorList:
         """
-        Return what a publisher takes for one answered frame; it owns all that is in it.
+        Return the message for one answered frame; a writer copies the outputs when it is asked for its message.
 
         :param published: names of the outputs that go into it, None for all.
         """
@@ -268,8 +268,8 @@ def _bytes_of(values: NDArray) -> array.array:
     return data
 
 
-def _serialise(message: TensorList, outputs: _Outputs) -> bytes:
-    """Return ``message``, which has no tensors yet, serialised with ``outputs``."""
+def _serialise(message: TensorList, outputs: _Outputs) -> CdrWriter:
+    """Serialise ``message``, which has no tensors yet, with ``outputs``."""
     # A TensorList without tensors ends with their number.
     writer = CdrWriter(serialize_message(message)[:-4])
     writer.uint32(len(outputs))
@@ -278,7 +278,7 @@ def _serialise(message: TensorList, outputs: _Outputs) -> bytes:
         writer.string(values.dtype.name)
         writer.int64s(values.shape)
         writer.octets(values)
-    return writer.message()
+    return writer
 
 
 def to_fdr_message(record: FdrRecord) -> FdrRecordMsg:

@@ -43,9 +43,11 @@ from gps_denied_c7.ros.diagnostics import (
 from gps_denied_c7.ros.flight_recorder import FlightRecorder
 from gps_denied_c7.ros.guard import RateLimiter
 from gps_denied_c7.ros.lifecycle import ResponsiveLifecycleNode
-from gps_denied_c7.ros.messages import TensorListWriter, decode_message, stamp_ns
+from gps_denied_c7.ros.messages import decode_message, stamp_ns
 from gps_denied_c7.ros.parameters import LiveSettings, NodeParameters, NodeSettings
+from gps_denied_c7.ros.rcl import load_rcl
 from gps_denied_c7.ros.streams import ImageStream, publisher_mismatches
+from gps_denied_c7.ros.tensor_publisher import TensorPublisher
 from gps_denied_c7.rungs import ORT_LABEL, Rung, RungHost
 from gps_denied_c7.runtime import BuildProgress
 from gps_denied_c7.scratch import Scratch
@@ -129,7 +131,8 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         )
         self._live = self._settings.live()
         self._tensors = self.create_lifecycle_publisher(TensorList, '~/tensors', TENSORS_QOS)
-        self._writer = TensorListWriter()
+        self._rcl = load_rcl()
+        self._answers = TensorPublisher(self._tensors, self._rcl)
         self._diagnostics = DiagnosticsPublisher(self, self._reports, hardware_id())
         # The steady clock: simulated time may stand still, and diagnostics must not.
         self._timer = self.create_timer(
@@ -370,6 +373,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
                 topic,
                 slots,
                 self._statistics,
+                rcl=self._rcl,
                 guard=self.guard,
                 live=lambda: self._live,
                 on_refused=self._refuse,
@@ -409,7 +413,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
     # --- frames -----------------------------------------------------------------------------------
 
     def _publish(self, chosen: frozenset[str], result: FrameResult) -> None:
-        self._tensors.publish(self._writer.write(result, chosen or None))
+        self._answers.publish(result, chosen or None)
 
     def _count(self, topic: str, event: str) -> None:
         self._statistics.count(topic, event)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from rclpy.exceptions import InvalidHandle
 from rclpy.node import Node
 from rclpy.qos import QoSCompatibility, QoSProfile, ReliabilityPolicy, qos_check_compatible
 from rclpy.qos_overriding_options import QoSOverridingOptions
@@ -17,6 +18,7 @@ from gps_denied_c7.ros.executor import PromptCallbackGroup
 from gps_denied_c7.ros.guard import CallbackGuard
 from gps_denied_c7.ros.messages import check_message, check_stamp, image_type, read_image, stamp_ns
 from gps_denied_c7.ros.parameters import LiveSettings
+from gps_denied_c7.ros.rcl import BufferPool, Rcl, SubscriptionReady, Untaken
 from gps_denied_c7.slots import Frame, FrameSlots
 from gps_denied_c7.statistics import Statistics
 
@@ -26,7 +28,7 @@ DEFAULT_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
 
 _LOOP_S = 1.0
 
-# Humble's callbacks get the message alone; without a sequence number loss is unknown there.
+# Where rclpy takes the messages: Humble's callbacks get the message alone, and loss is unknown there.
 _HAS_MESSAGE_INFO = hasattr(Subscription, 'CallbackType')
 
 
@@ -67,6 +69,7 @@ class ImageStream:
     message's shape, not at its pixels, and leaves everything else to the inference thread. Messages come
     serialised, since rclpy copies an image twice more to make an object of it.
 
+    :param rcl: takes the messages, into buffers that are used again; rclpy takes them where None.
     :param live: returns the live settings.
     :param on_refused: told the topic and every refused image's error.
     :param on_time_reset: told the topic and by how many seconds its stamps jumped backwards.
@@ -79,6 +82,7 @@ class ImageStream:
         slots: FrameSlots,
         statistics: Statistics,
         *,
+        rcl: Rcl | None,
         guard: CallbackGuard,
         live: Callable[[], LiveSettings],
         on_refused: Callable[[str, ImageRejectedError], None],
@@ -96,22 +100,26 @@ class ImageStream:
         self.topic = topic
         self.opened_ns = time.monotonic_ns()
         self.last_received_ns: int | None = None
+        # One after the other, so that a camera's frames stay in order, and at once.
+        group = PromptCallbackGroup()
+        name = f'image callback {topic}'
         on_message: Callable[..., None] = self._on_message_with_info if _HAS_MESSAGE_INFO else self._on_message
-        # One after the other, so that a camera's frames stay in order, and at once: rclpy holds the interpreter's lock
-        # while it reads a message, so threads of their own would not have cameras proceed side by side.
-        self._group = PromptCallbackGroup()
         # The first message may arrive before create_subscription has returned.
         self._subscription: Subscription | None = None
         self._subscription = node.create_subscription(
             self._type,
             topic,
-            guard(f'image callback {topic}', on_message),
+            guard(name, on_message),
             # rclpy writes the overrides of one topic into the profile it is given.
             copy.copy(DEFAULT_QOS),
-            callback_group=self._group,
+            callback_group=group if rcl is None else Untaken(),
             qos_overriding_options=QoSOverridingOptions.with_default_policies(),
             raw=True,
         )
+        self._ready: SubscriptionReady | None = None
+        if rcl is not None:
+            self._buffers = BufferPool(rcl)
+            self._ready = SubscriptionReady(node, self._subscription, group, guard(name, self._on_ready))
 
     @property
     def qos(self) -> QoSProfile:
@@ -121,8 +129,20 @@ class ImageStream:
 
     def close(self) -> None:
         """End the subscription."""
+        if self._ready is not None:
+            self._ready.close()
         if self._subscription is not None:
             self._node.destroy_subscription(self._subscription)
+
+    def _on_ready(self) -> None:
+        if self._subscription is None:
+            return
+        try:
+            taken = self._buffers.take(self._subscription)
+        except InvalidHandle:  # closed while its message was waiting
+            return
+        if taken is not None:
+            self._receive(*taken)
 
     def _on_message_with_info(self, serialised: bytes, info: dict[str, Any]) -> None:
         self._receive(serialised, info)
@@ -130,7 +150,7 @@ class ImageStream:
     def _on_message(self, serialised: bytes) -> None:
         self._receive(serialised, None)
 
-    def _receive(self, serialised: bytes, info: dict[str, Any] | None) -> None:
+    def _receive(self, serialised: bytes | memoryview, info: dict[str, Any] | None) -> None:
         received_ns = time.monotonic_ns()
         now_ns = self._node.get_clock().now().nanoseconds
         self.last_received_ns = received_ns

@@ -190,11 +190,11 @@ def test_a_stamp_is_set_where_the_message_has_it():
     image.header.frame_id = 'camera'
     serialised, untouched = SerialisedImage(image), SerialisedImage(image)
     for stamp in ((1_700_000_000, 123_456_789), (1_700_000_001, 0)):
-        found = deserialize_message(serialised.stamp(stamp[0] * 10**9 + stamp[1]), Image)
+        found = deserialize_message(bytes(serialised.stamp(stamp[0] * 10**9 + stamp[1])), Image)
         assert (found.header.stamp.sec, found.header.stamp.nanosec) == stamp
         found.header.stamp = image.header.stamp
         assert found == image
-    assert deserialize_message(untouched.data, Image) == image
+    assert deserialize_message(bytes(untouched.data), Image) == image
 
 
 def test_time_and_memory_of_a_process_include_its_children():

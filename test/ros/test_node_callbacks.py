@@ -198,7 +198,7 @@ def test_n5_decoding_in_the_inference_thread(active, monkeypatch):
 
 def test_n5_publishing_tensors(active, local, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(local.node._tensors, 'publish', boom)
+        patch.setattr(local.node._answers, 'publish', boom)
         active.publisher(CAMERA).publish(image(10))
         wait_until(lambda: active.values(f'Stream {CAMERA}').get('unanswered') == '1', 'the frame to be counted')
 

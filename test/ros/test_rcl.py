@@ -1,0 +1,236 @@
+"""Messages taken and published through rcl itself: the same as through rclpy, in buffers kept as long as needed."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+
+import numpy as np
+import pytest
+import rclpy
+from harness import LocalNode, image, tensor, wait_until
+from networks import copying
+from rclpy.exceptions import InvalidHandle
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rclpy.serialization import deserialize_message, serialize_message
+from sensor_msgs.msg import Image
+
+from gps_denied_c7.ros import rcl as rcl_module
+from gps_denied_c7.ros.rcl import BufferPool, Rcl, RclError, SubscriptionReady, Untaken, load_rcl
+
+TOPIC = '/camera/image_raw'
+RELIABLE = QoSProfile(depth=20, reliability=ReliabilityPolicy.RELIABLE)
+
+
+@pytest.fixture
+def rcl():
+    return Rcl()
+
+
+@pytest.fixture
+def node(ros_context):
+    made = rclpy.create_node('rcl_under_test', context=ros_context, start_parameter_services=False)
+    yield made
+    made.destroy_node()
+
+
+@pytest.fixture
+def ends(node):
+    """A matched publisher and a subscription of which no executor takes."""
+    group = Untaken()
+    subscription = node.create_subscription(Image, TOPIC, lambda message: None, RELIABLE, callback_group=group)
+    publisher = node.create_publisher(Image, TOPIC, RELIABLE)
+    wait_until(lambda: publisher.get_subscription_count() == 1, 'a match')
+    return publisher, subscription
+
+
+def numbered(number, size=64):
+    return image(number, width=size, height=size, step=size, data=bytes([number % 256]) * size * size)
+
+
+def taken(pool, subscription):
+    return wait_until(lambda: pool.take(subscription), 'a message')
+
+
+def test_what_rclpy_publishes_is_taken_byte_for_byte(rcl, ends):
+    publisher, subscription = ends
+    pool = BufferPool(rcl)
+    for number, size in ((1, 64), (2, 640), (3, 16)):
+        publisher.publish(numbered(number, size))
+        message, info = taken(pool, subscription)
+        assert message.readonly and deserialize_message(bytes(message), Image) == numbered(number, size)
+        assert info['publication_sequence_number'] == number
+
+
+def test_what_is_published_arrives_in_rclpy(rcl, ends):
+    publisher, subscription = ends
+    for number in (1, 2):
+        message = bytearray(serialize_message(numbered(number, 640)))
+        rcl.publish(publisher, memoryview(message))
+        message[:] = bytes(len(message))
+        arrived, _ = wait_until(lambda: subscription.handle.take_message(Image, False), 'a message')
+        assert arrived == numbered(number, 640), 'the bytes were free again when publish returned'
+
+
+def test_no_message_is_none(rcl, ends):
+    assert BufferPool(rcl).take(ends[1]) is None
+
+
+def test_publishers_are_told_apart(rcl, ends, node):
+    publisher, subscription = ends
+    second = node.create_publisher(Image, TOPIC, RELIABLE)
+    wait_until(lambda: second.get_subscription_count() == 1, 'the second to match')
+    pool = BufferPool(rcl)
+    found = {}
+    for number in range(1, 4):
+        for name, each in (('first', publisher), ('second', second)):
+            each.publish(numbered(number))
+            _, info = taken(pool, subscription)
+            assert info['publication_sequence_number'] == number
+            found.setdefault(name, set()).add(info['publisher_gid']['data'])
+    (first,), (other,) = found.values()
+    assert first != other
+
+
+def address(message):
+    return np.frombuffer(message, np.uint8).ctypes.data
+
+
+def test_a_buffer_is_used_again_only_once_nothing_looks_at_its_message(rcl, ends):
+    publisher, subscription = ends
+    pool = BufferPool(rcl)
+    kept = []
+    for number in range(1, 9):
+        publisher.publish(numbered(number))
+        message, _ = taken(pool, subscription)
+        # A part of it keeps all of it.
+        kept.append(message[-64:])
+        del message
+    assert len({address(part) for part in kept}) == 8
+    for number, part in enumerate(kept, 1):
+        assert bytes(part) == bytes([number]) * 64
+    before = {address(part) for part in kept}
+    del part, kept
+    gc.collect()
+    publisher.publish(numbered(9))
+    message, _ = taken(pool, subscription)
+    assert address(message[-64:]) in before, 'its memory is one that was there'
+
+
+def test_memory_stays_as_it_is(rcl, ends):
+    """Thousands of messages through a few buffers; each is freed or used again."""
+    publisher, subscription = ends
+    pool = BufferPool(rcl)
+    addresses = set()
+    for number in range(300):
+        publisher.publish(numbered(number))
+        addresses.add(address(taken(pool, subscription)[0]))
+    assert len(addresses) <= 3
+    assert len(pool._free) == 1
+
+
+def test_a_buffer_outlives_its_pool(rcl, ends):
+    publisher, subscription = ends
+    publisher.publish(numbered(7))
+    message, _ = taken(BufferPool(rcl), subscription)
+    gc.collect()
+    assert deserialize_message(bytes(message), Image) == numbered(7)
+
+
+def test_a_failure_of_rcl_is_told_in_its_own_words(rcl, ends, ros_context):
+    publisher, _ = ends
+    ros_context.shutdown()
+    with pytest.raises(RclError, match=rf'rcl returned \d+ for a message on {TOPIC}: .*context'):
+        rcl.publish(publisher, memoryview(bytearray(serialize_message(numbered(1)))))
+    # Its text is gone: rcl would complain about one that is overwritten.
+    assert not rcl._error().str.strip(b'\0') or b'not set' in rcl._error().str
+
+
+def test_a_closed_subscription_is_no_longer_taken_of(rcl, ends, node):
+    _, subscription = ends
+    node.destroy_subscription(subscription)
+    with pytest.raises(InvalidHandle):
+        BufferPool(rcl).take(subscription)
+
+
+def test_an_executor_calls_back_and_takes_nothing_itself(rcl, ends, node, ros_context):
+    publisher, subscription = ends
+    pool = BufferPool(rcl)
+    numbers = []
+
+    def on_ready():
+        message, _ = pool.take(subscription)
+        numbers.append(deserialize_message(bytes(message), Image).header.stamp.sec)
+
+    ready = SubscriptionReady(node, subscription, node.default_callback_group, on_ready)
+    executor = SingleThreadedExecutor(context=ros_context)
+    executor.add_node(node)
+    for number in range(1, 6):
+        publisher.publish(numbered(number))
+    while len(numbers) < 5:
+        executor.spin_once(timeout_sec=5.0)
+    assert numbers == [1, 2, 3, 4, 5]
+    ready.close()
+    publisher.publish(numbered(6))
+    executor.spin_once(timeout_sec=0.2)
+    assert len(numbers) == 5
+    message, _ = taken(pool, subscription)
+    assert deserialize_message(bytes(message), Image) == numbered(6)
+    executor.shutdown()
+
+
+def other_layout(monkeypatch):
+    fields = [*rcl_module._Uint8Array._fields_]
+    fields[1], fields[2] = fields[2], fields[1]
+    swapped = type('Swapped', (ctypes.Structure,), {'_fields_': fields})
+    monkeypatch.setattr(rcl_module, '_Uint8Array', swapped)
+
+
+def other_library(monkeypatch):
+    monkeypatch.setattr(rcl_module, '_LIBRARIES', ('no_such_rcl', 'rcutils'))
+
+
+def other_functions(monkeypatch):
+    monkeypatch.setattr(rcl_module, '_LIBRARIES', ('rcutils', 'rcl'))
+
+
+@pytest.mark.parametrize(
+    ('break_it', 'word'),
+    [(other_layout, 'laid out'), (other_library, 'no_such_rcl'), (other_functions, 'undefined symbol')],
+)
+def test_where_rcl_cannot_be_called_rclpy_does_it(break_it, word, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    break_it(monkeypatch)
+    with pytest.raises(RclError, match=word):
+        Rcl()
+    assert load_rcl() is None
+    assert 'copied once more, by rclpy' in caplog.text and word in caplog.text
+
+
+@pytest.mark.parametrize('direct', [True, False])
+def test_the_node_answers_with_and_without(direct, ros_context, near_peer, tmp_path, monkeypatch):
+    if not direct:
+        monkeypatch.setattr('gps_denied_c7.ros.node.load_rcl', lambda: None)
+    local = LocalNode(
+        ros_context,
+        model_path=copying(tmp_path),
+        cpu_threads=1,
+        **{f'qos_overrides.{TOPIC}.subscription.reliability': 'reliable'},
+    )
+    try:
+        assert local.node.transition('configure') and local.node.transition('activate')
+        near_peer.wait_matched(TOPIC)
+        for number in (1, 2, 3):
+            question = image(number)
+            answer = near_peer.ask(TOPIC, question)
+            assert answer.header == question.header
+            np.testing.assert_allclose(tensor(answer, 'copy').ravel(), question.data, atol=1e-4)
+        wait_until(lambda: near_peer.values(f'Stream {TOPIC}').get('lost_before_node') == '0', 'loss to be known')
+        # Both ways end with the streams, and begin anew.
+        assert local.node.transition('deactivate') and local.node.transition('activate')
+        near_peer.wait_matched(TOPIC)
+        assert near_peer.ask(TOPIC, image(4)).header.frame_id == 'camera 4'
+    finally:
+        local.close()
