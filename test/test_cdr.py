@@ -119,6 +119,11 @@ def test_a_string_that_is_no_text_is_read_as_rclpy_reads_it():
     assert CdrReader(HEADER + struct.pack('<I', 4) + b'a\xffb\0').string() == 'a\N{REPLACEMENT CHARACTER}b'
 
 
+def test_a_string_without_its_end_mark_is_refused():
+    with pytest.raises(CdrError, match='end mark'):
+        CdrReader(HEADER + struct.pack('<I', 3) + b'abc').string()
+
+
 def test_an_empty_string_needs_no_end_mark():
     """Some middlewares write one so."""
     assert CdrReader(HEADER + struct.pack('<I', 0)).string() == ''

@@ -229,7 +229,12 @@ def test_the_node_answers_with_and_without(direct, ros_context, near_peer, tmp_p
             np.testing.assert_allclose(tensor(answer, 'copy').ravel(), question.data, atol=1e-4)
         wait_until(lambda: near_peer.values(f'Stream {TOPIC}').get('lost_before_node') == '0', 'loss to be known')
         # Both ways end with the streams, and begin anew.
-        assert local.node.transition('deactivate') and local.node.transition('activate')
+        (stream,) = local.node._streams
+        assert local.node.transition('deactivate')
+        if direct:
+            # An executor that saw a message before the stream was closed comes for it afterwards.
+            stream._on_ready()
+        assert local.node.transition('activate')
         near_peer.wait_matched(TOPIC)
         assert near_peer.ask(TOPIC, image(4)).header.frame_id == 'camera 4'
     finally:
