@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-from rclpy.callback_groups import CallbackGroup, ReentrantCallbackGroup
+from rclpy.callback_groups import CallbackGroup
 from rclpy.node import Node
 from rclpy.publisher import Publisher
 from rclpy.subscription import Subscription
@@ -215,12 +215,19 @@ class _Loan:
         self._pool.give_back(self.array)
 
 
-class Untaken(ReentrantCallbackGroup):
+class Untaken(CallbackGroup):
     """Have executors leave the messages of subscriptions alone, though not their events."""
 
     def can_execute(self, entity: Any) -> bool:
         """Return whether an executor may wait for ``entity``."""
         return not isinstance(entity, Subscription)
+
+    def beginning_execution(self, entity: Any) -> bool:
+        """Let any number of callbacks run at the same time."""
+        return True
+
+    def ending_execution(self, entity: Any) -> None:
+        """Do nothing: nobody waits for the end of a callback."""
 
 
 class SubscriptionReady(Waitable):
