@@ -57,11 +57,8 @@ class CdrReader:
         return int(struct.unpack_from('<I', self._data, self._next(4, 4))[0])
 
     def string(self) -> str:
-        """Return a ``string``; bytes that are not UTF-8 are replaced, as rclpy does."""
-        text = self.octets()
-        if text.nbytes and text[-1]:
-            raise CdrError(f'a string of {text.nbytes} bytes has no end mark.')
-        return str(text[:-1], 'utf-8', 'replace')
+        """Return a ``string`` as rclpy does: up to its first zero, bytes that are not UTF-8 replaced."""
+        return str(bytes(self.octets()).partition(b'\0')[0], 'utf-8', 'replace')
 
     def octets(self) -> memoryview:
         """Return a ``uint8[]`` as a read-only view."""

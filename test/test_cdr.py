@@ -59,7 +59,7 @@ def test_no_field_is_read_beyond_the_bytes(fields, data):
     kinds, values = zip(*fields, strict=True)
     message = written_by_rosbags(kinds, values)
     reader = CdrReader(message[: data.draw(st.integers(len(HEADER), len(message) - 1))])
-    with pytest.raises(CdrError, match='beyond|end mark'):
+    with pytest.raises(CdrError, match='beyond'):
         for kind in kinds:
             KINDS[kind][1](reader)
 
@@ -117,11 +117,6 @@ def test_arrays_are_written_in_c_order_and_little_endian(dtype, order):
 
 def test_a_string_that_is_no_text_is_read_as_rclpy_reads_it():
     assert CdrReader(HEADER + struct.pack('<I', 4) + b'a\xffb\0').string() == 'a\N{REPLACEMENT CHARACTER}b'
-
-
-def test_a_string_without_its_end_mark_is_refused():
-    with pytest.raises(CdrError, match='end mark'):
-        CdrReader(HEADER + struct.pack('<I', 3) + b'abc').string()
 
 
 def test_an_empty_string_needs_no_end_mark():

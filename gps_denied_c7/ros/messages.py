@@ -25,7 +25,7 @@ from std_msgs.msg import Header
 
 from gps_denied_c7.cdr import CdrReader, CdrWriter, is_plain_cdr
 from gps_denied_c7.decoding import Pixels, RawImage, check_compressed, check_image, decode_compressed, decode_image
-from gps_denied_c7.errors import CdrError, ImageRejectedError
+from gps_denied_c7.errors import ImageRejectedError
 from gps_denied_c7.fdr import FdrRecord
 from gps_denied_c7.pipeline import FrameResult
 from gps_denied_c7.scratch import Scratch
@@ -209,7 +209,7 @@ class TensorListWriter:
             message.tensors = _tensors(outputs)
             self._appends = read == message
             found = '' if self._appends else f': {read}'
-        except (CdrError, RuntimeError) as error:  # the latter is what rclpy raises
+        except Exception as error:  # rclpy raises RuntimeError, other middlewares whatever they do
             self._appends, found = False, f': {error}'
         if not self._appends:
             _log.info('tensors are published as message objects: this middleware serialises otherwise%s', found)

@@ -5,19 +5,22 @@ rclpy has a raw form of both, but copies a message once more on its way: from wh
 ``bytes`` into a string, each newly allocated and with the interpreter's lock held. rcl's own functions take the address
 of a buffer, and ctypes lets other threads run meanwhile. Whoever cannot have them uses rclpy's raw form.
 
-The structures below are those of rcutils/types/uint8_array.h, rcutils/allocator.h and rmw/types.h; they have been the
-same from Humble to Rolling. rcl's functions are documented in rcl/publisher.h and rcl/subscription.h.
+The structures below are those of rcutils/types/uint8_array.h, rcutils/allocator.h and rmw/types.h, the same from Humble
+to Rolling but for the end of rmw_message_info_t; each has room behind it. rcl's functions are documented in
+rcl/publisher.h and rcl/subscription.h.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from rclpy.callback_groups import CallbackGroup
+from rclpy.exceptions import InvalidHandle
 from rclpy.node import Node
 from rclpy.publisher import Publisher
 from rclpy.subscription import Subscription
@@ -33,8 +36,9 @@ _LIBRARIES = ('rcl', 'rcutils')
 _OK = 0
 _TAKE_FAILED = 401
 _NO_SEQUENCE_NUMBER = 2**64 - 1
-_ERROR_BYTES = 1024
-_PROBE_BYTES = 64
+_ERROR_BYTES = 4096
+_SMALLEST_BYTES = 64
+_SPARE_BYTES = 64
 # One waits in the slot, one is being answered, one is being received.
 _BUFFERS = 3
 
@@ -53,6 +57,7 @@ class _Uint8Array(ctypes.Structure):
         ('buffer_length', ctypes.c_size_t),
         ('buffer_capacity', ctypes.c_size_t),
         ('allocator', _Allocator),
+        ('rest', ctypes.c_uint8 * _SPARE_BYTES),
     ]
 
 
@@ -64,8 +69,8 @@ class _MessageInfo(ctypes.Structure):
         ('reception_sequence_number', ctypes.c_uint64),
         ('gid_implementation', ctypes.c_void_p),
         ('gid', ctypes.c_uint8 * 16),
-        # Humble's gid is eight bytes longer, and a flag follows.
-        ('rest', ctypes.c_uint8 * 64),
+        # A flag, and before it on Humble, where a gid has 24 bytes, the rest of that.
+        ('rest', ctypes.c_uint8 * _SPARE_BYTES),
     ]
 
 
@@ -100,15 +105,17 @@ class Rcl:
         self._initialise.argtypes = [array, ctypes.c_size_t, ctypes.POINTER(_Allocator)]
         self._finalise.argtypes = [array]
         self._error.restype = _ErrorString
-        probe = self.buffer(_PROBE_BYTES)
-        if (bool(probe.buffer), probe.buffer_length, probe.buffer_capacity) != (True, 0, _PROBE_BYTES):
+        probe = self.buffer()
+        if (bool(probe.buffer), probe.buffer_length, probe.buffer_capacity) != (True, 0, _SMALLEST_BYTES):
             raise RclError('rcl cannot be called: its buffers are not laid out as from Humble to Rolling.')
         self.finalise(probe)
 
-    def buffer(self, capacity: int = 0) -> _Uint8Array:
-        """Return an empty buffer, which rcl grows as it needs to; the caller finalises it."""
+    def buffer(self) -> _Uint8Array:
+        """Return a small empty buffer, which rcl grows as it needs to; the caller finalises it."""
         array = _Uint8Array()
-        self._check(self._initialise(array, capacity, self._allocator()), 'a buffer')
+        code = self._initialise(array, _SMALLEST_BYTES, self._allocator())
+        if code != _OK:
+            self._fail(code, 'a buffer')
         return array
 
     def finalise(self, array: _Uint8Array) -> None:
@@ -128,7 +135,8 @@ class Rcl:
         if code == _TAKE_FAILED:
             self._reset_error()
             return None
-        self._check(code, f'a message of {subscription.topic_name}')
+        if code != _OK:
+            self._fail(code, f'a message of {subscription.topic}')
         number = info.publication_sequence_number
         return {
             'publication_sequence_number': None if number == _NO_SEQUENCE_NUMBER else number,
@@ -146,13 +154,13 @@ class Rcl:
         array = _Uint8Array(start, message.nbytes, message.nbytes)
         with publisher.handle:
             code = self._publish(publisher.handle.pointer, array, None)
-        self._check(code, f'a message on {publisher.topic_name}')
-
-    def _check(self, code: int, what: str) -> None:
         if code != _OK:
-            text = self._error().str.decode('utf-8', 'replace')
-            self._reset_error()
-            raise RclError(f'rcl returned {code} for {what}: {text}.')
+            self._fail(code, f'a message on {publisher.topic}')
+
+    def _fail(self, code: int, what: str) -> NoReturn:
+        text = self._error().str.decode('utf-8', 'replace')
+        self._reset_error()
+        raise RclError(f'rcl returned {code} for {what}: {text}.')
 
 
 def load_rcl() -> Rcl | None:
@@ -160,13 +168,13 @@ def load_rcl() -> Rcl | None:
     try:
         return Rcl()
     except RclError as error:
-        _log.info('messages are copied once more, by rclpy: %s', error)
+        _log.warning('images and answers take longer, since rclpy copies them once more: %s', error)
         return None
 
 
 class BufferPool:
     """
-    Take messages into buffers that are used again once nobody looks at the message any more.
+    Take messages into buffers that are used again once nobody looks at the message any more; from one thread.
 
     A buffer keeps the size of the largest message it has held.
     """
@@ -174,6 +182,7 @@ class BufferPool:
     def __init__(self, rcl: Rcl) -> None:
         self._rcl = rcl
         self._free: list[_Uint8Array] = []
+        self._closed = False
 
     def take(self, subscription: Subscription) -> tuple[memoryview, dict[str, Any]] | None:
         """
@@ -182,20 +191,31 @@ class BufferPool:
         :return: a read-only view; its buffer is kept as long as it, or a part of it, is.
         :raises RclError: rcl failed.
         """
-        loan = _Loan(self, self._free.pop() if self._free else self._rcl.buffer())
-        info = self._rcl.take(subscription, loan.array)
+        try:
+            array = self._free.pop()
+        except IndexError:
+            array = self._rcl.buffer()
+        loan = _Loan(self, array)
+        info = self._rcl.take(subscription, array)
         return None if info is None else (loan.view(), info)
 
+    def close(self) -> None:
+        """Free every buffer, those of messages that somebody still looks at once nobody does; from any thread."""
+        self._closed = True
+        # Another thread may be taking the last one.
+        with contextlib.suppress(IndexError):
+            while True:
+                self._rcl.finalise(self._free.pop())
+
     def give_back(self, array: _Uint8Array) -> None:
-        """Keep a buffer for the next message, or free it where enough of them wait."""
-        if len(self._free) < _BUFFERS:
-            self._free.append(array)
-        else:
+        """Keep a buffer for the next message, or free it where enough of them wait; from any thread."""
+        if self._closed or len(self._free) >= _BUFFERS:
             self._rcl.finalise(array)
+        else:
+            self._free.append(array)
 
     def __del__(self) -> None:
-        for array in self._free:
-            self._rcl.finalise(array)
+        self.close()
 
 
 class _Loan:
@@ -203,16 +223,17 @@ class _Loan:
 
     def __init__(self, pool: BufferPool, array: _Uint8Array) -> None:
         self._pool = pool
-        self.array = array
+        self._array = array
 
     def view(self) -> memoryview:
-        content = (ctypes.c_uint8 * self.array.buffer_length).from_address(self.array.buffer)
+        # Of its capacity, which hardly ever changes: ctypes makes a type for each length.
+        content = (ctypes.c_uint8 * self._array.buffer_capacity).from_address(self._array.buffer)
         # A memoryview keeps what it looks at, and that keeps the buffer.
         content.loan = self
-        return memoryview(content).cast('B').toreadonly()
+        return memoryview(content).cast('B')[: self._array.buffer_length].toreadonly()
 
     def __del__(self) -> None:
-        self._pool.give_back(self.array)
+        self._pool.give_back(self._array)
 
 
 class Untaken(CallbackGroup):
@@ -266,8 +287,10 @@ class SubscriptionReady(Waitable):
         return NumberOfEntities(num_subs=1)
 
     def add_to_wait_set(self, wait_set: Any) -> None:
-        """Have an executor wait for the subscription."""
-        self._index = wait_set.add_subscription(self._subscription.handle)
+        """Have an executor wait for the subscription, unless it has gone: rclpy asks even where entering failed."""
+        self._index = None
+        with contextlib.suppress(InvalidHandle), self._subscription.handle:
+            self._index = wait_set.add_subscription(self._subscription.handle)
 
     def is_ready(self, wait_set: Any) -> bool:
         """Return whether a message has come."""

@@ -28,7 +28,7 @@ DEFAULT_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
 
 _LOOP_S = 1.0
 
-# Where rclpy takes the messages: Humble's callbacks get the message alone, and loss is unknown there.
+# Humble's callbacks get the message alone: where rclpy takes the messages, loss is unknown there.
 _HAS_MESSAGE_INFO = hasattr(Subscription, 'CallbackType')
 
 
@@ -36,8 +36,8 @@ class SequenceGaps:
     """
     Count messages that were published and never arrived, from publication sequence numbers.
 
-    Each publisher numbers its own messages. Where rclpy does not say which one sent a message, more
-    than one publisher makes the count unknown, and unknown is never told as 0.
+    Each publisher numbers its own messages. Where nobody says which one sent a message, as rclpy on
+    Jazzy, more than one publisher makes the count unknown, and unknown is never told as 0.
     """
 
     def __init__(self) -> None:
@@ -131,12 +131,12 @@ class ImageStream:
         """End the subscription."""
         if self._ready is not None:
             self._ready.close()
+            self._buffers.close()
         if self._subscription is not None:
             self._node.destroy_subscription(self._subscription)
 
     def _on_ready(self) -> None:
-        if self._subscription is None:
-            return
+        assert self._subscription is not None
         try:
             taken = self._buffers.take(self._subscription)
         except InvalidHandle:  # closed while its message was waiting
@@ -166,13 +166,17 @@ class ImageStream:
                 self._statistics.count(self.topic, 'closed')
             # What nobody answers by is left for when the inference thread is on its way.
             self._note_stamp(stamp_ns(message.header.stamp))
-        self._statistics.set_lost(self.topic, self._gaps.note(info, self._publishers()))
+        self._statistics.set_lost(self.topic, self._gaps.note(info, self._publishers(info)))
 
-    def _publishers(self) -> int:
-        # Humble's subscriptions do not tell; without sequence numbers it makes no difference there.
-        if self._subscription is not None and hasattr(self._subscription, 'get_publisher_count'):
-            return int(self._subscription.get_publisher_count())
-        return 1
+    def _publishers(self, info: dict[str, Any] | None) -> int:
+        """Return how many publishers a message may be of, 1 where it says so itself or nobody can tell."""
+        # Humble's subscriptions do not tell; its rclpy gives no sequence numbers either.
+        if info is None or info.get('publisher_gid') or not hasattr(self._subscription, 'get_publisher_count'):
+            return 1
+        try:
+            return int(self._subscription.get_publisher_count())  # type: ignore[union-attr]
+        except InvalidHandle:  # closed while its message was in hand
+            return 1
 
     def _note_stamp(self, stamp: int) -> None:
         last, self._last_stamp_ns = self._last_stamp_ns, stamp

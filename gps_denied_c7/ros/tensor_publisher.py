@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Container
 
 import numpy as np
@@ -17,7 +18,7 @@ __all__ = ['TensorPublisher']
 
 class TensorPublisher:
     """
-    Publish answers on a lifecycle publisher of TensorList; for one thread.
+    Publish answers on a lifecycle publisher of TensorList, from any thread.
 
     :param rcl: publishes them, out of a buffer that is used again; rclpy does where None.
     """
@@ -27,6 +28,8 @@ class TensorPublisher:
         self._rcl = rcl
         self._writer = TensorListWriter()
         self._buffer = np.empty(0, np.uint8)
+        # A thread whose engine hung until after the node was activated again publishes beside the new one.
+        self._sending = threading.Lock()
 
     def publish(self, result: FrameResult, published: Container[str] | None = None) -> None:
         """
@@ -41,8 +44,9 @@ class TensorPublisher:
         elif self._rcl is None:
             self._publisher.publish(message.message())
         elif self._publisher.is_activated:
-            if self._buffer.nbytes < message.nbytes:
-                self._buffer = np.empty(message.nbytes, np.uint8)
-            view = self._buffer.data[: message.nbytes]
-            message.write_into(view)
-            self._rcl.publish(self._publisher, view)
+            with self._sending:
+                if self._buffer.nbytes < message.nbytes:
+                    self._buffer = np.empty(message.nbytes, np.uint8)
+                view = self._buffer.data[: message.nbytes]
+                message.write_into(view)
+                self._rcl.publish(self._publisher, view)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import struct
 import time
 from unittest.mock import patch
 
@@ -163,8 +164,8 @@ def test_answers_are_serialised_as_rclpy_does_it(outputs, frame_id, some):
 
 
 def test_a_middleware_with_a_way_of_its_own_gets_message_objects(monkeypatch):
-    """Another encapsulation, padding at the end: what rclpy would not read back is not used."""
-    for way in (lambda data: b'\0\7' + data[2:], lambda data: data + bytes(4)):
+    """Another encapsulation, padding at the end, an error of its own: what rclpy would not read back is not used."""
+    for way in (lambda data: b'\0\7' + data[2:], lambda data: data + bytes(4), lambda data: data.from_a_middleware):
         with monkeypatch.context() as patched:
             patched.setattr(
                 'gps_denied_c7.ros.messages.serialize_message', lambda message, way=way: way(serialize_message(message))
@@ -275,6 +276,19 @@ COMPRESSED = st.builds(
 @given(RAW | COMPRESSED)
 def test_every_field_is_read_as_rclpy_reads_it(message):
     same(received(message), message)
+
+
+@pytest.mark.parametrize(
+    'text', [b'mono8\0', b'mono8\0\0', b'mono8\0junk\0', b'mono8', b'mono\xff\0', b'\0', b''], ids=repr
+)
+def test_a_string_ends_where_rclpy_ends_it(text):
+    """Publishers count one zero too many, or none."""
+    whole = serialize_message(Image(encoding='XXXX'))
+    at = whole.index(b'\5\0\0\0XXXX\0')
+    # What follows is one byte, and a number that is aligned anew.
+    rest = bytes(-(at + 4 + len(text) + 1) % 4 + 1) + bytes(8)
+    serialised = whole[:at] + struct.pack('<I', len(text)) + text + rest
+    assert read_image(serialised, Image).encoding == deserialize_message(serialised, Image).encoding
 
 
 def big_endian(message):

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import numpy as np
 import pytest
 from gps_denied_c7_msgs.msg import TensorList
 from harness import image, tensor, wait_until
 from rclpy.lifecycle import LifecycleNode
-from rclpy.serialization import serialize_message
+from rclpy.serialization import deserialize_message, serialize_message
 from test_messages import result
 
 from gps_denied_c7.ros.rcl import Rcl
@@ -73,3 +76,24 @@ def test_n1_nothing_leaves_unless_the_publisher_is_active(published):
     answers.publish(result(image(4), {}))
     assert wait_until(arrived, 'the fourth').header.stamp.sec == 4
     assert arrived() is None
+
+
+def test_answers_of_two_threads_do_not_mix(node):
+    """One whose engine hung until after the node was activated again publishes beside the new one."""
+    publisher = node.create_lifecycle_publisher(TensorList, 'tensors', 5)
+    publisher.on_activate(None)
+    first_is_leaving, sent = threading.Event(), []
+
+    class Slow:
+        def publish(self, publisher, message):
+            first_is_leaving.set()
+            time.sleep(0.05)
+            sent.append(deserialize_message(bytes(message), TensorList).header.stamp.sec)
+
+    answers = TensorPublisher(publisher, Slow())
+    first = threading.Thread(target=answers.publish, args=(result(image(1), {}),))
+    first.start()
+    assert first_is_leaving.wait(5.0)
+    answers.publish(result(image(2), {}))
+    first.join()
+    assert sent == [1, 2]
