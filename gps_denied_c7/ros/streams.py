@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import time
 from collections.abc import Callable
@@ -171,12 +172,10 @@ class ImageStream:
     def _publishers(self, info: dict[str, Any] | None) -> int:
         """Return how many publishers a message may be of, 1 where it says so itself or nobody can tell."""
         # Humble's subscriptions do not tell; its rclpy gives no sequence numbers either.
-        if info is None or info.get('publisher_gid') or not hasattr(self._subscription, 'get_publisher_count'):
-            return 1
-        try:
-            return int(self._subscription.get_publisher_count())  # type: ignore[union-attr]
-        except InvalidHandle:  # closed while its message was in hand
-            return 1
+        if info and not info.get('publisher_gid') and hasattr(self._subscription, 'get_publisher_count'):
+            with contextlib.suppress(InvalidHandle):  # closed while its message was in hand
+                return int(self._subscription.get_publisher_count())  # type: ignore[union-attr]
+        return 1
 
     def _note_stamp(self, stamp: int) -> None:
         last, self._last_stamp_ns = self._last_stamp_ns, stamp
