@@ -39,8 +39,7 @@ class CdrReader:
     """
 
     def __init__(self, message: bytes | memoryview) -> None:
-        if not is_plain_cdr(message):
-            raise CdrError(f'encapsulation {message[:2].hex()!r} is not plain little-endian CDR.')
+        _require_plain(message)
         self._data = memoryview(message)
         self._end = _HEADER_BYTES
 
@@ -83,8 +82,7 @@ class CdrWriter:
     """
 
     def __init__(self, begun: bytes) -> None:
-        if not is_plain_cdr(begun):
-            raise CdrError(f'encapsulation {begun[:2].hex()!r} is not plain little-endian CDR.')
+        _require_plain(begun)
         self._parts: list[bytes | memoryview] = [begun]
         self._end = len(begun)
 
@@ -112,7 +110,7 @@ class CdrWriter:
         """
         Append an array's bytes as a ``uint8[]``, in C order and little-endian.
 
-        :param values: of any dtype and shape; must stay as it is until :meth:`message` has returned.
+        :param values: of any dtype and shape; must stay as it is until the message has been written.
         """
         little = np.ascontiguousarray(values, dtype=values.dtype.newbyteorder('<'))
         self.uint32(little.nbytes)
@@ -145,6 +143,11 @@ class CdrWriter:
     def _append(self, part: bytes | memoryview) -> None:
         self._parts.append(part)
         self._end += len(part)
+
+
+def _require_plain(message: bytes | memoryview) -> None:
+    if not is_plain_cdr(message):
+        raise CdrError(f'encapsulation {message[:2].hex()!r} is not plain little-endian CDR.')
 
 
 def _aligned(position: int, alignment: int) -> int:
