@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 __all__ = [
     'NO_THREADS_REMEDY',
     'C7Error',
-    'CdrError',
     'ChainExhaustedError',
     'ConfigError',
     'EngineDeserializeError',
@@ -143,10 +142,6 @@ class ImageRejectedError(C7Error, ValueError):
     def __init__(self, reason: str, message: str, *, remedy: str = '') -> None:
         super().__init__(message, remedy=remedy)
         self.reason = reason
-
-
-class CdrError(C7Error, ValueError):
-    """A serialised message whose bytes are not what its type says."""
 
 
 class FdrSchemaError(C7Error, ValueError):

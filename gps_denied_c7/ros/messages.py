@@ -1,29 +1,21 @@
-"""
-Between ROS messages and the library's data.
-
-Images and tensors pass as serialised messages, since rclpy's objects cost a copy or more of all they hold; everything
-else, and whatever a middleware writes in a form of its own, passes as those objects.
-"""
+"""Between ROS messages and the library's data."""
 
 from __future__ import annotations
 
 import array
-import logging
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from builtin_interfaces.msg import Time
 from gps_denied_c7_msgs.msg import FdrRecord as FdrRecordMsg
 from gps_denied_c7_msgs.msg import Tensor, TensorList
 from numpy.typing import NDArray
-from rclpy.serialization import deserialize_message, serialize_message
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 
-from gps_denied_c7.cdr import CdrReader, CdrWriter, is_plain_cdr
 from gps_denied_c7.decoding import Pixels, RawImage, check_compressed, check_image, decode_compressed, decode_image
 from gps_denied_c7.errors import ImageRejectedError
 from gps_denied_c7.fdr import FdrRecord
@@ -32,13 +24,14 @@ from gps_denied_c7.scratch import Scratch
 
 __all__ = [
     'CompressedData',
+    'Outputs',
     'ReceivedImage',
-    'TensorListWriter',
     'check_message',
     'check_stamp',
+    'chosen_outputs',
     'decode_message',
     'image_type',
-    'read_image',
+    'received_image',
     'stamp_ns',
     'to_fdr_message',
     'to_tensor_list',
@@ -47,9 +40,8 @@ __all__ = [
 
 _NS = 1_000_000_000
 
-_log = logging.getLogger(__name__)
-
-_Outputs = Sequence[tuple[str, NDArray]]
+Outputs = Mapping[str, NDArray]
+"""Tensors by name, in the order in which they are published."""
 
 
 def image_type(topic: str) -> type[Image] | type[CompressedImage]:
@@ -104,7 +96,7 @@ class ReceivedImage:
     Hold one image as it came.
 
     :param header: the camera's own, which goes into the answer untouched.
-    :param picture: views of the message's bytes, which they keep alive.
+    :param picture: views of the message's bytes, which they keep.
     """
 
     header: Header
@@ -116,40 +108,17 @@ class ReceivedImage:
         return self.picture.encoding if isinstance(self.picture, RawImage) else self.picture.format
 
 
-def read_image(serialised: bytes | memoryview, message_type: type[Image] | type[CompressedImage]) -> ReceivedImage:
+def received_image(message: Image | CompressedImage, data: Any = None) -> ReceivedImage:
     """
-    Return the image in a serialised message; its pixels are not copied.
+    Return the image in a message; its pixels are not copied.
 
-    :raises ImageRejectedError: reason ``message`` where the bytes are no such message.
+    :param data: the message's bytes where they are not in it.
     """
-    try:
-        if is_plain_cdr(serialised):
-            return _read(CdrReader(serialised), message_type)
-        # Big-endian or XCDR2, from another vendor's publisher: rclpy knows these, at the price of copies.
-        return _from_message(deserialize_message(bytes(serialised), message_type))
-    except Exception as error:  # rclpy raises RuntimeError, or what a field's setter does
-        raise ImageRejectedError(
-            'message',
-            f'{len(serialised)} bytes are no {message_type.__name__}: {error}',
-            remedy='Build the publisher with the same sensor_msgs as this node.',
-        ) from error
-
-
-def _read(fields: CdrReader, message_type: type[Image] | type[CompressedImage]) -> ReceivedImage:
-    header = Header(stamp=Time(sec=fields.int32(), nanosec=fields.uint32()), frame_id=fields.string())
-    if message_type is CompressedImage:
-        return ReceivedImage(header, CompressedData(fields.string(), fields.octets()))
-    height, width, encoding = fields.uint32(), fields.uint32(), fields.string()
-    is_bigendian, step = bool(fields.uint8()), fields.uint32()
-    return ReceivedImage(header, RawImage(width, height, encoding, step, is_bigendian, fields.octets()))
-
-
-def _from_message(message: Image | CompressedImage) -> ReceivedImage:
+    if data is None:
+        data = memoryview(message.data)
     if isinstance(message, CompressedImage):
-        return ReceivedImage(message.header, CompressedData(message.format, memoryview(message.data)))
-    picture = RawImage(
-        message.width, message.height, message.encoding, message.step, bool(message.is_bigendian), message.data
-    )
+        return ReceivedImage(message.header, CompressedData(message.format, data))
+    picture = RawImage(message.width, message.height, message.encoding, message.step, bool(message.is_bigendian), data)
     return ReceivedImage(message.header, picture)
 
 
@@ -177,57 +146,24 @@ def decode_message(image: ReceivedImage, scratch: Scratch | None = None) -> Pixe
     return decode_image(image.picture, scratch)
 
 
-def to_tensor_list(result: FrameResult, published: Container[str] | None = None) -> TensorList:
+def chosen_outputs(result: FrameResult, published: Container[str] | None = None) -> Outputs:
     """
-    Return the message for one answered frame; the outputs are copied, the header is the image's own.
+    Return the outputs of an answer that go into its message, in the order of the model.
 
-    :param published: names of the outputs that go into it, None for all.
+    :param published: their names, None for all.
     """
-    message = _without_tensors(result)
-    message.tensors = _tensors(_chosen(result, published))
-    return message
+    outputs = result.answer.outputs
+    return {name: outputs[name] for name in outputs if published is None or name in published}
 
 
-class TensorListWriter:
+def to_tensor_list(result: FrameResult, outputs: Outputs) -> TensorList:
     """
-    Serialise answers with one copy of their outputs.
+    Return the message for one answered frame; the header is the image's own.
 
-    rclpy serialises all but the tensors, which come last in a TensorList; those are appended. Whether rclpy reads from
-    that what was written is tried once, with a small answer: where a middleware serialises in a way of its own, message
-    objects are what is published.
+    :param outputs: go into it, copied.
     """
-
-    def __init__(self) -> None:
-        outputs: _Outputs = (
-            ('scores', np.arange(3, dtype=np.float32)),
-            ('count', np.array(7, np.int64)),
-            ('none', np.zeros((2, 0), np.uint8)),
-        )
-        message = TensorList(source_topic='/camera', model_name='net')
-        try:
-            read = deserialize_message(_serialise(message, outputs).message(), TensorList)
-            message.tensors = _tensors(outputs)
-            self._appends = read == message
-            found = '' if self._appends else f': {read}'
-        except Exception as error:  # rclpy raises RuntimeError, other middlewares whatever they do
-            self._appends, found = False, f': {error}'
-        if not self._appends:
-            _log.info('tensors are published as message objects: this middleware serialises otherwise%s', found)
-
-    def write(self, result: FrameResult, published: Container[str] | None = None) -> CdrWriter | TensorList:
-        """
-        Return the message for one answered frame; a writer copies the outputs when it is asked for its message.
-
-        :param published: names of the outputs that go into it, None for all.
-        """
-        if self._appends:
-            return _serialise(_without_tensors(result), _chosen(result, published))
-        return to_tensor_list(result, published)
-
-
-def _without_tensors(result: FrameResult) -> TensorList:
     frame, answer, durations = result.frame, result.answer, result.durations_ns
-    return TensorList(
+    message = TensorList(
         header=frame.message.header,
         source_topic=frame.topic,
         frame_seq=result.frame_seq,
@@ -245,19 +181,13 @@ def _without_tensors(result: FrameResult) -> TensorList:
         decode_ns=durations['decode'],
         preprocess_ns=durations['preprocess'],
         inference_ns=durations['inference'],
-        total_ns=time.monotonic_ns() - frame.received_ns,
     )
-
-
-def _chosen(result: FrameResult, published: Container[str] | None) -> _Outputs:
-    return [each for each in result.answer.outputs.items() if published is None or each[0] in published]
-
-
-def _tensors(outputs: _Outputs) -> list[Tensor]:
-    return [
+    message.tensors = [
         Tensor(name=name, dtype=values.dtype.name, shape=values.shape, data=_bytes_of(values))
-        for name, values in outputs
+        for name, values in outputs.items()
     ]
+    message.total_ns = time.monotonic_ns() - frame.received_ns
+    return message
 
 
 def _bytes_of(values: NDArray) -> array.array:
@@ -266,19 +196,6 @@ def _bytes_of(values: NDArray) -> array.array:
     data = array.array('B')
     data.frombytes(little.data.cast('B') if little.size else b'')
     return data
-
-
-def _serialise(message: TensorList, outputs: _Outputs) -> CdrWriter:
-    """Serialise ``message``, which has no tensors yet, with ``outputs``."""
-    # A TensorList without tensors ends with their number.
-    writer = CdrWriter(serialize_message(message)[:-4])
-    writer.uint32(len(outputs))
-    for name, values in outputs:
-        writer.string(name)
-        writer.string(values.dtype.name)
-        writer.int64s(values.shape)
-        writer.octets(values)
-    return writer
 
 
 def to_fdr_message(record: FdrRecord) -> FdrRecordMsg:

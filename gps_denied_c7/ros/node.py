@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gps_denied_c7_msgs.msg import TensorList
+from gps_denied_c7_msgs.msg import Tensor, TensorList
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from rclpy.qos import QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import CompressedImage, Image
 
 from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import RuntimeChain
@@ -131,7 +132,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         )
         self._live = self._settings.live()
         self._tensors = self.create_lifecycle_publisher(TensorList, '~/tensors', TENSORS_QOS)
-        self._rcl = load_rcl()
+        self._rcl = load_rcl(Image, CompressedImage, TensorList, Tensor)
         self._answers = TensorPublisher(self._tensors, self._rcl)
         self._diagnostics = DiagnosticsPublisher(self, self._reports, hardware_id())
         # The steady clock: simulated time may stand still, and diagnostics must not.

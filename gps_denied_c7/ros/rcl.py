@@ -1,13 +1,13 @@
 """
-Serialised messages taken and published through rcl itself, in buffers that are used again.
+Messages taken and published through rcl itself, as the C structures that it fills and reads.
 
-rclpy has a raw form of both, but copies a message once more on its way: from what rcl filled into ``bytes``, or from
-``bytes`` into a string, each newly allocated and with the interpreter's lock held. rcl's own functions take the address
-of a buffer, and ctypes lets other threads run meanwhile. Whoever cannot have them uses rclpy's raw form.
+rclpy makes a message object of each structure and back, which copies an image or a dense output once more, into memory
+that is newly allocated and with the interpreter's lock held; its raw form does no better, since the middleware copies
+such a message to a buffer and from there once more. rcl's own functions take the address of a structure, and ctypes
+lets other threads run meanwhile. Whoever cannot have them uses rclpy's message objects.
 
-The structures below are those of rcutils/types/uint8_array.h, rcutils/allocator.h and rmw/types.h, the same from Humble
-to Rolling but for the end of rmw_message_info_t; each has room behind it. rcl's functions are documented in
-rcl/publisher.h and rcl/subscription.h.
+rmw_message_info_t below is that of rmw/types.h, the same from Humble to Rolling but for its end. rcl's functions are
+documented in rcl/publisher.h and rcl/subscription.h.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import os
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import numpy as np
 from rclpy.callback_groups import CallbackGroup
 from rclpy.exceptions import InvalidHandle
 from rclpy.node import Node
@@ -27,8 +28,9 @@ from rclpy.subscription import Subscription
 from rclpy.waitable import NumberOfEntities, Waitable
 
 from gps_denied_c7.errors import C7Error
+from gps_denied_c7.ros.c_message import CMessage, CMessageType, CSequence, LayoutError
 
-__all__ = ['BufferPool', 'Rcl', 'RclError', 'SubscriptionReady', 'Untaken', 'load_rcl']
+__all__ = ['MessagePool', 'Rcl', 'RclError', 'SubscriptionReady', 'UnreadableMessageError', 'Untaken', 'load_rcl']
 
 _log = logging.getLogger(__name__)
 
@@ -37,28 +39,17 @@ _OK = 0
 _TAKE_FAILED = 401
 _NO_SEQUENCE_NUMBER = 2**64 - 1
 _ERROR_BYTES = 4096
-_SMALLEST_BYTES = 64
 _SPARE_BYTES = 64
 # One waits in the slot, one is being answered, one is being received.
-_BUFFERS = 3
+_MESSAGES = 3
 
 
 class RclError(C7Error):
     """A function of rcl that failed, or that is not there."""
 
 
-class _Allocator(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_void_p) for name in ('allocate', 'deallocate', 'reallocate', 'zero_allocate', 'state')]
-
-
-class _Uint8Array(ctypes.Structure):
-    _fields_ = [
-        ('buffer', ctypes.c_void_p),
-        ('buffer_length', ctypes.c_size_t),
-        ('buffer_capacity', ctypes.c_size_t),
-        ('allocator', _Allocator),
-        ('rest', ctypes.c_uint8 * _SPARE_BYTES),
-    ]
+class UnreadableMessageError(RclError):
+    """A message whose bytes are not what its type says; it has been dropped."""
 
 
 class _MessageInfo(ctypes.Structure):
@@ -82,158 +73,169 @@ class Rcl:
     """
     Call the rcl that rclpy has loaded.
 
-    :raises RclError: it is not where it is looked for, or its structures are not those known here.
+    :param message_types: those that are taken or published, and those in their sequences.
+    :raises RclError: it is not where it is looked for.
+    :raises LayoutError: one of the types is not laid out as known here.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *message_types: type) -> None:
         try:
             # Only what is in the process already: another copy would know nothing of rclpy's handles.
             rcl, rcutils = (ctypes.CDLL(f'lib{name}.so', mode=os.RTLD_NOW | os.RTLD_NOLOAD) for name in _LIBRARIES)
-            self._take = rcl.rcl_take_serialized_message
-            self._publish = rcl.rcl_publish_serialized_message
-            self._allocator = rcutils.rcutils_get_default_allocator
-            self._initialise = rcutils.rcutils_uint8_array_init
-            self._finalise = rcutils.rcutils_uint8_array_fini
+            self._take = rcl.rcl_take
+            self._publish = rcl.rcl_publish
+            self._error_is_set = rcutils.rcutils_error_is_set
             self._error = rcutils.rcutils_get_error_string
             self._reset_error = rcutils.rcutils_reset_error
         except (OSError, AttributeError) as error:
             raise RclError(f'rcl cannot be called: {error}.') from error
-        array = ctypes.POINTER(_Uint8Array)
-        self._take.argtypes = [ctypes.c_void_p, array, ctypes.POINTER(_MessageInfo), ctypes.c_void_p]
-        self._publish.argtypes = [ctypes.c_void_p, array, ctypes.c_void_p]
-        self._allocator.restype = _Allocator
-        self._initialise.argtypes = [array, ctypes.c_size_t, ctypes.POINTER(_Allocator)]
-        self._finalise.argtypes = [array]
+        self._take.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.POINTER(_MessageInfo), ctypes.c_void_p]
+        self._publish.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p]
+        self._error_is_set.restype = ctypes.c_bool
         self._error.restype = _ErrorString
-        probe = self.buffer()
-        if (bool(probe.buffer), probe.buffer_length, probe.buffer_capacity) != (True, 0, _SMALLEST_BYTES):
-            raise RclError('rcl cannot be called: its buffers are not laid out as from Humble to Rolling.')
-        self.finalise(probe)
+        self._kinds = {message_type: CMessageType(message_type) for message_type in message_types}
 
-    def buffer(self) -> _Uint8Array:
-        """Return a small empty buffer, which rcl grows as it needs to; the caller finalises it."""
-        array = _Uint8Array()
-        code = self._initialise(array, _SMALLEST_BYTES, self._allocator())
-        if code != _OK:
-            self._fail(code, 'a buffer')
-        return array
-
-    def finalise(self, array: _Uint8Array) -> None:
-        """Free a buffer's memory."""
-        self._finalise(array)
-
-    def take(self, subscription: Subscription, array: _Uint8Array) -> dict[str, Any] | None:
+    def message(self, message_type: type) -> CMessage:
         """
-        Take the next message of a subscription into a buffer.
+        Return a new message of one of the types.
 
+        :raises MemoryError: no memory for it.
+        """
+        return CMessage(self._kinds[message_type])
+
+    def structures(self, message_type: type, count: int) -> Any:
+        """Return an array of the structures of one of the types, all zero: what a sequence of messages points to."""
+        return (self._kinds[message_type].structure * count)()
+
+    def elements(self, message_type: type, sequence: CSequence) -> Any:
+        """Return the structures that a sequence of messages points to, valid as long as its message."""
+        return (self._kinds[message_type].structure * sequence.size).from_address(sequence.data or 0)
+
+    def take(self, subscription: Subscription, message: CMessage) -> dict[str, Any] | None:
+        """
+        Take the next message of a subscription.
+
+        :param message: of the subscription's type; what it held is freed or overwritten.
         :return: what rclpy calls the message's info, None where there was no message.
+        :raises UnreadableMessageError: there was one, and no other after it, that the middleware could not read.
         :raises RclError: rcl failed.
         """
         info = _MessageInfo()
         with subscription.handle:
-            code = self._take(subscription.handle.pointer, array, info, None)
-        if code == _TAKE_FAILED:
+            code = self._take(subscription.handle.pointer, message.address, info, None)
+        if code not in (_OK, _TAKE_FAILED):
+            self._fail(f'rcl returned {code} for a message of {subscription.topic}')
+        if self._error_is_set():
+            # Of messages that it could not read, before this one or in its place.
+            if code == _TAKE_FAILED:
+                self._fail(f'a message of {subscription.topic} cannot be read', UnreadableMessageError)
             self._reset_error()
+        if code == _TAKE_FAILED:
             return None
-        if code != _OK:
-            self._fail(code, f'a message of {subscription.topic}')
         number = info.publication_sequence_number
         return {
             'publication_sequence_number': None if number == _NO_SEQUENCE_NUMBER else number,
             'publisher_gid': {'data': bytes(info.gid)},
         }
 
-    def publish(self, publisher: Publisher, message: memoryview) -> None:
+    def publish(self, publisher: Publisher, message: CMessage) -> None:
         """
-        Publish a serialised message.
+        Publish a message, which is only read, and free again on return.
 
-        :param message: writable, contiguous; only read, and free again on return.
         :raises RclError: rcl failed.
         """
-        start = ctypes.addressof(ctypes.c_uint8.from_buffer(message))
-        array = _Uint8Array(start, message.nbytes, message.nbytes)
         with publisher.handle:
-            code = self._publish(publisher.handle.pointer, array, None)
+            code = self._publish(publisher.handle.pointer, message.address, None)
         if code != _OK:
-            self._fail(code, f'a message on {publisher.topic}')
+            self._fail(f'rcl returned {code} for a message on {publisher.topic}')
 
-    def _fail(self, code: int, what: str) -> NoReturn:
+    def _fail(self, what: str, error: type[RclError] = RclError) -> NoReturn:
         text = self._error().str.decode('utf-8', 'replace')
         self._reset_error()
-        raise RclError(f'rcl returned {code} for {what}: {text}.')
+        raise error(f'{what}: {text}.')
 
 
-def load_rcl() -> Rcl | None:
-    """Return what calls rcl, None where it cannot be called."""
+def load_rcl(*message_types: type) -> Rcl | None:
+    """Return what calls rcl for some types, None where it cannot be called."""
     try:
-        return Rcl()
-    except RclError as error:
+        return Rcl(*message_types)
+    except (RclError, LayoutError) as error:
         _log.warning('images and answers take longer, since rclpy copies them once more: %s', error)
         return None
 
 
-class BufferPool:
+class MessagePool:
     """
-    Take messages into buffers that are used again once nobody looks at the message any more; from one thread.
+    Take messages into structures that are used again once nobody looks at their large field any more; from one thread.
 
-    A buffer keeps the size of the largest message it has held.
+    A structure keeps its memory until it is used again.
+
+    :param message_type: of the subscriptions, one of those that ``rcl`` knows.
+    :param large: name of its ``uint8[]`` field that is not copied.
     """
 
-    def __init__(self, rcl: Rcl) -> None:
+    def __init__(self, rcl: Rcl, message_type: type, large: str) -> None:
         self._rcl = rcl
-        self._free: list[_Uint8Array] = []
+        self._type = message_type
+        self._large = large
+        self._free: list[CMessage] = []
         self._closed = False
 
-    def take(self, subscription: Subscription) -> tuple[memoryview, dict[str, Any]] | None:
+    def take(self, subscription: Subscription) -> tuple[Any, memoryview, dict[str, Any]] | None:
         """
-        Return the next message of a subscription and its info, None where there is none.
+        Return the next message of a subscription, its large field and its info, None where there is none.
 
-        :return: a read-only view; its buffer is kept as long as it, or a part of it, is.
+        :return: the message object, of which that field is empty; a read-only view of the field, whose memory is kept
+            as long as the view, or a part of it, is.
+        :raises UnreadableMessageError: there was one that the middleware could not read.
         :raises RclError: rcl failed.
+        :raises MemoryError: no memory for one message more.
         """
         try:
-            array = self._free.pop()
+            taken = self._free.pop()
         except IndexError:
-            array = self._rcl.buffer()
-        loan = _Loan(self, array)
-        info = self._rcl.take(subscription, array)
-        return None if info is None else (loan.view(), info)
+            taken = self._rcl.message(self._type)
+        loan = _Loan(self, taken, self._large)
+        info = self._rcl.take(subscription, taken)
+        return None if info is None else (*loan.parts(), info)
 
     def close(self) -> None:
-        """Free every buffer, those of messages that somebody still looks at once nobody does; from any thread."""
+        """Free every structure, those of messages that somebody still looks at once nobody does; from any thread."""
         self._closed = True
-        # Another thread may be taking the last one.
-        with contextlib.suppress(IndexError):
-            while True:
-                self._rcl.finalise(self._free.pop())
+        self._free.clear()
 
-    def give_back(self, array: _Uint8Array) -> None:
-        """Keep a buffer for the next message, or free it where enough of them wait; from any thread."""
-        if self._closed or len(self._free) >= _BUFFERS:
-            self._rcl.finalise(array)
-        else:
-            self._free.append(array)
-
-    def __del__(self) -> None:
-        self.close()
+    def give_back(self, message: CMessage) -> None:
+        """Keep a structure for the next message, unless enough of them wait; from any thread."""
+        if not self._closed and len(self._free) < _MESSAGES:
+            self._free.append(message)
 
 
 class _Loan:
-    """Give a buffer back when the last view of it has gone."""
+    """Give a structure back when the last view of its large field has gone."""
 
-    def __init__(self, pool: BufferPool, array: _Uint8Array) -> None:
+    def __init__(self, pool: MessagePool, message: CMessage, large: str) -> None:
         self._pool = pool
-        self._array = array
+        self._message = message
+        self._large = large
 
-    def view(self) -> memoryview:
-        # Of its capacity, which hardly ever changes: ctypes makes a type for each length.
-        content = (ctypes.c_uint8 * self._array.buffer_capacity).from_address(self._array.buffer)
-        # A memoryview keeps what it looks at, and that keeps the buffer.
-        content.loan = self
-        return memoryview(content).cast('B')[: self._array.buffer_length].toreadonly()
+    def parts(self) -> tuple[Any, memoryview]:
+        fields, name = self._message.fields, self._large
+        field = getattr(fields, name)
+        data, size, capacity = field.data, field.size, field.capacity
+        # Out of the structure meanwhile, or the message object would be given a copy of it.
+        setattr(fields, name, CSequence())
+        try:
+            message = self._message.message()
+        finally:
+            setattr(fields, name, CSequence(data, size, capacity))
+        if not size:
+            return message, memoryview(b'')
+        # NumPy's way to look at memory: ctypes would make a type for each size. The array keeps this object.
+        self.__array_interface__ = {'data': (data, True), 'shape': (size,), 'typestr': '|u1', 'version': 3}
+        return message, np.asarray(self).data
 
     def __del__(self) -> None:
-        self._pool.give_back(self._array)
+        self._pool.give_back(self._message)
 
 
 class Untaken(CallbackGroup):

@@ -13,13 +13,21 @@ from rclpy.node import Node
 from rclpy.qos import QoSCompatibility, QoSProfile, ReliabilityPolicy, qos_check_compatible
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.subscription import Subscription
+from sensor_msgs.msg import CompressedImage, Image
 
 from gps_denied_c7.errors import ImageRejectedError
 from gps_denied_c7.ros.executor import PromptCallbackGroup
 from gps_denied_c7.ros.guard import CallbackGuard
-from gps_denied_c7.ros.messages import check_message, check_stamp, image_type, read_image, stamp_ns
+from gps_denied_c7.ros.messages import (
+    ReceivedImage,
+    check_message,
+    check_stamp,
+    image_type,
+    received_image,
+    stamp_ns,
+)
 from gps_denied_c7.ros.parameters import LiveSettings
-from gps_denied_c7.ros.rcl import BufferPool, Rcl, SubscriptionReady, Untaken
+from gps_denied_c7.ros.rcl import MessagePool, Rcl, SubscriptionReady, UnreadableMessageError, Untaken
 from gps_denied_c7.slots import Frame, FrameSlots
 from gps_denied_c7.statistics import Statistics
 
@@ -45,6 +53,11 @@ class SequenceGaps:
         self._last: dict[bytes, int] = {}
         self._lost: int | None = None
         self._unknown = False
+        self._unreadable = 0
+
+    def note_unreadable(self) -> None:
+        """Take a message that came and could not be read, its number included: it is none of the lost."""
+        self._unreadable += 1
 
     def note(self, info: dict[str, Any] | None, publishers: int) -> int | None:
         """Take one message's info and return all losses so far, None for unknown."""
@@ -57,8 +70,10 @@ class SequenceGaps:
         last = self._last.get(key)
         # A number that does not grow is a publisher started anew, which begins a new count.
         gap = number - last - 1 if last is not None and number > last else 0
+        lost = max(0, gap - self._unreadable)
+        self._unreadable = 0
         self._last[key] = number
-        self._lost = (self._lost or 0) + gap
+        self._lost = (self._lost or 0) + lost
         return self._lost
 
 
@@ -67,10 +82,9 @@ class ImageStream:
     Subscribe to one image topic and fill its slot.
 
     The callback must return at once, since it shares the executor with the services: it looks at the
-    message's shape, not at its pixels, and leaves everything else to the inference thread. Messages come
-    serialised, since rclpy copies an image twice more to make an object of it.
+    message's shape, not at its pixels, and leaves everything else to the inference thread.
 
-    :param rcl: takes the messages, into buffers that are used again; rclpy takes them where None.
+    :param rcl: takes the messages, into memory that is used again; knows their types. rclpy takes them where None.
     :param live: returns the live settings.
     :param on_refused: told the topic and every refused image's error.
     :param on_time_reset: told the topic and by how many seconds its stamps jumped backwards.
@@ -115,11 +129,10 @@ class ImageStream:
             copy.copy(DEFAULT_QOS),
             callback_group=group if rcl is None else Untaken(),
             qos_overriding_options=QoSOverridingOptions.with_default_policies(),
-            raw=True,
         )
         self._ready: SubscriptionReady | None = None
         if rcl is not None:
-            self._buffers = BufferPool(rcl)
+            self._messages = MessagePool(rcl, self._type, 'data')
             self._ready = SubscriptionReady(node, self._subscription, group, guard(name, self._on_ready))
 
     @property
@@ -132,32 +145,38 @@ class ImageStream:
         """End the subscription."""
         if self._ready is not None:
             self._ready.close()
-            self._buffers.close()
+            self._messages.close()
         if self._subscription is not None:
             self._node.destroy_subscription(self._subscription)
 
     def _on_ready(self) -> None:
         assert self._subscription is not None
         try:
-            taken = self._buffers.take(self._subscription)
+            taken = self._messages.take(self._subscription)
         except InvalidHandle:  # closed while its message was waiting
             return
+        except UnreadableMessageError as error:
+            self._statistics.count(self.topic, 'received')
+            self._gaps.note_unreadable()
+            remedy = 'Build the publisher with the same sensor_msgs as this node.'
+            self._on_refused(self.topic, ImageRejectedError('message', error.message, remedy=remedy))
+            return
         if taken is not None:
-            self._receive(*taken)
+            message, data, info = taken
+            self._receive(received_image(message, data), info)
 
-    def _on_message_with_info(self, serialised: bytes, info: dict[str, Any]) -> None:
-        self._receive(serialised, info)
+    def _on_message_with_info(self, message: Image | CompressedImage, info: dict[str, Any]) -> None:
+        self._receive(received_image(message), info)
 
-    def _on_message(self, serialised: bytes) -> None:
-        self._receive(serialised, None)
+    def _on_message(self, message: Image | CompressedImage) -> None:
+        self._receive(received_image(message), None)
 
-    def _receive(self, serialised: bytes | memoryview, info: dict[str, Any] | None) -> None:
+    def _receive(self, message: ReceivedImage, info: dict[str, Any] | None) -> None:
         received_ns = time.monotonic_ns()
         now_ns = self._node.get_clock().now().nanoseconds
         self.last_received_ns = received_ns
         self._statistics.count(self.topic, 'received')
         try:
-            message = read_image(serialised, self._type)
             check_stamp(message.header.stamp, now_ns, self._live().max_stamp_ahead_s)
             check_message(message)
         except ImageRejectedError as error:

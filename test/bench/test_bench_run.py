@@ -179,24 +179,6 @@ def test_engine_options_are_the_nodes(monkeypatch, tmp_path):
     assert ours.get_session_config_entry(spinning) == nodes.get_session_config_entry(spinning)
 
 
-@needs_ros
-def test_a_stamp_is_set_where_the_message_has_it():
-    from rclpy.serialization import deserialize_message
-    from sensor_msgs.msg import Image
-
-    from gps_denied_c7.bench.camera import SerialisedImage
-
-    image = Image(width=2, height=1, encoding='mono8', step=2, data=b'\x07\x08')
-    image.header.frame_id = 'camera'
-    serialised, untouched = SerialisedImage(image), SerialisedImage(image)
-    for stamp in ((1_700_000_000, 123_456_789), (1_700_000_001, 0)):
-        found = deserialize_message(bytes(serialised.stamp(stamp[0] * 10**9 + stamp[1])), Image)
-        assert (found.header.stamp.sec, found.header.stamp.nanosec) == stamp
-        found.header.stamp = image.header.stamp
-        assert found == image
-    assert deserialize_message(bytes(untouched.data), Image) == image
-
-
 def test_time_and_memory_of_a_process_include_its_children():
     burn = 'import time; end = time.process_time() + 0.2\nwhile time.process_time() < end: pass\ninput()'
     parent = f'import subprocess, sys; subprocess.run([sys.executable, "-c", {burn!r}])'

@@ -1,4 +1,4 @@
-"""Messages taken and published through rcl itself: the same as through rclpy, in buffers kept as long as needed."""
+"""Messages taken and published through rcl itself: the same as through rclpy, in memory kept as long as needed."""
 
 from __future__ import annotations
 
@@ -12,24 +12,36 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import rclpy
+from gps_denied_c7_msgs.msg import Tensor, TensorList
 from harness import LocalNode, image, tensor, wait_until
 from networks import copying
 from rclpy.exceptions import InvalidHandle
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import QoSProfile, ReliabilityPolicy
-from rclpy.serialization import deserialize_message, serialize_message
-from sensor_msgs.msg import Image
+from rclpy.serialization import serialize_message
+from rosbags.typesys import Stores, get_typestore
+from sensor_msgs.msg import CompressedImage, Image
 
+from gps_denied_c7.ros import c_message
 from gps_denied_c7.ros import rcl as rcl_module
-from gps_denied_c7.ros.rcl import BufferPool, Rcl, RclError, SubscriptionReady, Untaken, load_rcl
+from gps_denied_c7.ros.c_message import LayoutError
+from gps_denied_c7.ros.rcl import (
+    MessagePool,
+    Rcl,
+    RclError,
+    SubscriptionReady,
+    UnreadableMessageError,
+    Untaken,
+    load_rcl,
+)
 
 TOPIC = '/camera/image_raw'
 RELIABLE = QoSProfile(depth=20, reliability=ReliabilityPolicy.RELIABLE)
 
 
-@pytest.fixture
+@pytest.fixture(scope='module')
 def rcl():
-    return Rcl()
+    return Rcl(Image, CompressedImage, Tensor, TensorList)
 
 
 @pytest.fixture
@@ -39,14 +51,23 @@ def node(ros_context):
     made.destroy_node()
 
 
-@pytest.fixture
-def ends(node):
-    """A matched publisher and a subscription of which no executor takes."""
+def matched(node, message_type):
+    """A publisher and a subscription of which no executor takes."""
     group = Untaken()
-    subscription = node.create_subscription(Image, TOPIC, lambda message: None, RELIABLE, callback_group=group)
-    publisher = node.create_publisher(Image, TOPIC, RELIABLE)
+    subscription = node.create_subscription(message_type, TOPIC, lambda message: None, RELIABLE, callback_group=group)
+    publisher = node.create_publisher(message_type, TOPIC, RELIABLE)
     wait_until(lambda: publisher.get_subscription_count() == 1, 'a match')
     return publisher, subscription
+
+
+@pytest.fixture
+def ends(node):
+    return matched(node, Image)
+
+
+@pytest.fixture
+def pool(rcl):
+    return MessagePool(rcl, Image, 'data')
 
 
 def numbered(number, size=64):
@@ -57,143 +78,203 @@ def taken(pool, subscription):
     return wait_until(lambda: pool.take(subscription), 'a message')
 
 
-def test_what_rclpy_publishes_is_taken_byte_for_byte(rcl, ends):
+def whole(message, data):
+    """The message with what was taken apart from it."""
+    assert len(message.data) == 0 and data.readonly
+    message.data = bytes(data)
+    return message
+
+
+def test_what_rclpy_publishes_is_taken_field_by_field(ends, pool):
     publisher, subscription = ends
-    pool = BufferPool(rcl)
     for number, size in ((1, 64), (2, 640), (3, 16)):
         publisher.publish(numbered(number, size))
-        message, info = taken(pool, subscription)
-        assert message.readonly and deserialize_message(bytes(message), Image) == numbered(number, size)
+        message, data, info = taken(pool, subscription)
+        assert whole(message, data) == numbered(number, size)
         assert info['publication_sequence_number'] == number
+
+
+def test_a_message_without_data_is_taken(rcl, node):
+    publisher, subscription = matched(node, CompressedImage)
+    pool = MessagePool(rcl, CompressedImage, 'data')
+    for content in (b'', b'abc', b''):
+        publisher.publish(CompressedImage(format='png', data=content))
+        message, data, _ = taken(pool, subscription)
+        assert message.format == 'png' and bytes(data) == content and data.readonly
 
 
 def test_what_is_published_arrives_in_rclpy(rcl, ends):
     publisher, subscription = ends
     for number in (1, 2):
-        message = bytearray(serialize_message(numbered(number, 640)))
-        rcl.publish(publisher, memoryview(message))
-        message[:] = bytes(len(message))
+        message = rcl.message(Image)
+        message.assign(numbered(number, 640))
+        rcl.publish(publisher, message)
+        message.fields.width = 0
+        ctypes.memset(message.fields.data.data, 0, message.fields.data.size)
         arrived, _ = wait_until(lambda: subscription.handle.take_message(Image, False), 'a message')
-        assert arrived == numbered(number, 640), 'the bytes were free again when publish returned'
+        assert arrived == numbered(number, 640), 'the message was free again when publish returned'
 
 
-def test_no_message_is_none(rcl, ends):
-    assert BufferPool(rcl).take(ends[1]) is None
+def test_messages_in_a_sequence_are_taken_as_structures(rcl, node):
+    publisher, subscription = matched(node, TensorList)
+    message = rcl.message(TensorList)
+    for names in (['a', 'bc'], [], ['d']):
+        publisher.publish(TensorList(tensors=[Tensor(name=name, data=name.encode()) for name in names]))
+        wait_until(lambda: rcl.take(subscription, message), 'a message')
+        found = [ctypes.string_at(each.name.data).decode() for each in rcl.elements(Tensor, message.fields.tensors)]
+        assert found == names
 
 
-def test_publishers_are_told_apart(rcl, ends, node):
+def test_no_message_is_none(ends, pool):
+    assert pool.take(ends[1]) is None
+
+
+def test_n7_bytes_that_are_no_image_are_told_and_the_next_is_taken(ends, pool):
+    publisher, subscription = ends
+    intact = bytes(serialize_message(numbered(1)))
+    for number, broken in enumerate((intact[:30], b'\xff' * 99, b'\0\1\0\0' + b'\xff' * 99), 1):
+        publisher.publish(broken)
+        with pytest.raises(UnreadableMessageError, match=rf'a message of {TOPIC} cannot be read: .*[Cc][Dd][Rr]'):
+            wait_until(lambda: pool.take(subscription), 'a message')
+        assert pool.take(subscription) is None, 'it is told once'
+        publisher.publish(numbered(number))
+        message, data, _ = taken(pool, subscription)
+        assert whole(message, data) == numbered(number)
+    # One that stands before a whole one is passed over with it, and leaves nothing to be told later.
+    publisher.publish(intact[:30])
+    publisher.publish(intact)
+    assert taken(pool, subscription)[2]['publication_sequence_number'] == 8
+    assert pool.take(subscription) is None
+
+
+def big_endian(message):
+    """The message as rosbags writes it in the other byte order."""
+    fields = {name: getattr(message, name) for name in message.get_fields_and_field_types()}
+    fields['data'] = np.frombuffer(message.data, np.uint8)
+    store = get_typestore(Stores.ROS2_JAZZY)
+    name = f'sensor_msgs/msg/{type(message).__name__}'
+    return bytes(store.serialize_cdr(store.types[name](**fields), name, little_endian=False))
+
+
+def test_a_message_in_another_byte_order_is_taken(ends, pool):
+    publisher, subscription = ends
+    sent = big_endian(numbered(7))
+    assert sent[:2] == b'\0\0'
+    publisher.publish(sent)
+    message, data, _ = taken(pool, subscription)
+    assert whole(message, data) == numbered(7)
+
+
+def test_publishers_are_told_apart(ends, pool, node):
     publisher, subscription = ends
     second = node.create_publisher(Image, TOPIC, RELIABLE)
     wait_until(lambda: second.get_subscription_count() == 1, 'the second to match')
-    pool = BufferPool(rcl)
     found = {}
     for number in range(1, 4):
         for name, each in (('first', publisher), ('second', second)):
             each.publish(numbered(number))
-            _, info = taken(pool, subscription)
+            *_, info = taken(pool, subscription)
             assert info['publication_sequence_number'] == number
             found.setdefault(name, set()).add(info['publisher_gid']['data'])
     (first,), (other,) = found.values()
     assert first != other
 
 
-def address(message):
-    return np.frombuffer(message, np.uint8).ctypes.data
+def address(data):
+    return np.frombuffer(data, np.uint8).ctypes.data
 
 
-def test_a_buffer_is_used_again_only_once_nothing_looks_at_its_message(rcl, ends):
+def test_memory_is_used_again_only_once_nothing_looks_at_its_message(ends, pool):
     publisher, subscription = ends
-    pool = BufferPool(rcl)
     kept, starts = [], set()
     for number in range(1, 9):
         publisher.publish(numbered(number))
-        message, _ = taken(pool, subscription)
-        starts.add(address(message))
+        _, data, _ = taken(pool, subscription)
+        starts.add(address(data))
         # A part of it keeps all of it.
-        kept.append(message[-64:])
-        del message
+        kept.append(data[-64:])
+        del data
     assert len(starts) == 8 and not pool._free
     for number, part in enumerate(kept, 1):
         assert bytes(part) == bytes([number]) * 64
     del part, kept
+    gc.collect()
     assert len(pool._free) == 3, 'the others are freed'
-    assert {array.buffer for array in pool._free} < starts
-    expected = pool._free[-1].buffer
+    assert {each.fields.data.data for each in pool._free} < starts
     publisher.publish(numbered(9))
-    message, _ = taken(pool, subscription)
-    assert address(message) == expected and len(pool._free) == 2
+    _, data, _ = taken(pool, subscription)
+    assert len(pool._free) == 2 and bytes(data[:9]) == b'\t' * 9
 
 
-def test_one_buffer_is_enough_for_messages_that_are_let_go(rcl, ends):
+def test_one_structure_is_enough_for_messages_that_are_let_go(ends, pool):
     publisher, subscription = ends
-    pool = BufferPool(rcl)
-    starts = set()
     for number in range(50):
         publisher.publish(numbered(number))
-        starts.add(address(taken(pool, subscription)[0]))
-    assert len(starts) == 1 and len(pool._free) == 1
+        assert bytes(taken(pool, subscription)[1][:3]) == bytes([number]) * 3
+        assert len(pool._free) == 1
 
 
-def test_a_closed_pool_keeps_nothing(rcl, ends, monkeypatch):
+@pytest.fixture
+def freed(rcl, monkeypatch):
+    """Addresses of the images that were freed."""
+    kind, found = rcl._kinds[Image], []
+    destroy = kind.destroy
+    monkeypatch.setattr(kind, 'destroy', lambda address: (found.append(address), destroy(address)))
+    return found
+
+
+def test_a_closed_pool_keeps_nothing(ends, pool, freed):
     publisher, subscription = ends
-    finalised = []
-    monkeypatch.setattr(rcl, 'finalise', lambda array: finalised.append(array.buffer))
-    pool = BufferPool(rcl)
     for number in (1, 2):
         publisher.publish(numbered(number))
-    first, second = taken(pool, subscription)[0], taken(pool, subscription)[0]
-    starts = [address(first), address(second)]
+    (_, first, _), (message, second, _) = taken(pool, subscription), taken(pool, subscription)
     del first
+    assert len(pool._free) == 1
     pool.close()
-    assert finalised == starts[:1], 'the other one is still looked at'
-    assert deserialize_message(bytes(second), Image) == numbered(2)
+    assert len(freed) == 1 and not pool._free, 'the other one is still looked at'
+    assert whole(message, second) == numbered(2)
     del second
-    assert finalised == starts and not pool._free
+    assert len(freed) == 2 and not pool._free
 
 
-def test_a_buffer_outlives_its_pool(rcl, ends):
+def test_a_message_outlives_its_pool(rcl, ends, freed):
     publisher, subscription = ends
     publisher.publish(numbered(7))
-    message, _ = taken(BufferPool(rcl), subscription)
+    message, data, _ = taken(MessagePool(rcl, Image, 'data'), subscription)
     gc.collect()
-    assert deserialize_message(bytes(message), Image) == numbered(7)
-
-
-def test_an_empty_message_is_an_empty_view(rcl, ends, monkeypatch):
-    """Whether a middleware delivers one or not: no buffer begins without memory."""
-    monkeypatch.setattr(rcl, '_take', lambda *arguments: 0)
-    message, _ = BufferPool(rcl).take(ends[1])
-    assert message.nbytes == 0 and message.readonly
+    assert not freed and whole(message, data) == numbered(7)
 
 
 def test_a_failure_of_rcl_is_told_in_its_own_words(rcl):
     gone = SimpleNamespace(handle=nullcontext(), topic=TOPIC)
     gone.handle.pointer = None
-    message = memoryview(bytearray(serialize_message(numbered(1))))
     # Twice, since rcl would complain about a text that is overwritten.
     for _ in range(2):
         with pytest.raises(RclError, match=rf'rcl returned \d+ for a message on {TOPIC}: publisher pointer'):
-            rcl.publish(gone, message)
+            rcl.publish(gone, rcl.message(Image))
     assert b'not set' in rcl._error().str
+    with pytest.raises(RclError, match=rf'rcl returned \d+ for a message of {TOPIC}: subscription pointer') as caught:
+        rcl.take(gone, rcl.message(Image))
+    assert not isinstance(caught.value, UnreadableMessageError)
 
 
-def test_a_closed_subscription_is_no_longer_taken_of(rcl, ends, node):
+def test_a_closed_subscription_is_no_longer_taken_of(ends, pool, node):
     _, subscription = ends
     node.destroy_subscription(subscription)
     with pytest.raises(InvalidHandle):
-        BufferPool(rcl).take(subscription)
+        pool.take(subscription)
+    assert len(pool._free) == 1, 'nothing was lent'
 
 
-def test_an_executor_calls_back_and_takes_nothing_itself(rcl, ends, node, ros_context):
+def test_an_executor_calls_back_and_takes_nothing_itself(ends, pool, node, ros_context):
     publisher, subscription = ends
-    pool = BufferPool(rcl)
     numbers = []
-
-    def on_ready():
-        message, _ = pool.take(subscription)
-        numbers.append(deserialize_message(bytes(message), Image).header.stamp.sec)
-
-    ready = SubscriptionReady(node, subscription, node.default_callback_group, on_ready)
+    ready = SubscriptionReady(
+        node,
+        subscription,
+        node.default_callback_group,
+        lambda: numbers.append(pool.take(subscription)[0].header.stamp.sec),
+    )
     executor = SingleThreadedExecutor(context=ros_context)
     executor.add_node(node)
     for number in range(1, 6):
@@ -205,14 +286,14 @@ def test_an_executor_calls_back_and_takes_nothing_itself(rcl, ends, node, ros_co
     publisher.publish(numbered(6))
     executor.spin_once(timeout_sec=0.2)
     assert len(numbers) == 5
-    message, _ = taken(pool, subscription)
-    assert deserialize_message(bytes(message), Image) == numbered(6)
+    message, data, _ = taken(pool, subscription)
+    assert whole(message, data) == numbered(6)
     executor.shutdown()
 
 
 def test_an_executor_goes_on_where_the_subscription_went_first(ends, node, ros_context):
     """rclpy asks whoever it could not enter to add itself to the wait set all the same."""
-    publisher, subscription = ends
+    _, subscription = ends
     called = []
     ready = SubscriptionReady(node, subscription, node.default_callback_group, lambda: called.append(1))
     executor = SingleThreadedExecutor(context=ros_context)
@@ -229,10 +310,8 @@ def test_an_executor_goes_on_where_the_subscription_went_first(ends, node, ros_c
 
 
 def other_layout(monkeypatch):
-    fields = [*rcl_module._Uint8Array._fields_]
-    fields[1], fields[2] = fields[2], fields[1]
-    swapped = type('Swapped', (ctypes.Structure,), {'_fields_': fields})
-    monkeypatch.setattr(rcl_module, '_Uint8Array', swapped)
+    c_message._structure.cache_clear()
+    monkeypatch.setitem(c_message._BASIC, 'uint32', ctypes.c_uint64)
 
 
 def other_library(monkeypatch):
@@ -244,22 +323,29 @@ def other_functions(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ('break_it', 'word'),
-    [(other_layout, 'laid out'), (other_library, 'no_such_rcl'), (other_functions, 'undefined symbol')],
+    ('break_it', 'error', 'word'),
+    [
+        (other_layout, LayoutError, 'Image.header.stamp.nanosec is not where'),
+        (other_library, RclError, 'no_such_rcl'),
+        (other_functions, RclError, 'undefined symbol'),
+    ],
 )
-def test_where_rcl_cannot_be_called_rclpy_does_it(break_it, word, monkeypatch, caplog):
+def test_where_rcl_cannot_be_called_rclpy_does_it(break_it, error, word, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     break_it(monkeypatch)
-    with pytest.raises(RclError, match=word):
-        Rcl()
-    assert load_rcl() is None
-    assert 'rclpy copies them once more' in caplog.text and word in caplog.text
+    try:
+        with pytest.raises(error, match=word):
+            Rcl(Image)
+        assert load_rcl(Image) is None
+        assert 'rclpy copies them once more' in caplog.text and word in caplog.text
+    finally:
+        c_message._structure.cache_clear()
 
 
 @pytest.mark.parametrize('direct', [True, False])
 def test_the_node_answers_with_and_without(direct, ros_context, near_peer, tmp_path, monkeypatch):
     if not direct:
-        monkeypatch.setattr('gps_denied_c7.ros.node.load_rcl', lambda: None)
+        monkeypatch.setattr('gps_denied_c7.ros.node.load_rcl', lambda *message_types: None)
     local = LocalNode(
         ros_context,
         model_path=copying(tmp_path),

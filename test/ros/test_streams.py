@@ -20,6 +20,17 @@ def test_a_gap_is_what_is_missing():
     assert [gaps.note(info(number), 1) for number in (1, 2, 5, 6, 10)] == [0, 0, 2, 2, 5]
 
 
+def test_what_could_not_be_read_is_not_lost():
+    gaps = SequenceGaps()
+    gaps.note_unreadable()
+    assert gaps.note(info(2), 1) == 0
+    gaps.note_unreadable()
+    assert gaps.note(info(4), 1) == 0
+    assert gaps.note(info(6), 1) == 1, 'it was one message, once'
+    gaps.note_unreadable()
+    assert gaps.note(info(9), 1) == 2
+
+
 def test_what_was_published_before_the_first_message_is_not_lost():
     assert SequenceGaps().note(info(1000), 1) == 0
 

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pytest
-from gps_denied_c7_msgs.msg import TensorList
+from gps_denied_c7_msgs.msg import Tensor, TensorList
 from harness import image, tensor, wait_until
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from rclpy.lifecycle import LifecycleNode
-from rclpy.serialization import deserialize_message, serialize_message
-from test_messages import result
+from std_msgs.msg import Header
+from test_messages import TEXT, result
 
-from gps_denied_c7.ros.rcl import Rcl
+from gps_denied_c7.ros.rcl import Rcl, RclError
 from gps_denied_c7.ros.tensor_publisher import TensorPublisher
 
 
@@ -24,26 +29,21 @@ def node(ros_context):
     made.destroy_node()
 
 
-def as_message_objects(monkeypatch):
-    """A middleware that ends its messages with padding."""
-    monkeypatch.setattr('gps_denied_c7.ros.messages.serialize_message', lambda each: serialize_message(each) + bytes(4))
-    return Rcl()
-
-
-@pytest.fixture(
-    params=[lambda patch: Rcl(), lambda patch: None, as_message_objects], ids=['rcl', 'rclpy', 'message objects']
-)
-def published(request, node, monkeypatch):
+@pytest.fixture(params=['rcl', 'rclpy'])
+def published(request, node):
     """A lifecycle publisher, what publishes answers on it, and a way to have the next that arrived."""
     publisher = node.create_lifecycle_publisher(TensorList, 'tensors', 5)
     subscription = node.create_subscription(TensorList, 'tensors', lambda message: None, 5)
     wait_until(lambda: publisher.get_subscription_count() == 1, 'a match')
 
-    def arrived():
-        taken = subscription.handle.take_message(TensorList, False)
-        return taken and taken[0]
+    rcl = Rcl(TensorList, Tensor) if request.param == 'rcl' else None
 
-    return publisher, TensorPublisher(publisher, request.param(monkeypatch)), arrived
+    return publisher, TensorPublisher(publisher, rcl), partial(next_of, subscription)
+
+
+def next_of(subscription):
+    taken = subscription.handle.take_message(TensorList, False)
+    return taken and taken[0]
 
 
 def test_answers_of_any_size_arrive_as_they_were_given(published):
@@ -78,22 +78,72 @@ def test_n1_nothing_leaves_unless_the_publisher_is_active(published):
     assert arrived() is None
 
 
-def test_answers_of_two_threads_do_not_mix(node):
-    """One whose engine hung until after the node was activated again publishes beside the new one."""
+ARRAYS = st.builds(
+    lambda dtype, shape, order: np.arange(np.prod(shape, dtype=int)).reshape(shape, order=order).astype(dtype),
+    st.sampled_from(['uint8', 'int16', 'int64', 'float16', 'float32', '>f8', 'bool']),
+    st.lists(st.integers(0, 4), max_size=4),
+    st.sampled_from('CF'),
+)
+
+
+@given(st.dictionaries(TEXT, ARRAYS, max_size=4), TEXT, st.booleans())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_answer_is_published_as_rclpy_would(ways, outputs, frame_id, some):
+    answered = result(image(1, header=Header(frame_id=frame_id)), outputs)
+    published = list(outputs)[1:] if some else None
+    with patch.object(time, 'monotonic_ns', lambda: 2**62):
+        for way in ways.answers:
+            way.publish(answered, published)
+    first, second = (wait_until(ways.arrived, 'an answer') for _ in ways.answers)
+    assert first == second and len(first.tensors) == len(outputs if published is None else published)
+
+
+@pytest.fixture
+def ways(node):
+    """Both ways to publish on one publisher, and what arrives."""
     publisher = node.create_lifecycle_publisher(TensorList, 'tensors', 5)
     publisher.on_activate(None)
-    first_is_leaving, sent = threading.Event(), []
+    subscription = node.create_subscription(TensorList, 'tensors', lambda message: None, 5)
+    wait_until(lambda: publisher.get_subscription_count() == 1, 'a match')
+    answers = [TensorPublisher(publisher, rcl) for rcl in (Rcl(TensorList, Tensor), None)]
+    return SimpleNamespace(answers=answers, arrived=partial(next_of, subscription))
 
-    class Slow:
-        def publish(self, publisher, message):
-            first_is_leaving.set()
-            time.sleep(0.05)
-            sent.append(deserialize_message(bytes(message), TensorList).header.stamp.sec)
 
-    answers = TensorPublisher(publisher, Slow())
-    first = threading.Thread(target=answers.publish, args=(result(image(1), {}),))
-    first.start()
-    assert first_is_leaving.wait(5.0)
-    answers.publish(result(image(2), {}))
-    first.join()
-    assert sent == [1, 2]
+def test_the_middleware_reads_tensors_where_they_are(node):
+    """No copy of a tensor is made before the middleware's own, and none is the message's to free."""
+    publisher = node.create_lifecycle_publisher(TensorList, 'tensors', 5)
+    publisher.on_activate(None)
+    rcl, seen = Rcl(TensorList, Tensor), []
+
+    class Watching:
+        message, structures = rcl.message, rcl.structures
+
+        @staticmethod
+        def publish(publisher, message):
+            seen.extend(each.data.data for each in rcl.elements(Tensor, message.fields.tensors))
+            raise RclError('no middleware')
+
+    outputs = {'a': np.ones((2, 3), np.float32), 'b': np.zeros(5, np.int64)}
+    for _ in range(3):
+        with pytest.raises(RclError, match='no middleware'):
+            TensorPublisher(publisher, Watching()).publish(result(image(1), outputs))
+    assert seen == 3 * [values.ctypes.data for values in outputs.values()]
+    np.testing.assert_array_equal(outputs['a'], np.ones((2, 3)))
+
+
+def test_answers_of_two_threads_do_not_mix(ways):
+    """One whose engine hung until after the node was activated again publishes beside the new one."""
+
+    def publish_many(number):
+        for _ in range(50):
+            ways.answers[0].publish(result(image(number), {'x': np.full(50_000, number, np.float32)}))
+
+    found = []
+    with ThreadPoolExecutor(2) as pool:
+        done = [pool.submit(publish_many, number) for number in (1, 2)]
+        while not all(each.done() for each in done):
+            if message := ways.arrived():
+                found.append((message.header.stamp.sec, set(tensor(message, 'x').ravel())))
+        assert [each.result() for each in done] == [None, None]
+    assert {number for number, _ in found} == {1, 2}
+    assert all(values == {float(number)} for number, values in found)
