@@ -53,6 +53,10 @@ class FrameSlots:
             self._on_replaced(replaced)
         return True
 
+    def has(self, topic: str) -> bool:
+        """Return whether a frame of ``topic`` waits."""
+        return self._slots[topic] is not None
+
     def take(self, timeout_s: float) -> Frame | None:
         """Wait up to ``timeout_s`` for a frame and take it; None when none came or closed."""
         with self._ready:

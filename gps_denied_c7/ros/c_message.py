@@ -3,12 +3,14 @@ Messages as the C structures that rcl takes and publishes.
 
 A message object of rclpy is a copy of such a structure, its large fields included; whoever looks at the structure
 itself needs no copy of those. The layout follows from a message's fields by the rules of rosidl_generator_c: a member
-for each field, in order, strings and sequences as rosidl_runtime_c/string.h and primitives_sequence.h declare them.
-rosidl_generator_py's own functions make a structure, free it, and copy it from and to a message object.
+for each field, in order, strings and sequences as rosidl_runtime_c/string.h and primitives_sequence.h declare them
+from Humble to Kilted. rosidl_generator_py's own functions make a structure, free it, and copy it from and to a message
+object.
 """
 
 from __future__ import annotations
 
+import array
 import ctypes
 import importlib
 import itertools
@@ -18,7 +20,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 from rclpy.type_support import check_for_type_support
-from rosidl_parser.definition import AbstractSequence, AbstractString, AbstractWString, Array, BasicType, NamespacedType
+from rosidl_parser.definition import AbstractSequence, AbstractString, Array, BasicType, NamespacedType
 
 from gps_denied_c7.errors import C7Error
 
@@ -33,6 +35,8 @@ _BASIC: dict[str, Any] = {
     **{f'{kind}{bits}': getattr(ctypes, f'c_{kind}{bits}') for kind in ('int', 'uint') for bits in (8, 16, 32, 64)},
 }
 
+_HIGHEST_NUMBER = 2**16
+
 # These functions make and read Python's objects: they need the interpreter's lock, and what they raise is raised here.
 _CREATE = ctypes.PYFUNCTYPE(ctypes.c_void_p)
 _DESTROY = ctypes.PYFUNCTYPE(None, ctypes.c_void_p)
@@ -45,7 +49,7 @@ _capsule_pointer.argtypes = [ctypes.py_object, ctypes.c_char_p]
 
 
 class LayoutError(C7Error):
-    """A message type whose C structure is not laid out as from Humble to Rolling."""
+    """A message type whose C structure is not laid out as known here."""
 
 
 class _Block(ctypes.Structure):
@@ -75,7 +79,8 @@ class CMessageType:
     Know a message type's C structure.
 
     :param message_type: as rclpy takes it.
-    :raises LayoutError: the structure is not what the type's fields say, or its package lacks Python's functions.
+    :raises LayoutError: the structure is not what the type's fields say, or its package lacks Python's functions. What
+        cannot be told is the size of a sequence that comes last.
     """
 
     def __init__(self, message_type: type) -> None:
@@ -97,7 +102,7 @@ class CMessageType:
         probe, message = _probe(message_type, itertools.count(2)), CMessage(self)
         message.assign(probe)
         if (name := _first_difference(message.fields, probe)) is not None:
-            raise LayoutError(f'{message_type.__name__}.{name} is not where it is from Humble to Rolling.')
+            raise LayoutError(f'{message_type.__name__}.{name} is not where it is from Humble to Kilted.')
 
 
 class CMessage:
@@ -116,8 +121,13 @@ class CMessage:
         """Its members, read and set in place; valid as long as this object."""
 
     def assign(self, message: Any) -> None:
-        """Copy a message object into the structure, which is as it was made."""
-        self._kind.from_python(message, self.address)
+        """
+        Copy a message object into the structure, which is as it was made.
+
+        :raises ValueError: it cannot be converted.
+        """
+        if not self._kind.from_python(message, self.address):
+            raise ValueError(f'{type(message).__name__} cannot be converted.')
 
     def message(self) -> Any:
         """Return a copy as a message object."""
@@ -138,7 +148,7 @@ def _structure(message_type: Any) -> type[ctypes.Structure]:
 def _member(kind: Any) -> Any:
     if isinstance(kind, BasicType):
         return _BASIC[kind.typename]
-    if isinstance(kind, AbstractString | AbstractWString):
+    if isinstance(kind, AbstractString):
         return CString
     if isinstance(kind, AbstractSequence):
         return CSequence
@@ -152,19 +162,19 @@ def _class(kind: NamespacedType) -> Any:
 
 
 def _probe(message_type: Any, numbers: Iterator[int]) -> Any:
-    """Return a message of which no two fields are alike; sequences of messages are left empty."""
+    """Return a message whose fields differ from one another; sequences of other than numbers are left empty."""
     message = message_type()
     for name, kind in zip(message_type.get_fields_and_field_types(), message_type.SLOT_TYPES, strict=True):
         number = next(numbers)
         value: Any = None
         if isinstance(kind, BasicType):
-            value = bytes([number]) if kind.typename == 'octet' else type(getattr(message, name))(number)
-        elif isinstance(kind, AbstractString | AbstractWString):
+            value = _value(kind, number)
+        elif isinstance(kind, AbstractString):
             value = 'x' * number
         elif isinstance(kind, AbstractSequence) and isinstance(kind.value_type, BasicType):
-            value = [number % 2] * number
+            value = [_value(kind.value_type, number)] * number
         elif isinstance(kind, Array) and isinstance(kind.value_type, BasicType):
-            value = [number + index for index in range(kind.size)]
+            value = [_value(kind.value_type, number + index) for index in range(kind.size)]
         elif isinstance(kind, NamespacedType):
             value = _probe(_class(kind), numbers)
         if value is not None:
@@ -172,13 +182,16 @@ def _probe(message_type: Any, numbers: Iterator[int]) -> Any:
     return message
 
 
+def _value(kind: BasicType, number: int) -> Any:
+    makers: dict[str, Any] = {'octet': lambda number: bytes([number]), 'boolean': bool, 'float': float, 'double': float}
+    return makers.get(kind.typename, int)(number)
+
+
 def _first_difference(fields: Any, message: Any) -> str | None:
     for name in message.get_fields_and_field_types():
         found, expected = getattr(fields, name), getattr(message, name)
         if isinstance(found, _Block):
-            same = found.size == len(expected) and found.capacity >= found.size
-            if same and isinstance(found, CString):
-                same = ctypes.string_at(found.data, found.size) == expected.encode()
+            same = _holds(found, expected)
         elif isinstance(found, ctypes.Structure):
             below = _first_difference(found, expected)
             if below is not None:
@@ -191,3 +204,17 @@ def _first_difference(fields: Any, message: Any) -> str | None:
         if not same:
             return name
     return None
+
+
+def _holds(block: _Block, expected: Any) -> bool:
+    if block.size != len(expected) or block.capacity < block.size:
+        return False
+    if isinstance(expected, str):
+        content = expected.encode()
+    elif isinstance(expected, array.array):
+        content = expected.tobytes()
+    else:
+        return True
+    # Where the layout is another, this is no address but a number or a flag.
+    is_address = (block.data or 0) > _HIGHEST_NUMBER
+    return not content or (is_address and ctypes.string_at(block.data, len(content)) == content)

@@ -6,8 +6,8 @@ that is newly allocated and with the interpreter's lock held; its raw form does 
 such a message to a buffer and from there once more. rcl's own functions take the address of a structure, and ctypes
 lets other threads run meanwhile. Whoever cannot have them uses rclpy's message objects.
 
-rmw_message_info_t below is that of rmw/types.h, the same from Humble to Rolling but for its end. rcl's functions are
-documented in rcl/publisher.h and rcl/subscription.h.
+rmw_message_info_t below is that of rmw/types.h, the same from Humble to Rolling but for its end, behind which is room.
+rcl's functions are documented in rcl/publisher.h and rcl/subscription.h.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from rclpy.waitable import NumberOfEntities, Waitable
 from gps_denied_c7.errors import C7Error
 from gps_denied_c7.ros.c_message import CMessage, CMessageType, CSequence, LayoutError
 
-__all__ = ['MessagePool', 'Rcl', 'RclError', 'SubscriptionReady', 'UnreadableMessageError', 'Untaken', 'load_rcl']
+__all__ = ['Rcl', 'RclError', 'SubscriptionReady', 'UnreadableMessageError', 'Untaken', 'load_rcl']
 
 _log = logging.getLogger(__name__)
 
@@ -40,8 +40,6 @@ _TAKE_FAILED = 401
 _NO_SEQUENCE_NUMBER = 2**64 - 1
 _ERROR_BYTES = 4096
 _SPARE_BYTES = 64
-# One waits in the slot, one is being answered, one is being received.
-_MESSAGES = 3
 
 
 class RclError(C7Error):
@@ -117,32 +115,66 @@ class Rcl:
 
         :param message: of the subscription's type; what it held is freed or overwritten.
         :return: what rclpy calls the message's info, None where there was no message.
-        :raises UnreadableMessageError: there was one, and no other after it, that the middleware could not read.
+        :raises UnreadableMessageError: there was one, and none after it, that the middleware says it could not read.
         :raises RclError: rcl failed.
+        :raises InvalidHandle: the subscription has been destroyed.
         """
         info = _MessageInfo()
+        # What rclpy has left of another subscription's message is not told of this one's.
+        self._reset_error()
         with subscription.handle:
             code = self._take(subscription.handle.pointer, message.address, info, None)
-        if code not in (_OK, _TAKE_FAILED):
-            self._fail(f'rcl returned {code} for a message of {subscription.topic}')
-        if self._error_is_set():
-            # Of messages that it could not read, before this one or in its place.
-            if code == _TAKE_FAILED:
-                self._fail(f'a message of {subscription.topic} cannot be read', UnreadableMessageError)
-            self._reset_error()
         if code == _TAKE_FAILED:
+            if self._error_is_set():
+                self._fail(f'a message of {subscription.topic} cannot be read', UnreadableMessageError)
             return None
+        if code != _OK:
+            self._fail(f'rcl returned {code} for a message of {subscription.topic}')
         number = info.publication_sequence_number
         return {
             'publication_sequence_number': None if number == _NO_SEQUENCE_NUMBER else number,
             'publisher_gid': {'data': bytes(info.gid)},
         }
 
+    def take_apart(
+        self, subscription: Subscription, message_type: type, large: str
+    ) -> tuple[Any, memoryview, dict[str, Any]] | None:
+        """
+        Take the next message of a subscription, but leave one of its fields where rcl has put it.
+
+        :param message_type: of the subscription, one of those that are known.
+        :param large: name of the field, a ``uint8[]``.
+        :return: a message object of which that field is empty, a read-only view of the field, and what rclpy calls the
+            message's info; None where there was no message. The view, and each part of it, keeps the field's memory.
+        :raises UnreadableMessageError: there was one, and none after it, that the middleware could not read.
+        :raises RclError: rcl failed.
+        :raises InvalidHandle: the subscription has been destroyed.
+        :raises MemoryError: no memory for one message more.
+        """
+        taken = self.message(message_type)
+        untouched = bytes(taken.fields)
+        info = self.take(subscription, taken)
+        if info is None:
+            if bytes(taken.fields) != untouched:
+                # It began to read one: not every reason is told.
+                raise UnreadableMessageError(f'a message of {subscription.topic} cannot be read: it ends too early.')
+            return None
+        field = getattr(taken.fields, large)
+        data, size, capacity = field.data, field.size, field.capacity
+        # Out of the structure meanwhile, or the message object would be given a copy of it.
+        setattr(taken.fields, large, CSequence())
+        try:
+            message = taken.message()
+        finally:
+            setattr(taken.fields, large, CSequence(data, size, capacity))
+        return message, _View(taken, data, size).memory() if size else memoryview(b''), info
+
     def publish(self, publisher: Publisher, message: CMessage) -> None:
         """
-        Publish a message, which is only read, and free again on return.
+        Publish a message, which is only read, and may be changed on return.
 
         :raises RclError: rcl failed.
+        :raises InvalidHandle: the publisher has been destroyed.
         """
         with publisher.handle:
             code = self._publish(publisher.handle.pointer, message.address, None)
@@ -155,6 +187,18 @@ class Rcl:
         raise error(f'{what}: {text}.')
 
 
+class _View:
+    """A look at memory that a message keeps; NumPy's way, since ctypes would make a type for each size."""
+
+    def __init__(self, message: CMessage, address: int, size: int) -> None:
+        self._message = message
+        self.__array_interface__ = {'data': (address, True), 'shape': (size,), 'typestr': '|u1', 'version': 3}
+
+    def memory(self) -> memoryview:
+        """Return it as a memoryview, which keeps this object."""
+        return np.asarray(self).data
+
+
 def load_rcl(*message_types: type) -> Rcl | None:
     """Return what calls rcl for some types, None where it cannot be called."""
     try:
@@ -162,80 +206,6 @@ def load_rcl(*message_types: type) -> Rcl | None:
     except (RclError, LayoutError) as error:
         _log.warning('images and answers take longer, since rclpy copies them once more: %s', error)
         return None
-
-
-class MessagePool:
-    """
-    Take messages into structures that are used again once nobody looks at their large field any more; from one thread.
-
-    A structure keeps its memory until it is used again.
-
-    :param message_type: of the subscriptions, one of those that ``rcl`` knows.
-    :param large: name of its ``uint8[]`` field that is not copied.
-    """
-
-    def __init__(self, rcl: Rcl, message_type: type, large: str) -> None:
-        self._rcl = rcl
-        self._type = message_type
-        self._large = large
-        self._free: list[CMessage] = []
-        self._closed = False
-
-    def take(self, subscription: Subscription) -> tuple[Any, memoryview, dict[str, Any]] | None:
-        """
-        Return the next message of a subscription, its large field and its info, None where there is none.
-
-        :return: the message object, of which that field is empty; a read-only view of the field, whose memory is kept
-            as long as the view, or a part of it, is.
-        :raises UnreadableMessageError: there was one that the middleware could not read.
-        :raises RclError: rcl failed.
-        :raises MemoryError: no memory for one message more.
-        """
-        try:
-            taken = self._free.pop()
-        except IndexError:
-            taken = self._rcl.message(self._type)
-        loan = _Loan(self, taken, self._large)
-        info = self._rcl.take(subscription, taken)
-        return None if info is None else (*loan.parts(), info)
-
-    def close(self) -> None:
-        """Free every structure, those of messages that somebody still looks at once nobody does; from any thread."""
-        self._closed = True
-        self._free.clear()
-
-    def give_back(self, message: CMessage) -> None:
-        """Keep a structure for the next message, unless enough of them wait; from any thread."""
-        if not self._closed and len(self._free) < _MESSAGES:
-            self._free.append(message)
-
-
-class _Loan:
-    """Give a structure back when the last view of its large field has gone."""
-
-    def __init__(self, pool: MessagePool, message: CMessage, large: str) -> None:
-        self._pool = pool
-        self._message = message
-        self._large = large
-
-    def parts(self) -> tuple[Any, memoryview]:
-        fields, name = self._message.fields, self._large
-        field = getattr(fields, name)
-        data, size, capacity = field.data, field.size, field.capacity
-        # Out of the structure meanwhile, or the message object would be given a copy of it.
-        setattr(fields, name, CSequence())
-        try:
-            message = self._message.message()
-        finally:
-            setattr(fields, name, CSequence(data, size, capacity))
-        if not size:
-            return message, memoryview(b'')
-        # NumPy's way to look at memory: ctypes would make a type for each size. The array keeps this object.
-        self.__array_interface__ = {'data': (data, True), 'shape': (size,), 'typestr': '|u1', 'version': 3}
-        return message, np.asarray(self).data
-
-    def __del__(self) -> None:
-        self._pool.give_back(self._message)
 
 
 class Untaken(CallbackGroup):
@@ -259,7 +229,7 @@ class SubscriptionReady(Waitable):
 
     :param subscription: of an :class:`Untaken` group; destroyed by whoever made it, after :meth:`close`.
     :param group: of the callback.
-    :param callback: lets no exception out.
+    :param callback: whatever it lets out goes to the executor.
     """
 
     def __init__(

@@ -27,7 +27,7 @@ from gps_denied_c7.ros.messages import (
     stamp_ns,
 )
 from gps_denied_c7.ros.parameters import LiveSettings
-from gps_denied_c7.ros.rcl import MessagePool, Rcl, SubscriptionReady, UnreadableMessageError, Untaken
+from gps_denied_c7.ros.rcl import Rcl, SubscriptionReady, UnreadableMessageError, Untaken
 from gps_denied_c7.slots import Frame, FrameSlots
 from gps_denied_c7.statistics import Statistics
 
@@ -84,7 +84,7 @@ class ImageStream:
     The callback must return at once, since it shares the executor with the services: it looks at the
     message's shape, not at its pixels, and leaves everything else to the inference thread.
 
-    :param rcl: takes the messages, into memory that is used again; knows their types. rclpy takes them where None.
+    :param rcl: takes the messages, and knows their types; rclpy takes them, and copies them once more, where None.
     :param live: returns the live settings.
     :param on_refused: told the topic and every refused image's error.
     :param on_time_reset: told the topic and by how many seconds its stamps jumped backwards.
@@ -104,6 +104,7 @@ class ImageStream:
         on_time_reset: Callable[[str, float], None],
     ) -> None:
         self._node = node
+        self._rcl = rcl
         self._type = image_type(topic)
         self._slots = slots
         self._statistics = statistics
@@ -132,7 +133,7 @@ class ImageStream:
         )
         self._ready: SubscriptionReady | None = None
         if rcl is not None:
-            self._messages = MessagePool(rcl, self._type, 'data')
+            self._backlog = max(1, self.qos.depth)
             self._ready = SubscriptionReady(node, self._subscription, group, guard(name, self._on_ready))
 
     @property
@@ -145,25 +146,34 @@ class ImageStream:
         """End the subscription."""
         if self._ready is not None:
             self._ready.close()
-            self._messages.close()
         if self._subscription is not None:
             self._node.destroy_subscription(self._subscription)
 
     def _on_ready(self) -> None:
-        assert self._subscription is not None
+        for _ in range(self._backlog):
+            # Where one still waits for its turn, others may have queued up behind this one, and the newest wins.
+            behind = self._slots.has(self.topic)
+            if not self._take() or not behind:
+                return
+
+    def _take(self) -> bool:
+        """Take one message; return whether there was one."""
+        assert self._rcl is not None and self._subscription is not None
         try:
-            taken = self._messages.take(self._subscription)
+            taken = self._rcl.take_apart(self._subscription, self._type, 'data')
         except InvalidHandle:  # closed while its message was waiting
-            return
+            return False
         except UnreadableMessageError as error:
             self._statistics.count(self.topic, 'received')
             self._gaps.note_unreadable()
             remedy = 'Build the publisher with the same sensor_msgs as this node.'
             self._on_refused(self.topic, ImageRejectedError('message', error.message, remedy=remedy))
-            return
-        if taken is not None:
-            message, data, info = taken
-            self._receive(received_image(message, data), info)
+            return True
+        if taken is None:
+            return False
+        message, data, info = taken
+        self._receive(received_image(message, data), info)
+        return True
 
     def _on_message_with_info(self, message: Image | CompressedImage, info: dict[str, Any]) -> None:
         self._receive(received_image(message), info)

@@ -53,8 +53,8 @@ class TensorPublisher:
             tensor.name, tensor.dtype = (CString.of(text) for text in texts)
             tensor.shape, tensor.data = CSequence.of(shape), CSequence.of(data)
             borrowed.append((texts, shape, data))
-        message.fields.tensors = CSequence(ctypes.addressof(tensors), len(outputs), len(outputs))
         try:
+            message.fields.tensors = CSequence(ctypes.addressof(tensors), len(outputs), len(outputs))
             rcl.publish(self._publisher, message)
         finally:
             # What was borrowed is not the message's to free.

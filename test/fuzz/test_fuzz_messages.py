@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,12 +23,13 @@ from sensor_msgs.msg import CompressedImage, Image
 from gps_denied_c7.decoding import RawImage
 from gps_denied_c7.demo.processes import free_domain_id
 from gps_denied_c7.ros.messages import received_image
-from gps_denied_c7.ros.rcl import MessagePool, Rcl, UnreadableMessageError, Untaken
+from gps_denied_c7.ros.rcl import Rcl, UnreadableMessageError, Untaken
 
 os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
 
 QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
 LAST = 'the last one'
+_PATIENCE_S = 20.0
 
 
 def _raw(encoding: str, step: int) -> bytes:
@@ -48,9 +50,10 @@ class Wire:
     def __init__(self, node: Any, message_type: type, topic: str) -> None:
         self._subscription = node.create_subscription(message_type, topic, print, QOS, callback_group=Untaken())
         self._publisher = node.create_publisher(message_type, topic, QOS)
+        deadline = time.monotonic() + _PATIENCE_S
         while not self._publisher.get_subscription_count():
-            pass
-        self._pool = MessagePool(Rcl(message_type), message_type, 'data')
+            assert time.monotonic() < deadline, 'the two ends did not match'
+        self._rcl, self._type = Rcl(message_type), message_type
         self._last = message_type()
         self._last.header.frame_id = LAST
 
@@ -58,10 +61,11 @@ class Wire:
         """Publish some bytes and one good message, and return how many images came before that; each is decoded."""
         self._publisher.publish(content)
         self._publisher.publish(self._last)
-        found = 0
+        found, deadline = 0, time.monotonic() + _PATIENCE_S
         while True:
+            assert time.monotonic() < deadline, 'the good message did not come'
             try:
-                taken = self._pool.take(self._subscription)
+                taken = self._rcl.take_apart(self._subscription, self._type, 'data')
             except UnreadableMessageError as error:
                 assert 'cannot be read' in str(error)
                 continue

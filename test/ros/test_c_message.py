@@ -105,6 +105,15 @@ def test_another_layout_is_refused_by_the_name_of_the_field(name, kind, field, m
 
 
 @pytest.mark.usefixtures('forgotten')
+def test_sequences_of_another_size_are_refused(monkeypatch):
+    """As they are after Kilted, with two flags behind."""
+    longer = type('CSequence', (CSequence,), {'_fields_': [('flags', ctypes.c_bool * 2)]})
+    monkeypatch.setattr(c_message, 'CSequence', longer)
+    with pytest.raises(LayoutError, match=r'Tensor\.data is not where it is'):
+        CMessageType(Tensor)
+
+
+@pytest.mark.usefixtures('forgotten')
 def test_a_member_that_is_not_there_is_refused(monkeypatch):
     longer = type('CString', (CString,), {'_fields_': [('hash', ctypes.c_size_t)]})
     monkeypatch.setattr(c_message, 'CString', longer)

@@ -6,6 +6,8 @@ import ctypes
 import gc
 import importlib
 import logging
+import struct
+import time
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -21,12 +23,12 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.serialization import serialize_message
 from rosbags.typesys import Stores, get_typestore
 from sensor_msgs.msg import CompressedImage, Image
+from std_msgs.msg import String
 
 from gps_denied_c7.ros import c_message
 from gps_denied_c7.ros import rcl as rcl_module
 from gps_denied_c7.ros.c_message import LayoutError
 from gps_denied_c7.ros.rcl import (
-    MessagePool,
     Rcl,
     RclError,
     SubscriptionReady,
@@ -65,17 +67,12 @@ def ends(node):
     return matched(node, Image)
 
 
-@pytest.fixture
-def pool(rcl):
-    return MessagePool(rcl, Image, 'data')
-
-
 def numbered(number, size=64):
     return image(number, width=size, height=size, step=size, data=bytes([number % 256]) * size * size)
 
 
-def taken(pool, subscription):
-    return wait_until(lambda: pool.take(subscription), 'a message')
+def taken(rcl, subscription, message_type=Image):
+    return wait_until(lambda: rcl.take_apart(subscription, message_type, 'data'), 'a message')
 
 
 def whole(message, data):
@@ -85,21 +82,20 @@ def whole(message, data):
     return message
 
 
-def test_what_rclpy_publishes_is_taken_field_by_field(ends, pool):
+def test_what_rclpy_publishes_is_taken_field_by_field(rcl, ends):
     publisher, subscription = ends
     for number, size in ((1, 64), (2, 640), (3, 16)):
         publisher.publish(numbered(number, size))
-        message, data, info = taken(pool, subscription)
+        message, data, info = taken(rcl, subscription)
         assert whole(message, data) == numbered(number, size)
         assert info['publication_sequence_number'] == number
 
 
 def test_a_message_without_data_is_taken(rcl, node):
     publisher, subscription = matched(node, CompressedImage)
-    pool = MessagePool(rcl, CompressedImage, 'data')
     for content in (b'', b'abc', b''):
         publisher.publish(CompressedImage(format='png', data=content))
-        message, data, _ = taken(pool, subscription)
+        message, data, _ = taken(rcl, subscription, CompressedImage)
         assert message.format == 'png' and bytes(data) == content and data.readonly
 
 
@@ -125,26 +121,61 @@ def test_messages_in_a_sequence_are_taken_as_structures(rcl, node):
         assert found == names
 
 
-def test_no_message_is_none(ends, pool):
-    assert pool.take(ends[1]) is None
+def test_no_message_is_none(rcl, ends):
+    assert rcl.take_apart(ends[1], Image, 'data') is None
 
 
-def test_n7_bytes_that_are_no_image_are_told_and_the_next_is_taken(ends, pool):
+@pytest.mark.parametrize(
+    'broken',
+    [
+        lambda intact: intact[:30],
+        lambda intact: intact[:-10],
+        lambda intact: intact.replace(struct.pack('<I', 64 * 64), struct.pack('<I', 2**31)),
+        lambda intact: b'\xff' * 99,
+        lambda intact: b'\0\1\0\0' + b'\xff' * 99,
+    ],
+    ids=['cut in its head', 'cut in its data', 'size of data', 'no CDR', 'other CDR'],
+)
+def test_n7_bytes_that_are_no_image_are_told_and_the_next_is_taken(rcl, ends, broken):
     publisher, subscription = ends
     intact = bytes(serialize_message(numbered(1)))
-    for number, broken in enumerate((intact[:30], b'\xff' * 99, b'\0\1\0\0' + b'\xff' * 99), 1):
-        publisher.publish(broken)
-        with pytest.raises(UnreadableMessageError, match=rf'a message of {TOPIC} cannot be read: .*[Cc][Dd][Rr]'):
-            wait_until(lambda: pool.take(subscription), 'a message')
-        assert pool.take(subscription) is None, 'it is told once'
+    assert broken(intact) != intact
+    for number in (2, 4):
+        publisher.publish(broken(intact))
+        with pytest.raises(UnreadableMessageError, match=rf'a message of {TOPIC} cannot be read: .'):
+            taken(rcl, subscription)
+        assert rcl.take_apart(subscription, Image, 'data') is None, 'it is told once'
         publisher.publish(numbered(number))
-        message, data, _ = taken(pool, subscription)
-        assert whole(message, data) == numbered(number)
+        message, data, info = taken(rcl, subscription)
+        assert whole(message, data) == numbered(number) and info['publication_sequence_number'] == number
     # One that stands before a whole one is passed over with it, and leaves nothing to be told later.
-    publisher.publish(intact[:30])
+    publisher.publish(broken(intact))
     publisher.publish(intact)
-    assert taken(pool, subscription)[2]['publication_sequence_number'] == 8
-    assert pool.take(subscription) is None
+    assert taken(rcl, subscription)[2]['publication_sequence_number'] == 6
+    assert rcl.take_apart(subscription, Image, 'data') is None
+
+
+def test_what_rclpy_could_not_read_is_not_told_of_another_topic(rcl, ends, node):
+    other = node.create_subscription(String, '/text', lambda message: None, RELIABLE)
+    publisher = node.create_publisher(String, '/text', RELIABLE)
+    wait_until(lambda: publisher.get_subscription_count() == 1, 'a match')
+    publisher.publish(bytes(serialize_message(String(data='some text')))[:12])
+    for _ in range(100):
+        assert other.handle.take_message(String, False) is None
+        if rcl._error_is_set():
+            break
+        time.sleep(0.01)
+    assert rcl._error_is_set(), 'rclpy leaves it'
+    assert rcl.take_apart(ends[1], Image, 'data') is None
+
+
+def test_a_number_that_the_middleware_does_not_know_is_none(rcl, ends, monkeypatch):
+    def take(subscription, message, info, allocation):
+        info.publication_sequence_number = 2**64 - 1
+        return 0
+
+    monkeypatch.setattr(rcl, '_take', take)
+    assert rcl.take(ends[1], rcl.message(Image))['publication_sequence_number'] is None
 
 
 def big_endian(message):
@@ -156,16 +187,16 @@ def big_endian(message):
     return bytes(store.serialize_cdr(store.types[name](**fields), name, little_endian=False))
 
 
-def test_a_message_in_another_byte_order_is_taken(ends, pool):
+def test_a_message_in_another_byte_order_is_taken(rcl, ends):
     publisher, subscription = ends
     sent = big_endian(numbered(7))
     assert sent[:2] == b'\0\0'
     publisher.publish(sent)
-    message, data, _ = taken(pool, subscription)
+    message, data, _ = taken(rcl, subscription)
     assert whole(message, data) == numbered(7)
 
 
-def test_publishers_are_told_apart(ends, pool, node):
+def test_publishers_are_told_apart(rcl, ends, node):
     publisher, subscription = ends
     second = node.create_publisher(Image, TOPIC, RELIABLE)
     wait_until(lambda: second.get_subscription_count() == 1, 'the second to match')
@@ -173,7 +204,7 @@ def test_publishers_are_told_apart(ends, pool, node):
     for number in range(1, 4):
         for name, each in (('first', publisher), ('second', second)):
             each.publish(numbered(number))
-            *_, info = taken(pool, subscription)
+            *_, info = taken(rcl, subscription)
             assert info['publication_sequence_number'] == number
             found.setdefault(name, set()).add(info['publisher_gid']['data'])
     (first,), (other,) = found.values()
@@ -182,36 +213,6 @@ def test_publishers_are_told_apart(ends, pool, node):
 
 def address(data):
     return np.frombuffer(data, np.uint8).ctypes.data
-
-
-def test_memory_is_used_again_only_once_nothing_looks_at_its_message(ends, pool):
-    publisher, subscription = ends
-    kept, starts = [], set()
-    for number in range(1, 9):
-        publisher.publish(numbered(number))
-        _, data, _ = taken(pool, subscription)
-        starts.add(address(data))
-        # A part of it keeps all of it.
-        kept.append(data[-64:])
-        del data
-    assert len(starts) == 8 and not pool._free
-    for number, part in enumerate(kept, 1):
-        assert bytes(part) == bytes([number]) * 64
-    del part, kept
-    gc.collect()
-    assert len(pool._free) == 3, 'the others are freed'
-    assert {each.fields.data.data for each in pool._free} < starts
-    publisher.publish(numbered(9))
-    _, data, _ = taken(pool, subscription)
-    assert len(pool._free) == 2 and bytes(data[:9]) == b'\t' * 9
-
-
-def test_one_structure_is_enough_for_messages_that_are_let_go(ends, pool):
-    publisher, subscription = ends
-    for number in range(50):
-        publisher.publish(numbered(number))
-        assert bytes(taken(pool, subscription)[1][:3]) == bytes([number]) * 3
-        assert len(pool._free) == 1
 
 
 @pytest.fixture
@@ -223,26 +224,58 @@ def freed(rcl, monkeypatch):
     return found
 
 
-def test_a_closed_pool_keeps_nothing(ends, pool, freed):
+def test_an_image_is_kept_as_long_as_a_part_of_it_is_looked_at(rcl, ends, freed):
     publisher, subscription = ends
-    for number in (1, 2):
+    kept, starts = [], set()
+    for number in range(1, 9):
         publisher.publish(numbered(number))
-    (_, first, _), (message, second, _) = taken(pool, subscription), taken(pool, subscription)
-    del first
-    assert len(pool._free) == 1
-    pool.close()
-    assert len(freed) == 1 and not pool._free, 'the other one is still looked at'
-    assert whole(message, second) == numbered(2)
-    del second
-    assert len(freed) == 2 and not pool._free
-
-
-def test_a_message_outlives_its_pool(rcl, ends, freed):
-    publisher, subscription = ends
-    publisher.publish(numbered(7))
-    message, data, _ = taken(MessagePool(rcl, Image, 'data'), subscription)
+        _, data, _ = taken(rcl, subscription)
+        starts.add(address(data))
+        kept.append(data[-64:])
+        del data
     gc.collect()
-    assert not freed and whole(message, data) == numbered(7)
+    assert len(starts) == 8 and not freed
+    for number, part in enumerate(kept, 1):
+        assert bytes(part) == bytes([number]) * 64
+    del part
+    for count in range(1, 9):
+        kept.pop()
+        assert len(freed) == count, 'at once: what is let go takes the next image'
+
+
+def test_an_image_in_a_cycle_of_references_is_freed_once(rcl, ends, freed):
+    publisher, subscription = ends
+    for _ in range(3):
+        publisher.publish(numbered(7))
+        cycle = list(taken(rcl, subscription))
+        cycle.append(cycle)
+        del cycle
+        gc.collect()
+    assert len(freed) == 3
+    publisher.publish(numbered(8))
+    message, data, _ = taken(rcl, subscription)
+    assert whole(message, data) == numbered(8)
+
+
+def test_nothing_is_left_of_a_message_whose_head_cannot_be_read(rcl, ends, freed, monkeypatch):
+    publisher, subscription = ends
+    publisher.publish(numbered(1))
+    kind = rcl._kinds[Image]
+    sizes = []
+
+    def fail(address):
+        raise UnicodeError('head')
+
+    def destroy(address, destroy=kind.destroy):
+        sizes.append(kind.structure.from_address(address).data.size)
+        destroy(address)
+
+    monkeypatch.setattr(kind, 'to_python', fail)
+    monkeypatch.setattr(kind, 'destroy', destroy)
+    with pytest.raises(UnicodeError, match='head'):
+        taken(rcl, subscription)
+    gc.collect()
+    assert 64 * 64 in sizes, 'its pixels are in it again, and freed with it'
 
 
 def test_a_failure_of_rcl_is_told_in_its_own_words(rcl):
@@ -258,22 +291,28 @@ def test_a_failure_of_rcl_is_told_in_its_own_words(rcl):
     assert not isinstance(caught.value, UnreadableMessageError)
 
 
-def test_a_closed_subscription_is_no_longer_taken_of(ends, pool, node):
+def test_a_closed_subscription_is_no_longer_taken_of(rcl, ends, node):
     _, subscription = ends
     node.destroy_subscription(subscription)
     with pytest.raises(InvalidHandle):
-        pool.take(subscription)
-    assert len(pool._free) == 1, 'nothing was lent'
+        rcl.take_apart(subscription, Image, 'data')
 
 
-def test_an_executor_calls_back_and_takes_nothing_itself(ends, pool, node, ros_context):
+def test_a_closed_publisher_is_no_longer_published_on(rcl, ends, node):
+    publisher, _ = ends
+    node.destroy_publisher(publisher)
+    with pytest.raises(InvalidHandle):
+        rcl.publish(publisher, rcl.message(Image))
+
+
+def test_an_executor_calls_back_and_takes_nothing_itself(rcl, ends, node, ros_context):
     publisher, subscription = ends
     numbers = []
     ready = SubscriptionReady(
         node,
         subscription,
         node.default_callback_group,
-        lambda: numbers.append(pool.take(subscription)[0].header.stamp.sec),
+        lambda: numbers.append(rcl.take_apart(subscription, Image, 'data')[0].header.stamp.sec),
     )
     executor = SingleThreadedExecutor(context=ros_context)
     executor.add_node(node)
@@ -286,7 +325,7 @@ def test_an_executor_calls_back_and_takes_nothing_itself(ends, pool, node, ros_c
     publisher.publish(numbered(6))
     executor.spin_once(timeout_sec=0.2)
     assert len(numbers) == 5
-    message, data, _ = taken(pool, subscription)
+    message, data, _ = taken(rcl, subscription)
     assert whole(message, data) == numbered(6)
     executor.shutdown()
 

@@ -1,6 +1,22 @@
-"""N-3: loss is counted where sequence numbers tell, and unknown otherwise."""
+"""N-3: the newest image wins, also over those that wait before the node; loss is counted where numbers tell."""
 
-from gps_denied_c7.ros.streams import SequenceGaps
+from types import SimpleNamespace
+
+import pytest
+import rclpy
+from harness import image, wait_until
+from rclpy.executors import SingleThreadedExecutor
+from rclpy.qos import QoSProfile, ReliabilityPolicy
+from rclpy.serialization import serialize_message
+from rclpy.subscription import Subscription
+from sensor_msgs.msg import CompressedImage, Image
+
+from gps_denied_c7.ros.rcl import Rcl
+from gps_denied_c7.ros.streams import ImageStream, SequenceGaps
+from gps_denied_c7.slots import FrameSlots
+from gps_denied_c7.statistics import Statistics
+
+TOPIC = '/camera/image_raw'
 
 
 def info(number, gid=None):
@@ -62,3 +78,97 @@ def test_no_number_is_unknown():
     """Humble's callbacks get no message info."""
     assert SequenceGaps().note(None, 1) is None
     assert SequenceGaps().note({'publication_sequence_number': None}, 1) is None
+
+
+@pytest.fixture
+def stream(ros_context):
+    """A stream whose images nobody takes but the test, what it told, and a publisher that has reached it."""
+    node = rclpy.create_node('stream', context=ros_context, start_parameter_services=False)
+    statistics, refused = Statistics(), []
+    statistics.open_streams((TOPIC,))
+    slots = FrameSlots([TOPIC], on_replaced=lambda frame: statistics.count(TOPIC, 'replaced'))
+    made = ImageStream(
+        node,
+        TOPIC,
+        slots,
+        statistics,
+        rcl=Rcl(Image, CompressedImage),
+        guard=lambda name, callback: callback,
+        live=lambda: SimpleNamespace(max_stamp_ahead_s=0.0),
+        on_refused=lambda topic, error: refused.append(error.reason),
+        on_time_reset=lambda topic, backwards_s: None,
+    )
+    publisher = node.create_publisher(Image, TOPIC, QoSProfile(depth=20, reliability=ReliabilityPolicy.RELIABLE))
+    wait_until(lambda: publisher.get_subscription_count() == 1, 'a match')
+    yield SimpleNamespace(
+        node=node,
+        ready=made._on_ready,
+        publish=publisher.publish,
+        counted=lambda: statistics.snapshot().streams[TOPIC],
+        waiting=lambda: (frame := slots.take(0.0)) and frame.message.header.stamp.sec,
+        refused=refused,
+    )
+    made.close()
+    node.destroy_node()
+
+
+def test_images_that_wait_behind_one_another_give_way_to_the_newest(stream):
+    stream.publish(image(1))
+    stream.ready()
+    for number in range(2, 6):
+        stream.publish(image(number))
+    stream.ready()
+    assert stream.waiting() == 5 and stream.waiting() is None
+    counted = stream.counted()
+    assert (counted.received, counted.replaced, counted.lost) == (5, 4, 0)
+
+
+def test_an_image_nothing_waits_before_is_handed_on_at_once(stream):
+    """Looking for a second one would cost the first its time."""
+    for number in (1, 2):
+        stream.publish(image(number))
+    stream.ready()
+    assert stream.counted().received == 1 and stream.waiting() == 1
+    stream.ready()
+    assert stream.counted().received == 2 and stream.waiting() == 2
+
+
+def test_an_executor_leaves_every_image_to_the_stream(stream, ros_context):
+    executor = SingleThreadedExecutor(context=ros_context)
+    executor.add_node(stream.node)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Subscription, 'callback', property(lambda self: pytest.fail('rclpy has taken an image')))
+        for number in range(1, 21):
+            stream.publish(image(number))
+            while stream.counted().received < number:
+                executor.spin_once(timeout_sec=5.0)
+    executor.shutdown()
+    assert stream.waiting() == 20 and stream.counted().lost == 0
+
+
+def test_a_publisher_that_never_pauses_does_not_keep_the_callback(stream):
+    """As many as the middleware keeps are taken, no more: others wait for the executor, too."""
+    stream.publish(image(1))
+    stream.ready()
+    take, numbers = ImageStream._take, iter(range(2, 100))
+
+    def taken_while_more_arrive(self):
+        stream.publish(image(next(numbers)))
+        return take(self)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(ImageStream, '_take', taken_while_more_arrive)
+        stream.ready()
+    assert stream.counted().received == 1 + 5
+
+
+def test_n7_a_message_that_cannot_be_read_is_refused_and_not_lost(stream):
+    stream.publish(image(1))
+    stream.ready()
+    stream.publish(bytes(serialize_message(image(2)))[:30])
+    stream.ready()
+    assert stream.refused == ['message']
+    stream.publish(image(3))
+    stream.ready()
+    counted = stream.counted()
+    assert stream.waiting() == 3 and (counted.received, counted.replaced, counted.lost) == (3, 1, 0)

@@ -109,6 +109,14 @@ def ways(node):
     return SimpleNamespace(answers=answers, arrived=partial(next_of, subscription))
 
 
+def test_tensors_that_must_be_copied_are_kept_until_they_are_published(ways):
+    outputs = {name: np.full(200_000, number, '>f8') for number, name in enumerate('abc')}
+    ways.answers[0].publish(result(image(1), outputs))
+    message = wait_until(ways.arrived, 'the answer')
+    for number, name in enumerate('abc'):
+        np.testing.assert_array_equal(tensor(message, name), np.full(200_000, number))
+
+
 def test_the_middleware_reads_tensors_where_they_are(node):
     """No copy of a tensor is made before the middleware's own, and none is the message's to free."""
     publisher = node.create_lifecycle_publisher(TensorList, 'tensors', 5)
