@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from fuzz_mutations import damaged, fuzz
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_fuzz_images import FILES, decode_file, decode_raw
 
@@ -29,6 +29,7 @@ os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
 
 QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
 LAST = 'the last one'
+CDR_HEADER_BYTES = 4
 _PATIENCE_S = 20.0
 
 
@@ -59,6 +60,9 @@ class Wire:
 
     def use(self, content: bytes) -> int:
         """Publish some bytes and one good message, and return how many images came before that; each is decoded."""
+        # Fast CDR 2.3, as on Kilted, reads beyond a message that ends with its header but claims padding: any node's
+        # middleware does, before the node is told of a message.
+        assume(len(content) != CDR_HEADER_BYTES)
         self._publisher.publish(content)
         self._publisher.publish(self._last)
         found, deadline = 0, time.monotonic() + _PATIENCE_S
