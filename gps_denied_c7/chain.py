@@ -54,6 +54,7 @@ class Answer:
     Hold the outputs of one request and who made them.
 
     :param outputs: read-only arrays by canonical name, valid until the chain's next call.
+    :param ran_ns: when the engine's run that made them began and ended, by the steady clock; zeros where unknown.
     """
 
     outputs: Mapping[str, NDArray]
@@ -62,6 +63,7 @@ class Answer:
     is_fallback: bool
     model_name: str
     weights_digest: str
+    ran_ns: tuple[int, int] = (0, 0)
 
 
 class _LateError(InferenceError):
@@ -953,8 +955,8 @@ class RuntimeChain:
         )
 
     def _answer(self, outputs: Mapping[str, NDArray]) -> Answer:
-        status = self._status
-        assert status.facts is not None
+        status, engine = self._status, self._engine
+        assert status.facts is not None and engine is not None
         return Answer(
             outputs=outputs,
             runtime_label=self._serving().strategy,
@@ -962,6 +964,7 @@ class RuntimeChain:
             is_fallback=status.is_fallback,
             model_name=status.model_name,
             weights_digest=status.weights_digest,
+            ran_ns=engine.host.ran_ns,
         )
 
     def _exhausted(self) -> ChainExhaustedError:

@@ -35,6 +35,9 @@ _log = logging.getLogger(__name__)
 class SynchronousHost(abc.ABC):
     """Give the two halves of a request to an engine that answers in the calling thread."""
 
+    ran_ns: tuple[int, int] = (0, 0)
+    """When the engine began and ended its last run, by the steady clock; zeros where it does not tell."""
+
     _request: Mapping[str, NDArray] | None = None
 
     @property
@@ -101,7 +104,9 @@ class InProcessHost(SynchronousHost):
         """Run one request; outputs are views valid until the next call."""
         if self._handle is None:
             raise InferenceError('no engine is loaded.')
-        return self._runtime.infer(self._handle, inputs)
+        outputs = self._runtime.infer(self._handle, inputs)
+        self.ran_ns = self._handle.ran_ns
+        return outputs
 
     def place(
         self, *, inputs: Mapping[str, NDArray] | None = None, outputs: Mapping[str, NDArray] | None = None

@@ -38,7 +38,7 @@ class FrameResult:
     :param frame_seq: counts the accepted frames of the topic from 0.
     :param source_size: width and height of the image in pixels.
     :param network_to_image: (2, 3) float64, network pixel to image pixel, pixel centres at integers.
-    :param durations_ns: by stage: queue, decode, preprocess, inference.
+    :param durations_ns: by stage: queue, decode, preprocess, hand_off, engine, hand_back.
     """
 
     frame: Frame
@@ -169,7 +169,7 @@ class FramePipeline:
                 'queue': taken_ns - frame.received_ns,
                 'decode': decoded_ns - taken_ns,
                 'preprocess': preprocessed_ns - decoded_ns,
-                'inference': inferred_ns - preprocessed_ns,
+                **_split_inference(preprocessed_ns, answer.ran_ns, inferred_ns),
             }
             height, width = pixels.array.shape[:2]
             matrix = model.preprocessor.network_to_image(width, height)
@@ -193,6 +193,13 @@ class FramePipeline:
     def _give_up(self, frame: Frame, error: Exception) -> None:
         self._statistics.count(frame.topic, 'unanswered')
         self._on_unanswered(frame, error)
+
+
+def _split_inference(asked_ns: int, ran_ns: tuple[int, int], answered_ns: int) -> dict[str, int]:
+    """Return the stages of an inference; whatever a worker tells of its engine, they add up to all of it."""
+    began_ns = min(max(ran_ns[0], asked_ns), answered_ns)
+    ended_ns = min(max(ran_ns[1], began_ns), answered_ns)
+    return {'hand_off': began_ns - asked_ns, 'engine': ended_ns - began_ns, 'hand_back': answered_ns - ended_ns}
 
 
 class InferenceThread:

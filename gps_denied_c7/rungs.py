@@ -74,6 +74,11 @@ class RungHost(Protocol):
         ...
 
     @property
+    def ran_ns(self) -> tuple[int, int]:
+        """When the engine began and ended the run of the last answer, by the steady clock; zeros where unknown."""
+        ...
+
+    @property
     def request_arrays(self) -> Mapping[str, NDArray]:
         """Arrays by name that a request is read from without a copy; empty where there are none yet."""
         ...

@@ -131,6 +131,11 @@ class EngineHandle(Protocol):
         """What was loaded."""
         ...
 
+    @property
+    def ran_ns(self) -> tuple[int, int]:
+        """When its last run began and ended by the steady clock, in nanoseconds: the vendor's part of a request."""
+        ...
+
 
 @runtime_checkable
 class InferenceRuntime(Protocol):

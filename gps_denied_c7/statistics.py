@@ -11,7 +11,7 @@ import numpy as np
 
 __all__ = ['STAGES', 'Percentiles', 'Statistics', 'StatisticsSnapshot', 'StreamCounters']
 
-STAGES = ('queue', 'decode', 'preprocess', 'inference', 'publish', 'total')
+STAGES = ('queue', 'decode', 'preprocess', 'hand_off', 'engine', 'hand_back', 'publish', 'total')
 
 _WINDOW = 512
 

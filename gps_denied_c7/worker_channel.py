@@ -26,8 +26,9 @@ __all__ = ['Channel', 'ChannelClosedError', 'error_from_json', 'error_to_json', 
 
 _PACKET_BYTES = 1 << 16
 _TEXT_CHARACTERS = 8000
-# A packet of this size that begins with what no JSON begins with.
-_NUMBER, _NUMBER_MARK = struct.Struct('<BQ'), 0
+# Packets of these sizes that begin with what no JSON begins with: numbers alone.
+_NUMBERS_MARK = 0
+_NUMBERS = {layout.size: layout for layout in (struct.Struct(f'<B{count}Q') for count in range(1, 4))}
 _ANCILLARY_BYTES = socket.CMSG_SPACE(4 * array.array('i').itemsize)
 
 
@@ -37,7 +38,7 @@ class ChannelClosedError(C7Error):
 
 class Channel:
     """
-    Send and receive packets, each one JSON object, or a number alone: what is said with every frame.
+    Send and receive packets, each one JSON object, or up to three numbers alone: what is said with every frame.
 
     A packet arrives whole or not at all. What comes from a worker is data only: nothing in it is executed.
 
@@ -79,21 +80,21 @@ class Channel:
         except OSError as error:
             raise ChannelClosedError(f'a packet could not be sent: {error}.') from error
 
-    def send_number(self, number: int) -> None:
+    def send_numbers(self, *numbers: int) -> None:
         """
-        Send a number of 0 to 2**64 - 1, without waiting.
+        Send one to three numbers of 0 to 2**64 - 1, without waiting.
 
         :raises ChannelClosedError: nobody is there to receive it.
         :raises InferenceError: it would have to wait.
         """
         try:
-            self._end.send(_NUMBER.pack(_NUMBER_MARK, number), socket.MSG_DONTWAIT)
+            self._end.send(_NUMBERS[1 + 8 * len(numbers)].pack(_NUMBERS_MARK, *numbers), socket.MSG_DONTWAIT)
         except BlockingIOError as error:
             raise InferenceError('a packet could not be sent: the other end reads none.') from error
         except OSError as error:
             raise ChannelClosedError(f'a packet could not be sent: {error}.') from error
 
-    def receive(self, *, block: bool = True) -> tuple[dict[str, Any] | int, list[int]] | None:
+    def receive(self, *, block: bool = True) -> tuple[dict[str, Any] | tuple[int, ...], list[int]] | None:
         """
         Return the next packet and its descriptors, which the caller then owns; None when none waits.
 
@@ -115,8 +116,8 @@ class Channel:
             return None
         except OSError as error:
             raise ChannelClosedError(f'a packet could not be received: {error}.') from error
-        if size == _NUMBER.size and not ancillary and self._packet[0] == _NUMBER_MARK:
-            return _NUMBER.unpack_from(self._packet)[1], []
+        if size in _NUMBERS and not ancillary and self._packet[0] == _NUMBERS_MARK:
+            return _NUMBERS[size].unpack_from(self._packet)[1:], []
         descriptors = array.array('i')
         for level, what, content in ancillary:
             if (level, what) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

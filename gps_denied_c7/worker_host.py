@@ -86,6 +86,7 @@ class WorkerHost:
         self._releasing = threading.Lock()
         self._released = False
         self._running = False
+        self._ran_ns = (0, 0)
         self._input_specs: tuple[TensorSpec, ...] = ()
         self._output_specs: tuple[TensorSpec, ...] = ()
 
@@ -119,6 +120,11 @@ class WorkerHost:
         """The arrays that the worker reads its inputs from, by name; to be filled in place while none is running."""
         return self._inputs
 
+    @property
+    def ran_ns(self) -> tuple[int, int]:
+        """When the engine began and ended the run of the last answer, by the steady clock, as its worker tells."""
+        return self._ran_ns
+
     def load(self) -> EngineFacts:
         """
         Start the worker and have it load its engine.
@@ -141,7 +147,7 @@ class WorkerHost:
                     f'{self._name()} did not load, or get on with it, within {limit_s:.0f} s and was killed.{stood}',
                     remedy='Raise load_timeout_s, or build the engine before the flight (c7_engine build).',
                 )
-            if isinstance(packet, int):
+            if isinstance(packet, tuple):
                 raise EngineDeserializeError(f'{self._name()} answers before it has loaded an engine.')
             if packet.get('say') == 'progress':
                 progress = _progress(packet)
@@ -179,7 +185,7 @@ class WorkerHost:
         # A sign of life that is still to come is passed over with whatever else is no answer.
         self._number, self._asked_at = self._number + 1, None
         if self._layout_sent:
-            process.send_number(self._number)
+            process.send_numbers(self._number)
         else:
             layout = TensorLayout.of(self._inputs).to_json()
             process.send({'do': 'infer', 'id': self._number, 'layout': layout}, block=False)
@@ -207,10 +213,10 @@ class WorkerHost:
             if self._packets > _MOST_PACKETS:
                 # It would be listened to beyond every deadline.
                 raise InferenceError(f'{self._name()} says more than a request needs.')
-            if isinstance(packet, int):
-                if packet != self._number:
+            if isinstance(packet, tuple):
+                if packet[0] != self._number:
                     continue
-                self._running = False
+                self._running, self._ran_ns = False, _run_of(packet[1:])
             else:
                 if packet.get('say') == 'needs':
                     self._grow(packet)
@@ -224,7 +230,7 @@ class WorkerHost:
             return dict(self._outputs)
 
     def _take_layout(self, packet: dict[str, Any]) -> None:
-        """Find the outputs of this answer, and of those that follow as a number alone."""
+        """Find the outputs of this answer, and of those that follow as numbers alone."""
         if packet.get('say') != 'answered':
             raise error_from_json(packet.get('error'))
         if self._answers is None:
@@ -232,7 +238,7 @@ class WorkerHost:
         outputs = self._answers.arrays(TensorLayout.from_json(packet.get('layout')))
         # The worker has looked at each value; here, what decides about memory and shapes is looked at again.
         check_outputs(self._output_specs, outputs)
-        self._outputs = outputs
+        self._outputs, self._ran_ns = outputs, _run_of(packet.get('ran_ns'))
 
     def infer(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """Run one request and wait for it, however long it takes; as :meth:`begin` and :meth:`poll`."""
@@ -468,6 +474,13 @@ def _progress(packet: Mapping[str, Any]) -> BuildProgress:
         return progress
     except (TypeError, ValueError, OverflowError) as error:
         raise EngineDeserializeError(f'a worker told something unreadable: {packet!a:.300}') from error
+
+
+def _run_of(times: object) -> tuple[int, int]:
+    """Return when a worker's engine ran, (0, 0) where what it tells is nothing of the kind."""
+    if isinstance(times, (list, tuple)) and len(times) == 2 and all(type(time_ns) is int for time_ns in times):
+        return times[0], times[1]
+    return 0, 0
 
 
 def _spec(value: Any) -> TensorSpec:

@@ -181,19 +181,19 @@ class WorkerProcess:
         except ChannelClosedError as error:
             raise self._died() from error
 
-    def send_number(self, number: int) -> None:
+    def send_numbers(self, *numbers: int) -> None:
         """
-        Send a packet that is a number alone, without waiting.
+        Send a packet of one to three numbers alone, without waiting.
 
         :raises WorkerDiedError: nobody is there to receive it.
         :raises InferenceError: it would have to wait.
         """
         try:
-            self._channel.send_number(number)
+            self._channel.send_numbers(*numbers)
         except ChannelClosedError as error:
             raise self._died() from error
 
-    def receive(self, deadline: float | None) -> dict[str, Any] | int | None:
+    def receive(self, deadline: float | None) -> dict[str, Any] | tuple[int, ...] | None:
         """
         Return the next packet, None after ``deadline`` of the steady clock.
 

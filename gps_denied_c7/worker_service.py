@@ -69,8 +69,8 @@ class EngineService:
             received = self._channel.receive()
             assert received is not None
             packet, descriptors = received
-            if isinstance(packet, int):
-                self._answer(packet)
+            if isinstance(packet, tuple):
+                self._answer(packet[0])
             else:
                 handlers[packet['do']](packet, descriptors)
 
@@ -124,7 +124,7 @@ class EngineService:
         self._channel.send({'say': 'here'})
 
     def _infer(self, packet: dict[str, Any], descriptors: list[int]) -> None:
-        """Take the layout of this request and of those that follow as a number alone, and answer it."""
+        """Take the layout of this request and of those that follow as numbers alone, and answer it."""
         assert self._requests is not None
         self._inputs = self._requests.arrays(TensorLayout.from_json(packet['layout']))
         self._answer(packet['id'], place=True)
@@ -138,9 +138,10 @@ class EngineService:
             self._channel.send({'say': 'failed', 'id': number, 'error': error_to_json(error)})
             return
         if layout is None:
-            self._channel.send_number(number)
+            self._channel.send_numbers(number, *self._host.ran_ns)
         else:
-            self._channel.send({'say': 'answered', 'id': number, 'layout': layout.to_json()})
+            answer = {'say': 'answered', 'id': number, 'ran_ns': self._host.ran_ns, 'layout': layout.to_json()}
+            self._channel.send(answer)
 
     def _write(self, outputs: dict[str, NDArray]) -> TensorLayout | None:
         """Have ``outputs`` in the segment, copied unless they are there; return where, None where the node knows."""

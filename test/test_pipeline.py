@@ -109,11 +109,43 @@ def test_a_frame_becomes_a_result_that_says_how_it_was_made(bench):
     np.testing.assert_array_equal(output, np.full((1, 1, 4, 6), 7, np.float32))
     np.testing.assert_array_equal(result.network_to_image, [[1, 0, 0], [0, 1, 0]])
     assert (result.answer.runtime_label, result.answer.active_provider) == ('onnx_trt_ep', 'onnx_trt_ep/gpu provider')
-    assert set(result.durations_ns) == {'queue', 'decode', 'preprocess', 'inference'}
+    assert set(result.durations_ns) == {'queue', 'decode', 'preprocess', 'hand_off', 'engine', 'hand_back'}
     assert all(duration >= 0 for duration in result.durations_ns.values())
     assert set(bench.statistics.snapshot().stages) == {
-        'queue', 'decode', 'preprocess', 'inference', 'publish', 'total',
+        'queue', 'decode', 'preprocess', 'hand_off', 'engine', 'hand_back', 'publish', 'total',
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ('tell', 'told'),
+    [
+        (lambda began, ended: (began, ended), {'hand_off', 'engine', 'hand_back'}),
+        (lambda began, ended: (0, 0), {'hand_back'}),
+        (lambda began, ended: (0, 2**64 - 1), {'engine'}),
+        (lambda began, ended: (ended, began), {'hand_off', 'hand_back'}),
+        (lambda began, ended: (2**64 - 1, 0), {'hand_off'}),
+        (lambda began, ended: (-1, 10**400), {'engine'}),
+    ],
+    ids=['truth', 'nothing', 'everything', 'backwards', 'never', 'no clock'],
+)
+def test_stages_of_an_inference_add_up_whatever_a_worker_tells(bench, monkeypatch, tell, told):
+    def infer(host, inputs):
+        time.sleep(0.002)
+        began = time.monotonic_ns()
+        time.sleep(0.002)
+        host.ran_ns = tell(began, time.monotonic_ns())
+        time.sleep(0.002)
+        return {'image': inputs['image'].copy()}
+
+    monkeypatch.setattr(CopyingHost, 'infer', infer)
+    started = time.monotonic_ns()
+    bench.pipeline.process(bench.frame())
+    elapsed = time.monotonic_ns() - started
+    ((result, _),) = bench.results
+    stages = {stage: result.durations_ns[stage] for stage in ('hand_off', 'engine', 'hand_back')}
+    assert 6_000_000 <= sum(stages.values()) <= elapsed
+    assert {stage for stage, duration in stages.items() if duration >= 2_000_000} == told
+    assert all(duration >= 0 for duration in stages.values())
 
 
 def test_the_matrix_is_that_of_the_image_that_was_answered(bench):

@@ -43,6 +43,8 @@ class ScriptedWorker:
     request_arrays = {}
     patience = 0
 
+    ran_ns = (0, 0)
+
     def __init__(self, rung, bench):
         self.rung, self.bench = rung, bench
         self.alive = False

@@ -92,7 +92,9 @@ def test_f1_a_worker_answers_as_the_same_runtime_in_this_process_does(bundle, wo
     assert (worker.inputs, worker.outputs) == (here.inputs, here.outputs)
     request = bundle.golden_inputs()
     for _ in range(3):
+        asked_ns = time.monotonic_ns()
         ours, theirs = here.infer(request), worker.infer(request)
+        assert asked_ns < here.ran_ns[0] < here.ran_ns[1] < worker.ran_ns[0] < worker.ran_ns[1] < time.monotonic_ns()
         assert list(ours) == list(theirs)
         for name in ours:
             np.testing.assert_array_equal(ours[name], theirs[name])
@@ -127,6 +129,8 @@ def test_f1_the_engine_is_told_once_where_requests_come_and_answers_are_wanted()
             placed.append(arrays)
 
         def infer(self, inputs):
+            number = int(inputs['x'][0])
+            self.ran_ns = (10 * number, 11 * number)
             return {'twice': inputs['x'] * 2}
 
     ours, theirs = Channel.pair()
@@ -149,10 +153,12 @@ def test_f1_the_engine_is_told_once_where_requests_come_and_answers_are_wanted()
             ours.send({'do': 'infer', 'id': number, 'layout': layout.to_json()})
             assert ours.receive()[0]['say'] == 'needs'
             ours.send({'do': 'map', 'segment': 'answers'}, [answers.descriptor])
-            twice = answers.arrays(TensorLayout.from_json(ours.receive()[0]['layout']))['twice']
+            answered = ours.receive()[0]
+            assert answered['ran_ns'] == [10, 11]
+            twice = answers.arrays(TensorLayout.from_json(answered['layout']))['twice']
         else:
-            ours.send_number(number)
-            assert ours.receive()[0] == number
+            ours.send_numbers(number)
+            assert ours.receive()[0] == (number, 10 * number, 11 * number)
         assert list(twice) == [2 * number] * 5
     assert [list(arrays) for arrays in placed] == [['inputs'], ['outputs']]
     request[...], twice[...] = 7, 8
@@ -737,6 +743,19 @@ def test_f1_an_answer_of_a_segment_that_was_replaced_is_none(bundle, worker, mon
     with pytest.raises(InferenceError, match='layout'):
         worker.poll(0.01)
     monkeypatch.undo()
+
+
+@pytest.mark.parametrize('told', [None, 'never', [], [1], [1, 2, 3], [True, 2], [1.0, 2.0], ['1', '2']], ids=str)
+def test_f1_a_worker_that_does_not_tell_when_its_engine_ran_answers_all_the_same(bundle, worker, monkeypatch, told):
+    receive = WorkerProcess.receive
+
+    def received(process, deadline):
+        packet = receive(process, deadline)
+        return {**packet, 'ran_ns': told} if isinstance(packet, dict) else packet
+
+    monkeypatch.setattr(WorkerProcess, 'receive', received)
+    assert worker.infer(bundle.golden_inputs())
+    assert worker.ran_ns == (0, 0)
 
 
 @pytest.mark.parametrize(

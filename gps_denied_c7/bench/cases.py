@@ -17,6 +17,7 @@ __all__ = [
     'IMAGE_SIZE',
     'IN_PROCESS',
     'OUTPUT_SIZE',
+    'RATE',
     'SHIPPED',
     'SHIPPED_TRANSPORT',
     'Case',
@@ -37,7 +38,7 @@ SHIPPED = 'node'
 SHIPPED_TRANSPORT = 'shipped'
 DEFAULT_TRANSPORT = 'default'
 
-IMAGE_SIZE, CAMERAS, OUTPUT_SIZE = 'image size', 'cameras', 'output size'
+IMAGE_SIZE, CAMERAS, OUTPUT_SIZE, RATE = 'image size', 'cameras', 'output size', 'rate'
 
 NETWORK_WIDTH, NETWORK_HEIGHT = 640, 480
 MODEL_MS = (5, 30, 100)
@@ -144,7 +145,7 @@ class Case:
     @property
     def title(self) -> str:
         """The case in words."""
-        return ', '.join(self._words().values())
+        return ', '.join(self.words.values())
 
     @property
     def large_outputs(self) -> bool:
@@ -184,20 +185,22 @@ class Case:
     def point(self, series: str) -> str:
         """Return in words where on the axis of a series the case lies."""
         outputs = f'{self.outputs_mb} MB' if self.large_outputs else '1 KB'
-        return {IMAGE_SIZE: self._size, OUTPUT_SIZE: outputs, CAMERAS: self._words()[CAMERAS]}[series]
+        return {IMAGE_SIZE: self._size, OUTPUT_SIZE: outputs, CAMERAS: self.words[CAMERAS]}[series]
 
     def constants(self, series: str) -> str:
         """Return in words what the points of a series have in common."""
-        words = self._words()
+        words = self.words
         del words[series]
         return ', '.join([self.encoding, *words.values()] if series == IMAGE_SIZE else words.values())
 
-    def _words(self) -> dict[str, str]:
+    @property
+    def words(self) -> dict[str, str]:
+        """What is sent to whom, word by word, each by the name of its axis."""
         words = {
             IMAGE_SIZE: f'{self._size} {self.encoding}',
             'model': f'{self.model_ms} ms model',
             OUTPUT_SIZE: f'{self.outputs_mb} MB of outputs' if self.large_outputs else 'small outputs',
-            'rate': f'{self.rate_hz:g} Hz' if self.rate_hz else 'saturation',
+            RATE: f'{self.rate_hz:g} Hz' if self.rate_hz else 'saturation',
             CAMERAS: f'{self.cameras} cameras' if self.cameras > 1 else '1 camera',
         }
         if self.transport != SHIPPED_TRANSPORT:

@@ -17,6 +17,7 @@ __all__ = [
     'Percentiles',
     'Result',
     'Verdict',
+    'compared',
     'percentiles',
     'ratio_p50',
     'ratio_p99',
@@ -27,15 +28,19 @@ __all__ = [
     'verdicts',
 ]
 
-STAGES = ('transport in', 'queue', 'decode', 'pre-process', 'inference', 'message', 'publish')
+STAGES = (
+    'transport in', 'queue', 'decode', 'pre-process', 'hand-off', 'engine', 'hand-back', 'message', 'publish',
+)  # fmt: skip
 """
 From the camera's stamp to the tensors in the subscriber's hands.
 
-transport in: to callback entry; queue: to leaving the slot; inference: hand-off to the engine, engine and hand-back;
-message: filling the TensorList; publish: the publish call, transport out and reading in the subscriber.
+transport in: to callback entry; queue: to leaving the slot; hand-off: until the engine runs, as in a worker process;
+hand-back: from its end to the outputs in the node's hands, the look at each value included; message: filling the
+TensorList; publish: the publish call, transport out and reading in the subscriber.
 """
 
 _MS = 1e-6
+_INSIDE = ('queue', 'decode', 'preprocess', 'hand_off', 'engine', 'hand_back')
 _OUTSIDE_MS = {(480, 'mono8'): 1.5, (1080, 'rgb8'): 4.0}
 
 
@@ -99,7 +104,7 @@ class Block:
 
 def stages_of(answer: Mapping[str, int]) -> dict[str, float]:
     """Return what each of STAGES took for one answer, milliseconds; they add up to its latency."""
-    inside = [answer[f'{stage}_ns'] for stage in ('queue', 'decode', 'preprocess', 'inference')]
+    inside = [answer[f'{stage}_ns'] for stage in _INSIDE]
     durations = [
         answer['receive_ns'] - answer['stamp_ns'],
         *inside,
@@ -118,7 +123,7 @@ class Result:
     :param p50_by_repetition: milliseconds, in the order measured.
     :param answered_hz: answers per second while frames were being sent, median of the repetitions.
     :param stages: by name, as STAGES.
-    :param outside: callback entry to the message being complete, inference left out.
+    :param outside: callback entry to the message being complete, the engine's own run left out.
     :param publish_call_ms: p50 of message and publish call together, by the node's own diagnostics; None for others.
     :param sent: frames of all repetitions, warm-up included.
     :param dropped: by policy, by the node's own count; None for those who cannot tell.
@@ -215,6 +220,19 @@ def series_of(cases: Sequence[CaseResult]) -> dict[str, list[CaseResult]]:
     return series
 
 
+def compared(cases: Sequence[CaseResult]) -> list[CaseResult]:
+    """Return the cases in which both the forty lines and the node as shipped answered, points of series left out."""
+    return [
+        case
+        for case in cases
+        if not case.case.series and all(_answered(case, name) for name in (FORTY_LINES, SHIPPED))
+    ]
+
+
+def _answered(case: CaseResult, name: str) -> bool:
+    return name in case.results and case.results[name].latency is not None
+
+
 def summarise_bare(name: str, title: str, repetitions: Sequence[Sequence[int]]) -> Result:
     """Return the figures of the bare engine from the nanoseconds of its inferences, one list a repetition."""
     milliseconds = [[duration * _MS for duration in durations] for durations in repetitions]
@@ -274,7 +292,7 @@ def summarise(
         p50_by_repetition=tuple(figures.p50 for figures in p50s if figures),
         answered_hz=float(np.median([block.answered_hz for block in blocks])) if blocks else 0.0,
         stages={stage: figures for stage, figures in stages.items() if figures},
-        outside=percentiles([(answer['total_ns'] - answer['inference_ns']) * _MS for answer in counted]),
+        outside=percentiles([(answer['total_ns'] - answer['engine_ns']) * _MS for answer in counted]),
         publish_call_ms=float(np.median(publish_ms)) if publish_ms else None,
         sent=sent,
         answered=answered,
@@ -374,7 +392,7 @@ def _outside_engine(case: CaseResult) -> list[Verdict]:
     limit = _OUTSIDE_MS.get((case.case.height, case.case.encoding))
     if limit is None:
         return []
-    return _at_most('in the node outside inference, p50', measured, limit, case.case.title, ' ms')
+    return _at_most('in the node outside the engine, p50', measured, limit, case.case.title, ' ms')
 
 
 def _throughput(case: CaseResult) -> list[Verdict]:

@@ -78,7 +78,7 @@ class FortyLines(Node):
         answer.source_width, answer.source_height = message.width, message.height
         answer.source_encoding = message.encoding
         answer.decode_ns, answer.preprocess_ns = decoded - began, prepared - decoded
-        answer.inference_ns = inferred - prepared
+        answer.inference_ns = answer.engine_ns = inferred - prepared
         for name, values in zip(self.names, outputs, strict=True):
             data = array.array('B', values.tobytes())
             answer.tensors.append(Tensor(name=name, dtype=values.dtype.name, shape=values.shape, data=data))

@@ -21,11 +21,10 @@ from rclpy.subscription import Subscription
 
 from gps_denied_c7.bench.commands import CommandLine
 from gps_denied_c7.ros.dds import apply_profile, tune_allocator
+from gps_denied_c7.ros.messages import stage_durations
 from gps_denied_c7.ros.rcl import Rcl, SubscriptionReady, Untaken
 
-__all__ = ['STAGES', 'Listener', 'main']
-
-STAGES = ('queue', 'decode', 'preprocess', 'inference', 'total')
+__all__ = ['Listener', 'main']
 
 
 class Listener:
@@ -56,7 +55,7 @@ class Listener:
             return
         arrival_ns = time.time_ns()
         message = self._tensors.fields
-        answer = {f'{stage}_ns': int(getattr(message, f'{stage}_ns')) for stage in STAGES}
+        answer = {f'{stage}_ns': duration for stage, duration in stage_durations(message).items()}
         answer['stamp_ns'] = _nanoseconds(message.header.stamp)
         answer['receive_ns'] = _nanoseconds(message.receive_stamp)
         answer['arrival_ns'] = arrival_ns

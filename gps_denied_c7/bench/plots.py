@@ -8,21 +8,25 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.bench.cases import BARE, FORTY_LINES, SHIPPED
-from gps_denied_c7.bench.figures import STAGES, CaseResult, Result, series_of
+from gps_denied_c7.bench.cases import BARE, CAMERAS, FORTY_LINES, RATE, SHIPPED
+from gps_denied_c7.bench.figures import STAGES, CaseResult, Result, compared, ratio_p50, ratio_p99, series_of
 
-__all__ = ['draw_plots', 'latency_plot', 'scaling_plot', 'throughput_plot']
+__all__ = ['draw_plots', 'latency_plot', 'ratio_plot', 'scaling_plot', 'throughput_plot']
 
 _PAPER, _INK, _FAINT = (255, 255, 255), (44, 40, 38), (150, 146, 144)
 # One colour for each stage, blue, green, red.
 _COLOURS = (
-    (180, 119, 31), (199, 199, 199), (44, 160, 44), (75, 190, 220), (40, 39, 214), (189, 103, 148), (14, 127, 255),
+    (180, 119, 31), (199, 199, 199), (44, 160, 44), (75, 190, 220), (180, 119, 227), (40, 39, 214), (194, 182, 247),
+    (189, 103, 148), (14, 127, 255),
 )  # fmt: skip
 _WIDTH, _LABELS, _ROW, _TITLE = 1280, 400, 24, 34
 _RIGHT = 150
 _GAP = 12
 # In a picture of series: where names and bars begin, and the columns of figures behind the bars.
 _NAMES, _BARS = 130, 320
+# The ends of the axis of ratios, which is logarithmic, and its lines.
+_LEAST_RATIO, _MOST_RATIO, _RATIO_LINES = 0.05, 4.0, (0.1, 0.2, 0.5, 1.0, 2.0)
+_DOT = 4
 _COLUMNS = ((860, 'p50 / p99, ms'), (985, 'answered / sent, Hz'), (1150, 'lost or dropped'))
 
 
@@ -35,6 +39,10 @@ def draw_plots(directory: Path, cases: Sequence[CaseResult]) -> dict[str, str]:
         'scaling.png': (
             'Latency by stage, p50, with answers per second; each series has one scale, the line ends at p99',
             scaling_plot(cases),
+        ),
+        'ratios.png': (
+            'Latency of this node against that of the forty lines, a dot (p50) and a ring (p99) for each case',
+            ratio_plot(cases),
         ),
         'throughput.png': ('Answers per second at saturation', throughput_plot(cases)),
     }
@@ -94,6 +102,53 @@ def throughput_plot(cases: Sequence[CaseResult]) -> NDArray | None:
             top += _ROW
         top += 12
     return picture
+
+
+def ratio_plot(cases: Sequence[CaseResult]) -> NDArray | None:
+    """
+    Return dots for latencies against the forty lines', a row for each network and image, a colour for each rate.
+
+    A dot is the ratio of p50, a ring that of p99; left of the line at 1 this node is the faster. None for fewer than
+    two cases to compare.
+    """
+    import cv2
+
+    told = compared(cases)
+    if len(told) < 2:
+        return None
+    rates = list(dict.fromkeys(case.case.words[RATE] for case in told))
+    rows: dict[str, list[CaseResult]] = {}
+    for case in told:
+        others = [word for axis, word in case.case.words.items() if axis not in (RATE, CAMERAS)]
+        rows.setdefault(', '.join(others), []).append(case)
+    bottom = 2 * _TITLE + _ROW * len(rows)
+    picture = np.full((bottom + _GAP, _WIDTH, 3), _PAPER, np.uint8)
+    left = 12
+    for rate, colour in zip(rates, _COLOURS, strict=False):
+        cv2.circle(picture, (left + 6, 17), _DOT, colour, cv2.FILLED, cv2.LINE_AA)
+        left = _write(picture, rate, (left + 18, 22)) + 18
+    _write(picture, 'dot: p50, ring: p99, of this node / of the forty lines', (left + 18, 22), colour=_FAINT)
+    for ratio in _RATIO_LINES:
+        at = _ratio_at(ratio)
+        cv2.line(picture, (at, 2 * _TITLE - 6), (at, bottom), _INK if ratio == 1.0 else _FAINT, 1)
+        _write(picture, f'{ratio:g}', (at - 8, 2 * _TITLE - 12), colour=_FAINT)
+    for number, (row, of_row) in enumerate(rows.items()):
+        middle = 2 * _TITLE + _ROW * number + _ROW // 2
+        _write(picture, row, (24, middle + 4))
+        for case in of_row:
+            colour = _COLOURS[rates.index(case.case.words[RATE]) % len(_COLOURS)]
+            pair = case.results[SHIPPED], case.results[FORTY_LINES]
+            for found, thickness in ((ratio_p50(*pair), cv2.FILLED), (ratio_p99(*pair), 1)):
+                if found is not None:
+                    cv2.circle(picture, (_ratio_at(found), middle), _DOT, colour, thickness, cv2.LINE_AA)
+    return picture
+
+
+def _ratio_at(ratio: float) -> int:
+    """Return where on the axis of ratios one lies, pixels from the left; those beyond an end lie at the end."""
+    inside = min(max(ratio, _LEAST_RATIO), _MOST_RATIO)
+    share = np.log(inside / _LEAST_RATIO) / np.log(_MOST_RATIO / _LEAST_RATIO)
+    return _LABELS + round((_WIDTH - _LABELS - 2 * _GAP) * float(share))
 
 
 def scaling_plot(cases: Sequence[CaseResult]) -> NDArray | None:

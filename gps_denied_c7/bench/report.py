@@ -7,9 +7,20 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from gps_denied_c7.bench.cases import BARE, FORTY_LINES, SHIPPED
-from gps_denied_c7.bench.figures import STAGES, CaseResult, Result, ratio_p50, ratio_p99, series_of, verdicts
+from gps_denied_c7.bench.figures import (
+    STAGES,
+    CaseResult,
+    Result,
+    compared,
+    ratio_p50,
+    ratio_p99,
+    series_of,
+    verdicts,
+)
 
 __all__ = ['BenchReport']
+
+_MANY = 10
 
 _HOW = (
     'A ratio or difference of p50 is the median over the repetitions, of each with the one that was measured beside '
@@ -34,7 +45,7 @@ class BenchReport:
     def to_json(self) -> dict[str, Any]:
         """Return the report as one JSON object."""
         return {
-            'schema_version': 2,
+            'schema_version': 3,
             'facts': dict(self.facts),
             'seconds': round(self.seconds, 1),
             'limits': [asdict(verdict) for verdict in verdicts(self.cases)],
@@ -97,6 +108,30 @@ class BenchReport:
         headers = ['p50, ms', *STAGES, 'CPU ms / answer', 'memory MB', 'idle, % of a core']
         return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
 
+    def overview_table(self, style: str = 'github') -> str:
+        """Return the forty lines beside this node, a row for each case in which both answered."""
+        from tabulate import tabulate
+
+        cases = compared(self.cases)
+        axes = list(dict.fromkeys(axis for case in cases for axis in case.case.words))
+        rows = []
+        for case in cases:
+            forty, node = case.results[FORTY_LINES], case.results[SHIPPED]
+            rows.append(
+                [
+                    *(case.case.words.get(axis, '') for axis in axes),
+                    *(text for one in (forty, node) for text in _latency(one)),
+                    *(_ratio(ratio, style) for ratio in (ratio_p50(node, forty), ratio_p99(node, forty))),
+                    *(f'{one.answered_hz:.1f}' for one in (forty, node)),
+                    *[node.dropped, node.lost, forty.lost],
+                ]
+            )
+        headers = [
+            *axes, 'forty p50', 'forty p99', 'node p50', 'node p99', 'p50 / forty', 'p99 / forty', 'forty/s', 'node/s',
+            'dropped', 'lost', 'forty lost',
+        ]  # fmt: skip
+        return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
+
     def series_table(self, series: str, style: str = 'github') -> str:
         """Return how the figures of the forty lines and of this node grow along one series, a row for each point."""
         from tabulate import tabulate
@@ -135,6 +170,8 @@ class BenchReport:
             self.limits_table(),
             _HOW,
         ]
+        if len(beside := compared(self.cases)) >= _MANY:
+            parts += [f'{heading}# Overview', _overview(beside), self.overview_table()]
         for series, points in series_of(self.cases).items():
             constants = points[0].case.constants(series)
             remark = f'{constants}. Times in ms; stages (p50), dropped by policy and lost are those of this node.'
@@ -150,6 +187,23 @@ class BenchReport:
     def _remark(case: CaseResult) -> str:
         text = f'{case.sent_hz:g} images a second and camera; the engine alone took {case.engine_ms:.2f} ms'
         return f'{text} when the network was made.'
+
+
+def _overview(cases: Sequence[CaseResult]) -> str:
+    """Return in a sentence how often the node takes no longer than the forty lines."""
+    pairs = [(case.results[SHIPPED], case.results[FORTY_LINES]) for case in cases]
+    no_longer = [sum((ratio(*pair) or 0.0) <= 1.0 for pair in pairs) for ratio in (ratio_p50, ratio_p99)]
+    return (
+        f'This node takes no longer than the forty lines in {no_longer[0]} of {len(cases)} cases by p50, in '
+        f'{no_longer[1]} by p99. Times in ms; dropped by policy and lost are those of this node, and of the forty '
+        'lines what their queue pushed out as well.'
+    )
+
+
+def _ratio(value: float | None, style: str) -> str:
+    """Return a ratio of two times; one above 1 is set in bold."""
+    text = _number(value)
+    return f'**{text}**' if value is not None and value > 1.0 and style == 'github' else text
 
 
 def _number(value: float | None, digits: int = 2) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 __all__ = ['DemoReport', 'FrameCount', 'expected_alerts', 'stage_percentiles']
 
-STAGES = ('queue', 'decode', 'preprocess', 'inference', 'message', 'total')
+STAGES = ('queue', 'decode', 'preprocess', 'hand_off', 'engine', 'hand_back', 'message', 'total')
 """From the entry of the image callback to the finished message; message: what the total holds beside the others."""
 _PERCENTILES = (50, 95, 99)
 _FRAMES_REMARK = (

@@ -32,6 +32,7 @@ __all__ = [
     'decode_message',
     'image_type',
     'received_image',
+    'stage_durations',
     'stamp_ns',
     'to_fdr_message',
     'to_tensor_list',
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 _NS = 1_000_000_000
+_TOLD_STAGES = ('queue', 'decode', 'preprocess', 'hand_off', 'engine', 'total')
 
 Outputs = Mapping[str, NDArray]
 """Tensors by name, in the order in which they are published."""
@@ -180,7 +182,9 @@ def to_tensor_list(result: FrameResult, outputs: Outputs) -> TensorList:
         queue_ns=durations['queue'],
         decode_ns=durations['decode'],
         preprocess_ns=durations['preprocess'],
-        inference_ns=durations['inference'],
+        inference_ns=durations['hand_off'] + durations['engine'] + durations['hand_back'],
+        hand_off_ns=durations['hand_off'],
+        engine_ns=durations['engine'],
     )
     message.tensors = [
         Tensor(name=name, dtype=values.dtype.name, shape=values.shape, data=_bytes_of(values))
@@ -188,6 +192,16 @@ def to_tensor_list(result: FrameResult, outputs: Outputs) -> TensorList:
     ]
     message.total_ns = time.monotonic_ns() - frame.received_ns
     return message
+
+
+def stage_durations(answer: Any) -> dict[str, int]:
+    """
+    Return nanoseconds by stage: queue, decode, preprocess, hand_off, engine, hand_back, and the total.
+
+    :param answer: a TensorList, or its C structure.
+    """
+    told = {stage: int(getattr(answer, f'{stage}_ns')) for stage in _TOLD_STAGES}
+    return {**told, 'hand_back': int(answer.inference_ns) - told['hand_off'] - told['engine']}
 
 
 def _bytes_of(values: NDArray) -> array.array:

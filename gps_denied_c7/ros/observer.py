@@ -23,12 +23,12 @@ from rclpy.signals import SignalHandlerOptions
 
 from gps_denied_c7.fdr import read_payload
 from gps_denied_c7.ros.dds import apply_profile, tune_allocator
+from gps_denied_c7.ros.messages import stage_durations
 from gps_denied_c7.ros.signals import on_first_signal
 
 __all__ = ['Observer', 'main']
 
 _LARGEST_KEPT_BYTES = 1 << 16
-_STAGES = ('queue', 'decode', 'preprocess', 'inference', 'total')
 
 
 class Observer:
@@ -72,7 +72,7 @@ class Observer:
                 'runtime': message.runtime_label,
                 'provider': message.active_provider,
                 'is_fallback': message.is_fallback,
-                'ns': {stage: getattr(message, f'{stage}_ns') for stage in _STAGES},
+                'ns': stage_durations(message),
                 'tensors': {tensor.name: list(tensor.shape) for tensor in message.tensors},
             }
         )

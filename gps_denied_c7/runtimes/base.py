@@ -9,7 +9,7 @@ import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,20 +53,22 @@ class LoadedEngine(Generic[EngineT]):
     facts: EngineFacts
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Handle:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     facts: EngineFacts
+    ran_ns: tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Bound(Generic[EngineT]):
     """
     An engine with its canonical tensors, and the file's own name for each.
 
     :param requests: the last request's arrays that were run as they were given, with their shapes and dtypes: most
         callers fill the same ones again.
+    :param ran_ns: when the last run began and ended, by the steady clock.
     :param answers: where the last answer lay, and what its caller got: most engines write into the same arrays again.
     """
 
@@ -77,6 +79,7 @@ class _Bound(Generic[EngineT]):
     own_outputs: Mapping[str, str]
     requests: dict[str, tuple[NDArray, tuple[int, ...], np.dtype[Any]]] = field(default_factory=dict)
     answers: dict[str, tuple[NDArray, NDArray]] = field(default_factory=dict)
+    ran_ns: tuple[int, int] = (0, 0)
 
     def own_arrays(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """
@@ -171,10 +174,13 @@ class BaseRuntime(ABC, Generic[EngineT]):
     def infer(self, handle: EngineHandle, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """Run one request; see the protocol for shapes, ownership and errors."""
         try:
-            return self._infer(self._bound(handle), inputs)
+            bound = self._bound(handle)
+            outputs = self._infer(bound, inputs)
         except C7Error as error:
             _forget_locals(error)
             raise
+        cast('_Handle', handle).ran_ns = bound.ran_ns
+        return outputs
 
     def place(
         self,
@@ -235,7 +241,7 @@ class BaseRuntime(ABC, Generic[EngineT]):
             self._give_back(loaded.engine)
             raise
         facts = dataclasses.replace(seen, notes=(*seen.notes, *remarks), load_s=time.monotonic() - start)
-        handle = _Handle(bound.inputs, bound.outputs, facts)
+        handle = _Handle(bound.inputs, bound.outputs, facts, bound.ran_ns)
         self._engines[handle] = bound
         return handle
 
@@ -250,6 +256,7 @@ class BaseRuntime(ABC, Generic[EngineT]):
 
     def _infer(self, bound: _Bound[EngineT], inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
         arrays = bound.own_arrays(inputs)
+        began_ns = time.monotonic_ns()
         try:
             found = self._run(bound.engine, arrays)
         except C7Error:
@@ -258,6 +265,7 @@ class BaseRuntime(ABC, Generic[EngineT]):
             raise InferenceError(
                 f'{self.label} failed the request: {error}', remedy='The next runtime of the chain can serve it.'
             ) from error
+        bound.ran_ns = began_ns, time.monotonic_ns()
         outputs = {name: found[own] for name, own in bound.own_outputs.items() if own in found}
         if any(outputs.get(name) is not array for name, (array, _) in bound.answers.items()) or not bound.answers:
             check_outputs(bound.outputs, outputs)

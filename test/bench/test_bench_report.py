@@ -9,7 +9,7 @@ import pytest
 
 from gps_denied_c7.bench.cases import BARE, CAMERAS, FORTY_LINES, IMAGE_SIZE, OUTPUT_SIZE, SHIPPED, Case, scaling_cases
 from gps_denied_c7.bench.figures import STAGES, CaseResult, Result, percentiles
-from gps_denied_c7.bench.plots import draw_plots, latency_plot, scaling_plot, throughput_plot
+from gps_denied_c7.bench.plots import draw_plots, latency_plot, ratio_plot, scaling_plot, throughput_plot
 from gps_denied_c7.bench.report import BenchReport
 
 CASE = Case(width=1920, height=1080, encoding='rgb8', model_ms=5)
@@ -87,7 +87,7 @@ def rows(table: str) -> list[list[str]]:
 
 def test_a_series_has_a_row_for_each_point(scaling):
     heading, *points = rows(scaling.series_table(CAMERAS))
-    assert heading[0] == CAMERAS and heading[9:16] == list(STAGES)
+    assert heading[0] == CAMERAS and heading[9:18] == list(STAGES)
     assert [point[0] for point in points] == ['1 camera', '2 cameras', '3 cameras', '4 cameras', '6 cameras']
     stages = [f'{30 / len(STAGES):.2f}'] * len(STAGES)
     assert points[2] == [
@@ -119,6 +119,63 @@ def test_a_series_shows_what_is_known(scaling):
     assert scaling_plot((only,)) is not None
 
 
+@pytest.fixture
+def matrix() -> BenchReport:
+    """Ten cases, in three of which the node takes longer; and three more, in which there is nothing to compare."""
+    cases = []
+    for number in range(10):
+        case = dataclasses.replace(CASE, rate_hz=(10.0, 30.0, 60.0, 0.0)[number % 4], cameras=1 + number % 2)
+        node = made(SHIPPED, 30.0 if number < 3 else 5.0, dropped=number, lost=1)
+        cases.append(CaseResult(case, 5.0, 30.0, {FORTY_LINES: made(FORTY_LINES, 20.0, lost=2), SHIPPED: node}))
+    silent = Result(name=FORTY_LINES, title='silent', latency=None, sent=90, lost=90)
+    of_series = dataclasses.replace(cases[0], case=dataclasses.replace(CASE, series=(CAMERAS,)))
+    alone = dataclasses.replace(cases[0], results={SHIPPED: cases[0].results[SHIPPED]})
+    unanswered = dataclasses.replace(cases[0], results={**cases[0].results, FORTY_LINES: silent})
+    return BenchReport((*cases, of_series, alone, unanswered), {}, 1.0, {})
+
+
+def test_many_cases_have_an_overview(matrix, report):
+    heading, *cases = rows(matrix.overview_table())
+    assert heading[:5] == [IMAGE_SIZE, 'model', OUTPUT_SIZE, 'rate', CAMERAS]
+    assert len(cases) == 10
+    words = ['1920x1080 rgb8', '5 ms model', 'small outputs', '10 Hz', '1 camera']
+    figures = ['20.00', '20.00', '30.00', '30.00', '**1.50**', '**1.50**', '29.5', '29.5', '0', '1', '2']
+    assert cases[0] == [*words, *figures]
+    assert cases[3][3:] == ['saturation', '2 cameras', '20.00', '20.00', '5.00', '5.00', '0.25', '0.25',
+                            '29.5', '29.5', '3', '1', '2']  # fmt: skip
+    text = matrix.markdown()
+    assert matrix.overview_table() in text and 'in 7 of 10 cases by p50, in 7 by p99' in text
+    assert 'Overview' not in report.markdown()
+    few = BenchReport(matrix.cases[1:], {}, 1.0, {})
+    assert 'Overview' not in few.markdown(), 'nine cases can be read one by one'
+
+
+def test_the_plot_of_ratios_shows_who_is_faster(matrix, report):
+    """A dot left of the line at 1 for a node that is faster, in the colour of its rate; slower ones right of it."""
+    pytest.importorskip('cv2')
+
+    def where(picture, colour):
+        return (picture[68:] == colour).all(axis=2).nonzero()[1]
+
+    (line,) = {int(column) for column in where(ratio_plot(matrix.cases), (44, 40, 38)) if column > 500}
+    ten, thirty = (180, 119, 31), (199, 199, 199)
+    slower, faster = matrix.cases[0], matrix.cases[5]
+    assert slower.case.rate_hz == 10.0 and faster.case.rate_hz == 30.0
+    picture = ratio_plot((slower, faster))
+    assert where(picture, ten).min() > line > where(picture, thirty).max()
+    assert ratio_plot(report.cases).shape[0] > picture.shape[0], 'another network has a row of its own'
+    assert ratio_plot(matrix.cases[10:]) is None and ratio_plot(report.cases[:1]) is None
+
+
+def test_ratios_beyond_the_axis_are_drawn_at_its_ends(matrix):
+    pytest.importorskip('cv2')
+    first, second = matrix.cases[:2]
+    for p50 in (1e-3, 1e5):
+        extreme = dataclasses.replace(first, results={**first.results, SHIPPED: made(SHIPPED, p50)})
+        dots = (ratio_plot((extreme, second))[68:] == (180, 119, 31)).all(axis=2).nonzero()[1]
+        assert dots.min() > 350 and dots.max() < 1280
+
+
 def test_a_report_survives_json(report, scaling):
     assert BenchReport.from_json(json.loads(json.dumps(scaling.to_json()))).cases == scaling.cases
     assert BenchReport.from_json(json.loads(json.dumps(report.to_json()))).cases == report.cases
@@ -127,7 +184,7 @@ def test_a_report_survives_json(report, scaling):
 def test_plots_have_a_bar_for_each(report, tmp_path):
     cv2 = pytest.importorskip('cv2')
     written = draw_plots(tmp_path, report.cases)
-    assert set(written) == {'latency.png', 'throughput.png'}
+    assert set(written) == {'latency.png', 'ratios.png', 'throughput.png'}
     for name in written:
         picture = cv2.imread(str(tmp_path / name))
         assert picture.shape[1] > 1000 and picture.std() > 10
@@ -148,7 +205,7 @@ def test_the_plot_of_series_grows_with_their_points(scaling, tmp_path):
 
 
 def test_bars_of_a_series_have_one_scale(scaling):
-    """The inference of six cameras is drawn twice as long as that of three."""
+    """The engine of six cameras is drawn twice as long as that of three."""
     pytest.importorskip('cv2')
     cameras = [case for case in scaling.cases if case.case.cameras in (3, 6)]
     picture = scaling_plot(cameras)[40:]

@@ -118,11 +118,11 @@ def test_report_is_json():
 
 def test_percentiles_are_milliseconds_of_each_stage():
     answers = [{'ns': dict.fromkeys(STAGES, (index + 1) * 1_000_000)} for index in range(101)]
-    assert stage_percentiles(answers)['inference'] == (51.0, 96.0, 100.0)
+    assert stage_percentiles(answers)['engine'] == (51.0, 96.0, 100.0)
 
 
 def test_what_no_other_stage_took_of_the_total_is_the_messages():
-    inside = {'queue': 1e6, 'decode': 2e6, 'preprocess': 3e6, 'inference': 4e6}
+    inside = {'queue': 1e6, 'decode': 2e6, 'preprocess': 3e6, 'hand_off': 1e6, 'engine': 2e6, 'hand_back': 1e6}
     answers = [{'ns': {**inside, 'total': (10 + extra) * 1e6}} for extra in (1, 2, 3)]
     found = stage_percentiles(answers)
     assert found['message'][0] == 2.0 and found['total'][0] == 12.0

@@ -45,7 +45,7 @@ LOADED = {
     'outputs': [['x', 'float32', [1, None]]],
 }  # fmt: skip
 PACKETS = (
-    {'say': 'answered', 'id': 1, 'layout': LAYOUT},
+    {'say': 'answered', 'id': 1, 'ran_ns': [3, 4], 'layout': LAYOUT},
     {'say': 'failed', 'id': 1, 'error': ERROR},
     {'say': 'needs', 'bytes': 64},
     {'say': 'progress', 'phase': 'building', 'elapsed_s': 1.5, 'fraction': 0.25},
@@ -54,7 +54,9 @@ PACKETS = (
 HOSTILE_PACKETS = st.sampled_from(PACKETS).flatmap(hostile_json) | st.sampled_from(PACKETS).flatmap(
     lambda packet: damaged(json.dumps(packet).encode())
 )
-NUMBERS = (st.integers(0, 3) | st.integers(0, (1 << 64) - 1)).map(lambda number: struct.pack('<BQ', 0, number))
+NUMBERS = st.lists(st.integers(0, 3) | st.integers(0, (1 << 64) - 1), min_size=1, max_size=4).map(
+    lambda numbers: struct.pack(f'<B{len(numbers)}Q', 0, *numbers)
+)
 PLAIN_PACKETS = st.sampled_from(PACKETS).map(lambda packet: json.dumps(packet).encode()) | NUMBERS
 
 
@@ -97,8 +99,8 @@ def test_f1_any_packet_is_an_object_or_a_typed_error(ends: tuple, data: bytes, h
         assert str(error)
     else:
         assert len(owned) <= handed
-        if isinstance(packet, int):
-            assert struct.pack('<BQ', 0, packet) == data and not owned
+        if isinstance(packet, tuple):
+            assert struct.pack(f'<B{len(packet)}Q', 0, *packet) == data and not owned
             check_nothing_stays(before)
             return
         assert isinstance(packet, dict)

@@ -187,7 +187,7 @@ def measure_overload(report: Report, directory: Path, seconds: float) -> None:
             values = wait_until(settled, 'the last images', 30.0)
             latency = peer.values('Latency')
     report.add('overload: sent', f'{sent} images of {WIDTH}x{HEIGHT} at {rate} Hz')
-    report.add('overload: inference p50', f'{latency["inference_p50_ms"]} ms, a frame every {1e3 / RATE_HZ:.1f} ms')
+    report.add('overload: engine p50', f'{latency["engine_p50_ms"]} ms, a frame every {1e3 / RATE_HZ:.1f} ms')
     for name in ('received', 'answered', 'unanswered', 'dropped_by_policy'):
         report.add(f'overload: {name}', values[name])
     report.add('overload: lost_before_node', values['lost_before_node'], values['lost_before_node'] == '0')

@@ -28,6 +28,7 @@ from gps_denied_c7.ros.messages import (
     decode_message,
     image_type,
     received_image,
+    stage_durations,
     stamp_ns,
     to_tensor_list,
     to_time,
@@ -49,7 +50,7 @@ def result(message, outputs, **changes):
         'source_size': (64, 48),
         'network_to_image': np.array([[2.0, 0.0, 0.5], [0.0, 3.0, 1.0]]),
         'answer': Answer(outputs, 'onnx_trt_ep', 'CPUExecutionProvider', True, 'net', 'sha256:ab'),
-        'durations_ns': {'queue': 1, 'decode': 2, 'preprocess': 3, 'inference': 4},
+        'durations_ns': {'queue': 1, 'decode': 2, 'preprocess': 3, 'hand_off': 4, 'engine': 5, 'hand_back': 6},
         **changes,
     }
     return FrameResult(**values)
@@ -95,7 +96,8 @@ def test_a_result_becomes_a_message_without_loss():
     assert (message.model_name, message.weights_digest) == ('net', 'sha256:ab')
     assert (message.runtime_label, message.active_provider) == ('onnx_trt_ep', 'CPUExecutionProvider')
     assert message.is_fallback
-    assert (message.queue_ns, message.decode_ns, message.preprocess_ns, message.inference_ns) == (1, 2, 3, 4)
+    assert (message.queue_ns, message.decode_ns, message.preprocess_ns, message.inference_ns) == (1, 2, 3, 15)
+    assert stage_durations(message) == {**result(question, outputs).durations_ns, 'total': message.total_ns}
     assert message.total_ns > 0
     assert [each.name for each in message.tensors] == list(outputs), 'in the order of the model'
     for name, values in outputs.items():

@@ -13,6 +13,7 @@ import gc
 import shutil
 import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -151,6 +152,15 @@ def test_r1_infer_answers_by_canonical_name(subject: Subject, request_arrays: di
     assert list(outputs) == ['total', 'ratio']
     np.testing.assert_allclose(outputs['total'], request_arrays['left'] + request_arrays['right'])
     np.testing.assert_allclose(outputs['ratio'], request_arrays['left'] / request_arrays['right'])
+
+
+def test_r1_a_handle_tells_when_its_engine_ran(subject: Subject, request_arrays: dict[str, NDArray]) -> None:
+    handle, asked_ns = subject.load(), time.monotonic_ns()
+    for _ in range(2):
+        subject.runtime.infer(handle, request_arrays)
+        began_ns, ended_ns = handle.ran_ns
+        assert asked_ns < began_ns < ended_ns < time.monotonic_ns()
+        asked_ns = ended_ns
 
 
 def test_r1_outputs_are_read_only(subject: Subject, request_arrays: dict[str, NDArray]) -> None:
