@@ -5,10 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import NoReturn, TypeVar
+from dataclasses import replace
+from typing import NamedTuple, NoReturn, TypeVar
 
 from numpy.typing import NDArray
 
@@ -48,8 +47,7 @@ ErrorT = TypeVar('ErrorT', bound=BaseException)
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """
     Hold the outputs of one request and who made them.
 
@@ -249,7 +247,7 @@ class RuntimeChain:
             self._request += 1
             take_back: Callable[[], None] | None = None
             failures: dict[Rung, Exception] = {}
-            loaded_afresh: Counter[Rung] = Counter()
+            loaded_afresh: dict[Rung, int] = {}
             late_before = False
             first = self._engine
             while True:
@@ -295,7 +293,7 @@ class RuntimeChain:
                     # Where no other is usable, the rung itself may be, loaded afresh.
                     # Dead by chance once more, or by this very request: so often and no further.
                     died = isinstance(error, WorkerDiedError)
-                    spent = again and loaded_afresh[rung] >= (_DEATHS if died else 1)
+                    spent = again and loaded_afresh.get(rung, 0) >= (_DEATHS if died else 1)
                     if spent and died and not others:
                         self._replace_serving((rung,))
                         if self._serving() in failures:
@@ -304,7 +302,8 @@ class RuntimeChain:
                             self._blame_request(failures, started_ns)
                         continue
                     if self._replace_serving(others if spent else (*others, rung)):
-                        loaded_afresh[self._serving()] += 1
+                        serving = self._serving()
+                        loaded_afresh[serving] = loaded_afresh.get(serving, 0) + 1
                     continue
                 break
             if self._engine is not first:

@@ -197,17 +197,10 @@ class Preprocessor:
 
         :param source_width: pixels of the decoded image.
         :param source_height: likewise.
-        :return: 2x3, the caller's own.
+        :return: 2x3, read-only, the same for every call.
         :raises ImageRejectedError: ``size`` where the image has no pixels.
         """
-        geometry = _geometry(self.spec, source_width, source_height)
-        axes = (geometry.x, geometry.y)
-        matrix = np.zeros((2, 3))
-        for row, axis in enumerate(axes):
-            # Pixel i covers [i - 1/2, i + 1/2]: half a pixel is added before scaling and taken off after.
-            matrix[row, row] = axis.ratio
-            matrix[row, 2] = (0.5 - axis.pad) * axis.ratio - 0.5 + axis.start
-        return matrix
+        return _network_to_image(self.spec, source_width, source_height)
 
     def _resize(self, array: NDArray, geometry: _Geometry) -> NDArray:
         import cv2
@@ -332,6 +325,18 @@ def _geometry(spec: PreprocessingSpec, width: int, height: int) -> _Geometry:
     return _Geometry(
         _axis(width, used_width, filled_width, spec.width), _axis(height, used_height, filled_height, spec.height)
     )
+
+
+@lru_cache(maxsize=64)
+def _network_to_image(spec: PreprocessingSpec, width: int, height: int) -> NDArray[np.float64]:
+    geometry = _geometry(spec, width, height)
+    matrix = np.zeros((2, 3))
+    for row, axis in enumerate((geometry.x, geometry.y)):
+        # Pixel i covers [i - 1/2, i + 1/2]: half a pixel is added before scaling and taken off after.
+        matrix[row, row] = axis.ratio
+        matrix[row, 2] = (0.5 - axis.pad) * axis.ratio - 0.5 + axis.start
+    matrix.flags.writeable = False
+    return matrix
 
 
 def _axis(available: int, used: int, size: int, room: int) -> _Axis:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 from rclpy.type_support import check_for_type_support
 from rosidl_parser.definition import AbstractSequence, AbstractString, Array, BasicType, NamespacedType
@@ -72,6 +73,10 @@ class CString(_Block):
     def of(cls, text: ctypes.Array[ctypes.c_char]) -> CString:
         """Return a string of a buffer's bytes; it does not keep the buffer, which ends with a zero."""
         return cls(ctypes.addressof(text), len(text) - 1, len(text))
+
+    def text(self) -> str:
+        """Return its text; bytes that are no UTF-8 are replaced."""
+        return ctypes.string_at(self.data, self.size).decode('utf-8', 'replace') if self.size else ''
 
 
 class CMessageType:
@@ -133,9 +138,48 @@ class CMessage:
         """Return a copy as a message object."""
         return self._kind.to_python(self.address)
 
+    def view(self, name: str) -> memoryview:
+        """Return a read-only view of a ``uint8[]``; it, and each part of it, keeps this object."""
+        field = getattr(self.fields, name)
+        return np.asarray(_View(self, field.data, field.size)).data if field.size else memoryview(b'')
+
     def __del__(self) -> None:
         if address := getattr(self, 'address', None):
             self._kind.destroy(address)
+
+
+class _View:
+    """A look at memory that a message keeps; NumPy's way, since ctypes would make a type for each size."""
+
+    def __init__(self, message: CMessage, address: int, size: int) -> None:
+        self._message = message
+        self.__array_interface__ = {'data': (address, True), 'shape': (size,), 'typestr': '|u1', 'version': 3}
+
+
+class BorrowedMessage:
+    """
+    Hold one message as a C structure that owns nothing, to be filled and published again and again.
+
+    What its strings and sequences point to is kept by whoever sets them, and freed by nobody else. All are empty first.
+    """
+
+    def __init__(self, kind: CMessageType) -> None:
+        self.fields: Any = kind.structure()
+        self.address = ctypes.addressof(self.fields)
+        _set_empty(self.fields)
+
+
+# What every empty string of a borrowed message points to: to serialise one, rcl reads up to its zero.
+_NO_TEXT = ctypes.create_string_buffer(b'')
+
+
+def _set_empty(fields: ctypes.Structure) -> None:
+    for name, *_ in fields._fields_:
+        member = getattr(fields, name)
+        if isinstance(member, CString):
+            setattr(fields, name, CString.of(_NO_TEXT))
+        elif isinstance(member, ctypes.Structure) and not isinstance(member, _Block):
+            _set_empty(member)
 
 
 @cache

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import array
 import time
-from collections.abc import Container, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,12 +20,15 @@ from gps_denied_c7.decoding import Pixels, RawImage, check_compressed, check_ima
 from gps_denied_c7.errors import ImageRejectedError
 from gps_denied_c7.fdr import FdrRecord
 from gps_denied_c7.pipeline import FrameResult
+from gps_denied_c7.ros.c_message import CMessage, CString
 from gps_denied_c7.scratch import Scratch
 
 __all__ = [
     'CompressedData',
+    'ImageHeader',
     'Outputs',
     'ReceivedImage',
+    'answer_values',
     'check_message',
     'check_stamp',
     'chosen_outputs',
@@ -34,6 +37,7 @@ __all__ = [
     'received_image',
     'stage_durations',
     'stamp_ns',
+    'taken_image',
     'to_fdr_message',
     'to_tensor_list',
     'to_time',
@@ -56,12 +60,12 @@ def to_time(nanoseconds: int) -> Time:
     return Time(sec=nanoseconds // _NS, nanosec=nanoseconds % _NS)
 
 
-def stamp_ns(stamp: Time) -> int:
-    """Return a Time message as nanoseconds since the epoch."""
+def stamp_ns(stamp: Time | ImageHeader) -> int:
+    """Return a stamp as nanoseconds since the epoch."""
     return int(stamp.sec) * _NS + int(stamp.nanosec)
 
 
-def check_stamp(stamp: Time, now_ns: int, max_ahead_s: float) -> None:
+def check_stamp(stamp: Time | ImageHeader, now_ns: int, max_ahead_s: float) -> None:
     """
     Refuse a header stamp that no camera sets (N-7).
 
@@ -85,6 +89,14 @@ def check_stamp(stamp: Time, now_ns: int, max_ahead_s: float) -> None:
         )
 
 
+class ImageHeader(NamedTuple):
+    """Hold what a message's header says: its stamp, as in a Time message, and the camera's frame."""
+
+    sec: int
+    nanosec: int
+    frame_id: str
+
+
 class CompressedData(NamedTuple):
     """Hold the fields of a compressed image message: its format and its file's bytes, which are only read."""
 
@@ -101,7 +113,7 @@ class ReceivedImage:
     :param picture: views of the message's bytes, which they keep.
     """
 
-    header: Header
+    header: ImageHeader
     picture: RawImage | CompressedData
 
     @property
@@ -110,18 +122,25 @@ class ReceivedImage:
         return self.picture.encoding if isinstance(self.picture, RawImage) else self.picture.format
 
 
-def received_image(message: Image | CompressedImage, data: Any = None) -> ReceivedImage:
-    """
-    Return the image in a message; its pixels are not copied.
+def received_image(message: Image | CompressedImage) -> ReceivedImage:
+    """Return the image in a message; its pixels are not copied."""
+    return _image_in(message, memoryview(message.data), str)
 
-    :param data: the message's bytes where they are not in it.
-    """
-    if data is None:
-        data = memoryview(message.data)
-    if isinstance(message, CompressedImage):
-        return ReceivedImage(message.header, CompressedData(message.format, data))
-    picture = RawImage(message.width, message.height, message.encoding, message.step, bool(message.is_bigendian), data)
-    return ReceivedImage(message.header, picture)
+
+def taken_image(message: CMessage) -> ReceivedImage:
+    """Return the image in a C structure of Image or CompressedImage; its pixels are not copied, and keep it."""
+    return _image_in(message.fields, message.view('data'), CString.text)
+
+
+def _image_in(fields: Any, data: memoryview, text: Callable[[Any], str]) -> ReceivedImage:
+    stamp = fields.header.stamp
+    header = ImageHeader(stamp.sec, stamp.nanosec, text(fields.header.frame_id))
+    if hasattr(fields, 'format'):
+        return ReceivedImage(header, CompressedData(text(fields.format), data))
+    encoding, is_bigendian = text(fields.encoding), bool(fields.is_bigendian)
+    return ReceivedImage(
+        header, RawImage(fields.width, fields.height, encoding, fields.step, is_bigendian, data)
+    )
 
 
 def check_message(image: ReceivedImage) -> None:
@@ -158,33 +177,41 @@ def chosen_outputs(result: FrameResult, published: Container[str] | None = None)
     return {name: outputs[name] for name in outputs if published is None or name in published}
 
 
+def answer_values(result: FrameResult) -> dict[str, Any]:
+    """Return what fields of a TensorList say of one answered frame: plain values, so neither stamps nor tensors."""
+    frame, answer, durations = result.frame, result.answer, result.durations_ns
+    return {
+        'source_topic': frame.topic,
+        'frame_seq': result.frame_seq,
+        'source_width': result.source_size[0],
+        'source_height': result.source_size[1],
+        'source_encoding': frame.message.encoding,
+        'network_to_image': tuple(result.network_to_image.ravel().tolist()),
+        'model_name': answer.model_name,
+        'weights_digest': answer.weights_digest,
+        'runtime_label': answer.runtime_label,
+        'active_provider': answer.active_provider,
+        'is_fallback': answer.is_fallback,
+        'queue_ns': durations['queue'],
+        'decode_ns': durations['decode'],
+        'preprocess_ns': durations['preprocess'],
+        'inference_ns': durations['hand_off'] + durations['engine'] + durations['hand_back'],
+        'hand_off_ns': durations['hand_off'],
+        'engine_ns': durations['engine'],
+    }
+
+
 def to_tensor_list(result: FrameResult, outputs: Outputs) -> TensorList:
     """
     Return the message for one answered frame; the header is the image's own.
 
     :param outputs: go into it, copied.
     """
-    frame, answer, durations = result.frame, result.answer, result.durations_ns
+    frame, header = result.frame, result.frame.message.header
     message = TensorList(
-        header=frame.message.header,
-        source_topic=frame.topic,
-        frame_seq=result.frame_seq,
-        source_width=result.source_size[0],
-        source_height=result.source_size[1],
-        source_encoding=frame.message.encoding,
-        network_to_image=result.network_to_image.ravel(),
+        header=Header(stamp=Time(sec=header.sec, nanosec=header.nanosec), frame_id=header.frame_id),
         receive_stamp=to_time(frame.receive_stamp_ns),
-        model_name=answer.model_name,
-        weights_digest=answer.weights_digest,
-        runtime_label=answer.runtime_label,
-        active_provider=answer.active_provider,
-        is_fallback=answer.is_fallback,
-        queue_ns=durations['queue'],
-        decode_ns=durations['decode'],
-        preprocess_ns=durations['preprocess'],
-        inference_ns=durations['hand_off'] + durations['engine'] + durations['hand_back'],
-        hand_off_ns=durations['hand_off'],
-        engine_ns=durations['engine'],
+        **answer_values(result),
     )
     message.tensors = [
         Tensor(name=name, dtype=values.dtype.name, shape=values.shape, data=_bytes_of(values))

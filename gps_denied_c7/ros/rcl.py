@@ -19,7 +19,6 @@ import os
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-import numpy as np
 from rclpy.callback_groups import CallbackGroup
 from rclpy.exceptions import InvalidHandle
 from rclpy.node import Node
@@ -28,7 +27,7 @@ from rclpy.subscription import Subscription
 from rclpy.waitable import NumberOfEntities, Waitable
 
 from gps_denied_c7.errors import C7Error
-from gps_denied_c7.ros.c_message import CMessage, CMessageType, CSequence, LayoutError
+from gps_denied_c7.ros.c_message import BorrowedMessage, CMessage, CMessageType, CSequence, LayoutError
 
 __all__ = ['Rcl', 'RclError', 'SubscriptionReady', 'UnreadableMessageError', 'Untaken', 'load_rcl']
 
@@ -101,6 +100,10 @@ class Rcl:
         """
         return CMessage(self._kinds[message_type])
 
+    def borrowed(self, message_type: type) -> BorrowedMessage:
+        """Return a new message of one of the types that owns nothing it points to."""
+        return BorrowedMessage(self._kinds[message_type])
+
     def structures(self, message_type: type, count: int) -> Any:
         """Return an array of the structures of one of the types, all zero: what a sequence of messages points to."""
         return (self._kinds[message_type].structure * count)()
@@ -136,16 +139,12 @@ class Rcl:
             'publisher_gid': {'data': bytes(info.gid)},
         }
 
-    def take_apart(
-        self, subscription: Subscription, message_type: type, large: str
-    ) -> tuple[Any, memoryview, dict[str, Any]] | None:
+    def take_new(self, subscription: Subscription, message_type: type) -> tuple[CMessage, dict[str, Any]] | None:
         """
-        Take the next message of a subscription, but leave one of its fields where rcl has put it.
+        Take the next message of a subscription into a structure of its own.
 
         :param message_type: of the subscription, one of those that are known.
-        :param large: name of the field, a ``uint8[]``.
-        :return: a message object of which that field is empty, a read-only view of the field, and what rclpy calls the
-            message's info; None where there was no message. The view, and each part of it, keeps the field's memory.
+        :return: the message and what rclpy calls its info; None where there was no message.
         :raises UnreadableMessageError: there was one, and none after it, that the middleware could not read.
         :raises RclError: rcl failed.
         :raises InvalidHandle: the subscription has been destroyed.
@@ -159,17 +158,9 @@ class Rcl:
                 # It began to read one: not every reason is told.
                 raise UnreadableMessageError(f'a message of {subscription.topic} cannot be read: it ends too early.')
             return None
-        field = getattr(taken.fields, large)
-        data, size, capacity = field.data, field.size, field.capacity
-        # Out of the structure meanwhile, or the message object would be given a copy of it.
-        setattr(taken.fields, large, CSequence())
-        try:
-            message = taken.message()
-        finally:
-            setattr(taken.fields, large, CSequence(data, size, capacity))
-        return message, _View(taken, data, size).memory() if size else memoryview(b''), info
+        return taken, info
 
-    def publish(self, publisher: Publisher, message: CMessage) -> None:
+    def publish(self, publisher: Publisher, message: CMessage | BorrowedMessage) -> None:
         """
         Publish a message, which is only read, and may be changed on return.
 
@@ -185,18 +176,6 @@ class Rcl:
         text = self._error().str.decode('utf-8', 'replace')
         self._reset_error()
         raise error(f'{what}: {text}.')
-
-
-class _View:
-    """A look at memory that a message keeps; NumPy's way, since ctypes would make a type for each size."""
-
-    def __init__(self, message: CMessage, address: int, size: int) -> None:
-        self._message = message
-        self.__array_interface__ = {'data': (address, True), 'shape': (size,), 'typestr': '|u1', 'version': 3}
-
-    def memory(self) -> memoryview:
-        """Return it as a memoryview, which keeps this object."""
-        return np.asarray(self).data
 
 
 def load_rcl(*message_types: type) -> Rcl | None:

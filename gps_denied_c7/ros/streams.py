@@ -25,6 +25,7 @@ from gps_denied_c7.ros.messages import (
     image_type,
     received_image,
     stamp_ns,
+    taken_image,
 )
 from gps_denied_c7.ros.parameters import LiveSettings
 from gps_denied_c7.ros.rcl import Rcl, SubscriptionReady, UnreadableMessageError, Untaken
@@ -160,7 +161,7 @@ class ImageStream:
         """Take one message; return whether there was one."""
         assert self._rcl is not None and self._subscription is not None
         try:
-            taken = self._rcl.take_apart(self._subscription, self._type, 'data')
+            taken = self._rcl.take_new(self._subscription, self._type)
         except InvalidHandle:  # closed while its message was waiting
             return False
         except UnreadableMessageError as error:
@@ -171,8 +172,8 @@ class ImageStream:
             return True
         if taken is None:
             return False
-        message, data, info = taken
-        self._receive(received_image(message, data), info)
+        message, info = taken
+        self._receive(taken_image(message), info)
         return True
 
     def _on_message_with_info(self, message: Image | CompressedImage, info: dict[str, Any]) -> None:
@@ -187,7 +188,7 @@ class ImageStream:
         self.last_received_ns = received_ns
         self._statistics.count(self.topic, 'received')
         try:
-            check_stamp(message.header.stamp, now_ns, self._live().max_stamp_ahead_s)
+            check_stamp(message.header, now_ns, self._live().max_stamp_ahead_s)
             check_message(message)
         except ImageRejectedError as error:
             self._on_refused(self.topic, error)
@@ -195,7 +196,7 @@ class ImageStream:
             if not self._slots.put(Frame(self.topic, message, received_ns, now_ns)):
                 self._statistics.count(self.topic, 'closed')
             # What nobody answers by is left for when the inference thread is on its way.
-            self._note_stamp(stamp_ns(message.header.stamp))
+            self._note_stamp(stamp_ns(message.header))
         self._statistics.set_lost(self.topic, self._gaps.note(info, self._publishers(info)))
 
     def _publishers(self, info: dict[str, Any] | None) -> int:

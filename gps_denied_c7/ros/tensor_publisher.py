@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import ctypes
+import threading
+import time
+import weakref
 from collections.abc import Container
 
 import numpy as np
 from gps_denied_c7_msgs.msg import Tensor, TensorList
+from numpy.typing import NDArray
 from rclpy.lifecycle import LifecyclePublisher
 
 from gps_denied_c7.pipeline import FrameResult
-from gps_denied_c7.ros.c_message import CSequence, CString
-from gps_denied_c7.ros.messages import Outputs, chosen_outputs, to_tensor_list
+from gps_denied_c7.ros.c_message import BorrowedMessage, CSequence, CString
+from gps_denied_c7.ros.messages import Outputs, answer_values, chosen_outputs, to_tensor_list
 from gps_denied_c7.ros.rcl import Rcl
 
 __all__ = ['TensorPublisher']
+
+_NS = 1_000_000_000
+_MOST_TEXTS = 64
 
 
 class TensorPublisher:
@@ -28,6 +35,7 @@ class TensorPublisher:
     def __init__(self, publisher: LifecyclePublisher, rcl: Rcl | None) -> None:
         self._publisher = publisher
         self._rcl = rcl
+        self._of_thread = threading.local()
 
     def publish(self, result: FrameResult, published: Container[str] | None = None) -> None:
         """
@@ -40,22 +48,81 @@ class TensorPublisher:
         if self._rcl is None:
             self._publisher.publish(to_tensor_list(result, outputs))
         elif self._publisher.is_activated:
-            self._publish_in_place(self._rcl, to_tensor_list(result, {}), outputs)
+            self._publish_in_place(self._rcl, result, outputs)
 
-    def _publish_in_place(self, rcl: Rcl, head: TensorList, outputs: Outputs) -> None:
-        message, tensors = rcl.message(TensorList), rcl.structures(Tensor, len(outputs))
-        message.assign(head)
-        borrowed = []
-        for tensor, (name, values) in zip(tensors, outputs.items(), strict=True):
+    def _publish_in_place(self, rcl: Rcl, result: FrameResult, outputs: Outputs) -> None:
+        if (form := getattr(self._of_thread, 'form', None)) is None:
+            form = self._of_thread.form = _AnswerForm(rcl)
+        # Copies are kept until the message has been published.
+        message, copies = form.fill(result, outputs)
+        rcl.publish(self._publisher, message)
+        del copies
+
+
+class _AnswerForm:
+    """
+    Fill one structure of TensorList again and again; for one thread.
+
+    A frame costs what differs from the one before: by then an engine has emptied the caches of everything else, and
+    each line of Python takes ten times as long as it seems to.
+    """
+
+    def __init__(self, rcl: Rcl) -> None:
+        self._rcl = rcl
+        self._message = rcl.borrowed(TensorList)
+        self._texts: dict[str, ctypes.Array[ctypes.c_char]] = {}
+        self._known: list[tuple[str, weakref.ref[NDArray]]] | None = None
+        self._tensors: tuple[object, ...] = ()
+
+    def fill(self, result: FrameResult, outputs: Outputs) -> tuple[BorrowedMessage, list[NDArray]]:
+        """
+        Return the message of one answer, valid until the next call and as long as ``outputs`` are.
+
+        :return: also the copies of outputs that lie otherwise than a message does, to be kept until it was published.
+        """
+        if len(self._texts) > _MOST_TEXTS:
+            self._texts.clear()
+        frame, fields = result.frame, self._message.fields
+        header, stamp = frame.message.header, fields.header.stamp
+        stamp.sec, stamp.nanosec = header.sec, header.nanosec
+        fields.header.frame_id = self._text(header.frame_id)
+        stamp = fields.receive_stamp
+        stamp.sec, stamp.nanosec = divmod(frame.receive_stamp_ns, _NS)
+        for name, value in answer_values(result).items():
+            setattr(fields, name, self._text(value) if isinstance(value, str) else value)
+        copies: list[NDArray] = []
+        if not self._are_known(outputs):
+            copies = self._place(outputs)
+        fields.total_ns = time.monotonic_ns() - frame.received_ns
+        return self._message, copies
+
+    def _text(self, text: str) -> CString:
+        if (buffer := self._texts.get(text)) is None:
+            buffer = self._texts[text] = ctypes.create_string_buffer(text.encode())
+        return CString.of(buffer)
+
+    def _are_known(self, outputs: Outputs) -> bool:
+        """Tell whether the message has these very arrays already: most engines write into the same ones again."""
+        known = self._known
+        return known is not None and len(outputs) == len(known) and all(
+            name == own_name and own() is values
+            for (own_name, own), (name, values) in zip(known, outputs.items(), strict=True)
+        )
+
+    def _place(self, outputs: Outputs) -> list[NDArray]:
+        """Point the message to the outputs, or to copies of those that lie otherwise; return the copies."""
+        structures, kept, copies = self._rcl.structures(Tensor, len(outputs)), [], []
+        for tensor, (name, values) in zip(structures, outputs.items(), strict=True):
             texts = [ctypes.create_string_buffer(text.encode()) for text in (name, values.dtype.name)]
             shape = np.array(values.shape, np.int64)
             data = np.ascontiguousarray(values, values.dtype.newbyteorder('<')).reshape(-1).view(np.uint8)
             tensor.name, tensor.dtype = (CString.of(text) for text in texts)
             tensor.shape, tensor.data = CSequence.of(shape), CSequence.of(data)
-            borrowed.append((texts, shape, data))
-        try:
-            message.fields.tensors = CSequence(ctypes.addressof(tensors), len(outputs), len(outputs))
-            rcl.publish(self._publisher, message)
-        finally:
-            # What was borrowed is not the message's to free.
-            message.fields.tensors = CSequence()
+            kept.append((texts, shape))
+            if data.ctypes.data != values.ctypes.data:
+                copies.append(data)
+        # Not the arrays themselves: an engine that is released must not be kept by its last answer.
+        self._known = None if copies else [(name, weakref.ref(values)) for name, values in outputs.items()]
+        self._tensors = (structures, kept)
+        self._message.fields.tensors = CSequence(ctypes.addressof(structures), len(outputs), len(outputs))
+        return copies

@@ -19,10 +19,11 @@ import rclpy
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.serialization import serialize_message
 from sensor_msgs.msg import CompressedImage, Image
+from std_msgs.msg import String
 
 from gps_denied_c7.decoding import RawImage
 from gps_denied_c7.demo.processes import free_domain_id
-from gps_denied_c7.ros.messages import received_image
+from gps_denied_c7.ros.messages import taken_image
 from gps_denied_c7.ros.rcl import Rcl, UnreadableMessageError, Untaken
 
 os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
@@ -69,20 +70,19 @@ class Wire:
         while True:
             assert time.monotonic() < deadline, 'the good message did not come'
             try:
-                taken = self._rcl.take_apart(self._subscription, self._type, 'data')
+                taken = self._rcl.take_new(self._subscription, self._type)
             except UnreadableMessageError as error:
                 assert 'cannot be read' in str(error)
                 continue
             if taken is None:
                 continue
-            message, data, _ = taken
-            if message.header.frame_id == LAST:
+            image = taken_image(taken[0])
+            if image.header.frame_id == LAST:
                 return found
             found += 1
-            image = received_image(message, data)
             # Its fields are whole: they go into the answer.
-            serialize_message(image.header)
-            assert len(data) <= len(content)
+            serialize_message(String(data=image.header.frame_id + image.encoding))
+            assert len(image.picture.data) <= len(content)
             if isinstance(image.picture, RawImage):
                 decode_raw(image.picture)
             else:

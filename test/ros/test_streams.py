@@ -105,7 +105,7 @@ def stream(ros_context):
         ready=made._on_ready,
         publish=publisher.publish,
         counted=lambda: statistics.snapshot().streams[TOPIC],
-        waiting=lambda: (frame := slots.take(0.0)) and frame.message.header.stamp.sec,
+        waiting=lambda: (frame := slots.take(0.0)) and frame.message.header.sec,
         refused=refused,
     )
     made.close()

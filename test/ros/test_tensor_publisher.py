@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
@@ -124,7 +125,7 @@ def test_the_middleware_reads_tensors_where_they_are(node):
     rcl, seen = Rcl(TensorList, Tensor), []
 
     class Watching:
-        message, structures = rcl.message, rcl.structures
+        borrowed, structures = rcl.borrowed, rcl.structures
 
         @staticmethod
         def publish(publisher, message):
@@ -132,11 +133,60 @@ def test_the_middleware_reads_tensors_where_they_are(node):
             raise RclError('no middleware')
 
     outputs = {'a': np.ones((2, 3), np.float32), 'b': np.zeros(5, np.int64)}
+    answers = TensorPublisher(publisher, Watching())
     for _ in range(3):
         with pytest.raises(RclError, match='no middleware'):
-            TensorPublisher(publisher, Watching()).publish(result(image(1), outputs))
+            answers.publish(result(image(1), outputs))
     assert seen == 3 * [values.ctypes.data for values in outputs.values()]
     np.testing.assert_array_equal(outputs['a'], np.ones((2, 3)))
+
+
+def test_arrays_that_an_engine_fills_again_are_pointed_to_once(ways, monkeypatch):
+    way = ways.answers[0]
+    placed, structures = [], way._rcl.structures
+    monkeypatch.setattr(way._rcl, 'structures', lambda *what: (placed.append(what), structures(*what))[1])
+
+    def published(outputs):
+        way.publish(result(image(1), outputs))
+        message = wait_until(ways.arrived, 'the answer')
+        assert [each.name for each in message.tensors] == list(outputs)
+        for name, values in outputs.items():
+            np.testing.assert_array_equal(tensor(message, name), values)
+        return len(placed)
+
+    own = {'x': np.zeros(9, np.float32), 'y': np.zeros((2, 2), np.uint8)}
+    for number in range(3):
+        own['x'][...] = own['y'][...] = number
+        assert published(own) == 1
+    assert published({**own, 'y': np.full((2, 2), 7, np.uint8)}) == 2, 'another array'
+    assert published({'z': own['x'], 'y': own['y']}) == 3, 'another name'
+    assert published({'y': own['y'], 'z': own['x']}) == 4, 'another order'
+    assert published({'y': own['y']}) == 5
+    assert published({'x': np.zeros(9, '>f4')}) == 6, 'one that is copied'
+    assert published({'x': np.ones(9, '>f4')}) == 7, 'and whose copy was not kept'
+    assert published({}) == 8
+    assert published({}) == 8
+
+
+def test_an_engine_is_not_kept_by_its_last_answer(ways):
+    values = np.zeros(9, np.float32)
+    ways.answers[0].publish(result(image(1), {'x': values}))
+    kept = weakref.ref(values)
+    del values
+    assert kept() is None
+    # Whatever lies there now is none of the next answer's.
+    ways.answers[0].publish(result(image(2), {'x': np.ones(9, np.float32)}))
+    for value in (0, 1):
+        assert set(tensor(wait_until(ways.arrived, 'the answer'), 'x')) == {value}
+
+
+def test_a_camera_that_names_its_frame_anew_each_time_takes_no_memory(ways):
+    way = ways.answers[0]
+    for number in range(200):
+        way.publish(result(image(1, header=Header(frame_id=f'frame {number}')), {'x': np.zeros(1)}))
+        message = wait_until(ways.arrived, 'the answer')
+        assert (message.header.frame_id, message.source_topic) == (f'frame {number}', '/camera')
+    assert len(way._of_thread.form._texts) < 100
 
 
 def test_answers_of_two_threads_do_not_mix(ways):
