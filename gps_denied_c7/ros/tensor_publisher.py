@@ -70,6 +70,8 @@ class _AnswerForm:
     def __init__(self, rcl: Rcl) -> None:
         self._rcl = rcl
         self._message = rcl.borrowed(TensorList)
+        fields = self._message.fields
+        self._header, self._stamp, self._received = fields.header, fields.header.stamp, fields.receive_stamp
         self._texts: dict[str, ctypes.Array[ctypes.c_char]] = {}
         self._known: list[tuple[str, weakref.ref[NDArray]]] | None = None
         self._tensors: tuple[object, ...] = ()
@@ -83,11 +85,10 @@ class _AnswerForm:
         if len(self._texts) > _MOST_TEXTS:
             self._texts.clear()
         frame, fields = result.frame, self._message.fields
-        header, stamp = frame.message.header, fields.header.stamp
-        stamp.sec, stamp.nanosec = header.sec, header.nanosec
-        fields.header.frame_id = self._text(header.frame_id)
-        stamp = fields.receive_stamp
-        stamp.sec, stamp.nanosec = divmod(frame.receive_stamp_ns, _NS)
+        header = frame.message.header
+        self._stamp.sec, self._stamp.nanosec = header.sec, header.nanosec
+        self._header.frame_id = self._text(header.frame_id)
+        self._received.sec, self._received.nanosec = divmod(frame.receive_stamp_ns, _NS)
         for name, value in answer_values(result).items():
             setattr(fields, name, self._text(value) if isinstance(value, str) else value)
         copies: list[NDArray] = []
