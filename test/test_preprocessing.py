@@ -151,7 +151,7 @@ def test_section6_a_dot_found_by_the_network_maps_back_to_where_it_was_drawn(mod
 def test_section6_the_network_sees_the_part_of_the_image_that_its_mode_promises(mode, source, network):
     spec = _spec(*network, resize=mode)
     matrix = Preprocessor(spec).network_to_image(*source)
-    assert matrix[0, 1] == matrix[1, 0] == 0
+    assert matrix[0, 1] == matrix[1, 0] == 0 and not matrix.flags.writeable, 'the next frame gets the same one'
     edges = matrix @ np.array([[-0.5, -0.5, 1], [network[0] - 0.5, network[1] - 0.5, 1]]).T
     for axis in range(2):
         near, far = edges[axis] + 0.5
