@@ -330,8 +330,6 @@ def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
         name: value for name, value in environ.items() if name in _KEPT_VARIABLES or name.startswith(_KEPT_PREFIXES)
     }
     package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    # Nothing here multiplies matrices that are worth a thread for each core.
-    kept['OPENBLAS_NUM_THREADS'] = environ.get('OPENBLAS_NUM_THREADS', '1')
     kept['PYTHONPATH'] = os.pathsep.join(filter(None, [package, kept.get('PYTHONPATH', '')]))
     return kept
 

@@ -26,8 +26,19 @@ def test_r1_large_values_are_finite(dtype: str) -> None:
     limits = np.finfo(dtype)
     values = [limits.max, limits.min, limits.tiny, -limits.tiny, limits.smallest_subnormal, 0.0, -0.0]
     array = np.array(values * 200, dtype)
-    for part in (array, array[::2], array[:7], array[:7][::-1], array[:0]):
+    for part in (array, array[::2], array[:7], array[:7][::-1], array[:0], np.full(1000, limits.max)):
         assert is_finite(part)
+
+
+@pytest.mark.parametrize('size', [9, 1000])
+def test_r1_values_beyond_a_double_are_finite(size: int) -> None:
+    assert is_finite(np.full(size, np.finfo(np.longdouble).max))
+    assert not is_finite(np.full(size, np.longdouble(np.inf)))
+
+
+@pytest.mark.parametrize('value', [[np.inf, -np.inf], [np.nan, 1.0], [-np.inf, np.nan]])
+def test_r1_values_that_are_not_finite_do_not_cancel_each_other(value: list[float]) -> None:
+    assert not is_finite(np.array(value * 1000, np.float32))
 
 
 def test_r1_every_float16_bit_pattern_is_judged_as_numpy_does() -> None:

@@ -35,8 +35,8 @@ STAGES = (
 From the camera's stamp to the tensors in the subscriber's hands.
 
 transport in: to callback entry; queue: to leaving the slot; hand-off: until the engine runs, as in a worker process;
-hand-back: from its end to the outputs in the node's hands, the look at each value included; message: filling the
-TensorList; publish: the publish call, transport out and reading in the subscriber.
+hand-back: from its end to the outputs in the node's hands, with the look at each value, which on a GPU is part of the
+engine's run; message: filling the TensorList; publish: the publish call, transport out and reading in the subscriber.
 """
 
 _MS = 1e-6

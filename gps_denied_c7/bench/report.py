@@ -20,6 +20,7 @@ from gps_denied_c7.bench.figures import (
 
 __all__ = ['BenchReport']
 
+_SCHEMA_VERSION = 3
 _MANY = 10
 
 _HOW = (
@@ -45,7 +46,7 @@ class BenchReport:
     def to_json(self) -> dict[str, Any]:
         """Return the report as one JSON object."""
         return {
-            'schema_version': 3,
+            'schema_version': _SCHEMA_VERSION,
             'facts': dict(self.facts),
             'seconds': round(self.seconds, 1),
             'limits': [asdict(verdict) for verdict in verdicts(self.cases)],
@@ -55,7 +56,13 @@ class BenchReport:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> BenchReport:
-        """Read what :meth:`to_json` wrote."""
+        """
+        Read what :meth:`to_json` wrote.
+
+        :raises ValueError: another version wrote it.
+        """
+        if values.get('schema_version') != _SCHEMA_VERSION:
+            raise ValueError(f'a report of schema {values.get("schema_version")}, not {_SCHEMA_VERSION}: run it again.')
         cases = tuple(CaseResult.from_json(case) for case in values['cases'])
         return cls(cases, values['facts'], values['seconds'], values.get('pictures', {}))
 
@@ -192,7 +199,8 @@ class BenchReport:
 def _overview(cases: Sequence[CaseResult]) -> str:
     """Return in a sentence how often the node takes no longer than the forty lines."""
     pairs = [(case.results[SHIPPED], case.results[FORTY_LINES]) for case in cases]
-    no_longer = [sum((ratio(*pair) or 0.0) <= 1.0 for pair in pairs) for ratio in (ratio_p50, ratio_p99)]
+    found = [[ratio(*pair) for pair in pairs] for ratio in (ratio_p50, ratio_p99)]
+    no_longer = [sum(one is not None and one <= 1.0 for one in ratios) for ratios in found]
     return (
         f'This node takes no longer than the forty lines in {no_longer[0]} of {len(cases)} cases by p50, in '
         f'{no_longer[1]} by p99. Times in ms; dropped by policy and lost are those of this node, and of the forty '

@@ -25,7 +25,7 @@ from rosidl_parser.definition import AbstractSequence, AbstractString, Array, Ba
 
 from gps_denied_c7.errors import C7Error
 
-__all__ = ['CMessage', 'CMessageType', 'CSequence', 'CString', 'LayoutError']
+__all__ = ['BorrowedMessage', 'CMessage', 'CMessageType', 'CSequence', 'CString', 'LayoutError']
 
 _BASIC: dict[str, Any] = {
     'boolean': ctypes.c_bool,
@@ -75,8 +75,9 @@ class CString(_Block):
         return cls(ctypes.addressof(text), len(text) - 1, len(text))
 
     def text(self) -> str:
-        """Return its text; bytes that are no UTF-8 are replaced."""
-        return ctypes.string_at(self.data, self.size).decode('utf-8', 'replace') if self.size else ''
+        """Return its text as rclpy does: up to the first zero, and with bytes that are no UTF-8 replaced."""
+        content = ctypes.string_at(self.data, self.size) if self.size else b''
+        return content.partition(b'\0')[0].decode('utf-8', 'replace')
 
 
 class CMessageType:
@@ -161,6 +162,8 @@ class BorrowedMessage:
     Hold one message as a C structure that owns nothing, to be filled and published again and again.
 
     What its strings and sequences point to is kept by whoever sets them, and freed by nobody else. All are empty first.
+
+    :raises LayoutError: the type has arrays of strings or messages, which nobody has needed yet.
     """
 
     def __init__(self, kind: CMessageType) -> None:
@@ -178,6 +181,8 @@ def _set_empty(fields: ctypes.Structure) -> None:
         member = getattr(fields, name)
         if isinstance(member, CString):
             setattr(fields, name, CString.of(_NO_TEXT))
+        elif isinstance(member, ctypes.Array) and issubclass(member._type_, ctypes.Structure):
+            raise LayoutError(f'{name} is an array of strings or messages, which cannot be borrowed.')
         elif isinstance(member, ctypes.Structure) and not isinstance(member, _Block):
             _set_empty(member)
 

@@ -424,6 +424,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         if live.max_queue_age_ms and time.monotonic_ns() - frame.received_ns > live.max_queue_age_ms * 1e6:
             return True
         if not live.max_frame_age_ms:
+            self._dropped_by_age[frame.topic] = 0
             return False
         age_ms = (self.get_clock().now().nanoseconds - stamp_ns(frame.message.header)) / 1e6
         if age_ms <= live.max_frame_age_ms:

@@ -7,6 +7,7 @@ import threading
 import time
 import weakref
 from collections.abc import Container
+from typing import Any, NamedTuple
 
 import numpy as np
 from gps_denied_c7_msgs.msg import Tensor, TensorList
@@ -21,7 +22,6 @@ from gps_denied_c7.ros.rcl import Rcl
 __all__ = ['TensorPublisher']
 
 _NS = 1_000_000_000
-_MOST_TEXTS = 64
 
 
 class TensorPublisher:
@@ -59,6 +59,19 @@ class TensorPublisher:
         del copies
 
 
+class _Known(NamedTuple):
+    """Remember an output that the message points to."""
+
+    name: str
+    values: weakref.ref[NDArray]
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @classmethod
+    def of(cls, name: str, values: NDArray) -> _Known:
+        return cls(name, weakref.ref(values), values.shape, values.dtype)
+
+
 class _AnswerForm:
     """
     Fill one structure of TensorList again and again; for one thread.
@@ -72,8 +85,8 @@ class _AnswerForm:
         self._message = rcl.borrowed(TensorList)
         fields = self._message.fields
         self._header, self._stamp, self._received = fields.header, fields.header.stamp, fields.receive_stamp
-        self._texts: dict[str, ctypes.Array[ctypes.c_char]] = {}
-        self._known: list[tuple[str, weakref.ref[NDArray]]] | None = None
+        self._texts: dict[str, tuple[str, ctypes.Array[ctypes.c_char]]] = {}
+        self._known: list[_Known] | None = None
         self._tensors: tuple[object, ...] = ()
 
     def fill(self, result: FrameResult, outputs: Outputs) -> tuple[BorrowedMessage, list[NDArray]]:
@@ -82,32 +95,31 @@ class _AnswerForm:
 
         :return: also the copies of outputs that lie otherwise than a message does, to be kept until it was published.
         """
-        if len(self._texts) > _MOST_TEXTS:
-            self._texts.clear()
         frame, fields = result.frame, self._message.fields
         header = frame.message.header
         self._stamp.sec, self._stamp.nanosec = header.sec, header.nanosec
-        self._header.frame_id = self._text(header.frame_id)
+        self._header.frame_id = self._text('frame_id', header.frame_id)
         self._received.sec, self._received.nanosec = divmod(frame.receive_stamp_ns, _NS)
         for name, value in answer_values(result).items():
-            setattr(fields, name, self._text(value) if isinstance(value, str) else value)
+            setattr(fields, name, self._text(name, value) if isinstance(value, str) else value)
         copies: list[NDArray] = []
         if not self._are_known(outputs):
             copies = self._place(outputs)
         fields.total_ns = time.monotonic_ns() - frame.received_ns
         return self._message, copies
 
-    def _text(self, text: str) -> CString:
-        if (buffer := self._texts.get(text)) is None:
-            buffer = self._texts[text] = ctypes.create_string_buffer(text.encode())
-        return CString.of(buffer)
+    def _text(self, field: str, text: str) -> CString:
+        known = self._texts.get(field)
+        if known is None or known[0] != text:
+            known = self._texts[field] = text, ctypes.create_string_buffer(text.encode())
+        return CString.of(known[1])
 
     def _are_known(self, outputs: Outputs) -> bool:
         """Tell whether the message has these very arrays already: most engines write into the same ones again."""
         known = self._known
         return known is not None and len(outputs) == len(known) and all(
-            name == own_name and own() is values
-            for (own_name, own), (name, values) in zip(known, outputs.items(), strict=True)
+            name == own.name and own.values() is values and (values.shape, values.dtype) == (own.shape, own.dtype)
+            for own, (name, values) in zip(known, outputs.items(), strict=True)
         )
 
     def _place(self, outputs: Outputs) -> list[NDArray]:
@@ -123,7 +135,7 @@ class _AnswerForm:
             if data.ctypes.data != values.ctypes.data:
                 copies.append(data)
         # Not the arrays themselves: an engine that is released must not be kept by its last answer.
-        self._known = None if copies else [(name, weakref.ref(values)) for name, values in outputs.items()]
+        self._known = None if copies else [_Known.of(name, values) for name, values in outputs.items()]
         self._tensors = (structures, kept)
         self._message.fields.tensors = CSequence(ctypes.addressof(structures), len(outputs), len(outputs))
         return copies

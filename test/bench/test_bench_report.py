@@ -179,6 +179,8 @@ def test_ratios_beyond_the_axis_are_drawn_at_its_ends(matrix):
 def test_a_report_survives_json(report, scaling):
     assert BenchReport.from_json(json.loads(json.dumps(scaling.to_json()))).cases == scaling.cases
     assert BenchReport.from_json(json.loads(json.dumps(report.to_json()))).cases == report.cases
+    with pytest.raises(ValueError, match='schema 2'):
+        BenchReport.from_json({**report.to_json(), 'schema_version': 2})
 
 
 def test_plots_have_a_bar_for_each(report, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import gc
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from sensor_msgs.msg import CameraInfo, CompressedImage, Image, Imu
 from std_msgs.msg import Header
 
 from gps_denied_c7.ros import c_message
-from gps_denied_c7.ros.c_message import CMessage, CMessageType, CSequence, CString, LayoutError
+from gps_denied_c7.ros.c_message import BorrowedMessage, CMessage, CMessageType, CSequence, CString, LayoutError
 
 TYPES = (Image, CompressedImage, TensorList, Tensor, FdrRecord, Header, CameraInfo, Imu, DiagnosticStatus)
 
@@ -156,3 +157,21 @@ def test_messages_in_sequences_are_structures_too():
     status = message.fields.status
     each = (CMessageType(DiagnosticStatus).structure * status.size).from_address(status.data)
     assert [ctypes.string_at(one.name.data) for one in each] == [b'a', b'bc']
+
+
+def test_arrays_of_strings_cannot_be_borrowed():
+    """Nobody has needed one; left as they are made, their strings would point to nothing."""
+
+    class Texts(ctypes.Structure):
+        _fields_ = [('texts', c_message.CString * 2)]
+
+    with pytest.raises(LayoutError, match='texts is an array'):
+        BorrowedMessage(SimpleNamespace(structure=Texts))
+
+
+def test_a_text_ends_with_its_first_zero():
+    """As rclpy reads one."""
+    message = CMessage(CMessageType(DiagnosticStatus))
+    message.assign(DiagnosticStatus(name='abcd'))
+    ctypes.memset(message.fields.name.data + 2, 0, 1)
+    assert message.fields.name.text() == message.message().name == 'ab'

@@ -125,6 +125,12 @@ def test_n6_an_age_limit_that_drops_everything_names_use_sim_time(tmp_path):
         assert peer.set_parameter('max_frame_age_ms', 0.0).successful, 'it takes effect at once'
         assert peer.ask(CAMERA, image(31)).header.stamp.sec == 31
 
+        def alert_has_ended():
+            publisher.publish(image(31))
+            return peer.level(f'Stream {CAMERA}') == 'OK'
+
+        wait_until(alert_has_ended, 'the alert to end with its cause')
+
 
 def test_n6_stamps_that_jump_back_with_every_other_image_do_not_flood_the_log(tmp_path):
     """Two publishers of one topic, whose clocks differ: every image is answered, one warning stands for many."""
