@@ -61,14 +61,13 @@ class _Handle:
     ran_ns: tuple[int, int]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Bound(Generic[EngineT]):
     """
     An engine with its canonical tensors, and the file's own name for each.
 
     :param requests: the last request's arrays that were run as they were given, with their shapes and dtypes: most
         callers fill the same ones again.
-    :param ran_ns: when the last run began and ended, by the steady clock.
     :param answers: where the last answer lay, and what its caller got: most engines write into the same arrays again.
     """
 
@@ -79,7 +78,6 @@ class _Bound(Generic[EngineT]):
     own_outputs: Mapping[str, str]
     requests: dict[str, tuple[NDArray, tuple[int, ...], np.dtype[Any]]] = field(default_factory=dict)
     answers: dict[str, tuple[NDArray, NDArray]] = field(default_factory=dict)
-    ran_ns: tuple[int, int] = (0, 0)
 
     def own_arrays(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """
@@ -174,12 +172,11 @@ class BaseRuntime(ABC, Generic[EngineT]):
     def infer(self, handle: EngineHandle, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """Run one request; see the protocol for shapes, ownership and errors."""
         try:
-            bound = self._bound(handle)
-            outputs = self._infer(bound, inputs)
+            # No name for the engine here: an error that is kept would keep it.
+            outputs, cast('_Handle', handle).ran_ns = self._infer(self._bound(handle), inputs)
         except C7Error as error:
             _forget_locals(error)
             raise
-        cast('_Handle', handle).ran_ns = bound.ran_ns
         return outputs
 
     def place(
@@ -228,7 +225,7 @@ class BaseRuntime(ABC, Generic[EngineT]):
         loaded = self._load(entry)
         try:
             bound = _bind(loaded, entry, self.label)
-            self._infer(bound, noise_inputs(bound.inputs))
+            _, ran_ns = self._infer(bound, noise_inputs(bound.inputs))
             remarks = self._settle(loaded.engine)
             seen = self._witness(loaded.engine, loaded.facts)
         except InferenceError as error:
@@ -241,7 +238,7 @@ class BaseRuntime(ABC, Generic[EngineT]):
             self._give_back(loaded.engine)
             raise
         facts = dataclasses.replace(seen, notes=(*seen.notes, *remarks), load_s=time.monotonic() - start)
-        handle = _Handle(bound.inputs, bound.outputs, facts, bound.ran_ns)
+        handle = _Handle(bound.inputs, bound.outputs, facts, ran_ns)
         self._engines[handle] = bound
         return handle
 
@@ -254,7 +251,10 @@ class BaseRuntime(ABC, Generic[EngineT]):
             )
         return bound
 
-    def _infer(self, bound: _Bound[EngineT], inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
+    def _infer(
+        self, bound: _Bound[EngineT], inputs: Mapping[str, NDArray]
+    ) -> tuple[dict[str, NDArray], tuple[int, int]]:
+        """Return the outputs, and when the engine's run began and ended by the steady clock."""
         arrays = bound.own_arrays(inputs)
         began_ns = time.monotonic_ns()
         try:
@@ -265,7 +265,7 @@ class BaseRuntime(ABC, Generic[EngineT]):
             raise InferenceError(
                 f'{self.label} failed the request: {error}', remedy='The next runtime of the chain can serve it.'
             ) from error
-        bound.ran_ns = began_ns, time.monotonic_ns()
+        ended_ns = time.monotonic_ns()
         outputs = {name: found[own] for name, own in bound.own_outputs.items() if own in found}
         if any(outputs.get(name) is not array for name, (array, _) in bound.answers.items()) or not bound.answers:
             check_outputs(bound.outputs, outputs)
@@ -275,7 +275,7 @@ class BaseRuntime(ABC, Generic[EngineT]):
                 bound.answers[spec.name] = array, _read_only(array)
         if not self._found_finite(bound.engine):
             check_finite(outputs)
-        return {name: view for name, (_, view) in bound.answers.items()}
+        return {name: view for name, (_, view) in bound.answers.items()}, (began_ns, ended_ns)
 
     def _give_back(self, engine: EngineT) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
@@ -229,3 +230,13 @@ def test_r1_refused_engine_is_gone_while_its_error_is_kept(
     assert runtime.engine is not None
     assert runtime.engine() is None
     assert kept.value.__cause__ is not None
+
+
+def test_r1_an_error_that_is_kept_does_not_keep_the_engine(runtime: NumpyRuntime, entry: EngineCacheEntry) -> None:
+    handle = runtime.deserialize_engine(entry)
+    runtime.answer = {'scaled': np.full((1, 4, 5), np.nan, np.float32)}
+    with pytest.raises(InferenceError) as kept:
+        runtime.infer(handle, REQUEST)
+    runtime.release_engine(handle)
+    gc.collect()
+    assert runtime.engine is not None and runtime.engine() is None, kept
