@@ -154,9 +154,10 @@ _STAGE_REMARKS = """\
 Of a request to the engine alone, each stage waited for by itself; `infer, in place` is all of them but the copies
 before and after, in one go. A worker's engine writes its answers into the memory that it shares with the node, whose
 pages are locked, and reads its requests there where the GPU can lock what is mapped for reading alone (`tensors in
-shared memory`). In the node, `inference` is from the hand-over to the
-worker to its answer, and `publish` makes a message of 6 MB of tensors and hands it to DDS; `camera to listener` ends
-in another Python process that has the tensors."""
+shared memory`). In the node, `hand off` ends when the worker's engine
+begins, `engine` holds its copies to and from the GPU, and the GPU's look for values that are not finite, `hand back`
+ends with the tensors in the node; `publish` makes a message of 6 MB of tensors and hands it to DDS; `camera to
+listener` ends in another Python process that has the tensors."""
 
 
 def _stages(environments: dict[str, dict[str, Figures]]) -> str:
