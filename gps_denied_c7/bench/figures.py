@@ -18,6 +18,7 @@ __all__ = [
     'Result',
     'Verdict',
     'compared',
+    'has_overview',
     'percentiles',
     'ratio_p50',
     'ratio_p99',
@@ -40,6 +41,7 @@ engine's run; message: filling the TensorList; publish: the publish call, transp
 """
 
 _MS = 1e-6
+_MANY = 10
 _INSIDE = ('queue', 'decode', 'preprocess', 'hand_off', 'engine', 'hand_back')
 _OUTSIDE_MS = {(480, 'mono8'): 1.5, (1080, 'rgb8'): 4.0}
 
@@ -227,6 +229,11 @@ def compared(cases: Sequence[CaseResult]) -> list[CaseResult]:
         for case in cases
         if not case.case.series and all(_answered(case, name) for name in (FORTY_LINES, SHIPPED))
     ]
+
+
+def has_overview(cases: Sequence[CaseResult]) -> bool:
+    """Return whether so many cases can be compared that nobody reads them one by one."""
+    return len(compared(cases)) >= _MANY
 
 
 def _answered(case: CaseResult, name: str) -> bool:

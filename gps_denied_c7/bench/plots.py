@@ -9,7 +9,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gps_denied_c7.bench.cases import BARE, CAMERAS, FORTY_LINES, RATE, SHIPPED
-from gps_denied_c7.bench.figures import STAGES, CaseResult, Result, compared, ratio_p50, ratio_p99, series_of
+from gps_denied_c7.bench.figures import (
+    STAGES,
+    CaseResult,
+    Result,
+    compared,
+    has_overview,
+    ratio_p50,
+    ratio_p99,
+    series_of,
+)
 
 __all__ = ['draw_plots', 'latency_plot', 'ratio_plot', 'scaling_plot', 'throughput_plot']
 
@@ -42,7 +51,7 @@ def draw_plots(directory: Path, cases: Sequence[CaseResult]) -> dict[str, str]:
         ),
         'ratios.png': (
             'Latency of this node against that of the forty lines, a dot (p50) and a ring (p99) for each case',
-            ratio_plot(cases),
+            ratio_plot(cases) if has_overview(cases) else None,
         ),
         'throughput.png': ('Answers per second at saturation', throughput_plot(cases)),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,16 +12,19 @@ from gps_denied_c7.bench.figures import (
     CaseResult,
     Result,
     compared,
+    has_overview,
     ratio_p50,
     ratio_p99,
     series_of,
     verdicts,
 )
 
-__all__ = ['BenchReport']
+__all__ = ['SECTIONS', 'BenchReport']
+
+SECTIONS = ('limits', 'overview', 'series', 'cases')
 
 _SCHEMA_VERSION = 3
-_MANY = 10
+_PLOTS_OF_CASES = ('latency.png', 'throughput.png')
 
 _HOW = (
     'A ratio or difference of p50 is the median over the repetitions, of each with the one that was measured beside '
@@ -165,30 +168,38 @@ class BenchReport:
         ]  # fmt: skip
         return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
 
-    def markdown(self, heading: str = '#') -> str:
-        """Return the report as a Markdown document."""
-        missed = [one for one in verdicts(self.cases) if not one.met]
-        verdict = 'Every limit was met.' if not missed else f'{len(missed)} of {len(verdicts(self.cases))} missed.'
-        parts = [
-            f'{heading} Benchmark',
-            '\n'.join(f'- {name}: {value}' for name, value in self.facts.items()),
-            f'{heading}# Limits',
-            verdict,
-            self.limits_table(),
-            _HOW,
-        ]
-        if len(beside := compared(self.cases)) >= _MANY:
-            parts += [f'{heading}# Overview', _overview(beside), self.overview_table()]
-        for series, points in series_of(self.cases).items():
-            constants = points[0].case.constants(series)
-            remark = f'{constants}. Times in ms; stages (p50), dropped by policy and lost are those of this node.'
-            parts += [f'{heading}# By {series}', remark, self.series_table(series)]
-        for case in self.cases:
-            parts += [f'{heading}# {case.case.title}', self._remark(case), self.case_table(case)]
-            if any(result.stages for result in case.results.values()):
-                parts.append(self.stage_table(case))
-        parts += [f'![{what}]({name})' for name, what in self.pictures.items()]
+    def markdown(self, heading: str = '#', *, sections: Collection[str] = SECTIONS, folder: str = '') -> str:
+        """
+        Return the report as a Markdown document, or a part of one.
+
+        :param heading: of the whole, one sign for each level.
+        :param sections: which of :data:`SECTIONS` it has; facts about the run come before them.
+        :param folder: where the plots lie from where the document does, ending in a slash; '' for beside it.
+        """
+        parts = [f'{heading} Benchmark', '\n'.join(f'- {name}: {value}' for name, value in self.facts.items())]
+        if 'limits' in sections:
+            missed = [one for one in verdicts(self.cases) if not one.met]
+            verdict = 'Every limit was met.' if not missed else f'{len(missed)} of {len(verdicts(self.cases))} missed.'
+            parts += [f'{heading}# Limits', verdict, self.limits_table(), _HOW]
+        if 'overview' in sections and has_overview(self.cases):
+            parts += [f'{heading}# Overview', _overview(compared(self.cases)), self._picture('ratios.png', folder)]
+            parts.append(self.overview_table())
+        if 'series' in sections and (every := series_of(self.cases)):
+            parts += [f'{heading}# Growth', self._picture('scaling.png', folder)]
+            for series, points in every.items():
+                constants = points[0].case.constants(series)
+                remark = f'{constants}. Times in ms; stages (p50), dropped by policy and lost are those of this node.'
+                parts += [f'{heading}## By {series}', remark, self.series_table(series)]
+        if 'cases' in sections:
+            parts += [f'{heading}# Case by case', *(self._picture(name, folder) for name in _PLOTS_OF_CASES)]
+            for case in self.cases:
+                parts += [f'{heading}## {case.case.title}', self._remark(case), self.case_table(case)]
+                if any(result.stages for result in case.results.values()):
+                    parts.append(self.stage_table(case))
         return '\n\n'.join(filter(None, parts)) + '\n'
+
+    def _picture(self, name: str, folder: str) -> str:
+        return f'![{self.pictures[name]}]({folder}{name})' if name in self.pictures else ''
 
     @staticmethod
     def _remark(case: CaseResult) -> str:

@@ -241,6 +241,7 @@ def _facts(options: BenchOptions) -> dict[str, str]:
         'machine': f'{len(os.sched_getaffinity(0))} cores, {model or platform.machine()}',
         'ROS': f'{os.environ.get("ROS_DISTRO", "unknown")}, Python {platform.python_version()}',
         'versions': ', '.join(f'{name} {version}' for name, version in versions.items() if version),
+        'day': time.strftime('%Y-%m-%d'),
         'form': f'{options.form}: {options.repetitions} repetitions of {options.seconds:g} s for each contestant, in '
         f'turn, after {options.warm_up_s:g} s of warm-up',
         'load before': f'{os.getloadavg()[0]:.2f} processes running on average over the last minute',

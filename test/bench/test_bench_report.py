@@ -102,11 +102,22 @@ def test_a_point_of_two_series_is_in_both_tables(scaling):
 
 
 def test_series_come_before_the_cases(scaling, report):
-    headings = [line for line in scaling.markdown().splitlines() if line.startswith('## ')]
-    assert headings[:4] == ['## Limits', '## By image size', '## By cameras', '## By output size']
-    assert headings[4:] == [f'## {case.case.title}' for case in scaling.cases]
+    headings = [line for line in scaling.markdown().splitlines() if line.startswith('##')]
+    assert headings[:5] == ['## Limits', '## Growth', '### By image size', '### By cameras', '### By output size']
+    assert headings[5:] == ['## Case by case', *(f'### {case.case.title}' for case in scaling.cases)]
     assert all(scaling.series_table(series) in scaling.markdown() for series in (IMAGE_SIZE, CAMERAS, OUTPUT_SIZE))
-    assert '## By' not in report.markdown()
+    assert 'Growth' not in report.markdown()
+
+
+def test_a_part_of_a_report_has_its_own_plots(scaling):
+    """Where the document is told that they lie."""
+    plots = {'latency.png': 'how long', 'ratios.png': 'beside others', 'scaling.png': 'how it grows'}
+    shown = dataclasses.replace(scaling, pictures=plots)
+    text = shown.markdown('##', sections=('series',), folder='plots/')
+    titles = [line for line in text.splitlines() if line.startswith('#')]
+    assert titles == ['## Benchmark', '### Growth', *(f'#### By {one}' for one in (IMAGE_SIZE, CAMERAS, OUTPUT_SIZE))]
+    assert '![how it grows](plots/scaling.png)' in text and text.count('.png') == 1
+    assert '![how long](latency.png)' in shown.markdown() and 'ratios' not in shown.markdown(), 'there is no overview'
 
 
 def test_a_series_shows_what_is_known(scaling):
@@ -186,12 +197,18 @@ def test_a_report_survives_json(report, scaling):
 def test_plots_have_a_bar_for_each(report, tmp_path):
     cv2 = pytest.importorskip('cv2')
     written = draw_plots(tmp_path, report.cases)
-    assert set(written) == {'latency.png', 'ratios.png', 'throughput.png'}
+    assert set(written) == {'latency.png', 'throughput.png'}, 'two cases have no overview'
     for name in written:
         picture = cv2.imread(str(tmp_path / name))
         assert picture.shape[1] > 1000 and picture.std() > 10
     fewer = latency_plot(report.cases[:1])
     assert fewer.shape[0] < latency_plot(report.cases).shape[0]
+
+
+def test_many_cases_have_their_picture(matrix, tmp_path):
+    pytest.importorskip('cv2')
+    assert 'ratios.png' in draw_plots(tmp_path, matrix.cases)
+    assert '](ratios.png)' in dataclasses.replace(matrix, pictures={'ratios.png': 'beside others'}).markdown()
 
 
 def test_the_plot_of_series_grows_with_their_points(scaling, tmp_path):
