@@ -63,6 +63,11 @@ class Answer(NamedTuple):
     weights_digest: str
     ran_ns: tuple[int, int] = (0, 0)
 
+    @property
+    def maker(self) -> tuple[object, ...]:
+        """Who made it: all but the outputs and the time of the run, so that two answers can be compared at once."""
+        return self[1:-1]
+
 
 class _LateError(InferenceError):
     """The serving engine has not answered yet, and another one is there."""

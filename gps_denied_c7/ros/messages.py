@@ -28,12 +28,13 @@ __all__ = [
     'ImageHeader',
     'Outputs',
     'ReceivedImage',
-    'answer_values',
     'check_message',
     'check_stamp',
     'chosen_outputs',
     'decode_message',
+    'frame_values',
     'image_type',
+    'origin_values',
     'received_image',
     'stage_durations',
     'stamp_ns',
@@ -177,12 +178,11 @@ def chosen_outputs(result: FrameResult, published: Container[str] | None = None)
     return {name: outputs[name] for name in outputs if published is None or name in published}
 
 
-def answer_values(result: FrameResult) -> dict[str, Any]:
-    """Return what fields of a TensorList say of one answered frame: plain values, so neither stamps nor tensors."""
-    frame, answer, durations = result.frame, result.answer, result.durations_ns
+def origin_values(result: FrameResult) -> dict[str, Any]:
+    """Return the fields of a TensorList that say what an answer came from; those of one topic seldom change."""
+    frame, answer = result.frame, result.answer
     return {
         'source_topic': frame.topic,
-        'frame_seq': result.frame_seq,
         'source_width': result.source_size[0],
         'source_height': result.source_size[1],
         'source_encoding': frame.message.encoding,
@@ -192,6 +192,14 @@ def answer_values(result: FrameResult) -> dict[str, Any]:
         'runtime_label': answer.runtime_label,
         'active_provider': answer.active_provider,
         'is_fallback': answer.is_fallback,
+    }
+
+
+def frame_values(result: FrameResult) -> dict[str, int]:
+    """Return the plain numbers of a TensorList that differ from frame to frame."""
+    durations = result.durations_ns
+    return {
+        'frame_seq': result.frame_seq,
         'queue_ns': durations['queue'],
         'decode_ns': durations['decode'],
         'preprocess_ns': durations['preprocess'],
@@ -211,7 +219,8 @@ def to_tensor_list(result: FrameResult, outputs: Outputs) -> TensorList:
     message = TensorList(
         header=Header(stamp=Time(sec=header.sec, nanosec=header.nanosec), frame_id=header.frame_id),
         receive_stamp=to_time(frame.receive_stamp_ns),
-        **answer_values(result),
+        **origin_values(result),
+        **frame_values(result),
     )
     message.tensors = [
         Tensor(name=name, dtype=values.dtype.name, shape=values.shape, data=_bytes_of(values))

@@ -16,7 +16,7 @@ from rclpy.lifecycle import LifecyclePublisher
 
 from gps_denied_c7.pipeline import FrameResult
 from gps_denied_c7.ros.c_message import BorrowedMessage, CSequence, CString
-from gps_denied_c7.ros.messages import Outputs, answer_values, chosen_outputs, to_tensor_list
+from gps_denied_c7.ros.messages import Outputs, chosen_outputs, frame_values, origin_values, to_tensor_list
 from gps_denied_c7.ros.rcl import Rcl
 
 __all__ = ['TensorPublisher']
@@ -35,7 +35,7 @@ class TensorPublisher:
     def __init__(self, publisher: LifecyclePublisher, rcl: Rcl | None) -> None:
         self._publisher = publisher
         self._rcl = rcl
-        self._of_thread = threading.local()
+        self._forms = _Forms()
 
     def publish(self, result: FrameResult, published: Container[str] | None = None) -> None:
         """
@@ -51,12 +51,20 @@ class TensorPublisher:
             self._publish_in_place(self._rcl, result, outputs)
 
     def _publish_in_place(self, rcl: Rcl, result: FrameResult, outputs: Outputs) -> None:
-        if (form := getattr(self._of_thread, 'form', None)) is None:
-            form = self._of_thread.form = _AnswerForm(rcl)
+        forms = self._forms.by_topic
+        if (form := forms.get(result.frame.topic)) is None:
+            form = forms[result.frame.topic] = _AnswerForm(rcl)
         # Copies are kept until the message has been published.
         message, copies = form.fill(result, outputs)
         rcl.publish(self._publisher, message)
         del copies
+
+
+class _Forms(threading.local):
+    """Hold the messages that a thread fills, one for each topic of images."""
+
+    def __init__(self) -> None:
+        self.by_topic: dict[str, _AnswerForm] = {}
 
 
 class _Known(NamedTuple):
@@ -74,7 +82,7 @@ class _Known(NamedTuple):
 
 class _AnswerForm:
     """
-    Fill one structure of TensorList again and again; for one thread.
+    Fill one structure of TensorList again and again; for one thread and one topic of images.
 
     A frame costs what differs from the one before: by then an engine has emptied the caches of everything else, and
     each line of Python takes ten times as long as it seems to.
@@ -85,6 +93,8 @@ class _AnswerForm:
         self._message = rcl.borrowed(TensorList)
         fields = self._message.fields
         self._header, self._stamp, self._received = fields.header, fields.header.stamp, fields.receive_stamp
+        self._origin: tuple[Any, ...] = ()
+        self._matrix: NDArray | None = None
         self._texts: dict[str, tuple[str, ctypes.Array[ctypes.c_char]]] = {}
         self._known: list[_Known] | None = None
         self._tensors: tuple[object, ...] = ()
@@ -100,13 +110,24 @@ class _AnswerForm:
         self._stamp.sec, self._stamp.nanosec = header.sec, header.nanosec
         self._header.frame_id = self._text('frame_id', header.frame_id)
         self._received.sec, self._received.nanosec = divmod(frame.receive_stamp_ns, _NS)
-        for name, value in answer_values(result).items():
-            setattr(fields, name, self._text(name, value) if isinstance(value, str) else value)
+        self._say_origin(result)
+        for name, value in frame_values(result).items():
+            setattr(fields, name, value)
         copies: list[NDArray] = []
         if not self._are_known(outputs):
             copies = self._place(outputs)
         fields.total_ns = time.monotonic_ns() - frame.received_ns
         return self._message, copies
+
+    def _say_origin(self, result: FrameResult) -> None:
+        """Fill in what the answer came from, where that is not what the one before came from."""
+        # The matrix is the same object for the same geometry.
+        origin = result.frame.message.encoding, result.source_size, result.answer.maker
+        if self._matrix is result.network_to_image and self._origin == origin:
+            return
+        self._matrix, self._origin = result.network_to_image, origin
+        for name, value in origin_values(result).items():
+            setattr(self._message.fields, name, self._text(name, value) if isinstance(value, str) else value)
 
     def _text(self, field: str, text: str) -> CString:
         known = self._texts.get(field)

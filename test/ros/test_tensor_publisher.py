@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import itertools
 import threading
 import time
 import weakref
@@ -19,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rclpy.lifecycle import LifecycleNode
 from std_msgs.msg import Header
-from test_messages import TEXT, result
+from test_messages import TEXT, received, result
 
 from gps_denied_c7.ros.rcl import Rcl, RclError
 from gps_denied_c7.ros.tensor_publisher import TensorPublisher
@@ -175,6 +177,35 @@ def test_arrays_that_an_engine_fills_again_are_pointed_to_once(ways, monkeypatch
     assert published({}) == 10
 
 
+def test_whatever_changes_from_one_answer_to_the_next_is_told(ways):
+    """Each field by itself and back again, with another camera's answers in between."""
+    outputs = {'x': np.zeros(3, np.float32)}
+    one = result(image(1), outputs)
+    changed = [
+        dataclasses.replace(one, frame=dataclasses.replace(one.frame, message=received(image(1, encoding='8UC1')))),
+        dataclasses.replace(one, frame=dataclasses.replace(one.frame, receive_stamp_ns=5)),
+        dataclasses.replace(one, frame_seq=3),
+        dataclasses.replace(one, source_size=(64, 49)),
+        dataclasses.replace(one, source_size=(65, 48)),
+        dataclasses.replace(one, network_to_image=one.network_to_image + 1.0),
+        *(
+            dataclasses.replace(one, answer=one.answer._replace(**{name: value}))
+            for name, value in one.answer._asdict().items()
+            if name not in ('outputs', 'ran_ns', 'is_fallback')
+            for value in (value[:-1], '', f'{value} and more')
+        ),
+        dataclasses.replace(one, answer=one.answer._replace(is_fallback=False)),
+        *(dataclasses.replace(one, durations_ns={**one.durations_ns, stage: 100}) for stage in one.durations_ns),
+    ]
+    other = dataclasses.replace(one, frame=dataclasses.replace(one.frame, topic='/other'))
+    with patch.object(time, 'monotonic_ns', lambda: 2**62):
+        for answered in itertools.chain.from_iterable((one, each, other, each) for each in changed):
+            for way in ways.answers:
+                way.publish(answered)
+            first, second = (wait_until(ways.arrived, 'an answer') for _ in ways.answers)
+            assert first == second
+
+
 def test_an_engine_is_not_kept_by_its_last_answer(ways):
     values = np.zeros(9, np.float32)
     ways.answers[0].publish(result(image(1), {'x': values}))
@@ -194,7 +225,7 @@ def test_a_camera_that_names_its_frame_anew_each_time_takes_no_memory(ways):
         way.publish(result(image(1, header=Header(frame_id=frame_id)), {'x': np.zeros(1)}))
         message = wait_until(ways.arrived, 'the answer')
         assert (message.header.frame_id, message.source_topic) == (frame_id, '/camera')
-    assert sum(len(buffer) for _, buffer in way._of_thread.form._texts.values()) < 12_000
+    assert sum(len(buffer) for _, buffer in way._forms.by_topic['/camera']._texts.values()) < 12_000
 
 
 def test_each_thread_fills_a_message_of_its_own(node):
