@@ -1,7 +1,7 @@
 """
 Put the benchmark's last runs into docs/: tables between marks in the pages, plots beside them.
 
-    python3 tools/environment.py run python3 tools/benchmark_pages.py --last bench_output --growth scaling --matrix full
+    python3 tools/environment.py run python3 tools/benchmark_pages.py --last bench_output --matrix full
 
 What is written by hand around the marks stays as it is.
 """
@@ -30,24 +30,27 @@ class Part:
 
     :param page: in docs/, with the marks ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``.
     :param sections: of the report.
-    :param plots: that these sections show.
+    :param plots: that these sections show; they go into a folder of the part's name.
+    :param heading: of what these sections are part of.
     """
 
     page: str
     sections: tuple[str, ...]
     plots: tuple[str, ...]
+    heading: str = '##'
 
 
 PARTS: Mapping[str, Part] = {
     'last': Part('benchmarks.md', ('limits', 'cases'), ('latency.png', 'throughput.png')),
     'growth': Part('benchmarks.md', ('series',), ('scaling.png',)),
-    'matrix': Part('benchmark-matrix.md', ('overview',), ('ratios.png',)),
+    'matrix': Part('benchmark-matrix.md', ('overview',), ('ratios.png',), heading='#'),
+    'again': Part('benchmark-matrix.md', ('overview',), ('ratios.png',)),
 }
 
 
 def put(docs: Path, name: str, run: Path) -> None:
     """
-    Put the report of ``run`` into its page, and its plots into ``docs/benchmarks``.
+    Put the report of ``run`` into its page, and its plots into a folder beside.
 
     :raises ValueError: the page lacks its marks, the run lacks a plot, or another version wrote its report.
     :raises OSError: a file cannot be read or written.
@@ -62,10 +65,11 @@ def put(docs: Path, name: str, run: Path) -> None:
     if not end:
         raise ValueError(f'{page} has no marks for {name!r}.')
     # The page has a heading of its own.
-    _, _, text = report.markdown('##', sections=part.sections, folder='benchmarks/').partition('\n\n')
-    (docs / 'benchmarks').mkdir(exist_ok=True)
+    _, _, text = report.markdown(part.heading, sections=part.sections, folder=f'benchmarks/{name}/').partition('\n\n')
+    folder = docs / 'benchmarks' / name
+    folder.mkdir(parents=True, exist_ok=True)
     for plot in part.plots:
-        shutil.copyfile(run / plot, docs / 'benchmarks' / plot)
+        shutil.copyfile(run / plot, folder / plot)
     page.write_text(f'{before}{begin}\n{text}\n{end}{after}', encoding='utf-8')
 
 

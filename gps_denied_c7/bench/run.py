@@ -11,10 +11,11 @@ import platform
 import shutil
 import signal
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -468,7 +469,9 @@ class _Measurement:
 def _end_input(child: Child) -> None:
     assert child.process.stdin is not None
     child.process.stdin.close()
-    child.process.wait(5.0)
+    # One that still waits for a process that is gone is interrupted when it is left.
+    with suppress(subprocess.TimeoutExpired):
+        child.process.wait(5.0)
 
 
 def _form(parsed: argparse.Namespace) -> tuple[tuple[Case, ...], dict[str, Any]]:
@@ -478,6 +481,14 @@ def _form(parsed: argparse.Namespace) -> tuple[tuple[Case, ...], dict[str, Any]]
     if parsed.scaling:
         return scaling_cases(), {'form': 'scaling'}
     return quick_cases(), {}
+
+
+def _only(cases: tuple[Case, ...], texts: Sequence[str]) -> tuple[Case, ...]:
+    """Return the cases that a text names, or whose name holds one that names none."""
+    names = {case.name for case in cases}
+    return tuple(
+        case for case in cases if any(text == case.name or (text not in names and text in case.name) for text in texts)
+    )
 
 
 def _with(case: Case, contestants: Sequence[str]) -> Case:
@@ -515,7 +526,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         '--output', type=Path, default=Path('bench_output'), metavar='DIR',
         help='made where missing; replaces what an earlier run left there; default: %(default)s',
     )  # fmt: skip
-    parser.add_argument('--only', metavar='TEXT', default='', help='cases whose name holds this text')
+    parser.add_argument(
+        '--only', nargs='+', metavar='TEXT', default=[''],
+        help='cases of these names, or whose names hold one of these texts',
+    )  # fmt: skip
     parser.add_argument(
         '--contestants', nargs='+', metavar='NAME', choices=[one.name for one in CONTESTANTS],
         help='of each case, those of: %(choices)s',
@@ -526,7 +540,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('--domain-id', type=int, metavar='N', help='ROS domain; default: a free one')
     parsed = parser.parse_args(arguments)
     cases, chosen = _form(parsed)
-    cases = tuple(case for case in cases if parsed.only in case.name)
+    cases = _only(cases, parsed.only)
     if parsed.contestants is not None:
         cases = tuple(_with(case, parsed.contestants) for case in cases)
         cases = tuple(case for case in cases if set(case.contestants) - {BARE})
@@ -535,7 +549,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if not cases:
         print(
-            f'c7_bench: no case has {parsed.only!r} in its name and anybody to send images to; --list names them.',
+            f'c7_bench: no case has {" or ".join(map(repr, parsed.only))} in its name and anybody to send images to; '
+            '--list names them.',
             file=sys.stderr,
         )
         return 2

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -51,6 +53,23 @@ def test_a_short_run_measures_everyone(tmp_path, case, repetitions, processes, l
     assert {'latency p50 / forty lines', limit} <= {one['what'] for one in report['limits']}
     assert 'this node as shipped' in (output / 'report.md').read_text()
     assert (output / 'latency.png').stat().st_size > 1000
+    assert processes_naming(output) == []
+
+
+@needs_ros
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_benchmark_that_is_stopped_ends_what_it_started(tmp_path, number):
+    """While its camera waits for a node that has just been started, and is ended first."""
+    output = tmp_path / 'out'
+    command = [*BENCH, '--output', str(output), '--only', 'default_transport']
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        deadline = time.monotonic() + 60.0
+        while not list(output.glob('*/**/node.log')):
+            assert run.poll() is None and time.monotonic() < deadline, 'no node was started'
+            time.sleep(0.02)
+        run.send_signal(number)
+        said, _ = run.communicate(timeout=60)
+    assert run.returncode == 128 + number and 'Traceback' not in said, said
     assert processes_naming(output) == []
 
 
@@ -118,6 +137,20 @@ def test_contestants_can_be_chosen(ran, capsys, tmp_path):
     assert run.main(['--output', str(tmp_path), '--contestants', BARE]) == 2, 'nobody would be sent anything'
     with pytest.raises(SystemExit):
         run.main(['--contestants', 'nobody'])
+
+
+def test_cases_are_chosen_by_name_or_by_part_of_it(capsys):
+    """A whole name means that case alone, though the names of others begin with it."""
+    from gps_denied_c7.bench import run
+
+    def listed(*texts):
+        assert run.main(['--full', '--list', '--only', *texts]) == 0
+        return capsys.readouterr().out.split()
+
+    one, others = '1080p_rgb8_5ms_small_30hz', listed('5ms_small_saturated')
+    assert listed(one) == [one] and len(listed('1080p_rgb8_5ms_small_30h')) > 1
+    assert len(others) > 1 and set(listed(one, '5ms_small_saturated')) == {one, *others}
+    assert listed('rgb8', 'mono8') == listed(''), 'each once, in the order of the matrix'
 
 
 @pytest.mark.parametrize('maps', [0, 1, 5])

@@ -62,7 +62,8 @@ def test_a_run_replaces_the_one_before(pages, run, docs):
     assert page.endswith('\n<!-- last: end -->\n\nby hand, too\n')
     assert 'old' not in page and page.count('### Limits') == 1 and '1920x1080 rgb8' in page
     for name in ('latency.png', 'throughput.png'):
-        assert f'](benchmarks/{name})' in page and (docs / 'benchmarks' / name).read_bytes() == name.encode()
+        assert f'](benchmarks/last/{name})' in page
+        assert (docs / 'benchmarks' / 'last' / name).read_bytes() == name.encode()
 
 
 def test_a_page_without_marks_is_left_alone(pages, run, docs, capsys):
@@ -80,12 +81,12 @@ def test_a_run_without_its_plots_is_refused(pages, run, docs, capsys):
     assert (docs / 'benchmarks.md').read_text() == before
 
 
-@pytest.mark.parametrize('name', ['last', 'growth', 'matrix'])
+@pytest.mark.parametrize('name', ['last', 'growth', 'matrix', 'again'])
 def test_each_part_has_its_place(pages, name):
     """And the plots that the page shows there are the part's own."""
     part = pages.PARTS[name]
     page = (ROOT / 'docs' / part.page).read_text()
     assert page.count(f'<!-- {name}: begin -->\n') == page.count(f'<!-- {name}: end -->\n') == 1
     text = page.partition(f'<!-- {name}: begin -->\n')[2].partition(f'<!-- {name}: end -->\n')[0]
-    assert all(f'](benchmarks/{plot})' in text for plot in part.plots)
-    assert all((ROOT / 'docs' / 'benchmarks' / plot).exists() for plot in part.plots)
+    assert all(f'](benchmarks/{name}/{plot})' in text for plot in part.plots)
+    assert all((ROOT / 'docs' / 'benchmarks' / name / plot).exists() for plot in part.plots)
