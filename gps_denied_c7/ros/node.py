@@ -379,6 +379,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
                 live=lambda: self._live,
                 on_refused=self._refuse,
                 on_time_reset=self._report_time_reset,
+                on_overrun=self._report_overrun,
             )
             self._streams = (*self._streams, stream)
         self.get_logger().info(f'active, listening to {", ".join(loaded.topics)}')
@@ -469,6 +470,14 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         if held is not None:
             more = f' ({held} more jumps since the last warning)' if held else ''
             self.get_logger().warning(f'{topic}: stamps jumped back by {backwards_s:.1f} s; going on from there{more}')
+
+    def _report_overrun(self, topic: str, depth: int) -> None:
+        if self._warnings.pass_now((topic, 'overrun')) is not None:
+            self.get_logger().warning(
+                f'{topic}: images come faster than this machine can receive them: up to {depth} wait for it, and the '
+                f'oldest is taken first. Lower their rate or size, or start the node with '
+                f'qos_overrides.{topic}.subscription.depth 1.'
+            )
 
     # --- model swap -------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,8 @@ __all__ = ['DEFAULT_QOS', 'ImageStream', 'SequenceGaps', 'publisher_mismatches']
 DEFAULT_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
 
 _LOOP_S = 1.0
+# A queue that is full once is a moment in which this process was held up; so often in so many seconds, it is too much.
+_OVERRUNS, _OVERRUN_S = 10, 1.0
 
 # Humble's callbacks get the message alone: where rclpy takes the messages, loss is unknown there.
 _HAS_MESSAGE_INFO = hasattr(Subscription, 'CallbackType')
@@ -89,6 +92,8 @@ class ImageStream:
     :param live: returns the live settings.
     :param on_refused: told the topic and every refused image's error.
     :param on_time_reset: told the topic and by how many seconds its stamps jumped backwards.
+    :param on_overrun: told the topic and the depth of its queue where that is full again and again: images come faster
+        than they can be taken.
     """
 
     def __init__(
@@ -103,6 +108,7 @@ class ImageStream:
         live: Callable[[], LiveSettings],
         on_refused: Callable[[str, ImageRejectedError], None],
         on_time_reset: Callable[[str, float], None],
+        on_overrun: Callable[[str, int], None],
     ) -> None:
         self._node = node
         self._rcl = rcl
@@ -112,6 +118,8 @@ class ImageStream:
         self._live = live
         self._on_refused = on_refused
         self._on_time_reset = on_time_reset
+        self._on_overrun = on_overrun
+        self._overruns: deque[float] = deque(maxlen=_OVERRUNS)
         self._gaps = SequenceGaps()
         self._last_stamp_ns: int | None = None
         self.topic = topic
@@ -156,6 +164,16 @@ class ImageStream:
             behind = self._slots.has(self.topic)
             if not self._take() or not behind:
                 return
+        self._note_overrun()
+
+    def _note_overrun(self) -> None:
+        """Take note that as many images waited as the queue holds."""
+        self._overruns.append(time.monotonic())
+        often = len(self._overruns) == _OVERRUNS and self._overruns[-1] - self._overruns[0] <= _OVERRUN_S
+        # Of a queue of one, what is taken is the newest, however many were pushed out before.
+        if often and self._backlog > 1:
+            self._overruns.clear()
+            self._on_overrun(self.topic, self._backlog)
 
     def _take(self) -> bool:
         """Take one message; return whether there was one."""

@@ -1,5 +1,6 @@
 """N-3: the newest image wins, also over those that wait before the node; loss is counted where numbers tell."""
 
+import itertools
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,7 @@ from rclpy.serialization import serialize_message
 from rclpy.subscription import Subscription
 from sensor_msgs.msg import CompressedImage, Image
 
+from gps_denied_c7.ros import streams
 from gps_denied_c7.ros.rcl import Rcl
 from gps_denied_c7.ros.streams import ImageStream, SequenceGaps
 from gps_denied_c7.slots import FrameSlots
@@ -84,7 +86,7 @@ def test_no_number_is_unknown():
 def stream(ros_context):
     """A stream whose images nobody takes but the test, what it told, and a publisher that has reached it."""
     node = rclpy.create_node('stream', context=ros_context, start_parameter_services=False)
-    statistics, refused = Statistics(), []
+    statistics, refused, overruns = Statistics(), [], []
     statistics.open_streams((TOPIC,))
     slots = FrameSlots([TOPIC], on_replaced=lambda frame: statistics.count(TOPIC, 'replaced'))
     made = ImageStream(
@@ -97,6 +99,7 @@ def stream(ros_context):
         live=lambda: SimpleNamespace(max_stamp_ahead_s=0.0),
         on_refused=lambda topic, error: refused.append(error.reason),
         on_time_reset=lambda topic, backwards_s: None,
+        on_overrun=lambda *what: overruns.append(what),
     )
     publisher = node.create_publisher(Image, TOPIC, QoSProfile(depth=20, reliability=ReliabilityPolicy.RELIABLE))
     wait_until(lambda: publisher.get_subscription_count() == 1, 'a match')
@@ -107,6 +110,7 @@ def stream(ros_context):
         counted=lambda: statistics.snapshot().streams[TOPIC],
         waiting=lambda: (frame := slots.take(0.0)) and frame.message.header.sec,
         refused=refused,
+        overruns=overruns,
     )
     made.close()
     node.destroy_node()
@@ -160,6 +164,45 @@ def test_a_publisher_that_never_pauses_does_not_keep_the_callback(stream):
         patched.setattr(ImageStream, '_take', taken_while_more_arrive)
         stream.ready()
     assert stream.counted().received == 1 + 5
+
+
+@pytest.fixture
+def full_turns(stream, monkeypatch):
+    """A way to have the callback find the queue full again and again, so many seconds apart."""
+    take, numbers, now = ImageStream._take, itertools.count(2), [1000.0]
+
+    def taken_while_more_arrive(self):
+        stream.publish(image(next(numbers)))
+        return take(self)
+
+    def turns(count, apart_s):
+        with monkeypatch.context() as patched:
+            patched.setattr(ImageStream, '_take', taken_while_more_arrive)
+            patched.setattr(streams.time, 'monotonic', lambda: now[0])
+            for _ in range(count):
+                stream.ready()
+                now[0] += apart_s
+
+    stream.publish(image(1))
+    stream.ready()
+    return turns
+
+
+def test_a_queue_that_is_full_again_and_again_is_told(stream, full_turns):
+    full_turns(9, apart_s=0.1)
+    assert stream.overruns == []
+    full_turns(1, apart_s=0.1)
+    assert stream.overruns == [(TOPIC, 5)]
+    full_turns(19, apart_s=0.1)
+    assert stream.overruns == 2 * [(TOPIC, 5)]
+
+
+def test_a_queue_that_is_full_now_and_then_is_not(stream, full_turns):
+    """As after each moment in which the process was held up."""
+    full_turns(40, apart_s=0.12)
+    assert stream.overruns == []
+    full_turns(10, apart_s=0.05)
+    assert stream.overruns == [(TOPIC, 5)]
 
 
 def test_n7_a_message_that_cannot_be_read_is_refused_and_not_lost(stream):
