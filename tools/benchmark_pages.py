@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from gps_denied_c7.bench.report import BenchReport
+from gps_denied_c7.bench.report import SECTIONS, BenchReport
 
 __all__ = ['PARTS', 'Part', 'main', 'put']
 
@@ -30,21 +30,24 @@ class Part:
 
     :param page: in docs/, with the marks ``<!-- NAME: begin -->`` and ``<!-- NAME: end -->``.
     :param sections: of the report.
-    :param plots: that these sections show; they go into a folder of the part's name.
     :param heading: of what these sections are part of.
     """
 
     page: str
     sections: tuple[str, ...]
-    plots: tuple[str, ...]
     heading: str = '##'
+
+    @property
+    def plots(self) -> tuple[str, ...]:
+        """The plots that these sections show; they go into a folder of the part's name."""
+        return tuple(plot for section in self.sections for plot in SECTIONS[section])
 
 
 PARTS: Mapping[str, Part] = {
-    'last': Part('benchmarks.md', ('limits', 'cases'), ('latency.png', 'throughput.png')),
-    'growth': Part('benchmarks.md', ('series',), ('scaling.png',)),
-    'matrix': Part('benchmark-matrix.md', ('overview',), ('ratios.png',), heading='#'),
-    'again': Part('benchmark-matrix.md', ('overview',), ('ratios.png',)),
+    'last': Part('benchmarks.md', ('limits', 'cases')),
+    'growth': Part('benchmarks.md', ('series',)),
+    'matrix': Part('benchmark-matrix.md', ('overview',), heading='#'),
+    'again': Part('benchmark-matrix.md', ('overview',)),
 }
 
 

@@ -21,10 +21,15 @@ from gps_denied_c7.bench.figures import (
 
 __all__ = ['SECTIONS', 'BenchReport']
 
-SECTIONS = ('limits', 'overview', 'series', 'cases')
+SECTIONS: Mapping[str, tuple[str, ...]] = {
+    'limits': (),
+    'overview': ('ratios.png',),
+    'series': ('scaling.png',),
+    'cases': ('latency.png', 'throughput.png'),
+}
+"""The parts of a report, and the plots that each shows."""
 
 _SCHEMA_VERSION = 3
-_PLOTS_OF_CASES = ('latency.png', 'throughput.png')
 
 _HOW = (
     'A ratio or difference of p50 is the median over the repetitions, of each with the one that was measured beside '
@@ -182,24 +187,24 @@ class BenchReport:
             verdict = 'Every limit was met.' if not missed else f'{len(missed)} of {len(verdicts(self.cases))} missed.'
             parts += [f'{heading}# Limits', verdict, self.limits_table(), _HOW]
         if 'overview' in sections and has_overview(self.cases):
-            parts += [f'{heading}# Overview', _overview(compared(self.cases)), self._picture('ratios.png', folder)]
+            parts += [f'{heading}# Overview', _overview(compared(self.cases)), *self._plots('overview', folder)]
             parts.append(self.overview_table())
         if 'series' in sections and (every := series_of(self.cases)):
-            parts += [f'{heading}# Growth', self._picture('scaling.png', folder)]
+            parts += [f'{heading}# Growth', *self._plots('series', folder)]
             for series, points in every.items():
                 constants = points[0].case.constants(series)
                 remark = f'{constants}. Times in ms; stages (p50), dropped by policy and lost are those of this node.'
                 parts += [f'{heading}## By {series}', remark, self.series_table(series)]
         if 'cases' in sections:
-            parts += [f'{heading}# Case by case', *(self._picture(name, folder) for name in _PLOTS_OF_CASES)]
+            parts += [f'{heading}# Case by case', *self._plots('cases', folder)]
             for case in self.cases:
                 parts += [f'{heading}## {case.case.title}', self._remark(case), self.case_table(case)]
                 if any(result.stages for result in case.results.values()):
                     parts.append(self.stage_table(case))
         return '\n\n'.join(filter(None, parts)) + '\n'
 
-    def _picture(self, name: str, folder: str) -> str:
-        return f'![{self.pictures[name]}]({folder}{name})' if name in self.pictures else ''
+    def _plots(self, section: str, folder: str) -> list[str]:
+        return [f'![{self.pictures[name]}]({folder}{name})' for name in SECTIONS[section] if name in self.pictures]
 
     @staticmethod
     def _remark(case: CaseResult) -> str:

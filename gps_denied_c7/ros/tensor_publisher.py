@@ -125,9 +125,10 @@ class _AnswerForm:
         origin = result.frame.message.encoding, result.source_size, result.answer.maker
         if self._matrix is result.network_to_image and self._origin == origin:
             return
-        self._matrix, self._origin = result.network_to_image, origin
         for name, value in origin_values(result).items():
             setattr(self._message.fields, name, self._text(name, value) if isinstance(value, str) else value)
+        # Not before: where a field could not be filled in, the next answer must not take it for said.
+        self._matrix, self._origin = result.network_to_image, origin
 
     def _text(self, field: str, text: str) -> CString:
         known = self._texts.get(field)

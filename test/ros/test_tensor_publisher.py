@@ -206,6 +206,17 @@ def test_whatever_changes_from_one_answer_to_the_next_is_told(ways):
             assert first == second
 
 
+def test_what_could_not_be_said_is_not_taken_for_said(ways):
+    """An answer whose model's name no message can hold is refused each time, and the next one says its own."""
+    one = result(image(1), {})
+    unspeakable = dataclasses.replace(one, answer=one.answer._replace(model_name='\ud800'))
+    for _ in range(2):
+        with pytest.raises(UnicodeEncodeError):
+            ways.answers[0].publish(unspeakable)
+    ways.answers[0].publish(one)
+    assert wait_until(ways.arrived, 'the answer').model_name == one.answer.model_name
+
+
 def test_an_engine_is_not_kept_by_its_last_answer(ways):
     values = np.zeros(9, np.float32)
     ways.answers[0].publish(result(image(1), {'x': values}))
