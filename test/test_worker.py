@@ -70,6 +70,12 @@ def worker(bundle):
     host.release()
 
 
+def stop(pid):
+    """Stop a child and wait until it stands: until then its other threads may go on, and answer or end."""
+    os.kill(pid, signal.SIGSTOP)
+    os.waitid(os.P_PID, pid, os.WSTOPPED)
+
+
 def wait_until(condition, what, timeout_s=30.0):
     deadline = time.monotonic() + timeout_s
     while not (value := condition()):
@@ -192,7 +198,7 @@ def test_f1_a_death_at_work_is_an_error_and_the_request_stays_readable(bundle, w
     request = bundle.golden_inputs()
     worker.infer(request)
     in_place = dict(worker.request_arrays)
-    os.kill(worker.pid, signal.SIGSTOP)
+    stop(worker.pid)
     worker.begin(in_place)
     assert worker.poll(0.05) is None
     os.kill(worker.pid, signal.SIGKILL)
@@ -204,12 +210,12 @@ def test_f1_a_death_at_work_is_an_error_and_the_request_stays_readable(bundle, w
 
 
 def test_f4_a_hung_worker_is_killed_and_a_late_one_answers(bundle, worker):
-    os.kill(worker.pid, signal.SIGSTOP)
+    stop(worker.pid)
     worker.begin(bundle.golden_inputs())
     assert worker.poll(0.05) is None
     os.kill(worker.pid, signal.SIGCONT)
     assert worker.poll(30.0) is not None
-    os.kill(worker.pid, signal.SIGSTOP)
+    stop(worker.pid)
     worker.begin(bundle.golden_inputs())
     worker.kill()
     with pytest.raises(InferenceError, match='SIGKILL'):
@@ -223,7 +229,7 @@ def test_f3_a_worker_that_is_stopped_gives_no_sign_of_life_and_answers_once_it_g
     while time.monotonic() < deadline:
         assert worker.responds(30.0)
         time.sleep(0.01)
-    os.kill(worker.pid, signal.SIGSTOP)
+    stop(worker.pid)
     wait_until(lambda: not worker.responds(0.3), 'its silence to be noticed')
     assert worker.alive
     os.kill(worker.pid, signal.SIGCONT)
@@ -368,7 +374,7 @@ def test_f3_a_worker_holds_its_part_until_it_is_gone(bundle, monkeypatch):
     # Stopped in a driver, as it were: not even SIGKILL is seen at once.
     pid = host.pid
     monkeypatch.setattr(worker_process.signal, 'pidfd_send_signal', lambda *arguments: None)
-    os.kill(pid, signal.SIGSTOP)
+    stop(pid)
     host.release()
     assert not host.join(0.0) and memory.held() == [('onnx_trt_ep/gpu', 1 << 28)]
     os.kill(pid, signal.SIGKILL)
@@ -635,7 +641,7 @@ def test_f1_a_spare_worker_that_has_died_or_hangs_costs_no_load(bundle, spare, n
 
 def test_f1_a_spare_worker_that_is_not_ready_is_not_waited_for(bundle, spare):
     spare.prepare()
-    os.kill(spare._process.pid, signal.SIGSTOP)
+    stop(spare._process.pid)
     host = worker_hosts(bundle, CONFIG, spare=spare)(CPU)
     host.load()
     assert host.pid != spare._process.pid
@@ -723,7 +729,7 @@ def test_f1_a_worker_that_reads_nothing_does_not_hold_up_who_sends():
 
 def test_f1_a_worker_that_talks_without_end_is_not_listened_to_without_end(bundle, worker, monkeypatch):
     """Each packet would be looked at, whatever the deadline says."""
-    os.kill(worker.pid, signal.SIGSTOP)
+    stop(worker.pid)
     worker.begin(bundle.golden_inputs())
     heard = itertools.count()
     stale = {'say': 'answered', 'id': -1}
@@ -736,7 +742,7 @@ def test_f1_a_worker_that_talks_without_end_is_not_listened_to_without_end(bundl
 def test_f1_an_answer_of_a_segment_that_was_replaced_is_none(bundle, worker, monkeypatch):
     """What lies in the one before is the answer to another request."""
     worker.infer(bundle.golden_inputs())
-    os.kill(worker.pid, signal.SIGSTOP)
+    stop(worker.pid)
     worker.begin(bundle.golden_inputs())
     said = [{'say': 'needs', 'bytes': 64}, {'say': 'answered', 'id': worker._number}]
     monkeypatch.setattr(worker._process, 'receive', lambda deadline: said.pop(0))
