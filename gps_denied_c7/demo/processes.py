@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import signal
@@ -22,14 +21,10 @@ from gps_denied_c7.ros.dds import SEGMENT_OVERHEAD, HostTransport, apply_profile
 __all__ = ['Child', 'DemoError', 'child_environment', 'free_domain_id', 'wait_for']
 
 _KILL_AFTER_S = 10.0
-_PR_SET_PDEATHSIG = 1
+# Has the kernel end a child when the demo is killed, which could not end it itself then. Not in a preexec_fn: the fork
+# that one needs runs Python's hooks, and what a signal's handler raises there is lost. util-linux is essential.
+_DIES_WITH_PARENT = ('setpriv', '--pdeathsig', 'KILL', '--')
 _LEAST_SEGMENT_BYTES = 8 << 20
-_libc = ctypes.CDLL(None)
-
-
-def _die_with_parent() -> None:
-    """Have the kernel end this process when the demo is killed, which could not end it itself then."""
-    _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL))
 
 
 class DemoError(C7Error):
@@ -53,11 +48,11 @@ class Child:
         self.log = log
         with log.open('wb') if log else contextlib.nullcontext() as errors:
             self.process = subprocess.Popen(
-                [sys.executable, '-m', module, *arguments], env=dict(environ), text=True,
+                [*_DIES_WITH_PARENT, sys.executable, '-m', module, *arguments], env=dict(environ), text=True,
                 stdin=subprocess.PIPE if commands else subprocess.DEVNULL,
                 stdout=subprocess.PIPE if pipe else errors, stderr=errors,
                 # Ctrl-C goes to a whole foreground group; the demo ends its children itself, in order.
-                start_new_session=True, preexec_fn=_die_with_parent,
+                start_new_session=True,
             )  # fmt: skip
 
     def __enter__(self) -> Child:

@@ -64,7 +64,6 @@ def test_a_benchmark_that_is_stopped_ends_what_it_started(tmp_path, number):
     command = [*BENCH, '--output', str(output), '--only', 'default_transport']
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
         deadline = time.monotonic() + 60.0
-        # What a signal raises while Python forks, its hooks swallow.
         while not any(log.stat().st_size for log in output.glob('*/**/node.log')):
             assert run.poll() is None and time.monotonic() < deadline, 'no node was started'
             time.sleep(0.02)

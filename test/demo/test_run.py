@@ -100,6 +100,21 @@ def test_a_child_that_ends_early_is_told_with_its_log(tmp_path, monkeypatch):
         assert str(tmp_path / 'log') in caught.value.remedy
 
 
+def test_a_signal_is_not_lost_while_a_child_is_started(tmp_path, monkeypatch):
+    """What a handler raises in a hook of a fork, Python prints and forgets: none runs."""
+    (tmp_path / 'quiet_child.py').write_text('')
+    code = """
+import os
+os.register_at_fork(before=lambda: print('a hook'))
+from gps_denied_c7.demo.processes import Child
+with Child('quiet_child', [], os.environ) as child:
+    print('ended with', child.wait(30))
+"""
+    monkeypatch.setenv('PYTHONPATH', str(tmp_path), prepend=os.pathsep)
+    ended = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60)
+    assert ended.stdout == 'ended with 0\n', ended.stderr
+
+
 def test_a_child_that_ignores_signals_is_killed(tmp_path, monkeypatch):
     ignore = 'import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); '
     script = f"{ignore}print('up', flush=True); time.sleep(60)"
