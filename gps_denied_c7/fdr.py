@@ -80,6 +80,7 @@ KINDS: Mapping[str, FdrKind] = {
         FdrKind('c7.image_refused', Severity.WARN, ('topic', 'reason', 'message'), 60.0, ('topic', 'reason')),
         FdrKind('c7.frame_unanswered', Severity.ERROR, ('topic', 'reason'), 60.0, ('topic',)),
         FdrKind('c7.time_reset', Severity.WARN, ('topic', 'backwards_s'), 60.0, ('topic',)),
+        FdrKind('c7.stream_overrun', Severity.WARN, ('topic', 'queue_depth', 'keeps_newest'), 60.0, ('topic',)),
         FdrKind('c7.callback_failed', Severity.ERROR, ('callback', 'error'), 60.0, ('callback', 'error')),
     )
 }

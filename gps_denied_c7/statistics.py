@@ -24,7 +24,9 @@ class StreamCounters:
     ``received = refused + replaced + too_old + shed + closed + accepted + waiting`` and
     ``accepted = refused after acceptance (undecodable) + answered + unanswered + in hand``.
 
-    :param lost: messages lost before the node, None where the middleware cannot tell.
+    :param pushed_out: images that never were received, since newer ones pushed them out of the middleware's queue;
+        None where nobody can tell.
+    :param lost: messages lost before the node, None where nobody can tell.
     :param refused: images refused, by reason.
     """
 
@@ -36,13 +38,14 @@ class StreamCounters:
     too_old: int = 0
     shed: int = 0
     closed: int = 0
+    pushed_out: int | None = None
     lost: int | None = None
     refused: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def dropped_by_policy(self) -> int:
-        """Frames replaced by a newer one, too old, left out because of heat, or waiting when the streams closed."""
-        return self.replaced + self.too_old + self.shed + self.closed
+        """Frames that a newer one took the place of, too old, left out in heat, or waiting when the streams closed."""
+        return self.replaced + (self.pushed_out or 0) + self.too_old + self.shed + self.closed
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +74,7 @@ class Statistics:
         self._lock = threading.Lock()
         self._counts: dict[str, Counter[str]] = {}
         self._refused: dict[str, Counter[str]] = {}
-        self._lost: dict[str, int | None] = {}
+        self._missed: dict[str, tuple[int | None, int | None]] = {}
         self._stages: dict[str, deque[int]] = {stage: deque(maxlen=_WINDOW) for stage in STAGES}
         self._callback_failures: Counter[str] = Counter()
 
@@ -80,7 +83,7 @@ class Statistics:
         with self._lock:
             self._counts = {topic: Counter() for topic in topics}
             self._refused = {topic: Counter() for topic in topics}
-            self._lost = dict.fromkeys(topics)
+            self._missed = {}
             for window in self._stages.values():
                 window.clear()
 
@@ -96,10 +99,15 @@ class Statistics:
         with self._lock:
             self._refused.setdefault(topic, Counter())[reason] += 1
 
-    def set_lost(self, topic: str, lost: int | None) -> None:
-        """Set the messages lost before the node, None for unknown."""
+    def set_missed(self, topic: str, lost: int | None, pushed_out: int | None) -> None:
+        """Set how many messages were lost before the node, and how many pushed out of its queue, None for unknown."""
         with self._lock:
-            self._lost[topic] = lost
+            self._missed[topic] = lost, pushed_out
+
+    def missed(self, topic: str) -> tuple[int | None, int | None]:
+        """Return what :meth:`set_missed` has set."""
+        with self._lock:
+            return self._missed.get(topic, (None, None))
 
     def callback_failed(self, callback: str) -> None:
         """Count one exception that a callback let out."""
@@ -117,14 +125,17 @@ class Statistics:
         with self._lock:
             counts = {topic: dict(counter) for topic, counter in self._counts.items()}
             refused = {topic: dict(counter) for topic, counter in self._refused.items()}
-            lost = dict(self._lost)
+            missed = dict(self._missed)
             windows = {stage: np.array(window, dtype=np.int64) for stage, window in self._stages.items() if window}
             failures = dict(self._callback_failures)
+        streams = {}
+        for topic, counter in counts.items():
+            lost, pushed_out = missed.get(topic, (None, None))
+            streams[topic] = StreamCounters(
+                **counter, refused=refused.get(topic, {}), lost=lost, pushed_out=pushed_out
+            )
         return StatisticsSnapshot(
-            streams={
-                topic: StreamCounters(**counter, refused=refused.get(topic, {}), lost=lost.get(topic))
-                for topic, counter in counts.items()
-            },
+            streams=streams,
             stages={stage: _percentiles(window) for stage, window in windows.items()},
             callback_failures=failures,
         )

@@ -9,17 +9,23 @@ def test_loss_is_unknown_until_somebody_knows():
     """N-3: never 0 by ignorance."""
     statistics = Statistics()
     statistics.open_streams(('/a',))
-    assert statistics.snapshot().streams['/a'].lost is None
-    statistics.set_lost('/a', 0)
-    assert statistics.snapshot().streams['/a'].lost == 0
+    unknown = statistics.snapshot().streams['/a']
+    assert unknown.lost is unknown.pushed_out is None
+    statistics.set_missed('/a', 1, 2)
+    known = statistics.snapshot().streams['/a']
+    assert (known.lost, known.pushed_out) == (1, 2)
+    statistics.open_streams(('/a',))
+    assert statistics.snapshot().streams['/a'].lost is None, 'counting begins anew'
 
 
-def test_drops_by_policy_are_what_was_replaced_too_old_shed_or_waiting_at_close():
+def test_drops_by_policy_are_what_was_replaced_pushed_out_too_old_shed_or_waiting_at_close():
     statistics = Statistics()
     statistics.open_streams(('/a',))
     for event, by in (('received', 9), ('replaced', 1), ('too_old', 2), ('closed', 3), ('shed', 4), ('answered', 3)):
         statistics.count('/a', event, by)
     assert statistics.snapshot().streams['/a'].dropped_by_policy == 10
+    statistics.set_missed('/a', 0, 5)
+    assert statistics.snapshot().streams['/a'].dropped_by_policy == 15
 
 
 def test_percentiles_are_in_milliseconds():

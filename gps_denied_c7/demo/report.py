@@ -42,7 +42,7 @@ class FrameCount:
     :param dropped: dropped by policy, by the node's own count.
     :param refused: refused as malformed, likewise.
     :param unanswered: accepted but failed by every runtime, likewise.
-    :param lost_before_node: gaps in the sequence numbers that reached the node, None for unknown.
+    :param lost_before_node: frames that never arrived, likewise; None for unknown.
     """
 
     topic: str

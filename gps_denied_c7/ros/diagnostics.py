@@ -55,8 +55,10 @@ class StreamHealth:
     :param silent_s: seconds since the last image, or since the stream was opened.
     :param refused_s: seconds since an image was last refused, None when none was.
     :param unanswered_s: seconds since an accepted image was last left without an answer, None when none was.
+    :param lost_s: seconds since an image was last found to be lost on its way, None when none was.
     :param too_old: images dropped for their header stamps' age since one was not.
     :param mismatches: publishers that cannot reach the subscription, and why.
+    :param queue_depth: how many images the middleware keeps for the node; ``closed`` while the stream is.
     """
 
     topic: str
@@ -64,13 +66,16 @@ class StreamHealth:
     silent_s: float
     refused_s: float | None
     unanswered_s: float | None
+    lost_s: float | None
     too_old: int
     mismatches: tuple[str, ...]
+    queue_depth: str
 
 
 _SILENT_S = 2.0
 _TROUBLE_LASTS_S = 3.0
 _TOO_OLD_IN_A_ROW = 10
+_LOSS_REMEDY = 'does the camera run with the shared-memory profile, too?'
 
 
 def runtime_report(
@@ -162,10 +167,12 @@ def stream_report(health: StreamHealth, *, active: bool) -> Report:
         'unanswered': counters.unanswered,
         'dropped_by_policy': counters.dropped_by_policy,
         'dropped_replaced': counters.replaced,
+        'dropped_in_queue': _known(counters.pushed_out),
         'dropped_too_old': counters.too_old,
         'dropped_shed': counters.shed,
         'dropped_at_close': counters.closed,
-        'lost_before_node': 'unknown' if counters.lost is None else counters.lost,
+        'lost_before_node': _known(counters.lost),
+        'queue_depth': health.queue_depth,
         'silent_s': f'{health.silent_s:.1f}',
     }
     values |= {f'refused {reason}': count for reason, count in counters.refused.items()}
@@ -177,11 +184,17 @@ def stream_report(health: StreamHealth, *, active: bool) -> Report:
     elif active and _is_recent(health.refused_s):
         refused = ', '.join(f'{count} × {reason}' for reason, count in counters.refused.items())
         level, message = WARN, f'images are being refused, so far {refused}'
+    elif active and _is_recent(health.lost_s):
+        level, message = WARN, f'images are lost on their way, so far {counters.lost}; {_LOSS_REMEDY}'
     elif active and health.silent_s > _SILENT_S:
         level, message = WARN, f'no image for {health.silent_s:.0f} s; is the camera publishing {health.topic}?'
     elif active and health.too_old >= _TOO_OLD_IN_A_ROW:
         level, message = WARN, f'the last {health.too_old} images were older than max_frame_age_ms; use_sim_time?'
     return Report(f'Stream {health.topic}', level, message, values)
+
+
+def _known(count: int | None) -> int | str:
+    return 'unknown' if count is None else count
 
 
 def _is_recent(since_s: float | None) -> bool:

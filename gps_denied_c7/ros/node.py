@@ -47,7 +47,7 @@ from gps_denied_c7.ros.lifecycle import ResponsiveLifecycleNode
 from gps_denied_c7.ros.messages import decode_message, stamp_ns
 from gps_denied_c7.ros.parameters import LiveSettings, NodeParameters, NodeSettings
 from gps_denied_c7.ros.rcl import load_rcl
-from gps_denied_c7.ros.streams import ImageStream, publisher_mismatches
+from gps_denied_c7.ros.streams import ImageStream, publisher_mismatches, queue_depth
 from gps_denied_c7.ros.tensor_publisher import TensorPublisher
 from gps_denied_c7.rungs import ORT_LABEL, Rung, RungHost
 from gps_denied_c7.runtime import BuildProgress
@@ -471,13 +471,20 @@ class C7InferenceNode(ResponsiveLifecycleNode):
             more = f' ({held} more jumps since the last warning)' if held else ''
             self.get_logger().warning(f'{topic}: stamps jumped back by {backwards_s:.1f} s; going on from there{more}')
 
-    def _report_overrun(self, topic: str, depth: int) -> None:
-        if self._warnings.pass_now((topic, 'overrun')) is not None:
-            self.get_logger().warning(
-                f'{topic}: images come faster than this machine can receive them: up to {depth} wait for it, and the '
-                f'oldest is taken first. Lower their rate or size, or start the node with '
-                f'qos_overrides.{topic}.subscription.depth 1.'
-            )
+    def _report_overrun(self, topic: str, qos: QoSProfile, keeps_newest: bool) -> None:
+        self.record('c7.stream_overrun', topic=topic, queue_depth=queue_depth(qos), keeps_newest=keeps_newest)
+        if self._warnings.pass_now((topic, 'overrun')) is None:
+            return
+        override = f'qos_overrides.{topic}.subscription'
+        remedy = (
+            'Until the streams are opened anew, the newest alone is kept.'
+            if keeps_newest
+            else f'Have the newest alone be kept: {override}.history keep_last, {override}.depth 1.'
+        )
+        self.get_logger().warning(
+            f'{topic}: images come faster than this machine can receive them; they queue up, and the oldest is taken '
+            f'first. {remedy} Lower their rate or size.'
+        )
 
     # --- model swap -------------------------------------------------------------------------------
 
@@ -549,6 +556,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         self._flight_recorder().recorder.flush()
         self._note_thermal_level()
         for stream in self._streams:
+            stream.count_missed()
             problems = publisher_mismatches(self, stream.topic, stream.qos)
             self._mismatches[stream.topic] = tuple(problems)
             for problem in problems:
@@ -602,8 +610,10 @@ class C7InferenceNode(ResponsiveLifecycleNode):
                 silent_s=(now_ns - since_ns) / 1e9,
                 refused_s=_since_s(now_ns, self._refused_ns.get(topic)),
                 unanswered_s=_since_s(now_ns, self._unanswered_ns.get(topic)),
+                lost_s=_since_s(now_ns, stream.last_lost_ns) if stream else None,
                 too_old=self._dropped_by_age[topic],
                 mismatches=self._mismatches.get(topic, ()),
+                queue_depth=stream.queue_depth if stream else 'closed',
             )
             reports.append(stream_report(health, active=stream is not None))
         reports.append(latency_report(snapshot.stages, self._live.latency_warn_ms))

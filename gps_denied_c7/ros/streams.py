@@ -1,9 +1,10 @@
-"""Image subscriptions: cheap checks, loss by sequence number, publishers that cannot match (N-3, N-7)."""
+"""Image subscriptions: cheap checks, what was missed, queues that overrun, publishers that cannot match (N-3, N-7)."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 from rclpy.exceptions import InvalidHandle
 from rclpy.node import Node
-from rclpy.qos import QoSCompatibility, QoSProfile, ReliabilityPolicy, qos_check_compatible
+from rclpy.qos import HistoryPolicy, QoSCompatibility, QoSProfile, ReliabilityPolicy, qos_check_compatible
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.subscription import Subscription
 from sensor_msgs.msg import CompressedImage, Image
@@ -19,6 +20,7 @@ from sensor_msgs.msg import CompressedImage, Image
 from gps_denied_c7.errors import ImageRejectedError
 from gps_denied_c7.ros.executor import PromptCallbackGroup
 from gps_denied_c7.ros.guard import CallbackGuard
+from gps_denied_c7.ros.losses import MessagesLost, MissedMessages
 from gps_denied_c7.ros.messages import (
     ReceivedImage,
     check_message,
@@ -33,7 +35,7 @@ from gps_denied_c7.ros.rcl import Rcl, SubscriptionReady, UnreadableMessageError
 from gps_denied_c7.slots import Frame, FrameSlots
 from gps_denied_c7.statistics import Statistics
 
-__all__ = ['DEFAULT_QOS', 'ImageStream', 'SequenceGaps', 'publisher_mismatches']
+__all__ = ['DEFAULT_QOS', 'ImageStream', 'publisher_mismatches', 'queue_depth']
 
 DEFAULT_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
 
@@ -45,40 +47,35 @@ _OVERRUNS, _OVERRUN_S = 10, 1.0
 _HAS_MESSAGE_INFO = hasattr(Subscription, 'CallbackType')
 
 
-class SequenceGaps:
+class _Queue:
     """
-    Count messages that were published and never arrived, from publication sequence numbers.
+    Hold one subscription, whose middleware keeps some of the newest messages, and what has an executor see to it.
 
-    Each publisher numbers its own messages. Where nobody says which one sent a message, as rclpy on
-    Jazzy, more than one publisher makes the count unknown, and unknown is never told as 0.
+    ``ready``, which tells that a message waits, is None where rclpy takes them.
     """
 
-    def __init__(self) -> None:
-        self._last: dict[bytes, int] = {}
-        self._lost: int | None = None
-        self._unknown = False
-        self._unreadable = 0
+    def __init__(self, node: Node, subscription: Subscription, lost: MessagesLost) -> None:
+        self.subscription = subscription
+        self.qos: QoSProfile = subscription.qos_profile
+        self.keeps_all = self.qos.history == HistoryPolicy.KEEP_ALL
+        self.lost = lost
+        self.ready: SubscriptionReady | None = None
+        self.closed = False
+        self._node = node
 
-    def note_unreadable(self) -> None:
-        """Take a message that came and could not be read, its number included: it is none of the lost."""
-        self._unreadable += 1
+    @property
+    def backlog(self) -> int:
+        """Messages that are taken at a time, at most."""
+        return max(1, self.qos.depth)
 
-    def note(self, info: dict[str, Any] | None, publishers: int) -> int | None:
-        """Take one message's info and return all losses so far, None for unknown."""
-        number = info.get('publication_sequence_number') if info else None
-        gid = (info or {}).get('publisher_gid')
-        self._unknown = self._unknown or number is None or (gid is None and publishers > 1)
-        if self._unknown or number is None:
-            return None
-        key = bytes(gid['data']) if gid else b''
-        last = self._last.get(key)
-        # A number that does not grow is a publisher started anew, which begins a new count.
-        gap = number - last - 1 if last is not None and number > last else 0
-        lost = max(0, gap - self._unreadable)
-        self._unreadable = 0
-        self._last[key] = number
-        self._lost = (self._lost or 0) + lost
-        return self._lost
+    def close(self) -> None:
+        """End the subscription; safe to repeat."""
+        if not self.closed:
+            self.closed = True
+            if self.ready is not None:
+                self.ready.close()
+            self.lost.close()
+            self._node.destroy_subscription(self.subscription)
 
 
 class ImageStream:
@@ -88,12 +85,16 @@ class ImageStream:
     The callback must return at once, since it shares the executor with the services: it looks at the
     message's shape, not at its pixels, and leaves everything else to the inference thread.
 
+    Of a queue of several images, the oldest is taken first, and each is copied out of it. Where a camera sends more
+    than can be copied, what is answered is therefore that much older than need be: another subscription, whose queue
+    holds the newest image alone, then takes the place of the first, unless a depth was asked for.
+
     :param rcl: takes the messages, and knows their types; rclpy takes them, and copies them once more, where None.
     :param live: returns the live settings.
     :param on_refused: told the topic and every refused image's error.
     :param on_time_reset: told the topic and by how many seconds its stamps jumped backwards.
-    :param on_overrun: told the topic and the depth of its queue where that is full again and again: images come faster
-        than they can be taken.
+    :param on_overrun: told the topic, the profile of its queue where that is full again and again, and whether the
+        newest image alone is kept from then on.
     """
 
     def __init__(
@@ -108,90 +109,155 @@ class ImageStream:
         live: Callable[[], LiveSettings],
         on_refused: Callable[[str, ImageRejectedError], None],
         on_time_reset: Callable[[str, float], None],
-        on_overrun: Callable[[str, int], None],
+        on_overrun: Callable[[str, QoSProfile, bool], None],
     ) -> None:
         self._node = node
         self._rcl = rcl
         self._type = image_type(topic)
         self._slots = slots
         self._statistics = statistics
+        self._guard = guard
         self._live = live
         self._on_refused = on_refused
         self._on_time_reset = on_time_reset
         self._on_overrun = on_overrun
         self._overruns: deque[float] = deque(maxlen=_OVERRUNS)
-        self._gaps = SequenceGaps()
+        self._missed = MissedMessages()
         self._last_stamp_ns: int | None = None
         self.topic = topic
         self.opened_ns = time.monotonic_ns()
         self.last_received_ns: int | None = None
+        self.last_lost_ns: int | None = None
+        self._lost = 0
         # One after the other, so that a camera's frames stay in order, and at once.
-        group = PromptCallbackGroup()
-        name = f'image callback {topic}'
-        on_message: Callable[..., None] = self._on_message_with_info if _HAS_MESSAGE_INFO else self._on_message
+        self._group = PromptCallbackGroup()
+        self._changing, self._counting = threading.Lock(), threading.Lock()
+        self._closed = False
+        self._lost_earlier, self._pushed_out_earlier = (known or 0 for known in statistics.missed(topic))
         # The first message may arrive before create_subscription has returned.
-        self._subscription: Subscription | None = None
-        self._subscription = node.create_subscription(
-            self._type,
-            topic,
-            guard(name, on_message),
-            # rclpy writes the overrides of one topic into the profile it is given.
-            copy.copy(DEFAULT_QOS),
-            callback_group=group if rcl is None else Untaken(),
-            qos_overriding_options=QoSOverridingOptions.with_default_policies(),
-        )
-        self._ready: SubscriptionReady | None = None
-        if rcl is not None:
-            self._backlog = max(1, self.qos.depth)
-            self._ready = SubscriptionReady(node, self._subscription, group, guard(name, self._on_ready))
+        self._queue: _Queue | None = None
+        self._next_queue: _Queue | None = None
+        self._may_repeat = False
+        # rclpy writes the overrides of one topic into the profile it is given.
+        self._serve(self._open(copy.copy(DEFAULT_QOS), QoSOverridingOptions.with_default_policies()))
 
     @property
     def qos(self) -> QoSProfile:
         """The profile in force, overrides included."""
-        assert self._subscription is not None
-        return self._subscription.qos_profile
+        assert self._queue is not None
+        return self._queue.qos
+
+    @property
+    def queue_depth(self) -> str:
+        """How many images the middleware keeps for this stream."""
+        return queue_depth(self.qos)
 
     def close(self) -> None:
         """End the subscription."""
-        if self._ready is not None:
-            self._ready.close()
-        if self._subscription is not None:
-            self._node.destroy_subscription(self._subscription)
+        with self._changing:
+            self._closed = True
+            for queue in (self._queue, self._next_queue):
+                if queue is not None:
+                    queue.close()
+        self.count_missed()
 
-    def _on_ready(self) -> None:
-        for _ in range(self._backlog):
+    def count_missed(self) -> None:
+        """Have the statistics hold what was lost and pushed out so far; from any thread."""
+        with self._counting:
+            lost, pushed_out = self._missed.counted()
+            if lost is not None:
+                if lost > self._lost and self._missed.told_apart:
+                    self.last_lost_ns = time.monotonic_ns()
+                self._lost = lost
+                lost += self._lost_earlier
+            if pushed_out is not None:
+                pushed_out += self._pushed_out_earlier
+            self._statistics.set_missed(self.topic, lost, pushed_out)
+
+    def _open(self, qos: QoSProfile, overriding: QoSOverridingOptions | None = None) -> _Queue:
+        name = f'image callback {self.topic}'
+        on_message: Callable[..., None] = self._on_message_with_info if _HAS_MESSAGE_INFO else self._on_message
+        with contextlib.ExitStack() as failed:
+            subscription = self._node.create_subscription(
+                self._type,
+                self.topic,
+                self._guard(name, on_message),
+                qos,
+                callback_group=self._group if self._rcl is None else Untaken(),
+                qos_overriding_options=overriding,
+            )
+            failed.callback(self._node.destroy_subscription, subscription)
+            on_lost = self._guard(f'lost images of {self.topic}', self.count_missed)
+            queue = _Queue(self._node, subscription, MessagesLost(self._node, subscription, self._group, on_lost))
+            failed.callback(queue.lost.close)
+            if self._rcl is not None:
+                on_ready = self._guard(name, lambda: self._on_ready(queue))
+                queue.ready = SubscriptionReady(self._node, subscription, self._group, on_ready)
+            failed.pop_all()
+        return queue
+
+    def _serve(self, queue: _Queue) -> None:
+        """Take images from this queue, and no longer from the one before."""
+        with self._changing:
+            if queue.closed or queue is self._queue:
+                return
+            before, self._queue, self._next_queue = self._queue, queue, None
+            self._missed.count_from(queue.lost)
+            if before is not None:
+                before.close()
+                # What has come to both may have been taken from the first.
+                self._may_repeat = True
+
+    def _on_ready(self, queue: _Queue) -> None:
+        if queue is not self._queue:
+            self._serve(queue)
+        for _ in range(queue.backlog):
             # Where one still waits for its turn, others may have queued up behind this one, and the newest wins.
             behind = self._slots.has(self.topic)
-            if not self._take() or not behind:
+            if not self._take(queue) or not behind:
                 return
-        self._note_overrun()
+        # Of a queue of one, what is taken is the newest, however many were pushed out before.
+        if queue.backlog > 1 or queue.keeps_all:
+            self._note_overrun(queue)
 
-    def _note_overrun(self) -> None:
+    def _note_overrun(self, queue: _Queue) -> None:
         """Take note that as many images waited as the queue holds."""
         self._overruns.append(time.monotonic())
-        often = len(self._overruns) == _OVERRUNS and self._overruns[-1] - self._overruns[0] <= _OVERRUN_S
-        # Of a queue of one, what is taken is the newest, however many were pushed out before.
-        if often and self._backlog > 1:
+        if len(self._overruns) == _OVERRUNS and self._overruns[-1] - self._overruns[0] <= _OVERRUN_S:
             self._overruns.clear()
-            self._on_overrun(self.topic, self._backlog)
+            by_default = not queue.keeps_all and queue.qos.depth == DEFAULT_QOS.depth
+            if by_default:
+                self._keep_the_newest_alone()
+            self._on_overrun(self.topic, queue.qos, by_default)
 
-    def _take(self) -> bool:
+    def _keep_the_newest_alone(self) -> None:
+        """Open a queue of one, which is served as soon as it has an image: until then the other goes on."""
+        with self._changing:
+            if self._closed or self._next_queue is not None:
+                return
+            qos = copy.copy(self.qos)
+            qos.depth = 1
+            self._next_queue = self._open(qos)
+
+    def _take(self, queue: _Queue) -> bool:
         """Take one message; return whether there was one."""
-        assert self._rcl is not None and self._subscription is not None
+        assert self._rcl is not None
         try:
-            taken = self._rcl.take_new(self._subscription, self._type)
+            taken = self._rcl.take_new(queue.subscription, self._type)
         except InvalidHandle:  # closed while its message was waiting
             return False
         except UnreadableMessageError as error:
             self._statistics.count(self.topic, 'received')
-            self._gaps.note_unreadable()
+            self._missed.note_unreadable()
             remedy = 'Build the publisher with the same sensor_msgs as this node.'
             self._on_refused(self.topic, ImageRejectedError('message', error.message, remedy=remedy))
             return True
         if taken is None:
             return False
         message, info = taken
-        self._receive(taken_image(message), info)
+        self._may_repeat = self._may_repeat and self._missed.has_passed(info)
+        if not self._may_repeat:
+            self._receive(taken_image(message), info)
         return True
 
     def _on_message_with_info(self, message: Image | CompressedImage, info: dict[str, Any]) -> None:
@@ -215,20 +281,27 @@ class ImageStream:
                 self._statistics.count(self.topic, 'closed')
             # What nobody answers by is left for when the inference thread is on its way.
             self._note_stamp(stamp_ns(message.header))
-        self._statistics.set_lost(self.topic, self._gaps.note(info, self._publishers(info)))
+        if self._missed.note(info, self._publishers(info)):
+            self.count_missed()
 
     def _publishers(self, info: dict[str, Any] | None) -> int:
         """Return how many publishers a message may be of, 1 where it says so itself or nobody can tell."""
         # Humble's subscriptions do not tell; its rclpy gives no sequence numbers either.
-        if info and not info.get('publisher_gid') and hasattr(self._subscription, 'get_publisher_count'):
+        subscription = self._queue.subscription if self._queue is not None else None
+        if info and not info.get('publisher_gid') and hasattr(subscription, 'get_publisher_count'):
             with contextlib.suppress(InvalidHandle):  # closed while its message was in hand
-                return int(self._subscription.get_publisher_count())  # type: ignore[union-attr]
+                return int(subscription.get_publisher_count())  # type: ignore[union-attr]
         return 1
 
     def _note_stamp(self, stamp: int) -> None:
         last, self._last_stamp_ns = self._last_stamp_ns, stamp
         if last is not None and (backwards_s := (last - stamp) / 1e9) > _LOOP_S:
             self._on_time_reset(self.topic, backwards_s)
+
+
+def queue_depth(qos: QoSProfile) -> str:
+    """Return how many messages a middleware keeps for a subscription with ``qos``."""
+    return 'all' if qos.history == HistoryPolicy.KEEP_ALL else str(qos.depth)
 
 
 def publisher_mismatches(node: Node, topic: str, qos: QoSProfile) -> list[str]:

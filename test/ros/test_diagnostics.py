@@ -37,8 +37,10 @@ def stream(**changes):
         'silent_s': 0.1,
         'refused_s': None,
         'unanswered_s': None,
+        'lost_s': None,
         'too_old': 0,
         'mismatches': (),
+        'queue_depth': '5',
     }
     return StreamHealth(**{**values, **changes})
 
@@ -98,8 +100,20 @@ def test_notices_show_with_their_remedy():
 def test_unknown_loss_is_called_unknown():
     """N-3: never 0 by ignorance."""
     assert stream_report(stream(), active=True).values['lost_before_node'] == 'unknown'
-    known = stream(counters=StreamCounters(lost=0))
-    assert stream_report(known, active=True).values['lost_before_node'] == 0
+    assert stream_report(stream(), active=True).values['dropped_in_queue'] == 'unknown'
+    known = stream_report(stream(counters=StreamCounters(lost=0, pushed_out=0)), active=True).values
+    assert known['lost_before_node'] == known['dropped_in_queue'] == 0
+
+
+def test_what_was_pushed_out_is_dropped_by_policy_and_what_was_lost_is_not():
+    counters = StreamCounters(received=10, replaced=3, pushed_out=4, lost=5)
+    values = stream_report(stream(counters=counters), active=True).values
+    assert (values['dropped_by_policy'], values['dropped_in_queue'], values['lost_before_node']) == (7, 4, 5)
+
+
+def test_a_camera_whose_images_are_all_lost_is_not_called_silent():
+    report = stream_report(stream(silent_s=60.0, lost_s=0.5, counters=StreamCounters(lost=57)), active=True)
+    assert report.level == WARN and '57' in report.message and 'profile' in report.message
 
 
 def test_a_publisher_that_cannot_match_is_named():
@@ -118,6 +132,8 @@ def test_a_publisher_that_cannot_match_is_named():
         (stream(unanswered_s=0.5, counters=StreamCounters(unanswered=4)), ERROR),
         (stream(unanswered_s=0.5, refused_s=0.5), ERROR),
         (stream(unanswered_s=60.0), OK),
+        (stream(lost_s=0.5, counters=StreamCounters(lost=4)), WARN),
+        (stream(lost_s=60.0, counters=StreamCounters(lost=4)), OK),
         (stream(too_old=1), OK),
         (stream(too_old=100), WARN),
     ],

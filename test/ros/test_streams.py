@@ -1,5 +1,6 @@
-"""N-3: the newest image wins, also over those that wait before the node; loss is counted where numbers tell."""
+"""N-3: the newest image wins, also over those that wait before the node, and those that are given up are counted."""
 
+import functools
 import itertools
 from types import SimpleNamespace
 
@@ -7,89 +8,35 @@ import pytest
 import rclpy
 from harness import image, wait_until
 from rclpy.executors import SingleThreadedExecutor
+from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.serialization import serialize_message
 from rclpy.subscription import Subscription
 from sensor_msgs.msg import CompressedImage, Image
 
 from gps_denied_c7.ros import streams
-from gps_denied_c7.ros.rcl import Rcl
-from gps_denied_c7.ros.streams import ImageStream, SequenceGaps
+from gps_denied_c7.ros.losses import MessagesLost
+from gps_denied_c7.ros.rcl import Rcl, SubscriptionReady
+from gps_denied_c7.ros.streams import ImageStream, queue_depth
 from gps_denied_c7.slots import FrameSlots
 from gps_denied_c7.statistics import Statistics
 
 TOPIC = '/camera/image_raw'
 
 
-def info(number, gid=None):
-    message_info = {'publication_sequence_number': number}
-    if gid is not None:
-        message_info['publisher_gid'] = {'data': gid}
-    return message_info
-
-
-def test_no_gap_is_no_loss():
-    gaps = SequenceGaps()
-    assert [gaps.note(info(number), 1) for number in (7, 8, 9)] == [0, 0, 0]
-
-
-def test_a_gap_is_what_is_missing():
-    gaps = SequenceGaps()
-    assert [gaps.note(info(number), 1) for number in (1, 2, 5, 6, 10)] == [0, 0, 2, 2, 5]
-
-
-def test_what_could_not_be_read_is_not_lost():
-    gaps = SequenceGaps()
-    gaps.note_unreadable()
-    assert gaps.note(info(2), 1) == 0
-    gaps.note_unreadable()
-    assert gaps.note(info(4), 1) == 0
-    assert gaps.note(info(6), 1) == 1, 'it was one message, once'
-    gaps.note_unreadable()
-    assert gaps.note(info(9), 1) == 2
-
-
-def test_what_was_published_before_the_first_message_is_not_lost():
-    assert SequenceGaps().note(info(1000), 1) == 0
-
-
-def test_a_restarted_publisher_begins_a_new_count():
-    gaps = SequenceGaps()
-    for number in (100, 101):
-        gaps.note(info(number), 1)
-    assert gaps.note(info(1), 1) == 0
-    assert gaps.note(info(3), 1) == 1
-
-
-def test_two_publishers_that_cannot_be_told_apart_make_loss_unknown():
-    gaps = SequenceGaps()
-    gaps.note(info(1), 1)
-    assert gaps.note(info(50), 2) is None
-    assert gaps.note(info(51), 1) is None, 'what was missed meanwhile stays unknown'
-
-
-def test_two_publishers_that_name_themselves_are_counted_apart():
-    gaps = SequenceGaps()
-    for number in range(1, 4):
-        assert gaps.note(info(number, b'a'), 2) == 0
-        assert gaps.note(info(number + 100, b'b'), 2) == 0
-    assert gaps.note(info(6, b'a'), 2) == 2
-
-
-def test_no_number_is_unknown():
-    """Humble's callbacks get no message info."""
-    assert SequenceGaps().note(None, 1) is None
-    assert SequenceGaps().note({'publication_sequence_number': None}, 1) is None
-
-
 @pytest.fixture
-def stream(ros_context):
+def stream(ros_context, request):
     """A stream whose images nobody takes but the test, what it told, and a publisher that has reached it."""
-    node = rclpy.create_node('stream', context=ros_context, start_parameter_services=False)
+    overrides = [Parameter(f'qos_overrides.{TOPIC}.subscription.{name}', value=value)
+                 for name, value in getattr(request, 'param', {}).items()]  # fmt: skip
+    node = rclpy.create_node(
+        'stream', context=ros_context, start_parameter_services=False, parameter_overrides=overrides
+    )
     statistics, refused, overruns = Statistics(), [], []
     statistics.open_streams((TOPIC,))
     slots = FrameSlots([TOPIC], on_replaced=lambda frame: statistics.count(TOPIC, 'replaced'))
-    made = ImageStream(
+    opened = functools.partial(
+        ImageStream,
         node,
         TOPIC,
         slots,
@@ -99,13 +46,22 @@ def stream(ros_context):
         live=lambda: SimpleNamespace(max_stamp_ahead_s=0.0),
         on_refused=lambda topic, error: refused.append(error.reason),
         on_time_reset=lambda topic, backwards_s: None,
-        on_overrun=lambda *what: overruns.append(what),
+        on_overrun=lambda topic, qos, newest: overruns.append((topic, queue_depth(qos), newest)),
     )
+    made = opened()
     publisher = node.create_publisher(Image, TOPIC, QoSProfile(depth=20, reliability=ReliabilityPolicy.RELIABLE))
     wait_until(lambda: publisher.get_subscription_count() == 1, 'a match')
+
+    def listeners(count, until=wait_until):
+        until(lambda: publisher.get_subscription_count() == count, f'{count} subscriptions')
+
     yield SimpleNamespace(
         node=node,
-        ready=made._on_ready,
+        listeners=listeners,
+        waitables=lambda: [one for one in node.waitables if isinstance(one, MessagesLost | SubscriptionReady)],
+        ready=lambda: made._on_ready(made._queue),
+        made=made,
+        open=opened,
         publish=publisher.publish,
         counted=lambda: statistics.snapshot().streams[TOPIC],
         waiting=lambda: (frame := slots.take(0.0)) and frame.message.header.sec,
@@ -156,9 +112,9 @@ def test_a_publisher_that_never_pauses_does_not_keep_the_callback(stream):
     stream.ready()
     take, numbers = ImageStream._take, iter(range(2, 100))
 
-    def taken_while_more_arrive(self):
+    def taken_while_more_arrive(self, queue):
         stream.publish(image(next(numbers)))
-        return take(self)
+        return take(self, queue)
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(ImageStream, '_take', taken_while_more_arrive)
@@ -171,9 +127,9 @@ def full_turns(stream, monkeypatch):
     """A way to have the callback find the queue full again and again, so many seconds apart."""
     take, numbers, now = ImageStream._take, itertools.count(2), [1000.0]
 
-    def taken_while_more_arrive(self):
+    def taken_while_more_arrive(self, queue):
         stream.publish(image(next(numbers)))
-        return take(self)
+        return take(self, queue)
 
     def turns(count, apart_s):
         with monkeypatch.context() as patched:
@@ -192,9 +148,10 @@ def test_a_queue_that_is_full_again_and_again_is_told(stream, full_turns):
     full_turns(9, apart_s=0.1)
     assert stream.overruns == []
     full_turns(1, apart_s=0.1)
-    assert stream.overruns == [(TOPIC, 5)]
+    assert stream.overruns == [(TOPIC, '5', True)]
     full_turns(19, apart_s=0.1)
-    assert stream.overruns == 2 * [(TOPIC, 5)]
+    assert stream.overruns == 2 * [(TOPIC, '5', True)]
+    assert len(list(stream.node.subscriptions)) == 2, 'one more, however often it is told'
 
 
 def test_a_queue_that_is_full_now_and_then_is_not(stream, full_turns):
@@ -202,7 +159,163 @@ def test_a_queue_that_is_full_now_and_then_is_not(stream, full_turns):
     full_turns(40, apart_s=0.12)
     assert stream.overruns == []
     full_turns(10, apart_s=0.05)
-    assert stream.overruns == [(TOPIC, 5)]
+    assert stream.overruns == [(TOPIC, '5', True)]
+
+
+@pytest.fixture
+def spin(stream, ros_context):
+    """Serve the stream's callbacks as the node does, until something holds."""
+    executor = SingleThreadedExecutor(context=ros_context)
+    executor.add_node(stream.node)
+
+    def until(condition, what):
+        wait_until(lambda: executor.spin_once(timeout_sec=0.01) or condition(), what)
+
+    yield until
+    executor.shutdown()
+
+
+def test_a_camera_that_overruns_the_queue_is_answered_by_its_newest_image_alone(stream, full_turns, spin):
+    full_turns(10, apart_s=0.05)
+    before = stream.counted()
+    assert before.pushed_out == before.lost == 0
+    assert stream.made.qos.depth == 5, 'until the new queue has an image'
+    for number in range(91, 94):
+        stream.publish(image(number))
+    stream.listeners(2)
+    stream.publish(image(100))
+    spin(lambda: stream.made.qos.depth == 1, 'the new queue to be served')
+    # A subscription ends when no executor waits for it any longer.
+    stream.listeners(1, until=spin)
+    for number in range(101, 105):
+        stream.publish(image(number))
+    stream.ready()
+    counted = stream.counted()
+    # What waited in the first queue when the second took over was pushed out, if it was not taken before.
+    assert counted.received + counted.pushed_out == before.received + 3 + 1 + 4 and counted.lost == 0
+    assert counted.pushed_out >= 3
+    assert stream.waiting() == 104 and stream.waiting() is None
+    assert stream.made.qos.reliability == ReliabilityPolicy.BEST_EFFORT
+    assert stream.overruns == [(TOPIC, '5', True)]
+
+
+def test_an_image_that_came_to_both_queues_is_answered_once(stream, full_turns, spin):
+    full_turns(10, apart_s=0.05)
+    stream.listeners(2)
+    while stream.waiting():
+        pass
+    stream.publish(image(100))
+    first, second = stream.made._queue, stream.made._next_queue
+    for _ in range(6):
+        stream.made._on_ready(first)
+    before = stream.counted()
+    assert stream.waiting() == 100
+    stream.made._on_ready(second)
+    assert stream.waiting() is None and stream.counted() == before
+    stream.made._on_ready(first)
+    assert stream.counted() == before, 'an executor that saw an image before the queue was closed comes for it'
+    stream.publish(image(101))
+    stream.ready()
+    assert stream.waiting() == 101 and stream.counted().pushed_out == before.pushed_out
+
+
+@pytest.mark.parametrize('stream', [{'depth': 7}, {'history': 'keep_all'}], indirect=True, ids=str)
+def test_a_queue_that_was_asked_for_stays(stream, full_turns):
+    full_turns(10, apart_s=0.05)
+    assert stream.overruns == [(TOPIC, stream.made.queue_depth, False)]
+    assert stream.made.queue_depth in ('7', 'all') and stream.made._next_queue is None
+    stream.listeners(1)
+
+
+@pytest.mark.parametrize('stream', [{'depth': 1}], indirect=True, ids=str)
+def test_a_queue_of_one_does_not_overrun(stream, full_turns):
+    """Of those that pushed one another out, the newest is taken."""
+    full_turns(20, apart_s=0.05)
+    assert stream.overruns == []
+
+
+@pytest.mark.parametrize('stream', [{'history': 'keep_all', 'depth': 1}], indirect=True, ids=str)
+def test_a_queue_that_keeps_all_overruns_whatever_its_depth(stream, full_turns):
+    full_turns(10, apart_s=0.05)
+    assert stream.overruns == [(TOPIC, 'all', False)]
+
+
+def test_a_stream_that_is_closed_leaves_neither_queue(stream, full_turns):
+    full_turns(10, apart_s=0.05)
+    stream.listeners(2)
+    opened = stream.made._next_queue
+    stream.made.close()
+    stream.listeners(0)
+    stream.made._on_ready(opened)
+    stream.made._next_queue = None
+    stream.made._keep_the_newest_alone()
+    assert stream.made._next_queue is None
+    assert list(stream.node.subscriptions) == stream.waitables() == []
+
+
+def test_a_stream_opened_anew_goes_on_counting(stream, full_turns):
+    full_turns(1, apart_s=0.1)
+    for number in range(50, 60):
+        stream.publish(image(number))
+    stream.ready()
+    before = stream.counted()
+    assert before.pushed_out == 5 and before.lost == 0
+    stream.made.close()
+    again = stream.open()
+    stream.listeners(1)
+    stream.publish(image(60))
+    again._on_ready(again._queue)
+    assert stream.counted().pushed_out == 5 and stream.counted().lost == 0
+    for number in range(61, 70):
+        stream.publish(image(number))
+    again._on_ready(again._queue)
+    assert stream.counted().pushed_out == 5 + 4
+    again.close()
+
+
+def test_a_loss_is_recent_until_there_is_another(stream, monkeypatch):
+    lost = [0]
+    monkeypatch.setattr(MessagesLost, 'total', property(lambda self: lost[0]))
+    stream.made.count_missed()
+    assert stream.made.last_lost_ns is None
+    lost[0] = 3
+    stream.made.count_missed()
+    when = stream.made.last_lost_ns
+    assert when is not None and stream.counted().lost == 3
+    stream.made.count_missed()
+    assert stream.made.last_lost_ns == when
+    lost[0] = 5
+    stream.made.close()
+    assert stream.counted().lost == 5 and stream.made.last_lost_ns > when
+
+
+def test_where_the_middleware_does_not_count_losses_a_gap_is_one_and_no_alert(stream, monkeypatch):
+    """It may as well be what the queue pushed out."""
+    monkeypatch.setattr(MessagesLost, 'total', None)
+    for number in range(1, 8):
+        stream.publish(image(number))
+    stream.ready()
+    stream.ready()
+    counted = stream.counted()
+    assert (counted.lost, counted.pushed_out, stream.made.last_lost_ns) == (0, None, None)
+    for number in range(8, 18):
+        stream.publish(image(number))
+    stream.ready()
+    assert stream.counted().lost > 0 and stream.made.last_lost_ns is None
+
+
+def test_a_queue_that_cannot_be_opened_leaves_no_subscription(stream, full_turns, monkeypatch):
+    def refuse(*arguments):
+        raise RuntimeError('no memory')
+
+    with monkeypatch.context() as patched:
+        patched.setattr(streams, 'SubscriptionReady', refuse)
+        with pytest.raises(RuntimeError):
+            full_turns(10, apart_s=0.05)
+    stream.listeners(1)
+    assert len(list(stream.node.subscriptions)) == 1 and len(stream.waitables()) == 2
+    full_turns(10, apart_s=0.05)
+    stream.listeners(2)
 
 
 def test_n7_a_message_that_cannot_be_read_is_refused_and_not_lost(stream):

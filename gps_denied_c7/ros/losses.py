@@ -1,0 +1,240 @@
+"""
+What a subscription missed, and why: lost on its way, or pushed out of the middleware's queue by newer messages.
+
+Gaps between publication sequence numbers tell that messages are missing, the middleware's status of messages lost how
+many of them never arrived (DDS 1.4, 2.2.4.1, SAMPLE_LOST): what a queue of some depth lets go of is none of those.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from rclpy.callback_groups import CallbackGroup
+from rclpy.exceptions import InvalidHandle
+from rclpy.impl.implementation_singleton import rclpy_implementation
+from rclpy.node import Node
+from rclpy.subscription import Subscription
+from rclpy.waitable import NumberOfEntities, Waitable
+
+__all__ = ['LossCount', 'MessagesLost', 'MissedMessages', 'SequenceGaps']
+
+_log = logging.getLogger(__name__)
+
+
+class SequenceGaps:
+    """
+    Count messages that were published and never taken, from publication sequence numbers.
+
+    Each publisher numbers its own messages. Where nobody says which one sent a message, as rclpy on
+    Jazzy, more than one publisher makes the count unknown, and unknown is never told as 0.
+    """
+
+    def __init__(self) -> None:
+        self._last: dict[bytes, int] = {}
+        self._missing: int | None = None
+        self._unknown = False
+        self._unreadable = 0
+
+    def note_unreadable(self) -> None:
+        """Take a message that came and could not be read, its number included: it is none of the missing."""
+        self._unreadable += 1
+
+    def note(self, info: dict[str, Any] | None, publishers: int) -> int | None:
+        """Take one message's info and return how many are missing so far, None for unknown."""
+        number, key = _origin(info)
+        self._unknown = self._unknown or number is None or (not key and publishers > 1)
+        if self._unknown or number is None:
+            return None
+        last = self._last.get(key)
+        # A number that does not grow is a publisher started anew, which begins a new count.
+        gap = number - last - 1 if last is not None and number > last else 0
+        missing = max(0, gap - self._unreadable)
+        self._unreadable = 0
+        self._last[key] = number
+        self._missing = (self._missing or 0) + missing
+        return self._missing
+
+    def has_passed(self, info: dict[str, Any] | None) -> bool:
+        """Return whether this message of its publisher, or one after it, was taken before."""
+        number, key = _origin(info)
+        return number is not None and number <= self._last.get(key, -1)
+
+    def begins(self, info: dict[str, Any] | None) -> bool:
+        """Return whether a publisher's count would begin with this message: its first, or the first after a restart."""
+        number, key = _origin(info)
+        return number is not None and (key not in self._last or number <= self._last[key])
+
+
+def _origin(info: dict[str, Any] | None) -> tuple[int | None, bytes]:
+    gid = (info or {}).get('publisher_gid')
+    return (info or {}).get('publication_sequence_number'), bytes(gid['data']) if gid else b''
+
+
+class LossCount(Protocol):
+    """Tell how many messages of one subscription never arrived."""
+
+    @property
+    def total(self) -> int | None:
+        """How many so far, None where the middleware does not count them."""
+
+    def look(self) -> None:
+        """Have the total hold what the middleware has counted until now."""
+
+
+class MessagesLost(Waitable):
+    """
+    Follow how many messages of a subscription never arrived, as its middleware counts them.
+
+    Once anybody asks the middleware for this count, each loss ends every wait for the subscription until the count is
+    taken, by an executor or by :meth:`look`. Only the thread that takes the subscription's messages is to do so: it
+    holds the interpreter, and would have it wait for an image that is being copied.
+
+    :param subscription: kept until :meth:`close`.
+    :param group: of the callback that takes the count.
+    :param on_lost: called when it has changed.
+    """
+
+    def __init__(
+        self, node: Node, subscription: Subscription, group: CallbackGroup, on_lost: Callable[[], None]
+    ) -> None:
+        super().__init__(group)
+        self._node = node
+        self._on_lost = on_lost
+        self._event: Any = None
+        self._index: int | None = None
+        self._total: int | None = None
+        # On Humble, where nothing tells what was pushed out, it has another name.
+        make = getattr(rclpy_implementation, 'EventHandle', None)
+        if make is not None:
+            kind = rclpy_implementation.rcl_subscription_event_type_t.RCL_SUBSCRIPTION_MESSAGE_LOST
+            try:
+                with subscription.handle:
+                    self._event = make(subscription.handle, kind)
+            except rclpy_implementation.RCLError as error:
+                _log.info('%s: what is lost is not told apart from what the queue drops: %s', subscription.topic, error)
+        if self._event is not None:
+            self._total = 0
+            node.add_waitable(self)
+
+    @property
+    def total(self) -> int | None:
+        """How many so far, also after :meth:`close`; None where the middleware does not count them."""
+        return self._total
+
+    def look(self) -> None:
+        """Have the total hold what the middleware has counted until now."""
+        if self._event is not None:
+            with contextlib.suppress(InvalidHandle), self._event:
+                status = self._event.take_event()
+                self._total = status.total_count if status is not None else self._total
+
+    def close(self) -> None:
+        """Count no further, and let go of the subscription."""
+        if self._event is not None:
+            self._node.remove_waitable(self)
+            self._event.destroy_when_not_in_use()
+
+    def __enter__(self) -> None:
+        """Keep the count while an executor waits for it."""
+        self._event.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        """Let it be destroyed again."""
+        self._event.__exit__(*exception)
+
+    def get_num_entities(self) -> NumberOfEntities:
+        """Return how much room it takes in a wait set."""
+        return NumberOfEntities(num_events=1)
+
+    def add_to_wait_set(self, wait_set: Any) -> None:
+        """Have an executor wait for a loss, unless the count has gone: rclpy asks even where entering failed."""
+        self._index = None
+        with contextlib.suppress(InvalidHandle), self._event:
+            self._index = wait_set.add_event(self._event)
+
+    def is_ready(self, wait_set: Any) -> bool:
+        """Return whether something was lost."""
+        return self._index is not None and bool(wait_set.is_ready('event', self._index))
+
+    def take_data(self) -> None:
+        """Take nothing yet: rclpy never serves a waitable again of which this has failed."""
+
+    async def execute(self, taken_data: None) -> None:
+        """Take the count, and call back."""
+        self.look()
+        self._on_lost()
+
+
+class MissedMessages:
+    """
+    Tell apart what of a topic was lost and what was pushed out.
+
+    For the one thread that takes the messages, but for :meth:`counted`. A loss may be counted before the message after
+    it is taken, so what was pushed out is told once that is certain.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._gaps = SequenceGaps()
+        self._missing: int | None = None
+        self._source: LossCount | None = None
+        self._shift = 0
+        self._in_no_gap = 0
+        self._pushed_out = 0
+
+    @property
+    def told_apart(self) -> bool:
+        """Whether the middleware counts what was lost; otherwise what was pushed out is called lost, too."""
+        return self._source is not None and self._source.total is not None
+
+    def count_from(self, source: LossCount) -> None:
+        """Count losses by ``source``; where there was one before, by that one until now and by this one from now on."""
+        for one in (self._source, source):
+            if one is not None:
+                one.look()
+        with self._lock:
+            before, lost = self._source, self._lost()
+            self._source, self._shift = source, 0
+            if before is not None:
+                self._shift = (lost or 0) - (self._lost() or 0)
+
+    def note_unreadable(self) -> None:
+        """Take a message that came and could not be read: it is none of the missing."""
+        self._gaps.note_unreadable()
+
+    def has_passed(self, info: dict[str, Any] | None) -> bool:
+        """Return whether this message of its publisher, or one after it, was taken before."""
+        return self._gaps.has_passed(info)
+
+    def note(self, info: dict[str, Any] | None, publishers: int) -> bool:
+        """Take one message's info; return whether :meth:`counted` may have changed."""
+        begins = self._gaps.begins(info)
+        missing = self._gaps.note(info, publishers)
+        if missing == self._missing and not begins:
+            return False
+        if self._source is not None:
+            self._source.look()
+        with self._lock:
+            lost = self._lost() or 0
+            if begins:
+                # What no gap tells of was lost before a publisher's first message that came, or after its last.
+                self._in_no_gap = lost - ((self._missing or 0) - self._pushed_out)
+            self._missing = missing
+            self._pushed_out = max(self._pushed_out, (missing or 0) - (lost - self._in_no_gap))
+        return True
+
+    def counted(self) -> tuple[int | None, int | None]:
+        """Return how many were lost and how many pushed out so far, None for unknown; from any thread."""
+        with self._lock:
+            lost = self._lost()
+            if lost is None:
+                return self._missing, None
+            return lost, None if self._missing is None else self._pushed_out
+
+    def _lost(self) -> int | None:
+        total = self._source.total if self._source is not None else None
+        return None if total is None else total + self._shift
