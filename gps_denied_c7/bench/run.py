@@ -37,6 +37,7 @@ from gps_denied_c7.bench.models import BenchModel, calibrated_model
 from gps_denied_c7.bench.plots import draw_plots
 from gps_denied_c7.bench.report import BenchReport
 from gps_denied_c7.bench.resources import cpu_seconds, memory_mb
+from gps_denied_c7.cpu_latency import CpuLatencyRequest
 from gps_denied_c7.demo.processes import Child, DemoError, child_environment, free_domain_id
 from gps_denied_c7.errors import C7Error
 from gps_denied_c7.host import package_versions
@@ -68,6 +69,7 @@ class BenchOptions:
     :param repetitions: of each case, the contestants taking turns.
     :param idle_s: how long, in the first case, each is watched while nothing is sent; 0 for not at all.
     :param domain_id: ROS domain, a free one where None.
+    :param cpu_wakeup_latency_us: within which idle cores wake up, for everybody; None as the system has it.
     """
 
     output: Path
@@ -78,6 +80,7 @@ class BenchOptions:
     repetitions: int = 3
     idle_s: float = 6.0
     domain_id: int | None = None
+    cpu_wakeup_latency_us: int | None = None
 
 
 class _Service:
@@ -164,16 +167,22 @@ def run_bench(options: BenchOptions, say: Callable[[str], None]) -> BenchReport:
 
     :param say: takes one line at a time.
     :raises DemoError: a process did not start, answer or end.
+    :raises CpuLatencyError: the kernel cannot be asked for cores that wake up fast.
     """
     # Here and not above: it is part of the ROS side, and the report of an old run can be read without that.
     from gps_denied_c7.ros.parameters import PARAMETERS
 
     began = time.monotonic()
+    facts = _facts(options)
     output = _claim(options.output)
     contestants = {one.name: one for one in present_contestants({declared.name for declared in PARAMETERS})}
     models: dict[tuple[int, int, int], BenchModel] = {}
     done: list[CaseResult] = []
     with ExitStack() as stack:
+        if options.cpu_wakeup_latency_us is not None:
+            cores = CpuLatencyRequest()
+            cores.hold(options.cpu_wakeup_latency_us)
+            stack.callback(cores.drop)
         domain_id = options.domain_id
         if domain_id is None:
             domain_id = stack.enter_context(free_domain_id())
@@ -189,9 +198,8 @@ def run_bench(options: BenchOptions, say: Callable[[str], None]) -> BenchReport:
             done.append(measurement.result())
             elapsed = time.monotonic() - began
             say(f'[{number}/{len(options.cases)}, {elapsed:.0f} s] {case.title}: {_in_short(done[-1])}')
-            report = BenchReport(tuple(done), _facts(options), elapsed, {})
-            _write(output, report)
-    report = BenchReport(report.cases, report.facts, time.monotonic() - began, draw_plots(output, report.cases))
+            _write(output, BenchReport(tuple(done), facts, elapsed, {}))
+    report = BenchReport(tuple(done), facts, time.monotonic() - began, draw_plots(output, tuple(done)))
     _write(output, report)
     return report
 
@@ -238,6 +246,7 @@ def _facts(options: BenchOptions) -> dict[str, str]:
         (line.partition(':')[2].strip() for line in _lines('/proc/cpuinfo') if line.startswith('model name')),
         platform.processor(),
     )
+    latency_us = options.cpu_wakeup_latency_us
     return {
         'machine': f'{len(os.sched_getaffinity(0))} cores, {model or platform.machine()}',
         'ROS': f'{os.environ.get("ROS_DISTRO", "unknown")}, Python {platform.python_version()}',
@@ -245,6 +254,7 @@ def _facts(options: BenchOptions) -> dict[str, str]:
         'day': time.strftime('%Y-%m-%d'),
         'form': f'{options.form}: {options.repetitions} repetitions of {options.seconds:g} s for each contestant, in '
         f'turn, after {options.warm_up_s:g} s of warm-up',
+        'idle cores': 'as the system has it' if latency_us is None else f'awake again within {latency_us} µs (PM QoS)',
         'load before': f'{os.getloadavg()[0]:.2f} processes running on average over the last minute',
     }
 
@@ -509,6 +519,14 @@ def _positive(kind: type[NumberT]) -> Callable[[str], NumberT]:
     return read
 
 
+def _microseconds(text: str) -> int:
+    """Read a latency from the command line."""
+    number = int(text)
+    if not 0 <= number <= 1_000_000:
+        raise argparse.ArgumentTypeError(f'{text} is not 0 to 1000000')
+    return number
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -537,6 +555,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('--list', action='store_true', help='name the cases of the form and end')
     parser.add_argument('--seconds', type=_positive(float), metavar='S', help='of one measurement')
     parser.add_argument('--repetitions', type=_positive(int), metavar='N', help='of each case')
+    parser.add_argument(
+        '--cpu-wakeup-latency-us', type=_microseconds, metavar='US',
+        help='have idle cores wake up within this, for everybody who is measured; default: as the system has it',
+    )  # fmt: skip
     parser.add_argument('--domain-id', type=int, metavar='N', help='ROS domain; default: a free one')
     parsed = parser.parse_args(arguments)
     cases, chosen = _form(parsed)
@@ -558,7 +580,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         chosen['seconds'] = parsed.seconds
     if parsed.repetitions is not None:
         chosen['repetitions'] = parsed.repetitions
-    options = BenchOptions(output=parsed.output, cases=cases, domain_id=parsed.domain_id, **chosen)
+    options = BenchOptions(
+        output=parsed.output, cases=cases, domain_id=parsed.domain_id,
+        cpu_wakeup_latency_us=parsed.cpu_wakeup_latency_us, **chosen,
+    )  # fmt: skip
     # Children have sessions of their own, so they are ended by leaving their context managers.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     signal.signal(signal.SIGINT, signal.default_int_handler)

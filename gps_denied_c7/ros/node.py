@@ -25,6 +25,7 @@ from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.chain_status import ChainStatus
 from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.cpu_latency import CpuLatencyError, CpuLatencyRequest
 from gps_denied_c7.errors import C7Error, ConfigError, ImageRejectedError, InferenceError
 from gps_denied_c7.gpu_memory import GpuMemoryBudget
 from gps_denied_c7.host import describe_gpu, hardware_id, package_versions
@@ -119,6 +120,8 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         self._unanswered_ns: dict[str, int] = {}
         self._dropped_by_age: Counter[str] = Counter()
         self._notices: tuple[str, ...] = ()
+        self._cpu_latency = CpuLatencyRequest()
+        self._cpu_latency_problem: tuple[str, ...] = ()
         self._mismatches: dict[str, tuple[str, ...]] = {}
         self._recorder: FlightRecorder | None = None
         super().__init__(node_name, **kwargs)
@@ -382,6 +385,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
                 on_overrun=self._report_overrun,
             )
             self._streams = (*self._streams, stream)
+        self._hold_cpu_latency(self._live.cpu_wakeup_latency_us)
         self.get_logger().info(f'active, listening to {", ".join(loaded.topics)}')
 
     def _deactivate(self, state: LifecycleState) -> None:
@@ -401,6 +405,19 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         if inference is not None and not inference.stop(_FINISH_FRAME_S):
             self._left_behind = True
             self.get_logger().error(f'the frame in hand is not answered after {_FINISH_FRAME_S:.0f} s; left behind')
+        self._hold_cpu_latency(None)
+
+    def _hold_cpu_latency(self, latency_us: int | None) -> None:
+        """Have idle cores wake up as fast as asked for, or as the system has it: below 0, and while not active."""
+        self._cpu_latency_problem = ()
+        if latency_us is None or latency_us < 0:
+            self._cpu_latency.drop()
+            return
+        try:
+            self._cpu_latency.hold(latency_us)
+        except CpuLatencyError as error:
+            self._cpu_latency_problem = (str(error),)
+            self.get_logger().warning(str(error))
 
     def _release(self) -> None:
         self._close_streams()
@@ -534,7 +551,9 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         return f'cannot change while {state}; run {steps} first, then set it and configure.'
 
     def _set_live(self, live: LiveSettings) -> None:
-        self._live = live
+        before, self._live = self._live, live
+        if self._streams and live.cpu_wakeup_latency_us != before.cpu_wakeup_latency_us:
+            self._hold_cpu_latency(live.cpu_wakeup_latency_us)
         if live.thermal_policy != ThermalPolicy.SHED:
             self._shedding.reset()
 
@@ -592,7 +611,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
                 loaded.model.chain.status() if loaded else None,
                 self._start_problem,
                 snapshot.callback_failures,
-                self._notices,
+                (*self._notices, *self._cpu_latency_problem),
                 self._building,
                 self._swap,
                 self._gpu_memory,

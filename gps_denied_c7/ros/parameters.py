@@ -218,6 +218,12 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
         live=True, limits=(0.0, _HOUR_MS),
     ),
     ParameterDeclaration(
+        'cpu_wakeup_latency_us', Type.INTEGER, -1,
+        'While active, have the kernel keep idle cores awake enough to be back within this, microseconds (PM QoS, '
+        '/dev/cpu_dma_latency, for all processes); it costs power, most of all 0; -1: as the system has it.',
+        live=True, limits=(-1, 1_000_000),
+    ),
+    ParameterDeclaration(
         'thermal_policy', Type.STRING, ThermalPolicy.REPORT.value,
         'What heat brings about: off: nothing; report: diagnostics and flight records; shed: fewer frames are '
         'answered too, until it has cooled down.',
@@ -283,6 +289,7 @@ class LiveSettings:
     max_frame_age_ms: float
     max_stamp_ahead_s: float
     latency_warn_ms: float
+    cpu_wakeup_latency_us: int
     thermal_policy: str
     min_rate_hz: float
 

@@ -98,6 +98,35 @@ def test_nothing_is_measured_for_no_time(capsys, option):
     assert 'is not above 0' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('latency', ['-1', '1000001', 'fast'])
+def test_no_latency_of_cores_that_the_kernel_does_not_take(capsys, latency):
+    from gps_denied_c7.bench import run
+
+    with pytest.raises(SystemExit):
+        run.main(['--cpu-wakeup-latency-us', latency])
+    assert '--cpu-wakeup-latency-us' in capsys.readouterr().err
+
+
+def test_cores_are_held_awake_for_everybody_while_they_are_measured(monkeypatch, tmp_path, capsys):
+    from gps_denied_c7.bench import run
+    from gps_denied_c7.cpu_latency import CpuLatencyError, CpuLatencyRequest
+
+    asked = []
+    monkeypatch.setattr(CpuLatencyRequest, 'hold', lambda self, latency_us: asked.append(latency_us))
+    monkeypatch.setattr(CpuLatencyRequest, 'drop', lambda self: asked.append('dropped'))
+    options = run.BenchOptions(output=tmp_path / 'out', cases=(), domain_id=1, cpu_wakeup_latency_us=0)
+    assert '0 µs' in run.run_bench(options, print).facts['idle cores']
+    assert asked == [0, 'dropped']
+
+    def refuse(self, latency_us):
+        raise CpuLatencyError('not here.')
+
+    monkeypatch.setattr(CpuLatencyRequest, 'hold', refuse)
+    monkeypatch.setattr(run.signal, 'signal', lambda number, handler: None)
+    assert run.main(['--cpu-wakeup-latency-us', '20', '--output', str(tmp_path / 'other')]) == 2
+    assert 'not here' in capsys.readouterr().err
+
+
 @pytest.fixture
 def ran(monkeypatch):
     """The options of each run that the command line asks for; nothing is measured."""

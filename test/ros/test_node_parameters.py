@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import time
 
 import pytest
 import yaml
 from builtin_interfaces.msg import Time
-from harness import NodeProcess, Peer, free_domain_id, image, running_node, wait_until
+from harness import LocalNode, NodeProcess, Peer, free_domain_id, image, running_node, wait_until
 from networks import copying
 from rcl_interfaces.msg import ParameterType
 from rcl_interfaces.srv import DescribeParameters, ListParameters
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 
+from gps_denied_c7.cpu_latency import CpuLatencyRequest
 from gps_denied_c7.ros.parameters import PARAMETERS
 
 CAMERA = '/camera/image_raw'
@@ -242,3 +244,45 @@ def test_n1_a_topic_of_the_node_itself_is_no_image_topic(tmp_path, topic):
         assert not peer.change_state('configure')
         peer.wait_level('Runtime', 'ERROR')
         assert 'topics of this node itself' in peer.message('Runtime')
+
+
+@pytest.fixture
+def held(monkeypatch):
+    """What the kernel was asked for, in turn; on other machines the device may not be written."""
+    asked = []
+    monkeypatch.setattr(CpuLatencyRequest, 'hold', lambda self, latency_us: asked.append(latency_us))
+    monkeypatch.setattr(CpuLatencyRequest, 'drop', lambda self: asked.append(None))
+    return asked
+
+
+def test_cores_are_held_awake_while_the_node_is_active(ros_context, tmp_path, held):
+    local = LocalNode(ros_context, model_path=copying(tmp_path), cpu_threads=1, cpu_wakeup_latency_us=20)
+    try:
+        assert local.node.transition('configure') and set(held) <= {None}
+        assert local.node.transition('activate') and held[-1] == 20
+        assert local.set('cpu_wakeup_latency_us', 5).successful and held[-1] == 5
+        asked = len(held)
+        assert local.set('latency_warn_ms', 7.0).successful and len(held) == asked
+        assert local.set('cpu_wakeup_latency_us', -1).successful and held[-1] is None
+        assert not local.set('cpu_wakeup_latency_us', -2).successful
+        assert local.set('cpu_wakeup_latency_us', 0).successful and held[-1] == 0
+        assert local.node.transition('deactivate') and held[-1] is None
+        asked = len(held)
+        assert local.set('cpu_wakeup_latency_us', 30).successful and len(held) == asked
+        assert local.node.transition('activate') and held[-1] == 30
+    finally:
+        local.close()
+    assert held[-1] is None
+
+
+def test_cores_that_cannot_be_held_awake_are_a_notice_and_no_failure(ros_context, near_peer, tmp_path, monkeypatch):
+    missing = functools.partialmethod(CpuLatencyRequest.__init__, tmp_path / 'missing')
+    monkeypatch.setattr(CpuLatencyRequest, '__init__', missing)
+    local = LocalNode(ros_context, model_path=copying(tmp_path), cpu_threads=1, cpu_wakeup_latency_us=20)
+    try:
+        assert local.node.transition('configure') and local.node.transition('activate')
+        wait_until(lambda: 'udev' in near_peer.values('Runtime').get('notice 1', ''), 'the remedy')
+        assert local.set('cpu_wakeup_latency_us', -1).successful
+        wait_until(lambda: 'notice 1' not in near_peer.values('Runtime'), 'the notice to end')
+    finally:
+        local.close()

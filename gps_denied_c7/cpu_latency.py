@@ -1,0 +1,69 @@
+"""
+How fast idle processor cores wake up, as a request to the kernel (PM QoS).
+
+A frame passes through several threads and processes, each of which wakes up a core that may have gone to sleep. The
+deeper it sleeps, the longer that takes: some microseconds to milliseconds, and on a virtual machine the scheduler takes
+a sleeping core for one that is not to be had. The kernel honours the lowest request that anybody holds, for as long as
+the file that it was written to is open (Documentation/power/pm_qos_interface.rst).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from pathlib import Path
+
+from gps_denied_c7.errors import C7Error
+
+__all__ = ['CPU_LATENCY_DEVICE', 'CpuLatencyError', 'CpuLatencyRequest']
+
+CPU_LATENCY_DEVICE = Path('/dev/cpu_dma_latency')
+_REMEDY = (
+    'Let its user write to the device, with a udev rule such as KERNEL=="cpu_dma_latency", GROUP="realtime", '
+    'MODE="0660" and that group; or set cpu_wakeup_latency_us to -1.'
+)
+
+
+class CpuLatencyError(C7Error):
+    """The kernel cannot be asked for cores that wake up fast."""
+
+
+class CpuLatencyRequest:
+    """
+    Hold at most one request; safe to call from any thread. The kernel drops it with this process, however that ends.
+
+    :param device: that of the kernel.
+    """
+
+    def __init__(self, device: Path = CPU_LATENCY_DEVICE) -> None:
+        self._device = device
+        self._lock = threading.Lock()
+        self._file: int | None = None
+
+    def hold(self, latency_us: int) -> None:
+        """
+        Ask for cores that wake up within ``latency_us`` microseconds, instead of what was asked for before.
+
+        :raises CpuLatencyError: the device is missing or may not be written; nothing is asked for any more then.
+        """
+        with self._lock:
+            self._drop()
+            try:
+                self._file = os.open(self._device, os.O_WRONLY)
+                os.write(self._file, struct.pack('i', latency_us))
+            except OSError as error:
+                self._drop()
+                raise CpuLatencyError(
+                    f'cores cannot be asked to wake up within {latency_us} µs: {error}.', remedy=_REMEDY
+                ) from error
+
+    def drop(self) -> None:
+        """Ask for nothing any more; safe to repeat."""
+        with self._lock:
+            self._drop()
+
+    def _drop(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            os.close(file)
