@@ -79,7 +79,8 @@ def flown(superpoint_bundle: Path, bag: Path, flight_caches: dict[str, str]) -> 
                     'runtime': peer.status('Runtime'),
                     'latency': {key: value for key, value in peer.values('Latency').items() if key.endswith('p50_ms')},
                     'start_to_active_s': round(start_s, 2),
-                    'slowest_get_state_ms': round(max(asked) * 1e3, 1),
+                    # The first question waits for the process to come up, too.
+                    'slowest_get_state_ms': round(max(asked[1:]) * 1e3, 1),
                 }
             except AssertionError:
                 print(*(peer.values(name) for name in (STREAM, 'Latency', 'Runtime')), sep='\n')
