@@ -20,8 +20,8 @@ __all__ = ['CPU_LATENCY_DEVICE', 'CpuLatencyError', 'CpuLatencyRequest']
 
 CPU_LATENCY_DEVICE = Path('/dev/cpu_dma_latency')
 _REMEDY = (
-    'Let its user write to the device, with a udev rule such as KERNEL=="cpu_dma_latency", GROUP="realtime", '
-    'MODE="0660" and that group; or set cpu_wakeup_latency_us to -1.'
+    'Let this user write to the device, with a udev rule such as KERNEL=="cpu_dma_latency", GROUP="realtime", '
+    'MODE="0660" and a place in that group; or leave cpu_wakeup_latency_us out.'
 )
 
 

@@ -104,6 +104,11 @@ class Statistics:
         with self._lock:
             self._missed[topic] = lost, pushed_out
 
+    def received(self, topic: str) -> int:
+        """Return how many images of ``topic`` were received."""
+        with self._lock:
+            return self._counts.get(topic, Counter())['received']
+
     def missed(self, topic: str) -> tuple[int | None, int | None]:
         """Return what :meth:`set_missed` has set."""
         with self._lock:

@@ -174,7 +174,6 @@ def run_bench(options: BenchOptions, say: Callable[[str], None]) -> BenchReport:
 
     began = time.monotonic()
     facts = _facts(options)
-    output = _claim(options.output)
     contestants = {one.name: one for one in present_contestants({declared.name for declared in PARAMETERS})}
     models: dict[tuple[int, int, int], BenchModel] = {}
     done: list[CaseResult] = []
@@ -183,6 +182,7 @@ def run_bench(options: BenchOptions, say: Callable[[str], None]) -> BenchReport:
             cores = CpuLatencyRequest()
             cores.hold(options.cpu_wakeup_latency_us)
             stack.callback(cores.drop)
+        output = _claim(options.output)
         domain_id = options.domain_id
         if domain_id is None:
             domain_id = stack.enter_context(free_domain_id())

@@ -75,7 +75,7 @@ class StreamHealth:
 _SILENT_S = 2.0
 _TROUBLE_LASTS_S = 3.0
 _TOO_OLD_IN_A_ROW = 10
-_LOSS_REMEDY = 'does the camera run with the shared-memory profile, too?'
+_LOSS_REMEDY = "large ones need the node's DDS profile on the camera's side, too"
 
 
 def runtime_report(

@@ -90,8 +90,8 @@ class MessagesLost(Waitable):
     Follow how many messages of a subscription never arrived, as its middleware counts them.
 
     Once anybody asks the middleware for this count, each loss ends every wait for the subscription until the count is
-    taken, by an executor or by :meth:`look`. Only the thread that takes the subscription's messages is to do so: it
-    holds the interpreter, and would have it wait for an image that is being copied.
+    taken: by an executor, from :meth:`listen` on, or by :meth:`look`. Only the thread that takes the subscription's
+    messages is to do so: it holds the interpreter meanwhile, and another would wait for an image that is being copied.
 
     :param subscription: kept until :meth:`close`.
     :param group: of the callback that takes the count.
@@ -103,39 +103,54 @@ class MessagesLost(Waitable):
     ) -> None:
         super().__init__(group)
         self._node = node
+        self._topic = subscription.topic
         self._on_lost = on_lost
         self._event: Any = None
         self._index: int | None = None
+        self._listens = False
         self._total: int | None = None
-        # On Humble, where nothing tells what was pushed out, it has another name.
-        make = getattr(rclpy_implementation, 'EventHandle', None)
-        if make is not None:
-            kind = rclpy_implementation.rcl_subscription_event_type_t.RCL_SUBSCRIPTION_MESSAGE_LOST
-            try:
+        # The second is Humble's name of it.
+        make = getattr(rclpy_implementation, 'EventHandle', None) or getattr(rclpy_implementation, 'QoSEvent', None)
+        kind = rclpy_implementation.rcl_subscription_event_type_t.RCL_SUBSCRIPTION_MESSAGE_LOST
+        try:
+            if make is not None:
                 with subscription.handle:
                     self._event = make(subscription.handle, kind)
-            except rclpy_implementation.RCLError as error:
-                _log.info('%s: what is lost is not told apart from what the queue drops: %s', subscription.topic, error)
-        if self._event is not None:
-            self._total = 0
-            node.add_waitable(self)
+                self._total = 0
+        except rclpy_implementation.RCLError as error:
+            _log.info('%s: what is lost is not told apart from what the queue drops: %s', self._topic, error)
 
     @property
     def total(self) -> int | None:
         """How many so far, also after :meth:`close`; None where the middleware does not count them."""
         return self._total
 
+    def listen(self) -> None:
+        """Have the node's executor take the count when something was lost."""
+        if self._event is not None:
+            self._node.add_waitable(self)
+            self._listens = True
+
     def look(self) -> None:
         """Have the total hold what the middleware has counted until now."""
         if self._event is not None:
-            with contextlib.suppress(InvalidHandle), self._event:
-                status = self._event.take_event()
-                self._total = status.total_count if status is not None else self._total
+            try:
+                with self._event:
+                    status = self._event.take_event()
+            except InvalidHandle:  # closed
+                return
+            except rclpy_implementation.RCLError as error:
+                _log.warning('%s: lost images are counted no further: %s', self._topic, error)
+                self.close()
+                return
+            self._total = status.total_count if status is not None else self._total
 
     def close(self) -> None:
-        """Count no further, and let go of the subscription."""
-        if self._event is not None:
+        """Count no further, and let go of the subscription; safe to repeat."""
+        if self._listens:
+            self._listens = False
             self._node.remove_waitable(self)
+        if self._event is not None:
             self._event.destroy_when_not_in_use()
 
     def __enter__(self) -> None:
@@ -174,17 +189,24 @@ class MissedMessages:
     Tell apart what of a topic was lost and what was pushed out.
 
     For the one thread that takes the messages, but for :meth:`counted`. A loss may be counted before the message after
-    it is taken, so what was pushed out is told once that is certain.
+    it is taken: such a loss hides as many that were pushed out, until that message comes. Where a second publisher
+    begins just then, its like are told as both.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._gaps = SequenceGaps()
+        self._begun = False
         self._missing: int | None = None
         self._source: LossCount | None = None
         self._shift = 0
         self._in_no_gap = 0
         self._pushed_out = 0
+
+    @property
+    def begun(self) -> bool:
+        """Whether a message has come; before, what was pushed out cannot be known."""
+        return self._begun
 
     @property
     def told_apart(self) -> bool:
@@ -193,11 +215,12 @@ class MissedMessages:
 
     def count_from(self, source: LossCount) -> None:
         """Count losses by ``source``; where there was one before, by that one until now and by this one from now on."""
-        for one in (self._source, source):
-            if one is not None:
-                one.look()
+        before = self._source
+        if before is not None:
+            before.look()
+            source.look()
         with self._lock:
-            before, lost = self._source, self._lost()
+            lost = self._lost()
             self._source, self._shift = source, 0
             if before is not None:
                 self._shift = (lost or 0) - (self._lost() or 0)
@@ -212,9 +235,9 @@ class MissedMessages:
 
     def note(self, info: dict[str, Any] | None, publishers: int) -> bool:
         """Take one message's info; return whether :meth:`counted` may have changed."""
-        begins = self._gaps.begins(info)
+        begins, first, self._begun = self._gaps.begins(info), not self._begun, True
         missing = self._gaps.note(info, publishers)
-        if missing == self._missing and not begins:
+        if missing == self._missing and not begins and not first:
             return False
         if self._source is not None:
             self._source.look()

@@ -122,6 +122,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         self._notices: tuple[str, ...] = ()
         self._cpu_latency = CpuLatencyRequest()
         self._cpu_latency_problem: tuple[str, ...] = ()
+        self._cpu_latency_lock, self._cpu_latency_wanted = threading.Lock(), False
         self._mismatches: dict[str, tuple[str, ...]] = {}
         self._recorder: FlightRecorder | None = None
         super().__init__(node_name, **kwargs)
@@ -385,7 +386,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
                 on_overrun=self._report_overrun,
             )
             self._streams = (*self._streams, stream)
-        self._hold_cpu_latency(self._live.cpu_wakeup_latency_us)
+        self._ask_for_cores(wanted=True)
         self.get_logger().info(f'active, listening to {", ".join(loaded.topics)}')
 
     def _deactivate(self, state: LifecycleState) -> None:
@@ -396,28 +397,38 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         swapper, self._swapper = self._swapper, None
         if swapper is not None and not swapper.stop(_CANCEL_SWAP_S):
             self._left_behind = True
-        # One by one, so that error processing closes what a failure has left.
-        while self._streams:
-            stream, *others = self._streams
-            self._streams = tuple(others)
-            stream.close()
-        inference, self._inference = self._inference, None
-        if inference is not None and not inference.stop(_FINISH_FRAME_S):
-            self._left_behind = True
-            self.get_logger().error(f'the frame in hand is not answered after {_FINISH_FRAME_S:.0f} s; left behind')
-        self._hold_cpu_latency(None)
-
-    def _hold_cpu_latency(self, latency_us: int | None) -> None:
-        """Have idle cores wake up as fast as asked for, or as the system has it: below 0, and while not active."""
-        self._cpu_latency_problem = ()
-        if latency_us is None or latency_us < 0:
-            self._cpu_latency.drop()
-            return
         try:
-            self._cpu_latency.hold(latency_us)
-        except CpuLatencyError as error:
-            self._cpu_latency_problem = (str(error),)
-            self.get_logger().warning(str(error))
+            # One by one, so that error processing closes what a failure has left.
+            while self._streams:
+                stream, *others = self._streams
+                self._streams = tuple(others)
+                stream.close()
+            inference, self._inference = self._inference, None
+            if inference is not None and not inference.stop(_FINISH_FRAME_S):
+                self._left_behind = True
+                self.get_logger().error(
+                    f'the frame in hand is not answered after {_FINISH_FRAME_S:.0f} s; left behind'
+                )
+        finally:
+            self._ask_for_cores(wanted=False)
+
+    def _ask_for_cores(self, *, wanted: bool | None = None) -> None:
+        """
+        Have idle cores wake up as fast as ``cpu_wakeup_latency_us`` says while that is wanted, else as they would.
+
+        :param wanted: from now on, None for no change.
+        """
+        with self._cpu_latency_lock:
+            self._cpu_latency_wanted = self._cpu_latency_wanted if wanted is None else wanted
+            self._cpu_latency_problem = ()
+            if not self._cpu_latency_wanted or self._live.cpu_wakeup_latency_us < 0:
+                self._cpu_latency.drop()
+                return
+            try:
+                self._cpu_latency.hold(self._live.cpu_wakeup_latency_us)
+            except CpuLatencyError as error:
+                self._cpu_latency_problem = (str(error),)
+                self.get_logger().warning(str(error))
 
     def _release(self) -> None:
         self._close_streams()
@@ -552,8 +563,8 @@ class C7InferenceNode(ResponsiveLifecycleNode):
 
     def _set_live(self, live: LiveSettings) -> None:
         before, self._live = self._live, live
-        if self._streams and live.cpu_wakeup_latency_us != before.cpu_wakeup_latency_us:
-            self._hold_cpu_latency(live.cpu_wakeup_latency_us)
+        if live.cpu_wakeup_latency_us != before.cpu_wakeup_latency_us or self._cpu_latency_problem:
+            self._ask_for_cores()
         if live.thermal_policy != ThermalPolicy.SHED:
             self._shedding.reset()
 

@@ -51,17 +51,30 @@ class _Queue:
     """
     Hold one subscription, whose middleware keeps some of the newest messages, and what has an executor see to it.
 
-    ``ready``, which tells that a message waits, is None where rclpy takes them.
+    :param make_ready: makes what tells that a message waits; None where rclpy takes them.
     """
 
-    def __init__(self, node: Node, subscription: Subscription, lost: MessagesLost) -> None:
+    def __init__(
+        self,
+        node: Node,
+        subscription: Subscription,
+        lost: MessagesLost,
+        make_ready: Callable[[_Queue], SubscriptionReady] | None,
+    ) -> None:
         self.subscription = subscription
         self.qos: QoSProfile = subscription.qos_profile
         self.keeps_all = self.qos.history == HistoryPolicy.KEEP_ALL
         self.lost = lost
-        self.ready: SubscriptionReady | None = None
         self.closed = False
         self._node = node
+        self._make_ready = make_ready
+        self._ready: SubscriptionReady | None = None
+
+    def listen(self) -> None:
+        """Have an executor see to messages, and to losses after them: it serves in turn whatever is ready."""
+        if self._make_ready is not None:
+            self._ready = self._make_ready(self)
+        self.lost.listen()
 
     @property
     def backlog(self) -> int:
@@ -72,8 +85,8 @@ class _Queue:
         """End the subscription; safe to repeat."""
         if not self.closed:
             self.closed = True
-            if self.ready is not None:
-                self.ready.close()
+            if self._ready is not None:
+                self._ready.close()
             self.lost.close()
             self._node.destroy_subscription(self.subscription)
 
@@ -87,7 +100,7 @@ class ImageStream:
 
     Of a queue of several images, the oldest is taken first, and each is copied out of it. Where a camera sends more
     than can be copied, what is answered is therefore that much older than need be: another subscription, whose queue
-    holds the newest image alone, then takes the place of the first, unless a depth was asked for.
+    holds the newest image alone, then takes the place of the first, unless another depth was asked for.
 
     :param rcl: takes the messages, and knows their types; rclpy takes them, and copies them once more, where None.
     :param live: returns the live settings.
@@ -128,18 +141,22 @@ class ImageStream:
         self.opened_ns = time.monotonic_ns()
         self.last_received_ns: int | None = None
         self.last_lost_ns: int | None = None
-        self._lost = 0
+        self._lost_before = 0
         # One after the other, so that a camera's frames stay in order, and at once.
         self._group = PromptCallbackGroup()
-        self._changing, self._counting = threading.Lock(), threading.Lock()
+        self._queues_lock, self._count_lock = threading.Lock(), threading.Lock()
         self._closed = False
-        self._lost_earlier, self._pushed_out_earlier = (known or 0 for known in statistics.missed(topic))
+        # Of activations before this one: what nobody could tell of images that came stays unknown.
+        self._continued = statistics.received(topic) > 0
+        self._earlier = statistics.missed(topic) if self._continued else (0, 0)
         # The first message may arrive before create_subscription has returned.
         self._queue: _Queue | None = None
         self._next_queue: _Queue | None = None
         self._may_repeat = False
         # rclpy writes the overrides of one topic into the profile it is given.
-        self._serve(self._open(copy.copy(DEFAULT_QOS), QoSOverridingOptions.with_default_policies()))
+        queue = self._open(copy.copy(DEFAULT_QOS), QoSOverridingOptions.with_default_policies())
+        self._serve(queue)
+        self._listen(queue)
 
     @property
     def qos(self) -> QoSProfile:
@@ -154,7 +171,7 @@ class ImageStream:
 
     def close(self) -> None:
         """End the subscription."""
-        with self._changing:
+        with self._queues_lock:
             self._closed = True
             for queue in (self._queue, self._next_queue):
                 if queue is not None:
@@ -163,42 +180,49 @@ class ImageStream:
 
     def count_missed(self) -> None:
         """Have the statistics hold what was lost and pushed out so far; from any thread."""
-        with self._counting:
+        with self._count_lock:
             lost, pushed_out = self._missed.counted()
-            if lost is not None:
-                if lost > self._lost and self._missed.told_apart:
+            if lost is not None and lost > self._lost_before:
+                self._lost_before = lost
+                if self._missed.told_apart:
                     self.last_lost_ns = time.monotonic_ns()
-                self._lost = lost
-                lost += self._lost_earlier
-            if pushed_out is not None:
-                pushed_out += self._pushed_out_earlier
-            self._statistics.set_missed(self.topic, lost, pushed_out)
+            if not self._missed.begun and self._continued:
+                lost, pushed_out = lost or 0, 0
+            earlier_lost, earlier_pushed_out = self._earlier
+            self._statistics.set_missed(self.topic, _sum(earlier_lost, lost), _sum(earlier_pushed_out, pushed_out))
 
     def _open(self, qos: QoSProfile, overriding: QoSOverridingOptions | None = None) -> _Queue:
         name = f'image callback {self.topic}'
         on_message: Callable[..., None] = self._on_message_with_info if _HAS_MESSAGE_INFO else self._on_message
-        with contextlib.ExitStack() as failed:
-            subscription = self._node.create_subscription(
-                self._type,
-                self.topic,
-                self._guard(name, on_message),
-                qos,
-                callback_group=self._group if self._rcl is None else Untaken(),
-                qos_overriding_options=overriding,
-            )
-            failed.callback(self._node.destroy_subscription, subscription)
-            on_lost = self._guard(f'lost images of {self.topic}', self.count_missed)
-            queue = _Queue(self._node, subscription, MessagesLost(self._node, subscription, self._group, on_lost))
-            failed.callback(queue.lost.close)
-            if self._rcl is not None:
-                on_ready = self._guard(name, lambda: self._on_ready(queue))
-                queue.ready = SubscriptionReady(self._node, subscription, self._group, on_ready)
-            failed.pop_all()
+        subscription = self._node.create_subscription(
+            self._type,
+            self.topic,
+            self._guard(name, on_message),
+            qos,
+            callback_group=self._group if self._rcl is None else Untaken(),
+            qos_overriding_options=overriding,
+        )
+
+        def make_ready(queue: _Queue) -> SubscriptionReady:
+            on_ready = self._guard(name, lambda: self._on_ready(queue))
+            return SubscriptionReady(self._node, subscription, self._group, on_ready)
+
+        on_lost = self._guard(f'lost images of {self.topic}', self.count_missed)
+        lost = MessagesLost(self._node, subscription, self._group, on_lost)
+        return _Queue(self._node, subscription, lost, make_ready if self._rcl is not None else None)
+
+    def _listen(self, queue: _Queue) -> _Queue:
+        """Have an executor see to a queue, which is closed where that fails."""
+        try:
+            queue.listen()
+        except BaseException:
+            queue.close()
+            raise
         return queue
 
     def _serve(self, queue: _Queue) -> None:
         """Take images from this queue, and no longer from the one before."""
-        with self._changing:
+        with self._queues_lock:
             if queue.closed or queue is self._queue:
                 return
             before, self._queue, self._next_queue = self._queue, queue, None
@@ -232,12 +256,12 @@ class ImageStream:
 
     def _keep_the_newest_alone(self) -> None:
         """Open a queue of one, which is served as soon as it has an image: until then the other goes on."""
-        with self._changing:
+        with self._queues_lock:
             if self._closed or self._next_queue is not None:
                 return
             qos = copy.copy(self.qos)
             qos.depth = 1
-            self._next_queue = self._open(qos)
+            self._next_queue = self._listen(self._open(qos))
 
     def _take(self, queue: _Queue) -> bool:
         """Take one message; return whether there was one."""
@@ -297,6 +321,10 @@ class ImageStream:
         last, self._last_stamp_ns = self._last_stamp_ns, stamp
         if last is not None and (backwards_s := (last - stamp) / 1e9) > _LOOP_S:
             self._on_time_reset(self.topic, backwards_s)
+
+
+def _sum(earlier: int | None, now: int | None) -> int | None:
+    return None if earlier is None or now is None else earlier + now
 
 
 def queue_depth(qos: QoSProfile) -> str:

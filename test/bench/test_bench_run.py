@@ -123,8 +123,10 @@ def test_cores_are_held_awake_for_everybody_while_they_are_measured(monkeypatch,
 
     monkeypatch.setattr(CpuLatencyRequest, 'hold', refuse)
     monkeypatch.setattr(run.signal, 'signal', lambda number, handler: None)
-    assert run.main(['--cpu-wakeup-latency-us', '20', '--output', str(tmp_path / 'other')]) == 2
+    before = (tmp_path / 'out' / 'report.json').read_bytes()
+    assert run.main(['--cpu-wakeup-latency-us', '20', '--output', str(tmp_path / 'out')]) == 2
     assert 'not here' in capsys.readouterr().err
+    assert (tmp_path / 'out' / 'report.json').read_bytes() == before, 'an earlier run is replaced by one that begins'
 
 
 @pytest.fixture

@@ -180,8 +180,8 @@ def measure_overload(report: Report, directory: Path, seconds: float) -> None:
 
             def settled() -> dict[str, str] | None:
                 values: dict[str, str] = peer.values(f'Stream {CAMERA}')
-                lost = values['lost_before_node']
-                done = int(values['received']) + (int(lost) if lost.isdigit() else 0) >= int(sent)
+                missed = (values['lost_before_node'], values['dropped_in_queue'])
+                done = int(values['received']) + sum(int(one) for one in missed if one.isdigit()) >= int(sent)
                 return values if done or camera.poll() is not None else None
 
             values = wait_until(settled, 'the last images', 30.0)
@@ -192,6 +192,7 @@ def measure_overload(report: Report, directory: Path, seconds: float) -> None:
         report.add(f'overload: {name}', values[name])
     report.add('overload: lost_before_node', values['lost_before_node'], values['lost_before_node'] == '0')
     accounted = int(values['answered']) + int(values['unanswered']) + int(values['dropped_by_policy'])
+    accounted -= int(values['dropped_in_queue']) if values['dropped_in_queue'].isdigit() else 0
     report.add('overload: received and accounted for', str(accounted), accounted == int(values['received']))
     early, late = np.mean(samples[5:15]), np.mean(samples[-10:])
     report.add(

@@ -197,6 +197,8 @@ def test_what_a_queue_pushes_out_is_not_lost(ros_context, depth):
     publisher = node.create_publisher(Image, TOPIC, 20)
     wait_until(lambda: publisher.get_subscription_count() == 1, 'a match')
     lost = MessagesLost(node, subscription, node.default_callback_group, lambda: None)
+    assert lost not in node.waitables
+    lost.listen()
     for number in range(12):
         publisher.publish(image(number))
     lost.look()
@@ -217,9 +219,32 @@ def test_a_middleware_that_does_not_count_losses_is_no_error(ros_context, monkey
     subscription = node.create_subscription(Image, TOPIC, lambda message: None, 5)
     monkeypatch.setattr(rclpy_implementation, 'EventHandle', refuse)
     lost = MessagesLost(node, subscription, node.default_callback_group, lambda: None)
+    lost.listen()
     lost.look()
     assert lost.total is None and lost not in node.waitables
     lost.close()
+    node.destroy_node()
+
+
+def test_a_count_that_cannot_be_read_any_more_ends_and_no_callback_fails(ros_context, caplog):
+    node = rclpy.create_node('failing', context=ros_context, start_parameter_services=False)
+    subscription = node.create_subscription(Image, TOPIC, lambda message: None, 5)
+    lost = MessagesLost(node, subscription, node.default_callback_group, lambda: None)
+    lost.listen()
+
+    class Failing:
+        """The real one, but for its answer."""
+
+        def __init__(self, event):
+            self.destroy_when_not_in_use, self.__class__.__enter__ = event.destroy_when_not_in_use, lambda self: self
+            self.__class__.__exit__ = lambda self, *exception: None
+
+        def take_event(self):
+            raise rclpy_implementation.RCLError('no event')
+
+    lost._event = Failing(lost._event)
+    lost.look()
+    assert 'counted no further' in caplog.text and lost.total == 0 and lost not in node.waitables
     node.destroy_node()
 
 
@@ -238,6 +263,7 @@ subscription = node.create_subscription(
     Image, sys.argv[1], lambda image: taken.append(image.header.stamp.sec),
     QoSProfile(depth=20, reliability=ReliabilityPolicy.BEST_EFFORT))
 lost = MessagesLost(node, subscription, node.default_callback_group, lambda: told.append(lost.total))
+lost.listen()
 executor = SingleThreadedExecutor()
 executor.add_node(node)
 deadline = time.monotonic() + 60.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import struct
 import time
 
 import pytest
@@ -17,6 +18,7 @@ from sensor_msgs.msg import Image
 
 from gps_denied_c7.cpu_latency import CpuLatencyRequest
 from gps_denied_c7.ros.parameters import PARAMETERS
+from gps_denied_c7.ros.streams import ImageStream
 
 CAMERA = '/camera/image_raw'
 
@@ -255,7 +257,7 @@ def held(monkeypatch):
     return asked
 
 
-def test_cores_are_held_awake_while_the_node_is_active(ros_context, tmp_path, held):
+def test_cores_are_held_awake_while_the_node_is_active(ros_context, tmp_path, held, monkeypatch):
     local = LocalNode(ros_context, model_path=copying(tmp_path), cpu_threads=1, cpu_wakeup_latency_us=20)
     try:
         assert local.node.transition('configure') and set(held) <= {None}
@@ -267,9 +269,12 @@ def test_cores_are_held_awake_while_the_node_is_active(ros_context, tmp_path, he
         assert not local.set('cpu_wakeup_latency_us', -2).successful
         assert local.set('cpu_wakeup_latency_us', 0).successful and held[-1] == 0
         assert local.node.transition('deactivate') and held[-1] is None
-        asked = len(held)
-        assert local.set('cpu_wakeup_latency_us', 30).successful and len(held) == asked
+        assert local.set('cpu_wakeup_latency_us', 30).successful and held[-1] is None
         assert local.node.transition('activate') and held[-1] == 30
+        with monkeypatch.context() as patched:
+            patched.setattr(ImageStream, 'close', lambda self: 1 / 0)
+            local.node.transition('deactivate')
+        assert held[-1] is None, 'whatever fails'
     finally:
         local.close()
     assert held[-1] is None
@@ -282,7 +287,9 @@ def test_cores_that_cannot_be_held_awake_are_a_notice_and_no_failure(ros_context
     try:
         assert local.node.transition('configure') and local.node.transition('activate')
         wait_until(lambda: 'udev' in near_peer.values('Runtime').get('notice 1', ''), 'the remedy')
-        assert local.set('cpu_wakeup_latency_us', -1).successful
+        (tmp_path / 'missing').write_bytes(b'')
+        assert local.set('cpu_wakeup_latency_us', 20).successful, 'asked for again, once it may be'
         wait_until(lambda: 'notice 1' not in near_peer.values('Runtime'), 'the notice to end')
+        assert (tmp_path / 'missing').read_bytes() == struct.pack('i', 20)
     finally:
         local.close()

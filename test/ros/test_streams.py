@@ -261,6 +261,11 @@ def test_a_stream_opened_anew_goes_on_counting(stream, full_turns):
     before = stream.counted()
     assert before.pushed_out == 5 and before.lost == 0
     stream.made.close()
+    for _ in range(2):
+        unused = stream.open()
+        unused.count_missed()
+        assert (stream.counted().pushed_out, stream.counted().lost) == (5, 0), 'nothing came, and nothing is forgotten'
+        unused.close()
     again = stream.open()
     stream.listeners(1)
     stream.publish(image(60))
@@ -302,6 +307,21 @@ def test_where_the_middleware_does_not_count_losses_a_gap_is_one_and_no_alert(st
         stream.publish(image(number))
     stream.ready()
     assert stream.counted().lost > 0 and stream.made.last_lost_ns is None
+
+
+def test_what_could_not_be_told_stays_unknown_when_the_stream_is_opened_anew(stream, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(MessagesLost, 'total', None)
+        stream.publish(image(1))
+        stream.ready()
+        assert (stream.counted().lost, stream.counted().pushed_out) == (0, None)
+        stream.made.close()
+    again = stream.open()
+    stream.listeners(1)
+    stream.publish(image(2))
+    again._on_ready(again._queue)
+    assert (stream.counted().lost, stream.counted().pushed_out) == (0, None)
+    again.close()
 
 
 def test_a_queue_that_cannot_be_opened_leaves_no_subscription(stream, full_turns, monkeypatch):
