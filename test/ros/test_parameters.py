@@ -205,7 +205,8 @@ def test_start_values_that_contradict_each_other_can_be_put_right_one_by_one(ben
 def test_a_live_parameter_takes_effect_in_any_state(bench, declaration):
     made = bench()
     made.why_fixed = 'cannot change while active.'
-    value = 'off' if declaration.type is Parameter.Type.STRING else 7.0
+    values = {Parameter.Type.STRING: 'off', Parameter.Type.INTEGER: 7, Parameter.Type.DOUBLE: 7.0}
+    value = values[declaration.type]
     assert made.set(**{declaration.name: value}).successful
     assert getattr(made.live[-1], declaration.name) == value
     assert getattr(made.parameters.live(), declaration.name) == value
