@@ -258,7 +258,13 @@ def held(monkeypatch):
 
 
 def test_cores_are_held_awake_while_the_node_is_active(ros_context, tmp_path, held, monkeypatch):
-    local = LocalNode(ros_context, model_path=copying(tmp_path), cpu_threads=1, cpu_wakeup_latency_us=20)
+    local = LocalNode(
+        ros_context,
+        model_path=copying(tmp_path),
+        image_topics=['/left', '/right'],
+        cpu_threads=1,
+        cpu_wakeup_latency_us=20,
+    )
     try:
         assert local.node.transition('configure') and set(held) <= {None}
         assert local.node.transition('activate') and held[-1] == 20
@@ -274,7 +280,7 @@ def test_cores_are_held_awake_while_the_node_is_active(ros_context, tmp_path, he
         with monkeypatch.context() as patched:
             patched.setattr(ImageStream, 'close', lambda self: 1 / 0)
             local.node.transition('deactivate')
-        assert held[-1] is None, 'whatever fails'
+        assert held[-1] is None, 'whatever fails, and fails again in the error processing'
     finally:
         local.close()
     assert held[-1] is None
