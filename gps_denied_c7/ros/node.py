@@ -643,7 +643,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
                 lost_s=_since_s(now_ns, stream.last_lost_ns) if stream else None,
                 too_old=self._dropped_by_age[topic],
                 mismatches=self._mismatches.get(topic, ()),
-                queue_depth=stream.queue_depth if stream else 'closed',
+                queue_depth=queue_depth(stream.qos) if stream else 'closed',
             )
             reports.append(stream_report(health, active=stream is not None))
         reports.append(latency_report(snapshot.stages, self._live.latency_warn_ms))

@@ -164,11 +164,6 @@ class ImageStream:
         assert self._queue is not None
         return self._queue.qos
 
-    @property
-    def queue_depth(self) -> str:
-        """How many images the middleware keeps for this stream."""
-        return queue_depth(self.qos)
-
     def close(self) -> None:
         """End the subscription."""
         with self._queues_lock:

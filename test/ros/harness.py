@@ -343,6 +343,18 @@ class LocalNode:
         self.node.destroy_node()
 
 
+@contextlib.contextmanager
+def active_node(context: rclpy.Context, topic: str, model_path: str) -> Iterator[LocalNode]:
+    """A node in this process that is active and misses no image of ``topic`` on the way; shut down at the end."""
+    reliable = {f'qos_overrides.{topic}.subscription.reliability': 'reliable'}
+    local = LocalNode(context, model_path=model_path, cpu_threads=1, **reliable)
+    try:
+        assert local.node.transition('configure') and local.node.transition('activate')
+        yield local
+    finally:
+        local.close()
+
+
 class NodeProcess:
     """
     Run ``c7_inference_node`` as a process of its own.

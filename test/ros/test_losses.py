@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import rclpy
-from harness import LocalNode, image, wait_until
+from harness import active_node, image, wait_until
 from networks import copying
 from rclpy.impl.implementation_singleton import rclpy_implementation
 from rclpy.qos import QoSProfile, ReliabilityPolicy
@@ -308,14 +308,7 @@ def test_what_does_not_fit_through_udp_is_counted_as_lost(ros_context, domain_id
 def test_the_node_says_that_images_are_lost_and_that_a_camera_overran_it(ros_context, near_peer, tmp_path, monkeypatch):
     lost = [0]
     monkeypatch.setattr(MessagesLost, 'total', property(lambda self: lost[0]))
-    local = LocalNode(
-        ros_context,
-        model_path=copying(tmp_path),
-        cpu_threads=1,
-        **{f'qos_overrides.{TOPIC}.subscription.reliability': 'reliable'},
-    )
-    try:
-        assert local.node.transition('configure') and local.node.transition('activate')
+    with active_node(ros_context, TOPIC, copying(tmp_path)) as local:
         near_peer.wait_matched(TOPIC)
         near_peer.ask(TOPIC, image(1))
         known = {'lost_before_node': '0', 'dropped_in_queue': '0', 'queue_depth': '5'}
@@ -334,5 +327,3 @@ def test_the_node_says_that_images_are_lost_and_that_a_camera_overran_it(ros_con
         near_peer.ask(TOPIC, image(2))
         wait_until(lambda: near_peer.values(f'Stream {TOPIC}')['queue_depth'] == '1', 'the newest to be kept alone')
         assert near_peer.ask(TOPIC, image(3)).header.stamp.sec == 3
-    finally:
-        local.close()

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import rclpy
 from gps_denied_c7_msgs.msg import Tensor, TensorList
-from harness import LocalNode, image, tensor, wait_until
+from harness import active_node, image, tensor, wait_until
 from networks import copying
 from rclpy.exceptions import InvalidHandle
 from rclpy.executors import SingleThreadedExecutor
@@ -387,14 +387,7 @@ def test_where_rcl_cannot_be_called_rclpy_does_it(break_it, error, word, monkeyp
 def test_the_node_answers_with_and_without(direct, ros_context, near_peer, tmp_path, monkeypatch):
     if not direct:
         monkeypatch.setattr('gps_denied_c7.ros.node.load_rcl', lambda *message_types: None)
-    local = LocalNode(
-        ros_context,
-        model_path=copying(tmp_path),
-        cpu_threads=1,
-        **{f'qos_overrides.{TOPIC}.subscription.reliability': 'reliable'},
-    )
-    try:
-        assert local.node.transition('configure') and local.node.transition('activate')
+    with active_node(ros_context, TOPIC, copying(tmp_path)) as local:
         near_peer.wait_matched(TOPIC)
         for number in (1, 2, 3):
             question = image(number)
@@ -421,5 +414,3 @@ def test_the_node_answers_with_and_without(direct, ros_context, near_peer, tmp_p
         assert local.node.transition('activate')
         near_peer.wait_matched(TOPIC)
         assert near_peer.ask(TOPIC, image(5)).header.frame_id == 'camera 5'
-    finally:
-        local.close()
