@@ -116,9 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _serve(cameras: Cameras, command: dict[str, Any]) -> dict[str, Any]:
     if command['do'] == 'match':
         return {'matched_s': cameras.wait_matched(command['contestant'], command['timeout_s'])}
-    began_ns = time.time_ns()
     stamps = cameras.send(command['contestant'], command['rate_hz'], command['seconds'])
-    return {'began_ns': began_ns, 'ended_ns': time.time_ns(), 'stamps': stamps}
+    return {'ended_ns': time.time_ns(), 'stamps': stamps}
 
 
 if __name__ == '__main__':

@@ -29,11 +29,12 @@ SECTIONS: Mapping[str, tuple[str, ...]] = {
 }
 """The parts of a report, and the plots that each shows."""
 
-_SCHEMA_VERSION = 3
+_SCHEMA_VERSION = 4
 
 _HOW = (
-    'A ratio or difference of p50 is the median over the repetitions, of each with the one that was measured beside '
-    'it; one of p99 is of all repetitions together. They need not be those of the medians below.'
+    'A ratio or difference of p50, or of answers per second, is the median over the repetitions, of each with the one '
+    'that was measured beside it; one of p99 is of all repetitions together. They need not be those of the medians '
+    'below.'
 )
 
 
