@@ -63,7 +63,7 @@ class Cameras:
 
     def send(self, name: str, rate_hz: float, seconds: float) -> list[int]:
         """
-        Publish to one contestant and return the stamps sent.
+        Publish to one contestant, return the stamps sent once the last frame's time is over.
 
         The cameras take turns within a period, as cameras that nobody triggers together do. A frame that is late is
         sent late and none is left out, unless it is more than a second behind.
@@ -73,10 +73,8 @@ class Cameras:
         stamps = []
         began = time.monotonic()
         for number in range(max(1, round(seconds / period))):
-            due = began + number * period
-            if (ahead := due - time.monotonic()) > 0:
-                time.sleep(ahead)
-            elif ahead < -1.0:
+            behind = _wait_until(began + number * period)
+            if behind > 1.0:
                 break
             image = self._images[number % _DISTINCT]
             stamp_ns = time.time_ns()
@@ -84,7 +82,16 @@ class Cameras:
             stamp.sec, stamp.nanosec = divmod(stamp_ns, 10**9)
             self._rcl.publish(publishers[number % len(publishers)], image)
             stamps.append(stamp_ns)
+        # What is sent next, to whomever, keeps the rate.
+        _wait_until(began + len(stamps) * period)
         return stamps
+
+
+def _wait_until(due: float) -> float:
+    """Return the seconds by which that time of the steady clock is past."""
+    if (ahead := due - time.monotonic()) > 0:
+        time.sleep(ahead)
+    return max(0.0, -ahead)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -71,7 +71,7 @@ class Block:
 
     :param stamps: header stamps of the frames that count, nanoseconds.
     :param warm_up: frames sent just before them, which do not count.
-    :param ended_ns: wall clock when the last was sent.
+    :param ended_ns: wall clock when the last one's period was over.
     :param answers: everything that came meanwhile and a little after, as the listener noted it.
     :param cpu_s: processor seconds by process, warm-up and settling included.
     :param elapsed_s: time in which they were spent.

@@ -24,12 +24,17 @@ def descendants(pid: int) -> list[int]:
 
 
 def cpu_seconds(pid: int) -> float:
-    """Return the processor seconds of a process and its living descendants, user and system."""
+    """
+    Return the processor seconds of a process and its descendants, user and system.
+
+    Of those that have ended, only what their parent has waited for is known; it does not get less when one ends.
+    """
     total = 0
     for one in descendants(pid):
         with contextlib.suppress(OSError):
             fields = (_PROC / str(one) / 'stat').read_text().rpartition(')')[2].split()
-            total += int(fields[11]) + int(fields[12])
+            # Its own, and of children that are gone.
+            total += sum(map(int, fields[11:15]))
     return total / _TICKS
 
 

@@ -232,6 +232,8 @@ def _claim(output: Path) -> Path:
 def _environment(case: Case, domain_id: int, output: Path, processes: int) -> dict[str, str]:
     environ = child_environment(domain_id, output, processes)
     environ['ROS_LOG_DIR'] = str(output / 'ros_log')
+    # Everybody runs on the CPU; what a GPU is worth, its own results tell.
+    environ['CUDA_VISIBLE_DEVICES'] = ''
     if case.transport == DEFAULT_TRANSPORT:
         for name in _PROFILE_VARIABLES:
             environ.pop(name, None)
@@ -402,6 +404,8 @@ class _Measurement:
             'image_topics': topics,
             'model_path': str(self._model.path),
             'autostart': True,
+            # Nothing better is there to be found, and whoever looks for it is in everybody's way.
+            'promotion_backoff_s': [3600.0, 3600.0],
             'engine_cache_dir': str(self._directory / 'engines' / 'engine_cache'),
             'ort_trt_cache_dir': str(self._directory / 'engines' / 'ort_trt_cache'),
             **contestant.parameters,
