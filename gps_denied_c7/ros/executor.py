@@ -13,11 +13,16 @@ from rclpy.context import Context
 from rclpy.exceptions import InvalidHandle
 from rclpy.executors import Executor, ExternalShutdownException, ShutdownException, TimeoutException
 
-__all__ = ['PoolExecutor', 'PromptCallbackGroup']
+__all__ = ['PoolExecutor', 'PromptCallbackGroup', 'give_way']
 
 _WAKE_S = 0.2
 _YIELD_S = 0.001
 _PAUSE_S = 0.001
+
+
+def give_way() -> None:
+    """Let go of the interpreter for as long as whoever was woken just now needs to come to what runs without it."""
+    time.sleep(_PAUSE_S)
 
 
 class PromptCallbackGroup(MutuallyExclusiveCallbackGroup):
@@ -76,8 +81,10 @@ class PoolExecutor(Executor):
             return
         task, entity, _ = ready
         if isinstance(getattr(entity, 'callback_group', None), PromptCallbackGroup):
+            end = time.monotonic() + self._pause_s
             self._execute(task)
-            time.sleep(self._pause_s)
+            # Less what the callback has given way itself.
+            time.sleep(max(0.0, end - time.monotonic()))
             return
         if task in self._handed_over or task.done():
             # Every thread is busy. Without a pause, this loop would keep them from getting on.

@@ -18,7 +18,7 @@ from rclpy.subscription import Subscription
 from sensor_msgs.msg import CompressedImage, Image
 
 from gps_denied_c7.errors import ImageRejectedError
-from gps_denied_c7.ros.executor import PromptCallbackGroup
+from gps_denied_c7.ros.executor import PromptCallbackGroup, give_way
 from gps_denied_c7.ros.guard import CallbackGuard
 from gps_denied_c7.ros.losses import MessagesLost, MissedMessages
 from gps_denied_c7.ros.messages import (
@@ -296,9 +296,12 @@ class ImageStream:
         except ImageRejectedError as error:
             self._on_refused(self.topic, error)
         else:
+            waiting = self._slots.has(self.topic)
             if not self._slots.put(Frame(self.topic, message, received_ns, now_ns)):
                 self._statistics.count(self.topic, 'closed')
-            # What nobody answers by is left for when the inference thread is on its way.
+            elif not waiting:
+                # Nobody answers by what follows, and the inference thread may have been woken.
+                give_way()
             self._note_stamp(stamp_ns(message.header))
         if self._missed.note(info, self._publishers(info)):
             self.count_missed()

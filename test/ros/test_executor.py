@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import rclpy
 from harness import wait_until
 from rclpy.callback_groups import ReentrantCallbackGroup
 
+from gps_denied_c7.ros import executor as executors
 from gps_denied_c7.ros.executor import PoolExecutor, PromptCallbackGroup
 
 
@@ -158,3 +160,24 @@ def test_n4_a_prompt_callback_runs_at_once_where_it_spins_whoever_blocks_the_poo
         assert [str(error) for error in spinning.escaped] == ['escaped']
     finally:
         over.set()
+
+
+@pytest.mark.parametrize(('takes_s', 'left_s'), [(0.0, 0.5), (0.125, 0.375), (0.5, 0.0), (2.0, 0.0)])
+def test_a_prompt_callback_is_followed_by_what_is_left_of_a_pause(ros_context, monkeypatch, takes_s, left_s):
+    """It may have given way itself, and the next image need not wait for another pause."""
+    now, slept = [1000.0], []
+
+    def prompt():
+        now[0] += takes_s
+
+    node = rclpy.create_node('prompt', context=ros_context)
+    executor = PoolExecutor(1, on_escape=pytest.fail, context=ros_context, pause_s=0.5)
+    executor.add_node(node)
+    node.create_guard_condition(prompt, callback_group=PromptCallbackGroup()).trigger()
+    with monkeypatch.context() as patched:
+        patched.setattr(executors, 'time', SimpleNamespace(monotonic=lambda: now[0], sleep=slept.append))
+        while now[0] == 1000.0 and not slept:
+            executor.spin_once(timeout_sec=5.0)
+    executor.shutdown()
+    node.destroy_node()
+    assert slept == [left_s]

@@ -93,6 +93,18 @@ def test_an_image_nothing_waits_before_is_handed_on_at_once(stream):
     assert stream.counted().received == 2 and stream.waiting() == 2
 
 
+def test_who_answers_an_image_comes_before_what_is_noted_of_it(stream, monkeypatch):
+    """The inference thread needs the interpreter, too; one that has an image before it was not woken."""
+    order = []
+    monkeypatch.setattr(streams, 'give_way', lambda: order.append(f'gives way to {stream.made._slots.has(TOPIC)}'))
+    monkeypatch.setattr(stream.made, '_note_stamp', lambda stamp: order.append('notes'))
+    for number, done in ((1, ['gives way to True', 'notes']), (2, ['notes'])):
+        stream.publish(image(number))
+        stream.ready()
+        assert order == done
+        order.clear()
+
+
 def test_an_executor_leaves_every_image_to_the_stream(stream, ros_context):
     executor = SingleThreadedExecutor(context=ros_context)
     executor.add_node(stream.node)
