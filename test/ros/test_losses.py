@@ -269,7 +269,7 @@ executor.add_node(node)
 deadline = time.monotonic() + 60.0
 while int(sys.argv[2]) not in taken and time.monotonic() < deadline:
     executor.spin_once(timeout_sec=0.1)
-    print(json.dumps({'publishers': subscription.get_publisher_count(), 'taken': taken}), flush=True)
+    print(json.dumps({'taken': taken}), flush=True)
 turns, until = 0, time.monotonic() + 0.5
 while time.monotonic() < until:
     executor.spin_once(timeout_sec=0.1)
@@ -287,9 +287,9 @@ def test_what_does_not_fit_through_udp_is_counted_as_lost(ros_context, domain_id
     environ = {**os.environ, 'ROS_DOMAIN_ID': str(domain_id), 'FASTDDS_BUILTIN_TRANSPORTS': 'UDPv4'}
     command = [sys.executable, '-c', _RECEIVER, TOPIC, str(large + 1)]
     with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) as receiver:
-        while not (json.loads(receiver.stdout.readline())['publishers'] and publisher.get_subscription_count()):
-            pass
-        publisher.publish(image(0, **small))
+        # One that is sent while the ends still match may be lost, and nobody tells of those before the first.
+        while not json.loads(receiver.stdout.readline())['taken']:
+            publisher.publish(image(0, **small))
         for number in range(1, large + 1):
             publisher.publish(image(number, width=6000, height=4000))
         # What is sent last must not be lost, too.
@@ -297,7 +297,8 @@ def test_what_does_not_fit_through_udp_is_counted_as_lost(ros_context, domain_id
         publisher.publish(image(large + 1, **small))
         said = json.loads(receiver.stdout.readlines()[-1])
     node.destroy_node()
-    taken = said['taken']
+    first = said['taken'].count(0)
+    taken = said['taken'][first - 1 :]
     if len(taken) == large + 2:
         pytest.skip('the socket buffers of this host hold 24 MB')
     assert taken[0] == 0 and taken[-1] == large + 1 and len(taken) + said['lost'] == large + 2
