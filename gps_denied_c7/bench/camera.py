@@ -124,7 +124,7 @@ def _serve(cameras: Cameras, command: dict[str, Any]) -> dict[str, Any]:
     if command['do'] == 'match':
         return {'matched_s': cameras.wait_matched(command['contestant'], command['timeout_s'])}
     stamps = cameras.send(command['contestant'], command['rate_hz'], command['seconds'])
-    return {'ended_ns': time.time_ns(), 'stamps': stamps}
+    return {'stamps': stamps}
 
 
 if __name__ == '__main__':

@@ -69,9 +69,8 @@ class Block:
     """
     Hold one uninterrupted measurement of one contestant.
 
-    :param stamps: header stamps of the frames that count, nanoseconds.
+    :param stamps: header stamps of the frames that count, nanoseconds, in the order sent.
     :param warm_up: frames sent just before them, which do not count.
-    :param ended_ns: wall clock when the last one's period was over.
     :param answers: everything that came meanwhile and a little after, as the listener noted it.
     :param cpu_s: processor seconds by process, warm-up and settling included.
     :param elapsed_s: time in which they were spent.
@@ -79,7 +78,6 @@ class Block:
 
     stamps: Sequence[int]
     warm_up: int
-    ended_ns: int
     answers: Sequence[Mapping[str, int]]
     cpu_s: Mapping[str, float]
     elapsed_s: float
@@ -98,17 +96,17 @@ class Block:
     @property
     def answered_hz(self) -> float:
         """
-        Answers per second while the frames that count were being sent.
+        Answers per second from the first frame that counts to the last one.
 
         One that arrived after the end counts for the part of its time that lay before it, and so at the beginning: a
         second and a half has room for 45 answers of 30 ms, and a whole one more or less would be two percent.
         """
         arrivals = sorted(answer['arrival_ns'] for answer in self.answers)
-        if not arrivals or not self.stamps:
+        if not arrivals or len(self.stamps) < 2:
             return 0.0
-        count = np.arange(1, len(arrivals) + 1)
-        before, after = np.interp([self.stamps[0], self.ended_ns], arrivals, count, left=0)
-        return float((after - before) / max((self.ended_ns - self.stamps[0]) * 1e-9, 1e-9))
+        ends = self.stamps[0], self.stamps[-1]
+        before, after = np.interp(ends, arrivals, np.arange(1, len(arrivals) + 1), left=0)
+        return float((after - before) / ((ends[1] - ends[0]) * 1e-9))
 
 
 def stages_of(answer: Mapping[str, int]) -> dict[str, float]:

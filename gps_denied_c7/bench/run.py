@@ -393,7 +393,7 @@ class _Measurement:
         time.sleep(settle_s)
         answers += self._collect(name)['answers']
         # What left before both ends had matched is lost on nobody.
-        running.record.blocks.append(Block((), len(answers), 0, answers, {}, 0.0))
+        running.record.blocks.append(Block((), len(answers), answers, {}, 0.0))
 
     def _arguments(self, contestant: Contestant, topics: list[str]) -> list[str]:
         rename = ['-r', f'__node:={contestant.name}']
@@ -458,7 +458,6 @@ class _Measurement:
             Block(
                 stamps=sent['stamps'],
                 warm_up=len(warm_up['stamps']),
-                ended_ns=sent['ended_ns'],
                 answers=self._collect(name)['answers'],
                 cpu_s=spent,
                 elapsed_s=elapsed,
@@ -474,7 +473,7 @@ class _Measurement:
             return
         collected, record = self._collect(running.name), running.record
         if collected['answers']:
-            record.blocks.append(Block((), 0, 0, collected['answers'], {}, 0.0))
+            record.blocks.append(Block((), 0, collected['answers'], {}, 0.0))
         record.statuses.append(collected['statuses'])
         record.memory_mb.append(memory_mb(running.child.process.pid))
 

@@ -46,7 +46,7 @@ def block(latencies_ms: list[int], *, warm_up: int = 0, missing: int = 0, **cpu_
     stamps = [10**18 + number * 100 * MS for number in range(len(latencies_ms) + missing)]
     answers = [answer(stamp, latency_ms=latency) for stamp, latency in zip(stamps, latencies_ms, strict=False)]
     warm = [answer(10**18 - (number + 1) * 100 * MS, latency_ms=50) for number in range(warm_up)]
-    return Block(stamps, warm_up, stamps[0] + 10**9, [*warm, *answers], cpu_s, 2.0)
+    return Block(stamps, warm_up, [*warm, *answers], cpu_s, 2.0)
 
 
 def result(name: str, p50s: list[float], p99: float, **fields: object) -> Result:
@@ -73,9 +73,10 @@ def test_a_summary_counts_warm_up_among_frames_and_nowhere_else():
     assert (found.sent, found.answered, found.lost, found.dropped) == (10, 10, 0, None)
     assert found.latency.count == 6 and found.latency.p50 == pytest.approx(25)
     assert found.p50_by_repetition == pytest.approx((20, 40))
-    # The first answer of each lies partly in the warm-up: 50 ms of 60, and of 70.
-    assert found.answered_hz_by_repetition == pytest.approx((3 - 5 / 6, 3 - 5 / 7))
-    assert found.answered_hz == pytest.approx(3 - 65 / 84)
+    # In 200 ms: of the first answer, 50 ms of 60 and of 70 lie before; of the last, 30 of 110 and 60 of 120 after.
+    rates = ((3 - 5 / 6 - 3 / 11) / 0.2, (3 - 5 / 7 - 1 / 2) / 0.2)
+    assert found.answered_hz_by_repetition == pytest.approx(rates)
+    assert found.answered_hz == pytest.approx(sum(rates) / 2)
     assert found.outside.p50 == pytest.approx(7)
     assert found.cpu_ms_per_answer == pytest.approx({'contestant': 80})
     assert found.cpu_percent == pytest.approx({'contestant': 20})
@@ -87,16 +88,25 @@ def test_no_whole_answer_more_or_less_is_in_a_rate(period_ms, phase_ms):
     """An engine that is never idle is as fast in a second and a half as in an hour."""
     began = 10**18
     answers = [answer(began + (number * period_ms + phase_ms - 400) * MS) for number in range(80)]
-    one = Block([began, began + 1600 * MS], 0, began + 1600 * MS, answers, {}, 2.0)
+    one = Block([began, began + 1600 * MS], 0, answers, {}, 2.0)
     assert one.answered_hz == pytest.approx(1000 / period_ms, rel=1e-6)
 
 
 def test_a_rate_of_few_answers_is_how_many_came():
     """Lost ones between them are not made up for, whenever the few came."""
     began = 10**18
+    ends = [began, began + 2000 * MS]
     few = [answer(began + 100 * MS), answer(began + 200 * MS)]
-    assert Block([began], 0, began + 2000 * MS, few, {}, 2.0).answered_hz == pytest.approx(1)
-    assert Block([began], 0, began + 2000 * MS, [], {}, 2.0).answered_hz == 0
+    assert Block(ends, 0, few, {}, 2.0).answered_hz == pytest.approx(1)
+    assert Block(ends, 0, [], {}, 2.0).answered_hz == Block(ends[:1], 0, few, {}, 2.0).answered_hz == 0
+
+
+def test_the_rate_of_who_answers_everything_is_that_of_the_camera():
+    """However long after the image, and whatever was sent before."""
+    stamps = [10**18 + number * 33 * MS for number in range(48)]
+    warm = [answer(stamps[0] - number * 33 * MS) for number in range(1, 12)]
+    one = Block(stamps, 11, [*warm, *map(answer, stamps)], {}, 2.0)
+    assert one.answered_hz == pytest.approx(1000 / 33, rel=1e-6)
 
 
 def test_frames_dropped_by_policy_are_not_lost():
@@ -105,13 +115,13 @@ def test_frames_dropped_by_policy_are_not_lost():
         'Stream /one/camera_1/image_raw': {'dropped_by_policy': '1', 'lost_before_node': 'unknown'},
         'Latency': {'publish_p50_ms': '0.25'},
     }
-    early = Block((), 4, 0, [answer(1)], {}, 0.0)
+    early = Block((), 4, [answer(1)], {}, 0.0)
     found = summarise('one', 'One', [early, block([10, 20], missing=3, contestant=0.1)], statuses=[statuses])
     assert (found.sent, found.answered, found.dropped, found.lost) == (9, 3, 4, 2)
     assert found.lost_before_node == '2, unknown'
     assert found.publish_call_ms == 0.25
     # The block before the first repetition changes no figure but the counts.
-    assert found.p50_by_repetition == pytest.approx((15,)) and found.answered_hz == pytest.approx(2)
+    assert found.p50_by_repetition == pytest.approx((15,)) and found.answered_hz == pytest.approx(5)
 
 
 def test_what_the_processes_of_a_contestant_tell_is_put_together():
