@@ -46,6 +46,7 @@ class Part:
 PARTS: Mapping[str, Part] = {
     'last': Part('benchmarks.md', ('limits', 'cases')),
     'awake': Part('benchmarks.md', ('limits',), heading='###'),
+    'many': Part('benchmarks.md', ('limits',), heading='###'),
     'growth': Part('benchmarks.md', ('series',)),
     'matrix': Part('benchmark-matrix.md', ('overview',), heading='#'),
     'again': Part('benchmark-matrix.md', ('overview',)),

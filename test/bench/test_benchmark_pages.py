@@ -81,7 +81,7 @@ def test_a_run_without_its_plots_is_refused(pages, run, docs, capsys):
     assert (docs / 'benchmarks.md').read_text() == before
 
 
-@pytest.mark.parametrize('name', ['last', 'awake', 'growth', 'matrix', 'again'])
+@pytest.mark.parametrize('name', ['last', 'awake', 'many', 'growth', 'matrix', 'again'])
 def test_each_part_has_its_place(pages, name):
     """And the plots that the page shows there are the part's own."""
     part = pages.PARTS[name]
