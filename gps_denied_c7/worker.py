@@ -1,5 +1,5 @@
 """
-Run one engine in a process of its own: ``python -m gps_denied_c7.worker --channel END IN OUT`` (F-1).
+Run one engine in a process of its own: ``python -m gps_denied_c7.worker --channel FD`` (F-1).
 
 Started by :mod:`gps_denied_c7.worker_process` alone. Vendor libraries live and die here; whoever started this
 process has its frames answered by another one then. Until its parent's death is its own, it imports nothing large.
@@ -14,6 +14,7 @@ import logging
 import os
 import resource
 import signal
+import socket
 import sys
 import threading
 
@@ -43,16 +44,14 @@ def die_with_parent() -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Serve until the channel is closed from the other end."""
     parser = argparse.ArgumentParser(prog='gps_denied_c7.worker', description='Run one engine for a node.')
-    parser.add_argument(
-        '--channel', type=int, nargs=3, required=True, metavar=('END', 'IN', 'OUT'), help='descriptors of its channel'
-    )
+    parser.add_argument('--channel', type=int, required=True, help='descriptor of the socket to the node')
     parser.add_argument('--lifetime', type=int, required=True, help='descriptor that is closed when the node ends')
     parser.add_argument('--spare', metavar='STRATEGY', help='import what it needs, say so, and wait')
     options = parser.parse_args(arguments)
     die_with_parent()
     _set_up_process()
     threading.Thread(target=_end_with, args=(options.lifetime,), name='c7-lifetime', daemon=True).start()
-    channel = Channel.of_descriptors(*options.channel)
+    channel = Channel(socket.socket(fileno=options.channel))
     if options.spare:
         _get_ready(options.spare, channel)
     from gps_denied_c7.worker_service import EngineService

@@ -1,10 +1,4 @@
-"""
-How a node and its worker processes talk: packets over a socket pair, with descriptors beside them (F-1).
-
-Numbers alone, which is what is said with every frame, go through a pair of pipes. The kernel needs less code for those
-than for a socket: in caches that an image and an engine have filled, 0.06 ms to a process that waits instead of 0.1.
-A packet is announced there, so that all arrives in the order in which it was said, and at one descriptor.
-"""
+"""How a node and its worker processes talk: small packets over a socket pair, with descriptors beside them (F-1)."""
 
 from __future__ import annotations
 
@@ -16,7 +10,6 @@ import select
 import socket
 import struct
 from collections.abc import Iterable, Mapping
-from io import FileIO
 from typing import Any
 
 from gps_denied_c7 import errors
@@ -33,11 +26,9 @@ __all__ = ['Channel', 'ChannelClosedError', 'error_from_json', 'error_to_json', 
 
 _PACKET_BYTES = 1 << 16
 _TEXT_CHARACTERS = 8000
-# How many numbers, and those; none where a packet waits at the socket. Short enough for a pipe to keep it whole.
-_RECORD = struct.Struct('<4Q')
-_RECORDS = {count: struct.Struct(f'<{1 + count}Q{8 * (3 - count)}x') for count in range(1, 4)}
-_PACKET_WAITS = bytes(_RECORD.size)
-_UNREAD = 'a packet could not be sent: the other end reads none.'
+# Packets of these sizes that begin with what no JSON begins with: numbers alone.
+_NUMBERS_MARK = 0
+_NUMBERS = {layout.size: layout for layout in (struct.Struct(f'<B{count}Q') for count in range(1, 4))}
 _ANCILLARY_BYTES = socket.CMSG_SPACE(4 * array.array('i').itemsize)
 
 
@@ -47,57 +38,29 @@ class ChannelClosedError(C7Error):
 
 class Channel:
     """
-    Send and receive packets, each one JSON object, or up to three numbers alone.
+    Send and receive packets, each one JSON object, or up to three numbers alone: what is said with every frame.
 
     A packet arrives whole or not at all. What comes from a worker is data only: nothing in it is executed.
 
     :param end: one end of a ``SOCK_SEQPACKET`` pair, owned by this object.
-    :param incoming: the pipe from the other end, unbuffered, owned likewise; :meth:`receive` waits where it does.
-    :param outgoing: the pipe to the other end, unbuffered, which does not wait; owned likewise.
     :param takes_descriptors: whether any are received; those that come all the same are closed by the kernel.
     """
 
-    def __init__(
-        self, end: socket.socket, incoming: FileIO, outgoing: FileIO, *, takes_descriptors: bool = True
-    ) -> None:
+    def __init__(self, end: socket.socket, *, takes_descriptors: bool = True) -> None:
         self._end = end
-        self._incoming = incoming
-        self._outgoing = outgoing
         self._takes_descriptors = takes_descriptors
         # A packet is read into one place, so that none costs an allocation of the largest one's size.
         self._packet = bytearray(_PACKET_BYTES)
 
     @classmethod
     def pair(cls) -> tuple[Channel, Channel]:
-        """
-        Return two connected channels: the node's, which takes no descriptors and never waits, and its worker's.
-
-        :raises OSError: there is no descriptor left for them.
-        """
-        with contextlib.ExitStack() as failed:
-            ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            failed.callback(ours.close)
-            failed.callback(theirs.close)
-            from_worker, to_node = _pipe(failed)
-            from_node, to_worker = _pipe(failed)
-            for pipe in (from_worker, to_node, to_worker):
-                os.set_blocking(pipe.fileno(), False)
-            failed.pop_all()
-        return cls(ours, from_worker, to_worker, takes_descriptors=False), cls(theirs, from_node, to_node)
-
-    @classmethod
-    def of_descriptors(cls, end: int, incoming: int, outgoing: int) -> Channel:
-        """Return a worker's channel of the descriptors that it was started with, which it then owns."""
-        return cls(socket.socket(fileno=end), FileIO(incoming, 'r'), FileIO(outgoing, 'w'))
-
-    @property
-    def descriptors(self) -> tuple[int, int, int]:
-        """What :meth:`of_descriptors` makes the same channel of in another process."""
-        return self._end.fileno(), self._incoming.fileno(), self._outgoing.fileno()
+        """Return two connected channels: the node's, which takes no descriptors, and its worker's."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        return cls(ours, takes_descriptors=False), cls(theirs)
 
     def fileno(self) -> int:
-        """Return the descriptor at which everything arrives, to be polled."""
-        return self._incoming.fileno()
+        """Return the descriptor, to be polled."""
+        return self._end.fileno()
 
     def send(self, packet: Mapping[str, Any], descriptors: Iterable[int] = (), *, block: bool = True) -> None:
         """
@@ -113,10 +76,9 @@ class Channel:
             # Not socket.send_fds, which drops its flags.
             self._end.sendmsg([data], beside, 0 if block else socket.MSG_DONTWAIT)
         except BlockingIOError as error:
-            raise InferenceError(_UNREAD) from error
+            raise InferenceError('a packet could not be sent: the other end reads none.') from error
         except OSError as error:
             raise ChannelClosedError(f'a packet could not be sent: {error}.') from error
-        self._write(_PACKET_WAITS)
 
     def send_numbers(self, *numbers: int) -> None:
         """
@@ -125,47 +87,23 @@ class Channel:
         :raises ChannelClosedError: nobody is there to receive it.
         :raises InferenceError: it would have to wait.
         """
-        self._write(_RECORDS[len(numbers)].pack(len(numbers), *numbers))
-
-    def _write(self, record: bytes) -> None:
         try:
-            written = self._outgoing.write(record)
-        except (OSError, ValueError) as error:
+            self._end.send(_NUMBERS[1 + 8 * len(numbers)].pack(_NUMBERS_MARK, *numbers), socket.MSG_DONTWAIT)
+        except BlockingIOError as error:
+            raise InferenceError('a packet could not be sent: the other end reads none.') from error
+        except OSError as error:
             raise ChannelClosedError(f'a packet could not be sent: {error}.') from error
-        if written is None:
-            raise InferenceError(_UNREAD)
 
-    def receive(self) -> tuple[dict[str, Any] | tuple[int, ...], list[int]] | None:
+    def receive(self, *, block: bool = True) -> tuple[dict[str, Any] | tuple[int, ...], list[int]] | None:
         """
         Return the next packet and its descriptors, which the caller then owns; None when none waits.
-
-        A worker's channel waits for one.
 
         :raises ChannelClosedError: the other end is closed.
         :raises InferenceError: the packet cannot be read.
         """
-        try:
-            record = self._incoming.read(_RECORD.size)
-        except (OSError, ValueError) as error:
-            raise ChannelClosedError(f'a packet could not be received: {error}.') from error
-        if record is None:
-            return None
-        if len(record) != _RECORD.size:
-            if not record:
-                raise ChannelClosedError('the other end is closed.')
-            raise InferenceError(f'a packet cannot be read (cut off): {record!r}')
-        numbers = _RECORD.unpack(record)
-        count = numbers[0]
-        if count == 0:
-            return self._receive_packet()
-        if count >= len(numbers):
-            raise InferenceError(f'a packet cannot be read (no count of numbers): {record!r}')
-        return numbers[1 : 1 + count], []
-
-    def _receive_packet(self) -> tuple[dict[str, Any], list[int]]:
-        """Return the packet that was announced."""
-        flags = socket.MSG_CMSG_CLOEXEC | socket.MSG_DONTWAIT
+        flags = socket.MSG_CMSG_CLOEXEC | (0 if block else socket.MSG_DONTWAIT)
         ancillary: list[tuple[int, int, bytes]] = []
+        kind = 0
         try:
             if self._takes_descriptors:
                 # Not socket.recv_fds, which drops its flags.
@@ -174,10 +112,12 @@ class Channel:
                 # Told its full size, one that was cut off is seen.
                 size = self._end.recv_into(self._packet, 0, flags | socket.MSG_TRUNC)
                 kind = socket.MSG_TRUNC if size > _PACKET_BYTES else 0
-        except BlockingIOError as error:
-            raise InferenceError('a packet cannot be read: it was announced, and is not there.') from error
+        except BlockingIOError:
+            return None
         except OSError as error:
             raise ChannelClosedError(f'a packet could not be received: {error}.') from error
+        if size in _NUMBERS and not ancillary and self._packet[0] == _NUMBERS_MARK:
+            return _NUMBERS[size].unpack_from(self._packet)[1:], []
         descriptors = array.array('i')
         for level, what, content in ancillary:
             if (level, what) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
@@ -201,18 +141,12 @@ class Channel:
 
     def wait(self) -> None:
         """Wait until a packet has come or the other end is closed, and leave it there."""
-        select.select([self._incoming], [], [])
+        select.select([self._end], [], [])
 
     def close(self) -> None:
         """Close this end; safe to repeat."""
-        for owned in (self._end, self._incoming, self._outgoing):
-            with contextlib.suppress(OSError):
-                owned.close()
-
-
-def _pipe(failed: contextlib.ExitStack) -> tuple[FileIO, FileIO]:
-    incoming, outgoing = os.pipe()
-    return failed.enter_context(FileIO(incoming, 'r')), failed.enter_context(FileIO(outgoing, 'w'))
+        with contextlib.suppress(OSError):
+            self._end.close()
 
 
 def error_to_json(error: BaseException) -> dict[str, Any]:

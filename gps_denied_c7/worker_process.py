@@ -129,13 +129,13 @@ class WorkerProcess:
                 command = [
                     '/bin/sh', '-c', _EXPENDABLE, 'sh',
                     sys.executable, '-m', 'gps_denied_c7.worker',
-                    '--channel', *map(str, theirs.descriptors), '--lifetime', str(read_end), *arguments,
+                    '--channel', str(theirs.fileno()), '--lifetime', str(read_end), *arguments,
                 ]  # fmt: skip
                 process = _spawner.run(
                     lambda: subprocess.Popen(
                         command,
                         env=worker_environment(os.environ),
-                        pass_fds=(*theirs.descriptors, read_end),
+                        pass_fds=(theirs.fileno(), read_end),
                         stdin=subprocess.DEVNULL,
                         stdout=log_write,
                         stderr=log_write,
@@ -203,7 +203,7 @@ class WorkerProcess:
             remaining = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1e3
             ready = self._poller.poll(remaining)
             try:
-                received = self._channel.receive()
+                received = self._channel.receive(block=False)
             except ChannelClosedError as error:
                 raise self._died() from error
             if received is not None:

@@ -33,7 +33,6 @@ from gps_denied_c7.worker_process import WorkerProcess
 
 SPEC = TensorSpec('x', 'float32', (1, 2))
 BUNDLE = ModelBundle(name='net', root=Path('/'), weights_digest='sha256:' + '0' * 64, inputs=(SPEC,), outputs=(SPEC,))
-ANNOUNCED = struct.pack('<4Q', 0, 0, 0, 0)
 LAYOUT = [['x', 'float32', [1, 2], 0]]
 ERROR = error_to_json(EngineSchemaMismatchError('sm', expected=87, found=90, remedy='Build it again.'))
 LOADED = {
@@ -55,18 +54,9 @@ PACKETS = (
 HOSTILE_PACKETS = st.sampled_from(PACKETS).flatmap(hostile_json) | st.sampled_from(PACKETS).flatmap(
     lambda packet: damaged(json.dumps(packet).encode())
 )
-
-
-class Record(bytes):
-    """What goes through the pipe and not through the socket."""
-
-
-NUMBERS = st.lists(st.integers(0, 3) | st.integers(0, (1 << 64) - 1), min_size=1, max_size=3).map(
-    lambda numbers: Record(struct.pack('<4Q', len(numbers), *numbers, *[0] * (3 - len(numbers))))
+NUMBERS = st.lists(st.integers(0, 3) | st.integers(0, (1 << 64) - 1), min_size=1, max_size=4).map(
+    lambda numbers: struct.pack(f'<B{len(numbers)}Q', 0, *numbers)
 )
-HOSTILE_RECORDS = st.binary(max_size=80).map(Record) | st.lists(
-    st.integers(0, 5) | st.integers(0, (1 << 64) - 1), min_size=4, max_size=8
-).map(lambda numbers: Record(struct.pack(f'<{len(numbers)}Q', *numbers)))
 PLAIN_PACKETS = st.sampled_from(PACKETS).map(lambda packet: json.dumps(packet).encode()) | NUMBERS
 
 
@@ -82,48 +72,35 @@ def check_nothing_stays(before: list[str]) -> None:
 
 
 @pytest.fixture(params=[False, True], ids=['node', 'worker'])
-def ends(request: pytest.FixtureRequest) -> Iterator[tuple[Channel, Channel]]:
-    node, worker = Channel.pair()
-    # No test waits for what does not come.
-    os.set_blocking(worker.fileno(), False)
-    yield (worker, node) if request.param else (node, worker)
-    node.close()
-    worker.close()
+def ends(request: pytest.FixtureRequest) -> Iterator[tuple[Channel, socket.socket]]:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    channel = Channel(ours, takes_descriptors=request.param)
+    yield channel, theirs
+    channel.close()
+    theirs.close()
 
 
-def send(end: Channel, data: bytes, handed: int = 0) -> None:
+def send(end: socket.socket, data: bytes, handed: int = 0) -> None:
     """Send raw bytes with so many copies of a descriptor, as a worker that follows no protocol."""
-    if isinstance(data, Record):
-        end._outgoing.write(data)
-        return
     with open(os.devnull, 'rb') as file:
         beside = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', [file.fileno()] * handed))] if handed else []
-        end._end.sendmsg([data], beside)
-    end._outgoing.write(ANNOUNCED)
+        end.sendmsg([data], beside)
 
 
 @fuzz(300)
-@given(
-    data=HOSTILE_PACKETS | NUMBERS | HOSTILE_RECORDS | st.binary(max_size=80) | st.just(b''), handed=st.integers(0, 12)
-)
-def test_f1_any_packet_is_an_object_numbers_or_a_typed_error(ends: tuple, data: bytes, handed: int) -> None:
+@given(data=HOSTILE_PACKETS | NUMBERS | st.binary(max_size=80) | st.just(b''), handed=st.integers(0, 12))
+def test_f1_any_packet_is_an_object_or_a_typed_error(ends: tuple, data: bytes, handed: int) -> None:
     channel, theirs = ends
     before = descriptors()
-    send(theirs, data if isinstance(data, Record) else data[:100_000], handed)
+    send(theirs, data[:100_000], handed)
     try:
-        received = channel.receive()
+        packet, owned = channel.receive(block=False)
     except (InferenceError, ChannelClosedError) as error:
         assert str(error)
     else:
-        if received is None:
-            assert data == b''
-            return
-        packet, owned = received
         assert len(owned) <= handed
         if isinstance(packet, tuple):
-            assert struct.pack(f'<{1 + len(packet)}Q', len(packet), *packet) == data[: 8 + 8 * len(packet)]
-            assert not owned and 1 <= len(packet) <= 3
-            drain(channel)
+            assert struct.pack(f'<B{len(packet)}Q', 0, *packet) == data and not owned
             check_nothing_stays(before)
             return
         assert isinstance(packet, dict)
@@ -131,14 +108,7 @@ def test_f1_any_packet_is_an_object_numbers_or_a_typed_error(ends: tuple, data: 
         assert repr(packet) and isinstance(error_from_json(packet), C7Error)
         for descriptor in owned:
             os.close(descriptor)
-    drain(channel)
     check_nothing_stays(before)
-
-
-def drain(channel: Channel) -> None:
-    """Take what an example has left behind."""
-    while channel._incoming.read(1 << 16):
-        pass
 
 
 @fuzz(160)
@@ -220,8 +190,8 @@ class HostOfFakeWorker(WorkerHost):
             Rung('onnx_trt_ep', ProviderSet.CPU), BUNDLE, C7InferenceConfig(load_timeout_s=0.01),
             on_build=lambda told: None,
         )  # fmt: skip
-        ours, self.far_end = Channel.pair()
-        self._process = FakeWorkerProcess('worker 0', process, ours)
+        ours, self.far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._process = FakeWorkerProcess('worker 0', process, Channel(ours, takes_descriptors=False))
 
     def _start(self, task: object) -> WorkerProcess:
         return self._process
@@ -231,10 +201,10 @@ class HostOfFakeWorker(WorkerHost):
         self.far_end.close()
 
     def say(self, packets: list[bytes]) -> None:
-        self.far_end._end.setblocking(False)
+        self.far_end.setblocking(False)
         for packet in packets:
             try:
-                send(self.far_end, packet if isinstance(packet, Record) else packet[:60_000])
+                send(self.far_end, packet[:60_000])
             except BlockingIOError:
                 return
 
@@ -282,8 +252,8 @@ def answer_from(process: subprocess.Popen, turns: list[list[bytes]], reads: bool
                     answered += 1
                     break
             while reads and select.select([host.far_end], [], [], 0)[0]:
-                received = host.far_end.receive()
-                for descriptor in received[1] if received else []:
+                _, handed, _, _ = socket.recv_fds(host.far_end, 1 << 16, 8)
+                for descriptor in handed:
                     os.close(descriptor)
     except C7Error as error:
         str(error).encode()
@@ -293,11 +263,7 @@ def answer_from(process: subprocess.Popen, turns: list[list[bytes]], reads: bool
 
 
 @fuzz(140)
-@given(
-    packets=st.lists(
-        HOSTILE_PACKETS | HOSTILE_RECORDS | PLAIN_PACKETS | st.just(LOADED).flatmap(hostile_json), max_size=3
-    )
-)
+@given(packets=st.lists(HOSTILE_PACKETS | PLAIN_PACKETS | st.just(LOADED).flatmap(hostile_json), max_size=3))
 def test_f1_any_tale_of_an_engine_is_taken_or_refused(idle_process: subprocess.Popen, packets: list[bytes]) -> None:
     before = descriptors()
     load_from(idle_process, packets)
@@ -306,8 +272,7 @@ def test_f1_any_tale_of_an_engine_is_taken_or_refused(idle_process: subprocess.P
 
 @fuzz(140)
 @given(
-    turns=st.lists(st.lists(HOSTILE_PACKETS | HOSTILE_RECORDS | PLAIN_PACKETS, max_size=3), min_size=1, max_size=3),
-    reads=st.booleans(),
+    turns=st.lists(st.lists(HOSTILE_PACKETS | PLAIN_PACKETS, max_size=3), min_size=1, max_size=3), reads=st.booleans()
 )
 def test_f1_any_answer_fits_or_is_a_typed_error(
     idle_process: subprocess.Popen, turns: list[list[bytes]], reads: bool
@@ -319,6 +284,6 @@ def test_f1_any_answer_fits_or_is_a_typed_error(
 
 def test_f1_the_fake_worker_is_believed_where_it_keeps_to_the_protocol(idle_process: subprocess.Popen) -> None:
     told = [json.dumps({'say': 'needs', 'bytes': 64}), json.dumps({'say': 'answered', 'id': 1, 'layout': LAYOUT})]
-    again = [Record(struct.pack('<4Q', 1, 2, 0, 0))]
+    again = [struct.pack('<BQ', 0, 2)]
     assert answer_from(idle_process, [[text.encode() for text in told], again], True) == 2
     assert load_from(idle_process, [json.dumps(LOADED).encode()])
