@@ -295,8 +295,12 @@ class NvmlThermal:
 
     def _hear(self, pipe: IO[bytes]) -> tuple[bool, bool]:
         heard, pending = False, b''
+        # Not select, which knows no descriptor from 1024 on.
+        waiting = select.poll()
+        for descriptor in (pipe.fileno(), self._wake):
+            waiting.register(descriptor, select.POLLIN)
         while True:
-            ready, _, _ = select.select([pipe.fileno(), self._wake], [], [], self._hang_s)
+            ready = waiting.poll(self._hang_s * 1e3)
             if self._stopping.is_set():
                 return heard, True
             if not ready:

@@ -141,7 +141,9 @@ class Channel:
 
     def wait(self) -> None:
         """Wait until a packet has come or the other end is closed, and leave it there."""
-        select.select([self._end], [], [])
+        waiting = select.poll()
+        waiting.register(self._end, select.POLLIN)
+        waiting.poll()
 
     def close(self) -> None:
         """Close this end; safe to repeat."""

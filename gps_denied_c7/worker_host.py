@@ -326,7 +326,8 @@ class WorkerHost:
                 self._hand_over(process, task)
                 if process.receive(time.monotonic() + _SPARE_S) == {'say': 'loading'}:
                     return process
-            except WorkerDiedError as error:
+            except InferenceError as error:
+                # It has died, or says what cannot be read.
                 _log.warning('%s', error)
             _log.warning('%s was of no use; another one is started.', process.name)
             process.release()

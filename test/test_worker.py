@@ -639,6 +639,24 @@ def test_f1_a_spare_worker_that_has_died_or_hangs_costs_no_load(bundle, spare, n
     host.release()
 
 
+def test_f1_a_spare_worker_that_says_what_cannot_be_read_costs_no_load(bundle, spare):
+    spare.prepare()
+    pid, receive, heard = wait_for_spare(spare), spare._process.receive, []
+
+    def garbled(deadline):
+        heard.append(deadline)
+        if len(heard) > 1:
+            raise InferenceError('a packet cannot be read')
+        return receive(deadline)
+
+    spare._process.receive = garbled
+    host = worker_hosts(bundle, CONFIG, spare=spare)(CPU)
+    host.load()
+    assert len(heard) == 2 and host.pid != pid and host.infer(bundle.golden_inputs())
+    wait_until(lambda: is_gone(pid), 'its end')
+    host.release()
+
+
 def test_f1_a_spare_worker_that_is_not_ready_is_not_waited_for(bundle, spare):
     spare.prepare()
     stop(spare._process.pid)
@@ -694,6 +712,21 @@ def test_a_packet_nested_to_any_depth_is_an_error(depth):
         channel.receive()
     channel.close()
     theirs.close()
+
+
+def test_f1_a_channel_waits_whatever_its_descriptor_is():
+    """select knows those below 1024 alone, and a large node may have opened as many."""
+    code = (
+        'import fcntl, resource, socket\n'
+        'from gps_denied_c7.worker_channel import Channel\n'
+        'resource.setrlimit(resource.RLIMIT_NOFILE, (2048, 2048))\n'
+        'ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n'
+        'channel = Channel(socket.socket(fileno=fcntl.fcntl(ours, fcntl.F_DUPFD, 1100)))\n'
+        'Channel(theirs).send({"say": "here"})\n'
+        'channel.wait()\n'
+        'assert channel.fileno() >= 1100 and channel.receive(block=False)[0] == {"say": "here"}\n'
+    )
+    subprocess.run([sys.executable, '-c', code], check=True)
 
 
 def test_f1_a_packet_that_is_too_long_says_so():

@@ -99,13 +99,15 @@ class Block:
         Answers per second from the first frame that counts to the last one.
 
         One that arrived after the end counts for the part of its time that lay before it, and so at the beginning: a
-        second and a half has room for 45 answers of 30 ms, and a whole one more or less would be two percent.
+        second and a half has room for 45 answers of 30 ms, and a whole one more or less would be two percent. The time
+        of the very first one is its latency.
         """
         arrivals = sorted(answer['arrival_ns'] for answer in self.answers)
         if not arrivals or len(self.stamps) < 2:
             return 0.0
         ends = self.stamps[0], self.stamps[-1]
-        before, after = np.interp(ends, arrivals, np.arange(1, len(arrivals) + 1), left=0)
+        known = [min(answer['stamp_ns'] for answer in self.answers), *arrivals]
+        before, after = np.interp(ends, known, np.arange(len(known)))
         return float((after - before) / ((ends[1] - ends[0]) * 1e-9))
 
 

@@ -27,7 +27,7 @@ def cpu_seconds(pid: int) -> float:
     """
     Return the processor seconds of a process and its descendants, user and system.
 
-    Of those that have ended, only what their parent has waited for is known; it does not get less when one ends.
+    Of those that have ended, what their parent has waited for.
     """
     total = 0
     for one in descendants(pid):

@@ -20,9 +20,17 @@ _YIELD_S = 0.001
 _PAUSE_S = 0.001
 
 
+_given = threading.local()
+
+
 def give_way() -> None:
-    """Let go of the interpreter for as long as whoever was woken just now needs to come to what runs without it."""
+    """
+    Let go of the interpreter for as long as whoever was woken just now needs to come to what runs without it.
+
+    For callbacks; a PoolExecutor takes it off its own pause.
+    """
     time.sleep(_PAUSE_S)
+    _given.seconds = getattr(_given, 'seconds', 0.0) + _PAUSE_S
 
 
 class PromptCallbackGroup(MutuallyExclusiveCallbackGroup):
@@ -46,7 +54,7 @@ class PoolExecutor(Executor):
 
     :param threads: how many callbacks run at the same time.
     :param on_escape: told each exception that a callback let out; spinning goes on.
-    :param pause_s: seconds after each callback, 0 where nobody waits for the interpreter.
+    :param pause_s: seconds after each callback, less what it gave way itself; 0 where nobody waits for the interpreter.
     """
 
     def __init__(
@@ -81,10 +89,9 @@ class PoolExecutor(Executor):
             return
         task, entity, _ = ready
         if isinstance(getattr(entity, 'callback_group', None), PromptCallbackGroup):
-            end = time.monotonic() + self._pause_s
+            _given.seconds = 0.0
             self._execute(task)
-            # Less what the callback has given way itself.
-            time.sleep(max(0.0, end - time.monotonic()))
+            time.sleep(max(0.0, self._pause_s - _given.seconds))
             return
         if task in self._handed_over or task.done():
             # Every thread is busy. Without a pause, this loop would keep them from getting on.

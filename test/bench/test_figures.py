@@ -101,6 +101,15 @@ def test_a_rate_of_few_answers_is_how_many_came():
     assert Block(ends, 0, [], {}, 2.0).answered_hz == Block(ends[:1], 0, few, {}, 2.0).answered_hz == 0
 
 
+def test_an_answer_that_was_begun_before_counts_for_its_part_also_where_it_is_the_first():
+    """A network of half a second has answered nothing in a short warm-up."""
+    began = 10**18
+    first = answer(began - 400 * MS, latency_ms=500)
+    others = [answer(began + number * 500 * MS, latency_ms=600) for number in range(4)]
+    one = Block([began, began + 1600 * MS], 1, [first, *others], {}, 2.0)
+    assert one.answered_hz == pytest.approx(2)
+
+
 def test_the_rate_of_who_answers_everything_is_that_of_the_camera():
     """However long after the image, and whatever was sent before."""
     stamps = [10**18 + number * 33 * MS for number in range(48)]
