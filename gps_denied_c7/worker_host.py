@@ -151,8 +151,8 @@ class WorkerHost:
                 raise EngineDeserializeError(f'{self._name()} answers before it has loaded an engine.')
             if packet.get('say') == 'progress':
                 progress = _progress(packet)
-                if (progress.phase, progress.fraction) != step:
-                    # Not each sign of life: it is given also while the builder hangs.
+                if self._task.config.build_on_configure and (progress.phase, progress.fraction) != step:
+                    # Not each sign of life: it is given also while the builder hangs. Who must not build has none.
                     step, limit_s = (progress.phase, progress.fraction), max(limit_s, _LONGEST_STEP_S)
                     deadline = time.monotonic() + limit_s
                 if self._on_build is not None:

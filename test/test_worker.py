@@ -817,7 +817,7 @@ def test_f1_what_a_worker_tells_of_its_load_is_an_error_where_it_is_unreadable(b
 def test_f5_a_build_that_gets_on_is_waited_for_and_one_that_hangs_is_not(bundle, monkeypatch):
     """F-4, F-5: a worker tells once a second that it builds, also where its builder hangs."""
     monkeypatch.setattr(worker_host, '_LONGEST_STEP_S', 0.3)
-    config = dataclasses.replace(CONFIG, load_timeout_s=0.2)
+    config = dataclasses.replace(CONFIG, load_timeout_s=0.2, build_on_configure=True)
     began, told = [], []
 
     def receive(self, deadline):
@@ -834,6 +834,23 @@ def test_f5_a_build_that_gets_on_is_waited_for_and_one_that_hangs_is_not(bundle,
     with pytest.raises(EngineDeserializeError, match='step 9'):
         host.load()
     assert len({progress.phase for progress in told}) > 1
+    host.release()
+
+
+def test_f5_a_worker_that_must_not_build_is_not_waited_for_because_it_tells_of_building(bundle, monkeypatch):
+    """F-5: in flight, one that tells of ever new steps would be waited for without end."""
+    steps = itertools.count()
+
+    def receive(self, deadline):
+        number = next(steps)
+        assert number < 1_000_000, 'it is waited for without end'
+        return {'say': 'progress', 'phase': f'step {number}'} if time.monotonic() < deadline else None
+
+    monkeypatch.setattr(WorkerProcess, 'receive', receive)
+    host = WorkerHost(CPU, bundle, dataclasses.replace(CONFIG, load_timeout_s=0.01), on_build=lambda progress: None)
+    with pytest.raises(EngineDeserializeError, match='did not load'):
+        host.load()
+    assert next(steps) > 1
     host.release()
 
 
