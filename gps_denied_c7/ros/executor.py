@@ -79,7 +79,12 @@ class PoolExecutor(Executor):
             except ExternalShutdownException:
                 return
             except Exception as error:
+                if not self.context.ok():
+                    # Its end is not always told as such: whatever is made for the next wait fails.
+                    return
                 self._escaped(error)
+                # Where it fails again and again, others are to get on.
+                time.sleep(_YIELD_S)
 
     def spin_once(self, timeout_sec: float | None = None) -> None:
         """Wait for a callback that is ready and hand it to the pool."""

@@ -138,6 +138,22 @@ def test_the_end_of_the_context_ends_spinning(ros_context):
     executor.shutdown()
 
 
+def test_a_wait_that_fails_because_the_context_has_ended_ends_spinning_and_is_no_error(ros_context, monkeypatch):
+    escaped = []
+    executor = PoolExecutor(2, on_escape=escaped.append, context=ros_context)
+
+    def ended_meanwhile(**kwargs):
+        ros_context.try_shutdown()
+        raise RuntimeError('the given context is not valid')
+
+    monkeypatch.setattr(executor, 'wait_for_ready_callbacks', ended_meanwhile)
+    thread = threading.Thread(target=executor.spin_until, args=(lambda: len(escaped) > 3,))
+    thread.start()
+    thread.join(30.0)
+    assert not thread.is_alive() and escaped == []
+    executor.shutdown()
+
+
 def test_n4_a_prompt_callback_runs_at_once_where_it_spins_whoever_blocks_the_pool(spin):
     spinning, over, blocked, calls = spin(threads=1), threading.Event(), threading.Event(), []
 
