@@ -141,6 +141,7 @@ class Channel:
 
     def wait(self) -> None:
         """Wait until a packet has come or the other end is closed, and leave it there."""
+        # Not select, which knows no descriptor from 1024 on.
         waiting = select.poll()
         waiting.register(self._end, select.POLLIN)
         waiting.poll()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -130,8 +131,7 @@ class Result:
 
     :param latency: camera to tensors, all repetitions together; of one inference for the bare engine.
     :param p50_by_repetition: milliseconds, in the order measured.
-    :param answered_hz: answers per second while frames were being sent, median of the repetitions.
-    :param answered_hz_by_repetition: in the order measured.
+    :param answered_hz_by_repetition: answers per second while frames were being sent, in the order measured.
     :param stages: by name, as STAGES.
     :param outside: callback entry to the message being complete, the engine's own run left out.
     :param publish_call_ms: p50 of message and publish call together, by the node's own diagnostics; None for others.
@@ -149,7 +149,6 @@ class Result:
     title: str
     latency: Percentiles | None
     p50_by_repetition: tuple[float, ...] = ()
-    answered_hz: float = 0.0
     answered_hz_by_repetition: tuple[float, ...] = ()
     stages: Mapping[str, Percentiles] = field(default_factory=dict)
     outside: Percentiles | None = None
@@ -164,6 +163,11 @@ class Result:
     memory_mb: float | None = None
     start_s: float | None = None
     idle_percent: float | None = None
+
+    @property
+    def answered_hz(self) -> float:
+        """Answers per second, median of the repetitions; 0 without any."""
+        return float(np.median(self.answered_hz_by_repetition)) if self.answered_hz_by_repetition else 0.0
 
     @property
     def missing_percent(self) -> float:
@@ -254,14 +258,12 @@ def summarise_bare(name: str, title: str, repetitions: Sequence[Sequence[int]]) 
     """Return the figures of the bare engine from the nanoseconds of its inferences, one list a repetition."""
     milliseconds = [[duration * _MS for duration in durations] for durations in repetitions]
     pooled = [value for values in milliseconds for value in values]
-    rates = tuple(1000.0 * len(values) / sum(values) for values in milliseconds)
     return Result(
         name=name,
         title=title,
         latency=percentiles(pooled),
         p50_by_repetition=tuple(float(np.median(values)) for values in milliseconds),
-        answered_hz=float(np.median(rates)),
-        answered_hz_by_repetition=rates,
+        answered_hz_by_repetition=tuple(1000.0 * len(values) / sum(values) for values in milliseconds),
         answered=len(pooled),
     )
 
@@ -303,15 +305,13 @@ def summarise(
     elapsed = sum(block.elapsed_s for block in blocks)
     spent = {key: sum(block.cpu_s[key] for block in blocks) for key in (blocks[0].cpu_s if blocks else ())}
     p50s = [percentiles(block.latencies_ms) for block in blocks]
-    rates = tuple(block.answered_hz for block in blocks)
     stages = {stage: percentiles([one[stage] for one in split]) for stage in STAGES}
     return Result(
         name=name,
         title=title,
         latency=percentiles([value for block in blocks for value in block.latencies_ms]),
         p50_by_repetition=tuple(figures.p50 for figures in p50s if figures),
-        answered_hz=float(np.median(rates)) if rates else 0.0,
-        answered_hz_by_repetition=rates,
+        answered_hz_by_repetition=tuple(block.answered_hz for block in blocks),
         stages={stage: figures for stage, figures in stages.items() if figures},
         outside=percentiles([(answer['total_ns'] - answer['engine_ns']) * _MS for answer in counted]),
         publish_call_ms=float(np.median(publish_ms)) if publish_ms else None,
@@ -330,10 +330,13 @@ def summarise(
 
 def ratio_p50(result: Result, reference: Result) -> float | None:
     """Return the median over repetitions of the p50 of one against that of the other, measured right after it."""
-    pairs = list(zip(result.p50_by_repetition, reference.p50_by_repetition, strict=False))
-    if not pairs:
-        return None
-    return float(np.median([one / other for one, other in pairs]))
+    return _paired(operator.truediv, result.p50_by_repetition, reference.p50_by_repetition)
+
+
+def _paired(compare: Callable[[float, float], float], ours: Sequence[float], others: Sequence[float]) -> float | None:
+    """Return the median of what repetitions that were measured beside one another compare as, None without any."""
+    values = [compare(one, other) for one, other in zip(ours, others, strict=False)]
+    return float(np.median(values)) if values else None
 
 
 def ratio_p99(result: Result, reference: Result) -> float | None:
@@ -420,11 +423,9 @@ def _throughput(case: CaseResult) -> list[Verdict]:
     node, bare = case.results.get(SHIPPED), case.results.get(BARE)
     if node is None or bare is None or not case.case.is_saturated or case.case.model_ms < 30:
         return []
-    pairs = zip(node.answered_hz_by_repetition, bare.answered_hz_by_repetition, strict=False)
-    ratios = [one / other for one, other in pairs]
-    if not ratios:
+    ratio = _paired(operator.truediv, node.answered_hz_by_repetition, bare.answered_hz_by_repetition)
+    if ratio is None:
         return []
-    ratio = float(np.median(ratios))
     return [Verdict('answers per second / bare engine', '≥ 0.9 x', f'{ratio:.2f} x', ratio >= 0.9, case.case.title)]
 
 
@@ -432,13 +433,10 @@ def _isolation(case: CaseResult) -> list[Verdict]:
     node, inside = case.results.get(SHIPPED), case.results.get(IN_PROCESS)
     if node is None or inside is None or case.case.is_overloaded:
         return []
-    pairs = zip(node.p50_by_repetition, inside.p50_by_repetition, strict=False)
-    differences = [one - other for one, other in pairs]
-    if not differences:
+    difference = _paired(operator.sub, node.p50_by_repetition, inside.p50_by_repetition)
+    if difference is None:
         return []
-    return _at_most(
-        'isolation process - none, p50', float(np.median(differences)), 0.3, case.case.title, ' ms'
-    )  # fmt: skip
+    return _at_most('isolation process - none, p50', difference, 0.3, case.case.title, ' ms')
 
 
 def _transport(case: CaseResult) -> list[Verdict]:

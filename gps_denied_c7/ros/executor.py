@@ -19,7 +19,7 @@ _WAKE_S = 0.2
 _YIELD_S = 0.001
 _PAUSE_S = 0.001
 
-
+# What the callback that runs in a thread has given way so far.
 _given = threading.local()
 
 

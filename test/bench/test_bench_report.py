@@ -21,7 +21,7 @@ def made(name: str, p50: float, **fields: object) -> Result:
         title=f'the {name}',
         latency=percentiles([p50] * 3),
         p50_by_repetition=(p50,) * 3,
-        answered_hz=29.5,
+        answered_hz_by_repetition=(29.5,),
         stages={stage: percentiles([p50 / len(STAGES)]) for stage in STAGES},
         outside=percentiles([1.0]),
         sent=100,
