@@ -378,7 +378,7 @@ def image_input(inputs: Sequence[TensorSpec], preprocessing: PreprocessingSpec) 
     fits = [
         tensor
         for tensor in inputs
-        if tensor.dtype == preprocessing.dtype and _shape_fits(tensor.shape, preprocessing.tensor_shape)
+        if tensor.dtype == preprocessing.dtype and _shape_fits(tensor.axes, preprocessing.tensor_shape)
     ]
     if len(fits) != 1:
         raise ModelBundleError(
@@ -403,8 +403,8 @@ def default_preprocessing(inputs: Sequence[TensorSpec]) -> PreprocessingSpec:
         raise ModelBundleError(f'{len(inputs)} inputs, where one image is needed.', remedy=remedy)
     tensor = inputs[0]
     fits = []
-    if len(tensor.shape) == 4 and tensor.shape[0] in (1, None) and tensor.dtype in ('float32', 'float16', 'uint8'):
-        _, second, third, fourth = tensor.shape
+    if len(tensor.axes) == 4 and tensor.axes[0] in (1, None) and tensor.dtype in ('float32', 'float16', 'uint8'):
+        _, second, third, fourth = tensor.axes
         candidates = (('nchw', second, third, fourth), ('nhwc', fourth, second, third))
         fits = [
             (layout, channels, height, width)
@@ -561,7 +561,7 @@ def _check_golden(where: str, specs: Sequence[TensorSpec], arrays: Arrays) -> No
 
 
 def _tensor_to_json(spec: TensorSpec) -> dict[str, Any]:
-    return {'name': spec.name, 'dtype': spec.dtype, 'shape': list(spec.shape)}
+    return {'name': spec.name, 'dtype': spec.dtype, 'shape': None if spec.shape is None else list(spec.shape)}
 
 
 def _golden(fields: Fields, root: Path) -> Golden:

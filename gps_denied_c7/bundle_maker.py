@@ -248,7 +248,7 @@ def _fixed_inputs(
         raise ModelBundleError(f'the golden request lacks {missing}.', remedy='Save one array for each input.')
     fixed = []
     for spec in declared:
-        shape = spec.shape
+        shape: Shape = spec.axes
         if spec.name in request.shapes:
             shape = _agreed(spec, shape, request.shapes[spec.name], 'was given')
         if request.image_size is not None and len(shape) == 4:
@@ -259,11 +259,11 @@ def _fixed_inputs(
             shape = (1, *shape[1:])
         if None in shape:
             raise ModelBundleError(
-                f'input {spec.name!r} leaves sizes free: {_spelled(spec.shape)}.',
+                f'input {spec.name!r} leaves sizes free: {_spelled(spec.axes)}.',
                 remedy='Give --input-size WIDTHxHEIGHT for an image, or '
                 f'--input-size {spec.name}=1x3x480x640 with every axis.',
             )
-        fixed.append(TensorSpec(spec.name, spec.dtype, shape))
+        fixed.append(TensorSpec(spec.name, spec.dtype, tuple(shape)))
     return tuple(fixed)
 
 
@@ -298,11 +298,11 @@ def _with_fixed_inputs(model: bytes, inputs: Sequence[TensorSpec], notes: list[s
     """Return the model with the sizes of ``inputs``, so that no runtime has any left to choose (F-5)."""
     import onnx
 
-    free = {spec.name for spec in _declared_inputs(model) if None in spec.shape}
+    free = {spec.name for spec in _declared_inputs(model) if None in spec.axes}
     if not free:
         return model
     fixed = onnx.ModelProto.FromString(model)
-    shapes = {spec.name: spec.shape for spec in inputs}
+    shapes = {spec.name: spec.axes for spec in inputs}
     for value in fixed.graph.input:
         for axis, size in zip(value.type.tensor_type.shape.dim, shapes.get(value.name, ()), strict=False):
             axis.dim_value = size or 1
@@ -384,10 +384,10 @@ def _rules(
 
 
 def _derived_rule(spec: TensorSpec, golden: NDArray, request: BundleRequest, notes: list[str]) -> OutputRule:
-    if None in spec.shape:
+    if spec.shape is None or None in spec.shape:
         raise ModelBundleError(
-            f'output {spec.name!r} has a size that depends on the image ({_spelled(spec.shape)}), so that comparing '
-            'it element by element means nothing.',
+            f'output {spec.name!r} has a size that depends on the image ({_spelled(spec.shape or ())}), so that '
+            'comparing it element by element means nothing.',
             remedy=f'Give --rule {spec.name}=matched_distance,max_distance=1.5,min_fraction=0.95, or the like.',
         )
     rule = default_rule(spec.name, golden, request.precision)

@@ -52,6 +52,9 @@ class C7InferenceConfig:
         deadline where that is longer.
     :param configure_budget_s: seconds that better rungs get to load before a worse one serves in their place.
     :param promotion_backoff_s: first and longest pause in seconds before a better rung is tried again.
+    :param output_tensors: canonical names of the outputs that are published, all of them where empty. Only these, and
+        those that the bundle has a rule for, are taken from an engine and looked at.
+    :param allow_non_finite: canonical names of the outputs in which NaN and infinity mean something.
     :param cpu_threads: threads of one CPU inference, 0 for all cores but one, which flies the drone.
     :raises ConfigError: naming the field.
     """
@@ -75,6 +78,8 @@ class C7InferenceConfig:
     configure_budget_s: float = 10.0
     promotion_backoff_s: tuple[float, float] = (5.0, 300.0)
     cpu_threads: int = 0
+    output_tensors: tuple[str, ...] = ()
+    allow_non_finite: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         _check_labels('runtime_chain', self.runtime_chain)

@@ -234,8 +234,8 @@ def _takes(manifest: EngineManifest, shapes: Shapes) -> bool:
 
 
 def _fits(spec: TensorSpec, wanted: Sequence[int | None]) -> bool:
-    return len(spec.shape) == len(wanted) and all(
-        None in (have, want) or have == want for have, want in zip(spec.shape, wanted, strict=True)
+    return len(spec.axes) == len(wanted) and all(
+        None in (have, want) or have == want for have, want in zip(spec.axes, wanted, strict=True)
     )
 
 

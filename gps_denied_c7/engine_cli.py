@@ -172,7 +172,7 @@ def _print_manifest(manifest: EngineManifest) -> None:
 
 
 def _told(spec: TensorSpec) -> str:
-    return f'{spec.name} {spec.dtype} {"x".join("?" if axis is None else str(axis) for axis in spec.shape)}'
+    return f'{spec.name} {spec.dtype} {"x".join("?" if axis is None else str(axis) for axis in spec.axes)}'
 
 
 def _print_field(name: str, value: str) -> None:

@@ -436,7 +436,7 @@ def _as_whole_graph(
 ) -> WholeGraph | None:
     if specs is None or len(engines) != 1:
         return None
-    if any(None in spec.shape for role in specs for spec in role):
+    if any(spec.shape is None or None in spec.shape for role in specs for spec in role):
         return None
     inputs, outputs = specs
     return WholeGraph(engines[0], tuple(inputs), tuple(outputs))

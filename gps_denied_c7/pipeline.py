@@ -65,7 +65,7 @@ class ServedModel:
 
     def __post_init__(self) -> None:
         # A dynamic batch axis runs at one: one frame, one request.
-        shape = [axis or 1 for axis in self.image_input.shape]
+        shape = [axis or 1 for axis in self.image_input.axes]
         object.__setattr__(self, '_own', np.zeros(shape, self.image_input.dtype))
 
     def request(self, pixels: Pixels) -> dict[str, NDArray]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import itertools
 import math
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 
 from gps_denied_c7.errors import InferenceError
 
-__all__ = ['SharedTensors', 'TensorLayout']
+__all__ = ['SharedTensors', 'TensorLayout', 'segment_bytes']
 
 # Pages that a driver locks for one tensor must not hold another's.
 _ALIGNMENT = mmap.PAGESIZE
@@ -38,12 +39,16 @@ class TensorLayout:
     tensors: tuple[tuple[str, str, tuple[int, ...], int], ...]
 
     @classmethod
-    def of(cls, arrays: Mapping[str, NDArray]) -> TensorLayout:
-        """Lay ``arrays`` out one after another, each on memory pages of its own."""
+    def of(cls, arrays: Mapping[str, NDArray], rooms: Mapping[str, int] | None = None) -> TensorLayout:
+        """
+        Lay ``arrays`` out one after another, each on memory pages of its own.
+
+        :param rooms: bytes kept for each by name, where they are more than it has.
+        """
         tensors, offset = [], 0
         for name, array in arrays.items():
             tensors.append((name, array.dtype.name, array.shape, offset))
-            offset += -(-array.nbytes // _ALIGNMENT) * _ALIGNMENT
+            offset += segment_bytes((max(array.nbytes, rooms[name] if rooms else 0),))
         return cls(tuple(tensors))
 
     @classmethod
@@ -64,6 +69,10 @@ class TensorLayout:
             possible = dtype in _DTYPES and offset >= 0 and len(shape) <= _MAX_RANK and all(axis >= 0 for axis in shape)
             if not possible or _nbytes(dtype, tuple(axis or 1 for axis in shape)) > _MAX_BYTES:
                 raise InferenceError(f'tensor {name!r} has an impossible layout: {dtype} {shape} at {offset}.')
+        sizes = [(offset, _nbytes(dtype, shape)) for _, dtype, shape, offset in tensors]
+        taken = sorted((offset, offset + size) for offset, size in sizes if size)
+        if any(end > start for (_, end), (start, _) in itertools.pairwise(taken)):
+            raise InferenceError(f'tensors lie on top of one another: {value!r:.200}.')
         return cls(tensors)
 
     def to_json(self) -> list[list[object]]:
@@ -138,6 +147,11 @@ class SharedTensors:
         # Views that are still held keep the mapping until they go.
         with contextlib.suppress(BufferError):
             self._memory.close()
+
+
+def segment_bytes(rooms: Iterable[int]) -> int:
+    """Return the bytes of a segment for tensors of these sizes, each on memory pages of its own."""
+    return sum(-(-room // _ALIGNMENT) * _ALIGNMENT for room in rooms)
 
 
 def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gps_denied_c7.errors import InferenceError
 
-__all__ = ['TensorSpec', 'check_inputs', 'check_outputs', 'is_finite', 'noise_inputs']
+__all__ = ['TensorSpec', 'check_inputs', 'check_outputs', 'is_finite', 'nearly_equal', 'noise_inputs', 'probe_inputs']
 
 Arrays = Mapping[str, NDArray]
 
@@ -25,21 +26,39 @@ class TensorSpec:
 
     :param name: the canonical name, as the model bundle spells it.
     :param dtype: a NumPy type name, as ``float32``.
-    :param shape: one entry per axis; ``None`` where the size is free (a dynamic axis).
+    :param shape: one entry per axis, ``None`` where the size is free (a dynamic axis); None where even the number of
+        axes is unknown, which only an output's may be.
     """
 
     name: str
     dtype: str
-    shape: tuple[int | None, ...]
+    shape: tuple[int | None, ...] | None
+
+    @property
+    def axes(self) -> tuple[int | None, ...]:
+        """The shape of a tensor whose number of axes is known, as an input's always is."""
+        assert self.shape is not None
+        return self.shape
+
+    @property
+    def sizes(self) -> tuple[int, ...] | None:
+        """The shape where every size is known and none is zero, else None."""
+        return None if self.shape is None or not all(self.shape) else tuple(size for size in self.shape if size)
 
     def mismatch(self, array: NDArray) -> str | None:
         """Say how ``array`` breaks this spec, or None where it fits."""
         if array.dtype != np.dtype(self.dtype):
             return f'tensor {self.name!r}: expected dtype {self.dtype}, found {array.dtype}'
-        fits = len(array.shape) == len(self.shape) and all(
-            want is None or want == have for want, have in zip(self.shape, array.shape, strict=True)
+        fits = self.shape is None or (
+            len(array.shape) == len(self.shape)
+            and all(want is None or want == have for want, have in zip(self.shape, array.shape, strict=True))
         )
         return None if fits else f'tensor {self.name!r}: expected shape {self.shape}, found {array.shape}'
+
+
+def _brightest(dtype: np.dtype[Any]) -> int:
+    # Wider integers are zero, since they may be indices.
+    return 255 if dtype == np.uint8 else int(dtype.kind == 'f')
 
 
 def check_inputs(specs: Sequence[TensorSpec], arrays: Arrays) -> None:
@@ -63,6 +82,28 @@ def check_finite(arrays: Arrays) -> None:
             raise InferenceError(
                 f'output {name!r} has {int((~np.isfinite(array)).sum())} non-finite values of {array.size}.'
             )
+
+
+def nearly_equal(one: NDArray, other: NDArray, share: float) -> bool:
+    """
+    Tell whether two arrays are alike but for rounding.
+
+    :param share: of the range of ``other`` by which floating-point values may differ; anything else must be equal.
+    """
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if one.dtype.kind != 'f' or not one.size:
+        return bool(np.array_equal(one, other))
+    finite = np.isfinite(other)
+    if not finite.all():
+        if not np.array_equal(one[~finite], other[~finite], equal_nan=True):
+            return False
+        one, other = one[finite], other[finite]
+    values = other.astype(np.float64)
+    span = float(np.ptp(values)) if values.size else 0.0
+    # Values that are all alike round by a share of themselves.
+    scale = max(span, 0.01 * float(np.abs(values).max(initial=0.0)), 1e-6)
+    return bool((np.abs(one - values) <= share * scale).all())
 
 
 def is_finite(array: NDArray) -> bool:
@@ -89,7 +130,23 @@ def _check(specs: Sequence[TensorSpec], arrays: Arrays, role: str) -> None:
             raise InferenceError(f'{role} {problem}.')
 
 
-def noise_inputs(specs: Sequence[TensorSpec]) -> dict[str, NDArray]:
+def probe_inputs(specs: Sequence[TensorSpec]) -> Iterator[dict[str, NDArray]]:
+    """
+    Yield requests that differ in kind, the same ones each time: where sizes depend on the data, they change.
+
+    :return: new arrays by name: noise, all zeros, a few bright values in the dark, the brightest everywhere.
+    """
+    noise = noise_inputs(specs, seed=1)
+    yield noise
+    for share in (0.0, 0.01, 1.0):
+        chance = np.random.default_rng(2)
+        yield {
+            name: (array.dtype.type(_brightest(array.dtype)) * (chance.random(array.shape) < share)).astype(array.dtype)
+            for name, array in noise.items()
+        }
+
+
+def noise_inputs(specs: Sequence[TensorSpec], seed: int = 0) -> dict[str, NDArray]:
     """
     Return inputs that any image network can be run on, the same ones each time.
 
@@ -98,10 +155,10 @@ def noise_inputs(specs: Sequence[TensorSpec]) -> dict[str, NDArray]:
 
     :return: new arrays by name; a free axis has length one.
     """
-    noise = np.random.default_rng(0)
+    noise = np.random.default_rng(seed)
     arrays: dict[str, NDArray] = {}
     for spec in specs:
-        sizes = tuple(1 if size is None else size for size in spec.shape)
+        sizes = tuple(1 if size is None else size for size in spec.axes)
         if np.dtype(spec.dtype).kind == 'f':
             arrays[spec.name] = noise.random(sizes, np.float32).astype(spec.dtype)
         elif spec.dtype == 'uint8':

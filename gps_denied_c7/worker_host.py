@@ -231,14 +231,27 @@ class WorkerHost:
 
     def _take_layout(self, packet: dict[str, Any]) -> None:
         """Find the outputs of this answer, and of those that follow as numbers alone."""
+        # Where this layout is refused, the one before is not that of later answers either.
+        self._outputs, self._layout_sent = {}, False
         if packet.get('say') != 'answered':
             raise error_from_json(packet.get('error'))
         if self._answers is None:
             raise InferenceError(f'{self._name()} answers without a segment.')
         outputs = self._answers.arrays(TensorLayout.from_json(packet.get('layout')))
         # The worker has looked at each value; here, what decides about memory and shapes is looked at again.
-        check_outputs(self._output_specs, outputs)
-        self._outputs, self._ran_ns = outputs, _run_of(packet.get('ran_ns'))
+        check_outputs(self._relaxed_specs(packet), outputs)
+        self._outputs, self._layout_sent, self._ran_ns = outputs, True, _run_of(packet.get('ran_ns'))
+
+    def _relaxed_specs(self, packet: dict[str, Any]) -> tuple[TensorSpec, ...]:
+        """Return the outputs, each in any shape where its worker has found that its size is not what was declared."""
+        try:
+            unsure = {spec.name for spec in map(_spec, packet.get('outputs') or ()) if spec.shape is None}
+        except (TypeError, ValueError, OverflowError) as error:
+            raise InferenceError(f'{self._name()} sent an invalid reply: {packet!a:.300}') from error
+        self._output_specs = tuple(
+            dataclasses.replace(spec, shape=None) if spec.name in unsure else spec for spec in self._output_specs
+        )
+        return self._output_specs
 
     def infer(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """Run one request and wait for it, however long it takes; as :meth:`begin` and :meth:`poll`."""
@@ -486,5 +499,5 @@ def _run_of(times: object) -> tuple[int, int]:
 
 def _spec(value: Any) -> TensorSpec:
     name, dtype, shape = value
-    axes = tuple(None if axis is None else int(axis) for axis in shape)
+    axes = None if shape is None else tuple(None if axis is None else int(axis) for axis in shape)
     return TensorSpec(plain_text(name), np.dtype(str(dtype)).name, axes)

@@ -18,12 +18,15 @@ from gps_denied_c7.hosts import in_process_hosts
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import BuildProgress, EngineFacts
 from gps_denied_c7.runtimes.gpu_usage import GpuMemoryWatch
-from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
+from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout, segment_bytes
 from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.thermal import UnknownThermalState
 from gps_denied_c7.worker_channel import Channel, error_to_json
 
 __all__ = ['EngineService', 'WorkerTask']
+
+# An output that grows up to here gets room for twice as much.
+_GENEROUS_BYTES = 1 << 26
 
 _log = logging.getLogger(__name__)
 
@@ -51,6 +54,9 @@ class EngineService:
         self._inputs: dict[str, NDArray] = {}
         self._outputs: dict[str, NDArray] | None = None
         self._in_place: dict[str, NDArray] = {}
+        self._rooms: dict[str, int] = {}
+        self._layout = TensorLayout(())
+        self._node_knows_layout = False
         self._host: Any = None
 
     def run(self) -> NoReturn:
@@ -118,14 +124,19 @@ class EngineService:
             self._requests = SharedTensors(descriptors[0], writable=False)
         else:
             self._outputs, self._in_place = None, {}
+            before = self._answers
             self._answers = SharedTensors(descriptors[0], writable=True)
+            if before is not None:
+                # Outputs that lie there are views, which keep its memory.
+                before.close()
 
     def _respond(self, packet: dict[str, Any], descriptors: list[int]) -> None:
         self._channel.send({'say': 'here'})
 
     def _infer(self, packet: dict[str, Any], descriptors: list[int]) -> None:
-        """Take the layout of this request and of those that follow as numbers alone, and answer it."""
+        """Take the layout of this request and of those that follow as numbers alone, and answer it with a layout."""
         assert self._requests is not None
+        self._node_knows_layout = False
         self._inputs = self._requests.arrays(TensorLayout.from_json(packet['layout']))
         self._answer(packet['id'], place=True)
 
@@ -133,39 +144,60 @@ class EngineService:
         try:
             if place:
                 self._host.place(inputs=self._inputs)
-            layout = self._write(self._host.infer(self._inputs))
+            self._write(self._host.infer(self._inputs))
         except Exception as error:
             self._channel.send({'say': 'failed', 'id': number, 'error': error_to_json(error)})
             return
-        if layout is None:
+        if self._node_knows_layout:
             self._channel.send_numbers(number, *self._host.ran_ns)
         else:
-            answer = {'say': 'answered', 'id': number, 'ran_ns': self._host.ran_ns, 'layout': layout.to_json()}
-            self._channel.send(answer)
+            self._channel.send(
+                {
+                    'say': 'answered',
+                    'id': number,
+                    'ran_ns': self._host.ran_ns,
+                    'layout': self._layout.to_json(),
+                    'outputs': [_spec(spec) for spec in self._host.outputs],
+                }
+            )
+            self._node_knows_layout = True
 
-    def _write(self, outputs: dict[str, NDArray]) -> TensorLayout | None:
-        """Have ``outputs`` in the segment, copied unless they are there; return where, None where the node knows."""
+    def _write(self, outputs: dict[str, NDArray]) -> None:
+        """Have ``outputs`` in the segment, copied unless they are there."""
         if self._in_place and all(outputs.get(name) is array for name, array in self._in_place.items()):
-            return None
-        layout = None
+            return
         if self._outputs is None or not _alike(self._outputs, outputs):
-            layout = TensorLayout.of(outputs)
-            if self._answers is None or layout.size > self._answers.size:
-                # Only the node makes segments: what it hands over cannot shrink under its feet.
-                self._channel.send({'say': 'needs', 'bytes': layout.size})
-                received = self._channel.receive()
-                assert received is not None and isinstance(received[0], dict)
-                self._map(received[0], received[1])
+            self._node_knows_layout = False
+            self._layout = self._make_layout(outputs)
             assert self._answers is not None
-            places = self._answers.arrays(layout)
-            # It may run the request once more, whose answer is the same; the node knows the layout once it was sent.
-            self._host.place(outputs=places)
-            self._outputs = places
+            moved, self._outputs = self._outputs is None, self._answers.arrays(self._layout)
+            if moved:
+                # It may run the request once more, whose answer is the same.
+                self._host.place(outputs=self._outputs)
+        # Each lies in its own room, in a segment of before or outside of both: no copy overwrites another's source.
         elsewhere = [name for name, array in self._outputs.items() if not _is_at(array, outputs[name])]
         for name in elsewhere:
             self._outputs[name][...] = outputs[name]
         self._in_place = {} if elsewhere else outputs
-        return layout
+
+    def _make_layout(self, outputs: Mapping[str, NDArray]) -> TensorLayout:
+        """Return where ``outputs`` lie: each where its room is, in a new segment where one has outgrown its own."""
+        outgrown = [name for name, array in outputs.items() if array.nbytes > self._rooms.get(name, -1)]
+        if outgrown or self._rooms.keys() != outputs.keys():
+            for name in outgrown:
+                # What has grown once will grow again, as long as that is cheap.
+                size, grew = outputs[name].nbytes, name in self._rooms
+                self._rooms[name] = 2 * size if grew and size < _GENEROUS_BYTES else size
+            self._rooms = {name: self._rooms[name] for name in outputs}
+            self._grow(segment_bytes(self._rooms.values()))
+        return TensorLayout.of(outputs, self._rooms)
+
+    def _grow(self, size: int) -> None:
+        # Only the node makes segments: what it hands over cannot shrink under its feet.
+        self._channel.send({'say': 'needs', 'bytes': size})
+        received = self._channel.receive()
+        assert received is not None and isinstance(received[0], dict)
+        self._map(received[0], received[1])
 
 
 def _is_at(array: NDArray, other: NDArray) -> bool:
@@ -179,4 +211,4 @@ def _alike(arrays: Mapping[str, NDArray], others: Mapping[str, NDArray]) -> bool
 
 
 def _spec(spec: TensorSpec) -> list[Any]:
-    return [spec.name, spec.dtype, list(spec.shape)]
+    return [spec.name, spec.dtype, spec.shape]

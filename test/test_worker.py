@@ -131,6 +131,8 @@ def test_f1_the_engine_is_told_once_where_requests_come_and_answers_are_wanted()
     placed = []
 
     class FakeHost:
+        outputs = ()
+
         def place(self, **arrays):
             placed.append(arrays)
 

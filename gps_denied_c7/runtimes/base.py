@@ -7,7 +7,7 @@ import logging
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Generic, TypeVar, cast
 
@@ -26,7 +26,7 @@ from gps_denied_c7.errors import (
 )
 from gps_denied_c7.gate import EngineGate
 from gps_denied_c7.runtime import BuildConfig, EngineCacheEntry, EngineFacts, EngineHandle, ProviderSet
-from gps_denied_c7.tensors import TensorSpec, check_finite, check_inputs, check_outputs, noise_inputs
+from gps_denied_c7.tensors import TensorSpec, check_finite, check_inputs, check_outputs, noise_inputs, probe_inputs
 from gps_denied_c7.thermal import ThermalState, ThermalStatePublisher, UnknownThermalState
 
 __all__ = ['BaseRuntime', 'LoadedEngine', 'own_input_shapes']
@@ -61,11 +61,13 @@ class _Handle:
     ran_ns: tuple[int, int]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Bound(Generic[EngineT]):
     """
     An engine with its canonical tensors, and the file's own name for each.
 
+    :param outputs: those that are wanted; an axis that the engine is unsure of is None, whatever the bundle says.
+    :param finite: canonical outputs that have to be finite.
     :param requests: the last request's arrays that were run as they were given, with their shapes and dtypes: most
         callers fill the same ones again.
     :param answers: where the last answer lay, and what its caller got: most engines write into the same arrays again.
@@ -76,6 +78,7 @@ class _Bound(Generic[EngineT]):
     outputs: tuple[TensorSpec, ...]
     own_inputs: Mapping[str, str]
     own_outputs: Mapping[str, str]
+    finite: frozenset[str]
     requests: dict[str, tuple[NDArray, tuple[int, ...], np.dtype[Any]]] = field(default_factory=dict)
     answers: dict[str, tuple[NDArray, NDArray]] = field(default_factory=dict)
 
@@ -174,6 +177,7 @@ class BaseRuntime(ABC, Generic[EngineT]):
         try:
             # No name for the engine here: an error that is kept would keep it.
             outputs, cast('_Handle', handle).ran_ns = self._infer(self._bound(handle), inputs)
+            cast('_Handle', handle).outputs = self._bound(handle).outputs
         except C7Error as error:
             _forget_locals(error)
             raise
@@ -224,10 +228,12 @@ class BaseRuntime(ABC, Generic[EngineT]):
         start = time.monotonic()
         loaded = self._load(entry)
         try:
-            bound = _bind(loaded, entry, self.label)
+            bound = self._bind(loaded, entry)
             _, ran_ns = self._infer(bound, noise_inputs(bound.inputs))
             remarks = self._settle(loaded.engine)
             seen = self._witness(loaded.engine, loaded.facts)
+            remarks = (*remarks, *self._compare(loaded.engine, _probes(bound)))
+            self._relax(bound)
         except InferenceError as error:
             self._give_back(loaded.engine)
             raise EngineDeserializeError(
@@ -237,10 +243,52 @@ class BaseRuntime(ABC, Generic[EngineT]):
         except Exception:
             self._give_back(loaded.engine)
             raise
-        facts = dataclasses.replace(seen, notes=(*seen.notes, *remarks), load_s=time.monotonic() - start)
+        notes = (*seen.notes, *_relaxations(bound, entry), *remarks)
+        facts = dataclasses.replace(seen, notes=notes, load_s=time.monotonic() - start)
         handle = _Handle(bound.inputs, bound.outputs, facts, ran_ns)
         self._engines[handle] = bound
         return handle
+
+    def _bind(self, loaded: LoadedEngine[EngineT], entry: EngineCacheEntry) -> _Bound[EngineT]:
+        """Map the file's tensors to the bundle's, or raise EngineSchemaMismatchError where they contradict."""
+        artefact = _artefact_of(entry, self.label)
+        inputs, own_inputs = _map_tensors('input', entry.model.inputs, loaded.inputs, artefact)
+        own_outputs = self._wanted(entry, [spec.name for spec in loaded.outputs])
+        canonical = [spec for spec in entry.model.outputs if spec.name in own_outputs]
+        outputs, own_outputs = _map_tensors(
+            'output', canonical, [spec for spec in loaded.outputs if spec.name in own_outputs.values()], artefact
+        )
+        if surplus := {spec.name for spec in loaded.inputs} - set(own_inputs.values()):
+            raise _contradiction('inputs', sorted(own_inputs.values()), f'also {sorted(surplus)}')
+        finite = frozenset(own_outputs) - self._non_finite(entry)
+        return _Bound(loaded.engine, _fix_shapes(inputs), outputs, own_inputs, own_outputs, finite)
+
+    def _wanted(self, entry: EngineCacheEntry, own_names: Collection[str]) -> dict[str, str]:
+        """
+        Return the file's own name of each output that is published or ruled, by canonical name.
+
+        :param own_names: of all outputs of the file.
+        """
+        artefact = _artefact_of(entry, self.label)
+        names = {spec.name: artefact.own_name(spec.name) if artefact else spec.name for spec in entry.model.outputs}
+        names = names or {name: name for name in own_names}
+        asked = {*self._config.output_tensors, *(rule.output for rule in entry.model.rules)}
+        if not self._config.output_tensors or not asked <= names.keys():
+            # Where the model lacks one that is asked for, the setting is refused later, with the names of all.
+            return names
+        return {name: own for name, own in names.items() if name in asked}
+
+    def _non_finite(self, entry: EngineCacheEntry) -> frozenset[str]:
+        """Return the canonical outputs in which NaN and infinity mean something."""
+        return frozenset(self._config.allow_non_finite)
+
+    def _relax(self, bound: _Bound[EngineT]) -> None:
+        """Have the outputs that surprised come in any shape."""
+        unsure = self._unsure(bound.engine)
+        bound.outputs = tuple(
+            dataclasses.replace(spec, shape=None) if bound.own_outputs[spec.name] in unsure else spec
+            for spec in bound.outputs
+        )
 
     def _bound(self, handle: EngineHandle) -> _Bound[EngineT]:
         bound = self._engines.get(handle) if isinstance(handle, _Handle) else None
@@ -268,13 +316,14 @@ class BaseRuntime(ABC, Generic[EngineT]):
         ended_ns = time.monotonic_ns()
         outputs = {name: found[own] for name, own in bound.own_outputs.items() if own in found}
         if any(outputs.get(name) is not array for name, (array, _) in bound.answers.items()) or not bound.answers:
+            self._relax(bound)
             check_outputs(bound.outputs, outputs)
             bound.answers.clear()
             for spec in bound.outputs:
                 array = outputs[spec.name]
                 bound.answers[spec.name] = array, _read_only(array)
         if not self._found_finite(bound.engine):
-            check_finite(outputs)
+            check_finite({name: array for name, array in outputs.items() if name in bound.finite})
         return {name: view for name, (_, view) in bound.answers.items()}, (began_ns, ended_ns)
 
     def _give_back(self, engine: EngineT) -> None:
@@ -294,6 +343,18 @@ class BaseRuntime(ABC, Generic[EngineT]):
     def _witness(self, engine: EngineT, facts: EngineFacts) -> EngineFacts:
         """Return the facts as the warm-up run has shown them to be, or raise to refuse the engine."""
         return facts
+
+    def _compare(self, engine: EngineT, probes: Iterator[dict[str, NDArray]]) -> Sequence[str]:
+        """
+        Compare the engine's runs with plainer ones on these requests; return remarks for its facts, or refuse it.
+
+        :param probes: requests by the file's own names; made when asked for.
+        """
+        return ()
+
+    def _unsure(self, engine: EngineT) -> Collection[str]:
+        """Return the outputs, by the file's own names, that have come in another shape than was declared."""
+        return ()
 
     def _found_finite(self, engine: EngineT) -> bool:
         """Say whether the device has seen every output of the last run to be finite; False has the values read here."""
@@ -327,17 +388,7 @@ def _artefact_of(entry: EngineCacheEntry, label: str) -> Artefact | None:
 def own_input_shapes(entry: EngineCacheEntry, label: str) -> dict[str, tuple[int | None, ...]]:
     """Return the shapes that the bundle gives its inputs, by the file's own names; empty for a bare ``.onnx``."""
     artefact = _artefact_of(entry, label)
-    return {artefact.own_name(spec.name) if artefact else spec.name: spec.shape for spec in entry.model.inputs}
-
-
-def _bind(loaded: LoadedEngine[EngineT], entry: EngineCacheEntry, label: str) -> _Bound[EngineT]:
-    """Map the file's tensors to the bundle's, or raise EngineSchemaMismatchError where they contradict each other."""
-    artefact = _artefact_of(entry, label)
-    inputs, own_inputs = _map_tensors('input', entry.model.inputs, loaded.inputs, artefact)
-    outputs, own_outputs = _map_tensors('output', entry.model.outputs, loaded.outputs, artefact)
-    if surplus := {spec.name for spec in loaded.inputs} - set(own_inputs.values()):
-        raise _contradiction('inputs', sorted(own_inputs.values()), f'also {sorted(surplus)}')
-    return _Bound(loaded.engine, _fix_shapes(inputs), outputs, own_inputs, own_outputs)
+    return {artefact.own_name(spec.name) if artefact else spec.name: spec.axes for spec in entry.model.inputs}
 
 
 def _map_tensors(
@@ -352,13 +403,37 @@ def _map_tensors(
 
 
 def _agreed(role: str, canonical: TensorSpec, found: TensorSpec) -> TensorSpec:
-    axes = list(zip(canonical.shape, found.shape, strict=False))
-    same_rank = len(canonical.shape) == len(found.shape)
+    """Return what both allow: of an input what either fixes, of an output what the engine is sure of."""
+    if canonical.shape is None or found.shape is None:
+        axes, same_rank = [], True
+    else:
+        axes = list(zip(canonical.shape, found.shape, strict=False))
+        same_rank = len(canonical.shape) == len(found.shape)
     if canonical.dtype != found.dtype or not same_rank or any(None not in axis and len(set(axis)) > 1 for axis in axes):
         raise _contradiction(
             f'{role} {canonical.name}', f'{canonical.dtype} {canonical.shape}', f'{found.dtype} {found.shape}'
         )
+    if role == 'output':
+        return dataclasses.replace(canonical, shape=found.shape)
     return dataclasses.replace(canonical, shape=tuple(have if want is None else want for want, have in axes))
+
+
+def _relaxations(bound: _Bound[Any], entry: EngineCacheEntry) -> Iterator[str]:
+    """Say which outputs may come in another shape than the bundle gives them."""
+    promised = {spec.name: spec.shape for spec in entry.model.outputs}
+    for spec in bound.outputs:
+        shape = promised.get(spec.name)
+        if shape is not None and None in (spec.shape or (None,)) and None not in shape:
+            yield (
+                f'Output {spec.name!r} has the shape {shape} in model.json, and its size depends on the data: '
+                'write null for what changes.'
+            )
+
+
+def _probes(bound: _Bound[Any]) -> Iterator[dict[str, NDArray]]:
+    """Return requests of different kinds by the file's own names: noise, flat ones, and a few bright places."""
+    for inputs in probe_inputs(bound.inputs):
+        yield {own: inputs[name] for name, own in bound.own_inputs.items()}
 
 
 def _contradiction(field: str, expected: object, found: object) -> EngineSchemaMismatchError:
@@ -370,10 +445,10 @@ def _contradiction(field: str, expected: object, found: object) -> EngineSchemaM
 def _fix_shapes(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
     """Fix every input axis: a free leading axis is the batch, which is 1; no size can be chosen for another one."""
     fixed = tuple(
-        dataclasses.replace(spec, shape=(1, *spec.shape[1:])) if spec.shape[:1] == (None,) else spec for spec in specs
+        dataclasses.replace(spec, shape=(1, *spec.axes[1:])) if spec.axes[:1] == (None,) else spec for spec in specs
     )
     for spec in fixed:
-        if None in spec.shape:
+        if None in spec.axes:
             raise EngineDeserializeError(
                 f'input {spec.name!r} has free axes: {spec.shape}.',
                 remedy='Fix them with c7_engine bundle --input-size, or export the model with fixed ones.',

@@ -1,16 +1,21 @@
 """
-How arrays get into an ONNX Runtime session and out again: bound, never through ``session.run``.
+How arrays get into an ONNX Runtime session and out again: bound wherever the shape of an output is certain.
 
 ``run`` allocates every output anew and copies it through pageable memory, which for dense outputs costs more
-than the network: 1.44 ms on an H200, of which the engine ran 0.19. It also tries other providers of its own
-accord when one fails, which a bound run does not.
+than the network: 1.44 ms on an H200, of which the engine ran 0.19. It also tries other providers by itself
+when one fails, which a bound run does not.
+
+A bound output has one shape, and ONNX Runtime refuses a run that needs another one. It writes nothing to a bound
+output that is an input of the graph. ``run`` answers all of these: ONNX Runtime allocates such outputs itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,102 +28,194 @@ __all__ = ['GpuIo', 'HostIo', 'TensorIo']
 # What every ONNX Runtime's binding calls an NVIDIA GPU, and the first that this process sees.
 _GPU = ('cuda', 0)
 
+_log = logging.getLogger(__name__)
 
-class TensorIo(Protocol):
-    """Run a session on NumPy arrays; one thread at a time."""
 
-    seen_finite: bool
-    """Whether the GPU has seen every output of the last run to be finite."""
+class TensorIo(ABC):
+    """
+    Run a session on NumPy arrays; one thread at a time.
+
+    :param session: what is run.
+    :param outputs: those that are wanted, by the session's own names; one of a certain shape gets a place of its own.
+    """
+
+    def __init__(self, session: Any, outputs: Sequence[TensorSpec]) -> None:
+        self.seen_finite = False
+        """Whether the GPU has seen every output of the last run that has to be finite to be so."""
+        self.unsure: set[str] = set()
+        """Outputs that came in another shape than their place has, which they have lost since."""
+        self._session = session
+        self._binding = session.io_binding()
+        self._names = tuple(spec.name for spec in outputs)
 
     def run(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
-        """Run one request, all by the session's own names; the arrays returned are valid until the next run."""
-        ...
+        """
+        Run one request, all by the session's own names; the arrays returned are valid until the next run.
 
+        A shape that surprises costs this request a second run, and the output its place.
+        """
+        self.seen_finite = False
+        try:
+            outputs = self._run_bound(inputs)
+        except Exception as error:
+            if not self.placed:
+                raise
+            outputs = self._run_surprised(inputs, error)
+        for name in self._order[len(self.placed) :]:
+            if any(np.may_share_memory(outputs[name], array) for array in inputs.values()):
+                # The request's memory is its owner's, who may fill it again while this answer is read.
+                outputs[name] = outputs[name].copy()
+        return outputs
+
+    def run_plain(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        """Run one request as a user of ONNX Runtime would, with nothing bound; the arrays are the caller's."""
+        found = self._session.run(list(self._names), dict(inputs))
+        return dict(zip(self._names, found, strict=True))
+
+    def unbind(self, names: Collection[str]) -> None:
+        """Have ONNX Runtime allocate these outputs from now on."""
+        for name in self.placed & set(names):
+            self._unplace(name)
+        self._bind_outputs()
+
+    @property
+    @abstractmethod
+    def placed(self) -> frozenset[str]:
+        """Outputs that have a place of their own."""
+
+    @abstractmethod
     def place(self, arrays: Mapping[str, NDArray]) -> None:
         """
         Read later requests from these arrays and write answers there, by name, where that saves a copy.
 
         They are kept as long as they are bound.
         """
-        ...
 
+    @abstractmethod
     def release(self) -> None:
         """Give back what was bound, while the session still exists; safe to repeat."""
-        ...
+
+    @abstractmethod
+    def _run_bound(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        """Run one request with every placed output in its place."""
+
+    @abstractmethod
+    def _place(self, name: str) -> NDArray:
+        """Return the host memory of a placed output."""
+
+    @abstractmethod
+    def _bind_place(self, name: str) -> None:
+        """Bind a placed output to its place."""
+
+    @abstractmethod
+    def _unplace(self, name: str) -> None:
+        """Free an output's place; the stream is idle."""
+
+    def _run_surprised(self, inputs: Mapping[str, NDArray], error: Exception) -> dict[str, NDArray]:
+        try:
+            outputs = self.run_plain(inputs)
+        except Exception:
+            # The places were not at fault.
+            raise error from None
+        placed = self.placed
+        changed = {name for name in placed if self._place(name).shape != outputs[name].shape} or set(placed)
+        _log.warning('outputs %s are allocated for each request from now on: %.300s', sorted(changed), error)
+        self.unsure |= changed
+        self.unbind(changed)
+        return outputs
+
+    def _bind_outputs(self) -> None:
+        self._binding.clear_binding_outputs()
+        # The binding returns outputs in the order in which they were bound first.
+        self._order = (*sorted(self.placed), *(name for name in self._names if name not in self.placed))
+        for name in sorted(self.placed):
+            self._bind_place(name)
+
+    def _bind_free(self) -> None:
+        # Bound anew each time: what the last run has put there would be taken for a buffer of the wanted size.
+        for name in self._order[len(self.placed) :]:
+            self._binding.bind_output(name)
+
+    def _fetch_free(self) -> dict[str, NDArray]:
+        count = len(self.placed)
+        if count == len(self._order):
+            return {}
+        values = self._binding.get_outputs()[count:]
+        return {name: value.numpy() for name, value in zip(self._order[count:], values, strict=True)}
 
 
-class HostIo:
+class HostIo(TensorIo):
     """
     Bind host memory: inputs where they lie, outputs in arrays that are made once.
 
-    An output whose size depends on the data has no place of its own; ONNX Runtime makes it anew each time.
-
     :param session: on the CPU, or on a GPU that it copies an input to whenever that is bound.
-    :param outputs: the session's own outputs, None where an axis is free.
     """
 
-    seen_finite = False
-
     def __init__(self, ort: ModuleType, session: Any, outputs: Sequence[TensorSpec]) -> None:
+        super().__init__(session, outputs)
         self._ort = ort
-        self._session = session
-        self._binding = session.io_binding()
-        self._free = [spec.name for spec in outputs if None in spec.shape]
         self._on_cpu = session.get_providers() == ['CPUExecutionProvider']
         self._inputs: dict[str, tuple[NDArray, tuple[int, ...], np.dtype[Any]]] = {}
-        self._outputs: dict[str, NDArray] = {}
+        self._outputs: dict[str, NDArray] = {
+            spec.name: np.zeros(spec.sizes, spec.dtype) for spec in outputs if spec.sizes is not None
+        }
         # Kept as long as they are bound, since they own nothing and are owned by nothing.
         self._values: dict[str, Any] = {}
-        self._bind({spec.name: np.zeros(_sizes(spec), spec.dtype) for spec in outputs if None not in spec.shape})
+        self._bind_outputs()
 
-    def _bind(self, outputs: Mapping[str, NDArray]) -> None:
-        for name, array in outputs.items():
-            value = self._ort.OrtValue.ortvalue_from_numpy(array)
-            self._binding.bind_ortvalue_output(name, value)
-            self._values[name], self._outputs[name] = value, array
-
-    def run(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
-        """Run one request; see TensorIo."""
-        for name, array in inputs.items():
-            known = self._inputs.get(name)
-            same = known is not None and known[0] is array and known[1:] == (array.shape, array.dtype)
-            if not self._on_cpu or not same:
-                self._binding.bind_cpu_input(name, array)
-                self._inputs[name] = array, array.shape, array.dtype
-        _bind_free(self._binding, self._free)
-        self._session.run_with_iobinding(self._binding)
-        return {**self._outputs, **_fetch_free(self._binding, self._free)}
+    @property
+    def placed(self) -> frozenset[str]:
+        """Outputs that have a place of their own."""
+        return frozenset(self._outputs)
 
     def place(self, arrays: Mapping[str, NDArray]) -> None:
         """Bind these arrays instead of its own outputs, where they are shaped as those are; see TensorIo."""
-        self._bind({
-            name: arrays[name]
-            for name, own in self._outputs.items()
-            if name in arrays and (arrays[name].shape, arrays[name].dtype) == (own.shape, own.dtype)
-        })  # fmt: skip
+        for name, own in self._outputs.items():
+            if name in arrays and (arrays[name].shape, arrays[name].dtype) == (own.shape, own.dtype):
+                self._outputs[name] = arrays[name]
+                self._bind_place(name)
 
     def release(self) -> None:
         """Unbind everything; see TensorIo."""
         self._binding = self._session = None
         self._values, self._inputs, self._outputs = {}, {}, {}
 
+    def _run_bound(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        for name, array in inputs.items():
+            known = self._inputs.get(name)
+            same = known is not None and known[0] is array and known[1:] == (array.shape, array.dtype)
+            if not self._on_cpu or not same:
+                self._binding.bind_cpu_input(name, array)
+                self._inputs[name] = array, array.shape, array.dtype
+        self._bind_free()
+        self._session.run_with_iobinding(self._binding)
+        return {**self._outputs, **self._fetch_free()}
 
-class GpuIo:
+    def _place(self, name: str) -> NDArray:
+        return self._outputs[name]
+
+    def _bind_place(self, name: str) -> None:
+        value = self._ort.OrtValue.ortvalue_from_numpy(self._outputs[name])
+        self._binding.bind_ortvalue_output(name, value)
+        self._values[name] = value
+
+    def _unplace(self, name: str) -> None:
+        del self._outputs[name], self._values[name]
+
+
+class GpuIo(TensorIo):
     """
     Bind GPU memory at fixed addresses, with page-locked host memory on the other side of each copy.
 
     :param cuda: the GPU that the session runs on, which is the first one visible.
-    :param outputs: the session's own outputs, None where an axis is free.
+    :param finite: names of the outputs that have to be finite.
     :raises CudaError: no memory.
     """
 
-    def __init__(self, cuda: Cuda, session: Any, outputs: Sequence[TensorSpec]) -> None:
-        self.seen_finite = False
+    def __init__(self, cuda: Cuda, session: Any, outputs: Sequence[TensorSpec], finite: Collection[str]) -> None:
+        super().__init__(session, outputs)
         self.notes: list[str] = []
         self._cuda = cuda
-        self._session = session
-        self._binding = session.io_binding()
-        self._free = [spec.name for spec in outputs if None in spec.shape]
         self._inputs: dict[str, StagedTensor] = {}
         self._outputs: dict[str, StagedTensor] = {}
         self._answer: dict[str, NDArray] = {}
@@ -126,36 +223,19 @@ class GpuIo:
         self._stream = cuda.new_stream()
         try:
             for spec in outputs:
-                if None not in spec.shape:
-                    self._add_output(spec)
-            self._watch_outputs()
+                if spec.sizes is not None:
+                    self._outputs[spec.name] = StagedTensor(cuda, spec.sizes, spec.dtype, self._stream, inward=False)
+            self._answer = {name: tensor.host for name, tensor in self._outputs.items()}
+            self._bind_outputs()
+            self._watch_outputs(finite)
         except BaseException:
             self.release()
             raise
 
-    def run(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
-        """Run one request; see TensorIo."""
-        for name, array in inputs.items():
-            if name not in self._inputs:
-                self._inputs[name] = StagedTensor(self._cuda, array.shape, array.dtype, self._stream, inward=True)
-            self._inputs[name].fill(array)
-            self._inputs[name].copy()
-        self._wait()
-        for name in inputs:
-            # Bound anew each time: an input that a node on the CPU reads is copied there when it is bound.
-            staged = self._inputs[name]
-            self._binding.bind_input(name, *_GPU, staged.host.dtype.type, staged.host.shape, staged.address)
-        _bind_free(self._binding, self._free)
-        self.seen_finite = False
-        self._session.run_with_iobinding(self._binding)
-        if self._check is not None:
-            self._check.reset()
-            self._check.enqueue()
-        for tensor in self._outputs.values():
-            tensor.copy()
-        self._wait()
-        self.seen_finite = self._check is not None and not self._check.found
-        return {**self._answer, **_fetch_free(self._binding, self._free)}
+    @property
+    def placed(self) -> frozenset[str]:
+        """Outputs that have a place of their own."""
+        return frozenset(self._outputs)
 
     def place(self, arrays: Mapping[str, NDArray]) -> None:
         """Have the pages of these arrays locked, and copied from and to; see TensorIo."""
@@ -170,9 +250,7 @@ class GpuIo:
         stream, self._stream = self._stream, None
         if stream is not None:
             self._cuda.try_call('cudaStreamSynchronize', stream)
-        check, self._check = self._check, None
-        if check is not None:
-            check.release()
+        self._drop_check()
         for tensor in (*self._inputs.values(), *self._outputs.values()):
             tensor.release()
         # The pinned arrays give their memory back when the last view of them goes.
@@ -180,35 +258,56 @@ class GpuIo:
         if stream is not None:
             self._cuda.try_call('cudaStreamDestroy', stream)
 
-    def _add_output(self, spec: TensorSpec) -> None:
-        staged = StagedTensor(self._cuda, _sizes(spec), spec.dtype, self._stream, inward=False)
-        self._outputs[spec.name], self._answer[spec.name] = staged, staged.host
-        self._binding.bind_output(spec.name, *_GPU, staged.host.dtype.type, staged.host.shape, staged.address)
+    def _run_bound(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
+        for name, array in inputs.items():
+            if name not in self._inputs:
+                self._inputs[name] = StagedTensor(self._cuda, array.shape, array.dtype, self._stream, inward=True)
+            self._inputs[name].fill(array)
+            self._inputs[name].copy()
+        self._wait()
+        for name in inputs:
+            # Bound anew each time: an input that a node on the CPU reads is copied there when it is bound.
+            staged = self._inputs[name]
+            self._binding.bind_input(name, *_GPU, staged.host.dtype.type, staged.host.shape, staged.address)
+        self._bind_free()
+        self._session.run_with_iobinding(self._binding)
+        if self._check is not None:
+            self._check.reset()
+            self._check.enqueue()
+        for tensor in self._outputs.values():
+            tensor.copy()
+        self._wait()
+        self.seen_finite = self._check is not None and not self._check.found
+        return {**self._answer, **self._fetch_free()}
+
+    def _place(self, name: str) -> NDArray:
+        return self._outputs[name].host
+
+    def _bind_place(self, name: str) -> None:
+        staged = self._outputs[name]
+        self._binding.bind_output(name, *_GPU, staged.host.dtype.type, staged.host.shape, staged.address)
+
+    def _unplace(self, name: str) -> None:
+        # It may be one of those that the GPU looks at.
+        self._drop_check()
+        self._cuda.try_call('cudaStreamSynchronize', self._stream)
+        self._outputs.pop(name).release()
+        del self._answer[name]
 
     def _wait(self) -> None:
         self._cuda.call('cudaStreamSynchronize', self._stream)
 
-    def _watch_outputs(self) -> None:
+    def _watch_outputs(self, finite: Collection[str]) -> None:
         """Have the GPU look for NaN and infinity, where it can."""
-        if self._free:
+        if not set(finite) <= self.placed:
             return
         try:
-            self._check = FiniteCheck.proven(self._cuda, self._outputs, self._stream)
+            watched = {name: self._outputs[name] for name in finite}
+            self._check = FiniteCheck.proven(self._cuda, watched, self._stream)
         except Exception as error:
             self.notes.append(f'The processor looks for non-finite outputs, since the GPU cannot: {error}')
 
-
-def _sizes(spec: TensorSpec) -> tuple[int, ...]:
-    return tuple(size for size in spec.shape if size is not None)
-
-
-def _bind_free(binding: Any, names: Sequence[str]) -> None:
-    # Bound anew each time: what the last run has put there would be taken for a buffer of the wanted size.
-    for name in names:
-        binding.bind_output(name)
-
-
-def _fetch_free(binding: Any, names: Sequence[str]) -> dict[str, NDArray]:
-    # The binding keeps the order in which names were first bound, and these came after all that have a place.
-    values = binding.get_outputs()[-len(names) :] if names else []
-    return {name: value.numpy() for name, value in zip(names, values, strict=True)}
+    def _drop_check(self) -> None:
+        check, self._check = self._check, None
+        if check is not None:
+            check.release()

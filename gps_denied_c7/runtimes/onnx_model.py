@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,12 @@ __all__ = ['OnnxModel', 'ep_context_model', 'read_onnx']
 # A protobuf message ends at 2 GiB: such a model keeps its weights in external files.
 _PROTOBUF_LIMIT_BYTES = (1 << 31) - 1
 
+_log = logging.getLogger(__name__)
+
 _COPY_AGAIN = 'Copy or export the model again.'
+
+# Tensors up to this size may be shapes that inference reads; larger ones are weights.
+_SHAPE_BYTES = 1024
 
 # Oldest versions that know EPContext and every later ONNX Runtime reads: 1.17 stops at IR 9, opset 20.
 _IR_VERSION = 8
@@ -41,6 +47,7 @@ class OnnxModel:
     :param inputs: axes by input name; an int where fixed, a text where free and named, else None.
     :param dtypes: NumPy's name of the type of each input and output, but of those that NumPy lacks.
     :param external_files: files beside the model with weights, which its digest does not cover.
+    :param skeleton: the graph without its weights and without the shapes that the exporter declared for its outputs.
     """
 
     source: bytes | str = field(repr=False)
@@ -48,6 +55,32 @@ class OnnxModel:
     inputs: Mapping[str, tuple[int | str | None, ...]]
     dtypes: Mapping[str, str]
     external_files: tuple[str, ...]
+    skeleton: bytes = field(default=b'', repr=False)
+
+    def output_shapes(self, inputs: Mapping[str, Sequence[int]]) -> dict[str, tuple[int | None, ...] | None]:
+        """
+        Return the shape of each output that follows from the operators alone, for inputs of these shapes.
+
+        A file may declare the size that an output had for the exporter's example image.
+
+        :return: by output name; None for an axis whose size depends on the data, or for an output whose number of axes
+            is unknown.
+        """
+        import onnx
+
+        model = onnx.ModelProto.FromString(self.skeleton)
+        for value in model.graph.input:
+            for axis, size in zip(value.type.tensor_type.shape.dim, inputs.get(value.name, ()), strict=False):
+                axis.dim_value = size
+        try:
+            model = onnx.shape_inference.infer_shapes(model, data_prop=True)
+        except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
+            # Each output is then allocated anew for each request, which is right for any shape.
+            _log.info('shapes of the outputs cannot be inferred: %s', error)
+        passed_through = {value.name for value in (*model.graph.input, *model.graph.initializer)}
+        return {
+            value.name: None if value.name in passed_through else _known_shape(value) for value in model.graph.output
+        }
 
     def content_sha256(self) -> str:
         """
@@ -139,6 +172,7 @@ def read_onnx(path: Path, sha256: str | None) -> OnnxModel:
         },
         dtypes=_dtypes((*model.graph.input, *model.graph.output)),
         external_files=external,
+        skeleton=_skeleton(model),
     )
 
 
@@ -179,7 +213,7 @@ def ep_context_model(
     values, answers = (
         [
             helper.make_tensor_value_info(
-                spec.name, helper.np_dtype_to_tensor_dtype(np.dtype(spec.dtype)), list(spec.shape)
+                spec.name, helper.np_dtype_to_tensor_dtype(np.dtype(spec.dtype)), list(spec.axes)
             )
             for spec in specs
         ]
@@ -216,6 +250,35 @@ def _parse(path: Path, data: bytes) -> onnx.ModelProto:
     if not model.HasField('graph'):
         raise EngineDeserializeError(f'{path} holds no graph ({len(data)} bytes).', remedy=_COPY_AGAIN)
     return model
+
+
+def _skeleton(model: onnx.ModelProto) -> bytes:
+    """Return the model without large tensors and without what it declares of shapes beyond its inputs; changes it."""
+    from onnx import helper
+
+    graph = model.graph
+    given = {value.name for value in graph.input}
+    small = []
+    for tensor in graph.initializer:
+        if tensor.ByteSize() <= _SHAPE_BYTES and tensor.data_location != tensor.EXTERNAL:
+            small.append(tensor)
+        elif tensor.name not in given:
+            # As an input, it has a type and a shape, and no values.
+            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    kept = [type(tensor).FromString(tensor.SerializeToString()) for tensor in small]
+    del graph.initializer[:], graph.value_info[:]
+    graph.initializer.extend(kept)
+    for value in graph.output:
+        if value.type.HasField('tensor_type'):
+            value.type.tensor_type.ClearField('shape')
+    return bytes(model.SerializeToString())
+
+
+def _known_shape(value: onnx.ValueInfoProto) -> tuple[int | None, ...] | None:
+    tensor = value.type.tensor_type
+    if not tensor.HasField('shape'):
+        return None
+    return tuple(axis.dim_value if axis.HasField('dim_value') else None for axis in tensor.shape.dim)
 
 
 def _dtypes(values: Iterable[onnx.ValueInfoProto]) -> dict[str, str]:

@@ -10,7 +10,7 @@ import logging
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -39,7 +39,7 @@ from gps_denied_c7.runtimes.onnx_io import GpuIo, HostIo, TensorIo
 from gps_denied_c7.runtimes.onnx_model import OnnxModel, ep_context_model, read_onnx
 from gps_denied_c7.runtimes.tensorrt_build import BuildWatch, PlanRequest, build_plan, workspace_bytes
 from gps_denied_c7.runtimes.tensorrt_library import import_tensorrt
-from gps_denied_c7.tensors import TensorSpec
+from gps_denied_c7.tensors import TensorSpec, nearly_equal
 
 __all__ = ['CPU', 'CUDA', 'TENSORRT', 'OnnxTrtEpRuntime']
 
@@ -59,6 +59,8 @@ _DTYPES = {
 }
 
 _ERRORS_ONLY = 3
+# Share of an output's range by which two runs of one session may differ.
+_SAME = 1e-4
 _ALLOW_CPU = 'Install the GPU stack (requirements/gpu.txt), or let ort_disallow_cpu_fallback be false.'
 
 _log = logging.getLogger(__name__)
@@ -139,6 +141,8 @@ class _Session:
 
     :param came: its providers.
     :param takes_cpu: it may run on the CPU alone.
+    :param certain: its outputs have the shapes that it declares, which an engine's have.
+    :param outputs: those that are wanted, None where a size is not certain.
     :param placement: where the graph landed, None where that is not known, or not yet.
     :param build: the cache directory that it may have filled.
     :param built: the engine that is to be kept there.
@@ -149,6 +153,7 @@ class _Session:
     path: Path
     came: tuple[str, ...]
     takes_cpu: bool
+    certain: bool
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     placement: _Placement | None
@@ -208,6 +213,7 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
                 'the CPU was asked for, and ort_disallow_cpu_fallback refuses it.', remedy=_ALLOW_CPU
             )
         # Each is read and judged before ONNX Runtime is touched.
+        model: OnnxModel | None = None
         if entry.path.suffix == '.engine':
             request = self._engine_request(self._admit(entry))
             ort = self._import_onnxruntime()
@@ -222,7 +228,7 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
             )
         try:
             self._refuse_absent_gpu(ort, request)
-            return self._open(ort, request)
+            return self._open(ort, request, entry, model)
         except BaseException:
             if request.build is not None:
                 request.build.close()
@@ -235,6 +241,18 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
     def _place(self, engine: _Session, arrays: Mapping[str, NDArray]) -> None:
         if engine.io is not None:
             engine.io.place(arrays)
+
+    def _compare(self, engine: _Session, probes: Iterator[dict[str, NDArray]]) -> Sequence[str]:
+        """Compare bound runs with plain ones: what a bound output does not get right, ONNX Runtime allocates."""
+        assert engine.io is not None
+        remarks: list[str] = []
+        for inputs in probes:
+            remarks += _compare_runs(engine.io, inputs)
+        # Each says it of another request.
+        return tuple(dict.fromkeys(remarks))
+
+    def _unsure(self, engine: _Session) -> Collection[str]:
+        return engine.io.unsure if engine.io is not None else ()
 
     def _found_finite(self, engine: _Session) -> bool:
         return engine.io is not None and engine.io.seen_finite
@@ -402,15 +420,20 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
 
     # --- making a session -------------------------------------------------------------------------
 
-    def _open(self, ort: ModuleType, request: _Request) -> LoadedEngine[_Session]:
+    def _open(
+        self, ort: ModuleType, request: _Request, entry: EngineCacheEntry, model: OnnxModel | None
+    ) -> LoadedEngine[_Session]:
         """Make a session on the best providers that come up, each time with the full options, and bind it."""
         notes = list(request.notes)
         engine = self._best_session(ort, request, notes)
         try:
             # Known by now from ONNX Runtime 1.24 on; before that, the warm-up run will tell.
             provider = self._landed(engine, notes)
-            engine.inputs, engine.outputs = _specs(engine.session.get_inputs()), _specs(engine.session.get_outputs())
-            engine.io = self._bind(ort, engine, provider, notes)
+            engine.inputs = _specs(engine.session.get_inputs())
+            wanted = self._wanted(entry, [argument.name for argument in engine.session.get_outputs()])
+            engine.outputs = _certain_outputs(engine, set(wanted.values()), model)
+            finite = [own for name, own in wanted.items() if name not in self._non_finite(entry)]
+            engine.io = self._bind_tensors(ort, engine, provider, finite, notes)
         except BaseException:
             engine.release()
             raise
@@ -467,6 +490,7 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
             path=request.path,
             came=tuple(came),
             takes_cpu=request.takes_cpu,
+            certain=attempt.engine,
             inputs=(),
             outputs=(),
             placement=_reported_placement(session),
@@ -524,10 +548,12 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
             )
         return CPU
 
-    def _bind(self, ort: ModuleType, engine: _Session, provider: str, notes: list[str]) -> TensorIo:
+    def _bind_tensors(
+        self, ort: ModuleType, engine: _Session, provider: str, finite: Sequence[str], notes: list[str]
+    ) -> TensorIo:
         if provider != CPU:
             try:
-                io = GpuIo(open_cuda(self.label), engine.session, engine.outputs)
+                io = GpuIo(open_cuda(self.label), engine.session, engine.outputs, finite)
             except Exception as error:
                 notes.append(f'Tensors are copied through pageable memory: {error}')
             else:
@@ -588,7 +614,7 @@ def _keep_build(engine: _Session, provider: str, notes: list[str]) -> None:
     try:
         if plan is not None:
             build.keep(plan)
-        build.record((engine.inputs, engine.outputs) if whole else None)
+        build.record((engine.inputs, _specs(engine.session.get_outputs())) if whole else None)
     except EngineDeserializeError as error:
         notes.append(error.message)
         _log.warning('%s: %s', engine.path, error)
@@ -639,12 +665,64 @@ def _profiled_placement(session: Any) -> _Placement | None:
     return _Placement(nodes, nodes[TENSORRT]) if nodes else None
 
 
+def _compare_runs(io: TensorIo, inputs: Mapping[str, NDArray]) -> Iterator[str]:
+    """
+    Run one request as frames are run and as ``session.run`` does, and yield what is to be said of the difference.
+
+    :raises EngineDeserializeError: outputs differ, also where nothing is bound.
+    """
+    try:
+        plain = io.run_plain(inputs)
+    except Exception:
+        # A network may refuse a request of this kind, as one without detections; that says nothing about places.
+        return
+    found = {name: array.copy() for name, array in io.run(inputs).items()}
+    if not (wrong := _different(found, plain)):
+        return
+    if random := wrong & _different(io.run_plain(inputs), plain):
+        yield f'Outputs {sorted(random)} differ from run to run, so that they cannot be compared.'
+        wrong -= random
+    if wrong & io.placed:
+        yield f'Outputs {sorted(wrong & io.placed)} are not written where they are bound, and are allocated each time.'
+        io.unbind(wrong)
+        wrong &= _different(io.run(inputs), plain)
+    if wrong:
+        raise EngineDeserializeError(
+            f'outputs {sorted(wrong)} of a bound run are not those of a plain one.',
+            remedy='Report this with the model, and use another runtime.',
+        )
+
+
+def _different(found: Mapping[str, NDArray], expected: Mapping[str, NDArray]) -> set[str]:
+    return {name for name, array in expected.items() if not nearly_equal(found[name], array, _SAME)}
+
+
+def _certain_outputs(engine: _Session, wanted: Collection[str], model: OnnxModel | None) -> tuple[TensorSpec, ...]:
+    """Return the wanted outputs, each size as far as operators and ONNX Runtime agree on it."""
+    declared = _specs([argument for argument in engine.session.get_outputs() if argument.name in wanted])
+    if engine.certain or model is None:
+        return declared
+    fed = {spec.name: [size or 1 for size in spec.axes] for spec in engine.inputs}
+    inferred = model.output_shapes(fed)
+    return tuple(dataclasses.replace(spec, shape=_certain_shape(spec, inferred.get(spec.name))) for spec in declared)
+
+
+def _certain_shape(declared: TensorSpec, inferred: tuple[int | None, ...] | None) -> tuple[int | None, ...] | None:
+    if inferred is None or len(inferred) != len(declared.axes):
+        # ONNX Runtime reports an output of unknown rank as it reports a scalar.
+        return None if inferred is None or declared.axes else inferred
+    return tuple(
+        size if other in (None, size) else None for size, other in zip(inferred, declared.axes, strict=True)
+    )
+
+
 def _specs(arguments: Sequence[Any]) -> tuple[TensorSpec, ...]:
     for argument in arguments:
         if argument.type not in _DTYPES:
             raise EngineDeserializeError(
                 f'tensor {argument.name!r} is a {argument.type}, which NumPy has no type for.',
-                remedy=f'Export the model with one of {sorted(set(_DTYPES.values()))}.',
+                remedy='Where it is an output that is not needed, name those that are in output_tensors; else export '
+                f'the model with one of {sorted(set(_DTYPES.values()))}.',
             )
     return tuple(
         TensorSpec(

@@ -266,7 +266,7 @@ def _buffers(
     torch: ModuleType, own: TensorSpec, boundary: TensorSpec, device: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return the buffer that a request's array is copied into, and the tensor that the network reads."""
-    sizes = [axis or 1 for axis in own.shape]
+    sizes = [axis or 1 for axis in own.axes]
     host = torch.zeros(sizes, dtype=getattr(torch, boundary.dtype), pin_memory=device == _CUDA)
     if device == _CPU and own.dtype == boundary.dtype:
         return host, host
@@ -353,7 +353,7 @@ def _open_torchscript(
     held = {tensor.dtype for tensor in (*module.parameters(), *module.buffers()) if tensor.is_floating_point()}
     narrowed = {'float32': 'float16'} if held == {torch.float16} else {}
     own = tuple(
-        TensorSpec(name, narrowed.get(spec.dtype, spec.dtype), tuple(axis or 1 for axis in spec.shape))
+        TensorSpec(name, narrowed.get(spec.dtype, spec.dtype), tuple(axis or 1 for axis in spec.axes))
         for name, spec in ((name, by_name[name]) for name in names)
     )
 

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 
 from gps_denied_c7.bundle import Artefact, ModelBundle
@@ -25,7 +23,7 @@ from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine, own_input_sha
 from gps_denied_c7.runtimes.cuda import Cuda, CudaError, FiniteCheck, StagedTensor, open_cuda
 from gps_denied_c7.runtimes.tensorrt_build import build_engine, source_artefact, source_shapes
 from gps_denied_c7.runtimes.tensorrt_library import dtype_name, error_recorder, import_tensorrt, vendor_logger
-from gps_denied_c7.tensors import TensorSpec
+from gps_denied_c7.tensors import TensorSpec, nearly_equal
 
 __all__ = ['PROVIDER', 'TensorrtRuntime']
 
@@ -142,6 +140,9 @@ class TensorrtRuntime(BaseRuntime['_Engine']):
         engine = _Engine(cuda, trt)
         try:
             engine.load(admitted, own_input_shapes(entry, self.label), self._config.gpu_memory_budget_bytes)
+            wanted = self._wanted(entry, [spec.name for spec in engine.output_specs])
+            finite = [own for name, own in wanted.items() if name not in self._non_finite(entry)]
+            engine.take_out(wanted.values(), finite)
         except BaseException:
             engine.release()
             raise
@@ -184,6 +185,7 @@ class _Engine:
         self.output_specs: tuple[TensorSpec, ...] = ()
         self.inputs: dict[str, StagedTensor] = {}
         self.outputs: dict[str, StagedTensor] = {}
+        self._leaving: dict[str, StagedTensor] = {}
         self._answer: dict[str, NDArray] = {}
         self.notes: list[str] = []
         self.seen_finite = False
@@ -222,8 +224,16 @@ class _Engine:
         self._stream = self._cuda.new_stream()
         for spec in (*self.input_specs, *self.output_specs):
             self._make_room(spec)
-        self._answer = {name: tensor.host for name, tensor in self.outputs.items()}
-        self._watch_outputs()
+
+    def take_out(self, names: Collection[str], finite: Collection[str]) -> None:
+        """
+        Say which outputs leave the GPU with each request, and which of those have to be finite; before the first run.
+
+        TensorRT writes all of them.
+        """
+        self._leaving = {name: tensor for name, tensor in self.outputs.items() if name in names}
+        self._answer = {name: tensor.host for name, tensor in self._leaving.items()}
+        self._watch_outputs(finite)
 
     def run(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """Run one request; the arrays returned are views of pinned memory, valid until the next run."""
@@ -255,11 +265,11 @@ class _Engine:
 
     def place(self, arrays: Mapping[str, NDArray]) -> None:
         """Copy from and to these arrays from now on, where that is possible; a graph is captured anew."""
-        staged = {**self.inputs, **self.outputs}
+        staged = {**self.inputs, **self._leaving}
         placed = [staged[name].place(array) for name, array in arrays.items()]
         if not any(placed):
             return
-        self._answer = {name: tensor.host for name, tensor in self.outputs.items()}
+        self._answer = {name: tensor.host for name, tensor in self._leaving.items()}
         self._capture_anew()
 
     def capture(self) -> list[str]:
@@ -277,7 +287,9 @@ class _Engine:
             self.run({})
             return [f'No CUDA graph: {error}']
         self.run({})
-        if different := [name for name in expected if not _close(self._answer[name], expected[name])]:
+        if different := [
+            name for name in expected if not nearly_equal(self._answer[name], expected[name], _GRAPH_TOLERANCE)
+        ]:
             self._drop_graph()
             self.run({})
             return [f'No CUDA graph: its answer differs in {different}.']
@@ -305,7 +317,7 @@ class _Engine:
         for tensor in (*self.inputs.values(), *self.outputs.values()):
             tensor.release()
         # The pinned arrays give their memory back when the last view of them goes.
-        self.inputs, self.outputs, self._answer = {}, {}, {}
+        self.inputs, self.outputs, self._leaving, self._answer = {}, {}, {}, {}
         stream, self._stream = self._stream, None
         if stream is not None:
             cuda.try_call('cudaStreamDestroy', stream)
@@ -383,17 +395,17 @@ class _Engine:
         return TensorSpec(name, dtype, shape)
 
     def _make_room(self, spec: TensorSpec) -> None:
-        shape = tuple(size for size in spec.shape if size is not None)
+        shape = tuple(size for size in spec.axes if size is not None)
         inward = spec in self.input_specs
         tensor = StagedTensor(self._cuda, shape, spec.dtype, self._stream, inward=inward)
         (self.inputs if inward else self.outputs)[spec.name] = tensor
         if not self._context.set_tensor_address(spec.name, tensor.address):
             raise self._refused(f'TensorRT does not take the memory for {spec.name!r}')
 
-    def _watch_outputs(self) -> None:
+    def _watch_outputs(self, finite: Collection[str]) -> None:
         """Have the GPU look for NaN and infinity, where it can."""
         try:
-            self._check = FiniteCheck.proven(self._cuda, self.outputs, self._stream)
+            self._check = FiniteCheck.proven(self._cuda, {name: self.outputs[name] for name in finite}, self._stream)
         except Exception as error:
             self.notes.append(f'The processor looks for non-finite outputs, since the GPU cannot: {error}')
 
@@ -409,7 +421,7 @@ class _Engine:
             )
         if self._check is not None:
             self._check.enqueue()
-        for tensor in self.outputs.values():
+        for tensor in self._leaving.values():
             tensor.copy()
 
     def _launch(self) -> None:
@@ -436,12 +448,3 @@ class _Engine:
 def _context_bytes(engine: Any) -> int:
     """Return what an execution context takes; 10.1 renamed it and 11 dropped the old name."""
     return int(engine.device_memory_size_v2 if hasattr(engine, 'device_memory_size_v2') else engine.device_memory_size)
-
-
-def _close(one: NDArray, other: NDArray) -> bool:
-    if one.dtype.kind != 'f' or not one.size:
-        return bool(np.array_equal(one, other))
-    span = float(other.max()) - float(other.min())
-    if not math.isfinite(span):
-        return bool(np.array_equal(one, other, equal_nan=True))
-    return bool(np.abs(one.astype(np.float64) - other).max() <= _GRAPH_TOLERANCE * max(span, 1e-6))

@@ -82,7 +82,7 @@ def source_artefact(model: ModelBundle) -> Artefact:
 
 def source_shapes(model: ModelBundle, source: Artefact) -> dict[str, tuple[int | None, ...]]:
     """Return the shapes that a bundle gives its inputs, by the source's own names; empty for a bare ``.onnx``."""
-    return {source.own_name(spec.name): spec.shape for spec in model.inputs}
+    return {source.own_name(spec.name): spec.axes for spec in model.inputs}
 
 
 def build_engine(
@@ -286,12 +286,12 @@ class _Builder:
         inputs = []
         for index in range(network.num_inputs):
             spec = _spec(network.get_input(index))
-            wanted = request.shapes.get(spec.name, (None,) * len(spec.shape))
+            wanted = request.shapes.get(spec.name, (None,) * len(spec.axes))
             shape = tuple(
                 have if have is not None else 1 if axis == 0 and want is None else want
-                for axis, (have, want) in enumerate(zip(spec.shape, wanted, strict=False))
+                for axis, (have, want) in enumerate(zip(spec.axes, wanted, strict=False))
             )
-            if len(wanted) != len(spec.shape) or None in shape:
+            if len(wanted) != len(spec.axes) or None in shape:
                 raise EngineDeserializeError(
                     f'input {spec.name!r} has free axes: {spec.shape}, and the bundle says {tuple(wanted)}.',
                     remedy='Give its sizes under inputs in a model.json, or export the model with fixed ones.',
@@ -430,7 +430,7 @@ def _network_flags(trt: ModuleType) -> int:
 
 def _require_whole(model: OnnxModel, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
     for spec in outputs:
-        if None in spec.shape:
+        if spec.shape is None or None in spec.shape:
             raise EngineDeserializeError(f'output {spec.name!r} has free axes: {spec.shape}.')
     for spec in (*inputs, *outputs):
         if model.dtypes.get(spec.name) != spec.dtype:

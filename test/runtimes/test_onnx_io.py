@@ -121,7 +121,7 @@ def requests() -> list[dict[str, NDArray]]:
 
 
 def test_r3_gpu_memory_carries_each_request_in_and_out(cuda: HostMemoryInsteadOfCuda) -> None:
-    io = GpuIo(cuda, session_on(arithmetic()), OUTPUTS)
+    io = GpuIo(cuda, session_on(arithmetic()), OUTPUTS, [spec.name for spec in OUTPUTS])
     assert io.notes == []
     for request in requests():
         outputs = io.run(request)
@@ -131,7 +131,7 @@ def test_r3_gpu_memory_carries_each_request_in_and_out(cuda: HostMemoryInsteadOf
 
 
 def test_r3_gpu_addresses_and_arrays_stay(cuda: HostMemoryInsteadOfCuda) -> None:
-    io = GpuIo(cuda, session_on(arithmetic()), OUTPUTS)
+    io = GpuIo(cuda, session_on(arithmetic()), OUTPUTS, [spec.name for spec in OUTPUTS])
     first = io.run(requests()[0])
     made = set(cuda.blocks)
     second = io.run(requests()[1])
@@ -141,7 +141,7 @@ def test_r3_gpu_addresses_and_arrays_stay(cuda: HostMemoryInsteadOfCuda) -> None
 
 
 def test_r3_gpu_sees_what_is_not_finite_and_forgets_it(cuda: HostMemoryInsteadOfCuda) -> None:
-    io = GpuIo(cuda, session_on(arithmetic()), OUTPUTS)
+    io = GpuIo(cuda, session_on(arithmetic()), OUTPUTS, [spec.name for spec in OUTPUTS])
     good = requests()[0]
     io.run({**good, 'right': np.zeros(SHAPE, np.float32)})
     assert not io.seen_finite
@@ -153,7 +153,7 @@ def test_r3_gpu_check_that_misses_a_nan_is_not_used(
     cuda: HostMemoryInsteadOfCuda, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(CheckOnTheHost, 'blind', True)
-    io = GpuIo(cuda, session_on(arithmetic()), OUTPUTS)
+    io = GpuIo(cuda, session_on(arithmetic()), OUTPUTS, [spec.name for spec in OUTPUTS])
     assert 'since the GPU cannot' in io.notes[0]
     assert CheckOnTheHost.released == 1
     io.run(requests()[0])
@@ -175,7 +175,7 @@ def test_r3_gpu_does_not_vouch_for_a_run_that_failed(cuda: HostMemoryInsteadOfCu
         fail = False
 
     failing = Failing()
-    io = GpuIo(cuda, failing, OUTPUTS)
+    io = GpuIo(cuda, failing, OUTPUTS, [spec.name for spec in OUTPUTS])
     io.run(requests()[0])
     failing.fail = True
     with pytest.raises(RuntimeError, match='700'):
@@ -184,7 +184,7 @@ def test_r3_gpu_does_not_vouch_for_a_run_that_failed(cuda: HostMemoryInsteadOfCu
 
 
 def test_r3_gpu_memory_is_given_back_once(cuda: HostMemoryInsteadOfCuda) -> None:
-    io = GpuIo(cuda, session_on(arithmetic()), OUTPUTS)
+    io = GpuIo(cuda, session_on(arithmetic()), OUTPUTS, [spec.name for spec in OUTPUTS])
     io.run(requests()[0])
     io.release()
     io.release()
@@ -196,7 +196,7 @@ def test_r3_gpu_memory_is_given_back_once(cuda: HostMemoryInsteadOfCuda) -> None
 def test_r3_gpu_without_memory_leaves_nothing_behind(cuda: HostMemoryInsteadOfCuda) -> None:
     cuda.fails = 'memory'
     with pytest.raises(CudaError):
-        GpuIo(cuda, session_on(arithmetic()), OUTPUTS)
+        GpuIo(cuda, session_on(arithmetic()), OUTPUTS, [spec.name for spec in OUTPUTS])
     assert cuda.calls.count('cudaStreamDestroy') == 1
     assert sorted(cuda.freed) == sorted(cuda.blocks)
 
@@ -215,7 +215,8 @@ def points_and_negative() -> tuple[onnx.ModelProto, tuple[TensorSpec, ...]]:
 def test_r3_sizes_that_depend_on_the_data_follow_it(cuda: HostMemoryInsteadOfCuda, kind: str) -> None:
     model, outputs = points_and_negative()
     session = session_on(model)
-    io = GpuIo(cuda, session, outputs) if kind == 'gpu' else HostIo(onnxruntime, session, outputs)
+    names = [spec.name for spec in outputs]
+    io = GpuIo(cuda, session, outputs, names) if kind == 'gpu' else HostIo(onnxruntime, session, outputs)
     for count in (3, 0, 12, 1):
         x = np.zeros((3, 4), np.float32)
         x.reshape(-1)[:count] = 1
@@ -267,7 +268,7 @@ def test_f1_answers_are_written_where_the_caller_wants_them() -> None:
 
 def test_f1_what_is_placed_is_copied_from_and_to(cuda: HostMemoryInsteadOfCuda) -> None:
     """R-3: with its pages locked; a request in other arrays is copied there first, and a misfit changes nothing."""
-    io = GpuIo(cuda, session_on(arithmetic()), OUTPUTS)
+    io = GpuIo(cuda, session_on(arithmetic()), OUTPUTS, [spec.name for spec in OUTPUTS])
     request = requests()[0]
     own = io.run(request)['ratio']
     for _ in range(2):
@@ -297,7 +298,7 @@ def test_r3_gpu_tensors_of_any_shape_and_type_round_trip(
     value = helper.make_tensor_value_info
     kind = helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
     model = model_of([helper.make_node('Identity', ['x'], ['y'])], [value('x', kind, shape)], [value('y', kind, shape)])
-    io = GpuIo(cuda, session_on(model), (TensorSpec('y', dtype, shape),))
+    io = GpuIo(cuda, session_on(model), (TensorSpec('y', dtype, shape),), ['y'])
     for number in (1, 0, 1):
         x = np.full(shape, number, dtype)
         np.testing.assert_array_equal(io.run({'x': x})['y'], x)

@@ -136,21 +136,23 @@ def test_ac2_tensorrt_is_not_asked_for_where_it_would_have_to_build(
     assert not config.ort_trt_cache_dir.exists()
 
 
-def test_ac2_exactly_one_warm_up_run(
+def test_ac2_one_warm_up_run_then_the_comparison_of_bound_with_plain_runs(
     config: C7InferenceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_arrays: dict[str, NDArray]
 ) -> None:
-    runs: list[object] = []
-    run = onnxruntime.InferenceSession.run_with_iobinding
+    runs: list[str] = []
+    session = onnxruntime.InferenceSession
 
-    def counting(session: onnxruntime.InferenceSession, binding: object) -> None:
-        runs.append(binding)
-        run(session, binding)
+    def count(kind: str, method: str) -> None:
+        run = getattr(session, method)
+        monkeypatch.setattr(session, method, lambda *given: (runs.append(kind), run(*given))[1])
 
-    monkeypatch.setattr(onnxruntime.InferenceSession, 'run_with_iobinding', counting)
+    count('plain', 'run')
+    count('bound', 'run_with_iobinding')
     runtime, handle = load(config, bare_bundle(tmp_path))
-    assert len(runs) == 1
+    compared = (len(runs) - 1) // 2
+    assert compared >= 3 and runs == ['bound', *['plain', 'bound'] * compared]
     runtime.infer(handle, request_arrays)
-    assert len(runs) == 2
+    assert runs[1 + 2 * compared :] == ['bound']
 
 
 def test_ac2_session_is_made_from_the_bytes_that_were_hashed(
