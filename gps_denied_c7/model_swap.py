@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from gps_denied_c7.bundle import ModelBundle, default_preprocessing, image_input
 from gps_denied_c7.chain import RuntimeChain
@@ -32,7 +32,17 @@ _log = logging.getLogger(__name__)
 
 
 class ModelSettings(Protocol):
-    """What is asked of every model that is to answer frames."""
+    """What is asked of a model that is to answer frames."""
+
+    @property
+    def output_tensors(self) -> tuple[str, ...]:
+        """Names of the outputs that are published, all of them where empty."""
+        ...
+
+    @property
+    def allow_non_finite(self) -> tuple[str, ...]:
+        """Names of the outputs in which NaN and infinity mean something."""
+        ...
 
     def preprocessing_for(self, spec: PreprocessingSpec) -> PreprocessingSpec:
         """Return a bundle's own pre-processing with what is set otherwise; raise ConfigError where that cannot be."""
@@ -51,7 +61,7 @@ def fit_model(bundle: ModelBundle, chain: RuntimeChain, settings: ModelSettings)
     """
     spec, tensor = _fit_preprocessing(bundle, chain.inputs, settings)
     settings.check_outputs([output.name for output in chain.outputs])
-    return ServedModel(bundle, chain, Preprocessor(spec), tensor)
+    return ServedModel(bundle, chain, Preprocessor(spec), tensor, frozenset(settings.output_tensors))
 
 
 def _fit_preprocessing(
@@ -118,7 +128,7 @@ class HandOver(Protocol):
 class SwapOwner(Protocol):
     """Who has models swapped; called from the swap's thread, except where :meth:`ModelSwapper.stop` says."""
 
-    def make_chain(self, bundle: ModelBundle) -> RuntimeChain:
+    def make_chain(self, bundle: ModelBundle, settings: Any) -> RuntimeChain:
         """Return a chain for ``bundle`` that is not loaded yet."""
         ...
 
@@ -126,12 +136,12 @@ class SwapOwner(Protocol):
         """Return whether ``path`` has become the value of the parameter; never waits."""
         ...
 
-    def model_swapped(self, path: str, model: ServedModel) -> None:
-        """Take note that ``model`` answers from now on."""
+    def model_swapped(self, path: str, model: ServedModel, settings: Any) -> None:
+        """Take note that ``model`` answers from now on, as ``settings`` say."""
         ...
 
     def keep_model(self, path: str) -> None:
-        """Take the parameter back, ``path`` is not served."""
+        """Take the parameters back, ``path`` is not served."""
         ...
 
     def swap_changed(self, status: SwapStatus) -> None:
@@ -159,6 +169,7 @@ class _Swap:
     path: str
     bundle: ModelBundle
     previous: ServedModel
+    settings: ModelSettings
     started: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
     chain: RuntimeChain | None = None
@@ -175,7 +186,7 @@ class ModelSwapper:
     between two frames, and only then is the old one freed. Whatever fails before leaves the old one as it is.
 
     :param served: the model that answers now.
-    :param settings: what is asked of the new model too.
+    :param settings: what is asked of the model that answers now, and of those that come without settings.
     """
 
     def __init__(
@@ -196,25 +207,26 @@ class ModelSwapper:
         self._swap: _Swap | None = None
         self._stopped = False
 
-    def begin(self, path: str) -> None:
+    def begin(self, path: str, settings: ModelSettings | None = None) -> None:
         """
         Check the model at ``path`` as far as that is cheap, and have it swapped in.
 
+        :param settings: what is asked of it, None for what is asked of the model that answers now.
         :raises ConfigError: it is refused; nothing has been begun.
         :raises ModelBundleError: it cannot be used; nothing has been begun.
         """
         if not path:
             raise ConfigError('model_path', 'is empty.', remedy='Name a model bundle or an .onnx file.')
         self._require_free()
-        bundle = ModelBundle.load(Path(path))
-        if _same_model(bundle, self._served.bundle):
+        bundle, settings = ModelBundle.load(Path(path)), settings or self._settings
+        if _same_model(bundle, self._served.bundle) and _same_outputs(settings, self._settings):
             raise ConfigError('model_path', f'{path} holds the model that serves already ({bundle.weights_digest}).')
         if bundle.inputs:
-            _fit_preprocessing(bundle, bundle.inputs, self._settings)
-            self._settings.check_outputs([output.name for output in bundle.outputs])
+            _fit_preprocessing(bundle, bundle.inputs, settings)
+            settings.check_outputs([output.name for output in bundle.outputs])
         with self._lock:
             self._require_free()
-            swap = _Swap(path, bundle, self._served)
+            swap = _Swap(path, bundle, self._served, settings)
             swap.thread = threading.Thread(target=self._run, args=(swap,), name='c7-model-swap', daemon=True)
             self._swap = swap
             try:
@@ -279,12 +291,12 @@ class ModelSwapper:
     def _replace(self, swap: _Swap) -> None:
         self._show(swap, SwapPhase.LOADING)
         self._await_accepted(swap)
-        chain = self._owner.make_chain(swap.bundle)
+        chain = self._owner.make_chain(swap.bundle, swap.settings)
         with self._lock:
             swap.chain = chain
         _require_wanted(swap)
         chain.load(beside=swap.previous.chain)
-        model = fit_model(swap.bundle, chain, self._settings)
+        model = fit_model(swap.bundle, chain, swap.settings)
         self._show(swap, SwapPhase.SHADOWING)
         self._shadow(swap, model)
         self._show(swap, SwapPhase.HANDING_OVER)
@@ -296,8 +308,8 @@ class ModelSwapper:
             swap.chain = chain
             _require_wanted(swap)
         swap.model = model
-        self._served = model
-        self._owner.model_swapped(swap.path, model)
+        self._served, self._settings = model, swap.settings
+        self._owner.model_swapped(swap.path, model, swap.settings)
 
     def _await_accepted(self, swap: _Swap) -> None:
         # A callback further on may still refuse the parameter, and it must not be taken back before it is set.
@@ -363,6 +375,10 @@ def _same_model(bundle: ModelBundle, other: ModelBundle) -> bool:
         return model.weights_digest, model.preprocessing, {artefact.sha256 for artefact in model.artefacts}
 
     return identity(bundle) == identity(other)
+
+
+def _same_outputs(settings: ModelSettings, other: ModelSettings) -> bool:
+    return (settings.output_tensors, settings.allow_non_finite) == (other.output_tensors, other.allow_non_finite)
 
 
 def _require_wanted(swap: _Swap) -> None:

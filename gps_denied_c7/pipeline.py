@@ -39,6 +39,7 @@ class FrameResult:
     :param source_size: width and height of the image in pixels.
     :param network_to_image: (2, 3) float64, network pixel to image pixel, pixel centres at integers.
     :param durations_ns: by stage: queue, decode, preprocess, hand_off, engine, hand_back.
+    :param published: names of the outputs that are published, all of them where empty.
     """
 
     frame: Frame
@@ -47,6 +48,7 @@ class FrameResult:
     network_to_image: NDArray[np.float64]
     answer: Answer
     durations_ns: Mapping[str, int]
+    published: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -55,12 +57,14 @@ class ServedModel:
     Hold what answers frames, so that all of it changes at once.
 
     :param image_input: the network's input that ``preprocessor`` fills.
+    :param published: names of the outputs that are published, all of them where empty.
     """
 
     bundle: ModelBundle
     chain: RuntimeChain
     preprocessor: Preprocessor
     image_input: TensorSpec
+    published: frozenset[str] = frozenset()
     _own: NDArray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -173,7 +177,7 @@ class FramePipeline:
             }
             height, width = pixels.array.shape[:2]
             matrix = model.preprocessor.network_to_image(width, height)
-            self._publish(FrameResult(frame, seq, (width, height), matrix, answer, durations_ns))
+            self._publish(FrameResult(frame, seq, (width, height), matrix, answer, durations_ns, model.published))
         except Exception as error:  # an accepted frame is either answered or counted, whatever went wrong
             self._give_up(frame, error)
             return

@@ -86,7 +86,7 @@ class Bench:
         self.statistics = Statistics()
         self.statistics.open_streams((TOPIC,))
         bundle = ModelBundle.load(self.model('old'))
-        chain = self.make_chain(bundle)
+        chain = self.make_chain(bundle, self)
         chain.load()
         self.served = fit_model(bundle, chain, self)
         self.old = self.served
@@ -109,6 +109,8 @@ class Bench:
         self.ended = threading.Event()
         self.camera = threading.Thread(target=self.fly, daemon=True)
         self.camera.start()
+
+    output_tensors = allow_non_finite = ()
 
     def preprocessing_for(self, spec):
         """Change nothing."""
@@ -178,7 +180,7 @@ class Bench:
 
     # What a ModelSwapper asks of its owner.
 
-    def make_chain(self, bundle):
+    def make_chain(self, bundle, settings):
         script = self.scripts[bundle.name]
         return RuntimeChain(
             bundle, C7InferenceConfig(isolation='none'), lambda rung: FakeHost(script), emit=self.record, rungs=(CPU,)
@@ -187,7 +189,7 @@ class Bench:
     def path_accepted(self, path):
         return self.on_accept(path)
 
-    def model_swapped(self, path, model):
+    def model_swapped(self, path, model, settings):
         self.served = model
 
     def keep_model(self, path):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import array
 import time
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -168,14 +168,10 @@ def decode_message(image: ReceivedImage, scratch: Scratch | None = None) -> Pixe
     return decode_image(image.picture, scratch)
 
 
-def chosen_outputs(result: FrameResult, published: Container[str] | None = None) -> Outputs:
-    """
-    Return the outputs of an answer that go into its message, in the order of the model.
-
-    :param published: their names, None for all.
-    """
+def chosen_outputs(result: FrameResult) -> Outputs:
+    """Return the outputs of an answer that go into its message, in the order of the model."""
     outputs = result.answer.outputs
-    return {name: outputs[name] for name in outputs if published is None or name in published}
+    return {name: outputs[name] for name in outputs if not result.published or name in result.published}
 
 
 def origin_values(result: FrameResult) -> dict[str, Any]:

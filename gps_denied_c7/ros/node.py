@@ -31,7 +31,7 @@ from gps_denied_c7.gpu_memory import GpuMemoryBudget
 from gps_denied_c7.host import describe_gpu, hardware_id, package_versions
 from gps_denied_c7.hosts import in_process_hosts
 from gps_denied_c7.model_swap import ModelSwapper, SwapStatus, fit_model
-from gps_denied_c7.pipeline import FramePipeline, FrameResult, InferenceThread, ServedModel
+from gps_denied_c7.pipeline import FramePipeline, InferenceThread, ServedModel
 from gps_denied_c7.ros.autostart import Autostart
 from gps_denied_c7.ros.diagnostics import (
     DiagnosticsPublisher,
@@ -46,7 +46,7 @@ from gps_denied_c7.ros.flight_recorder import FlightRecorder
 from gps_denied_c7.ros.guard import RateLimiter
 from gps_denied_c7.ros.lifecycle import ResponsiveLifecycleNode
 from gps_denied_c7.ros.messages import decode_message, stamp_ns
-from gps_denied_c7.ros.parameters import LiveSettings, NodeParameters, NodeSettings
+from gps_denied_c7.ros.parameters import WITH_MODEL, LiveSettings, NodeParameters, NodeSettings
 from gps_denied_c7.ros.rcl import load_rcl
 from gps_denied_c7.ros.streams import ImageStream, publisher_mismatches, queue_depth
 from gps_denied_c7.ros.tensor_publisher import TensorPublisher
@@ -131,7 +131,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
             self,
             fixed=self._why_fixed,
             on_live=self._set_live,
-            on_model_path=self._begin_swap,
+            on_model=self._begin_swap,
             on_failure=self.report_callback_failure,
         )
         self._live = self._settings.live()
@@ -361,7 +361,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         pipeline = FramePipeline(
             loaded.model,
             decode=functools.partial(decode_message, scratch=Scratch()),
-            publish=functools.partial(self._publish, frozenset(loaded.settings.output_tensors)),
+            publish=self._answers.publish,
             on_refused=lambda frame, error: self._refuse(frame.topic, error),
             on_unanswered=self._report_unanswered,
             statistics=self._statistics,
@@ -442,9 +442,6 @@ class C7InferenceNode(ResponsiveLifecycleNode):
 
     # --- frames -----------------------------------------------------------------------------------
 
-    def _publish(self, chosen: frozenset[str], result: FrameResult) -> None:
-        self._answers.publish(result, chosen or None)
-
     def _count(self, topic: str, event: str) -> None:
         self._statistics.count(topic, event)
 
@@ -516,24 +513,21 @@ class C7InferenceNode(ResponsiveLifecycleNode):
 
     # --- model swap -------------------------------------------------------------------------------
 
-    def make_chain(self, bundle: ModelBundle) -> RuntimeChain:
-        """Return a chain for another model with the settings in use; engines are not built in flight (F-5)."""
-        config = self._require_loaded().settings.config
-        return self._make_chain(bundle, dataclasses.replace(config, build_on_configure=False))
+    def make_chain(self, bundle: ModelBundle, settings: NodeSettings) -> RuntimeChain:
+        """Return a chain for another model; engines are not built in flight (F-5)."""
+        return self._make_chain(bundle, dataclasses.replace(settings.config, build_on_configure=False))
 
     def path_accepted(self, path: str) -> bool:
         """Return whether ``model_path`` is ``path`` for everybody who asks."""
         return bool(self.get_parameter('model_path').value == path)
 
-    def model_swapped(self, path: str, model: ServedModel) -> None:
+    def model_swapped(self, path: str, model: ServedModel, settings: NodeSettings) -> None:
         """Have diagnostics and the next cleanup see the model that answers now."""
-        loaded = self._require_loaded()
-        settings = dataclasses.replace(loaded.settings, model_path=path)
-        self._loaded = dataclasses.replace(loaded, settings=settings, model=model)
+        self._loaded = dataclasses.replace(self._require_loaded(), settings=settings, model=model)
 
     def keep_model(self, path: str) -> None:
-        """Take ``model_path`` back to the model that goes on answering."""
-        self._settings.restore('model_path', self._require_loaded().settings.model_path)
+        """Take ``model_path`` and its companions back to the model that goes on answering."""
+        self._settings.restore_model(self._require_loaded().settings)
 
     def swap_changed(self, status: SwapStatus) -> None:
         """Show how far the swap is, at once."""
@@ -543,10 +537,10 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         except Exception as error:
             self.report_callback_failure('diagnostics', error)
 
-    def _begin_swap(self, path: str) -> None:
+    def _begin_swap(self, settings: NodeSettings) -> None:
         swapper = self._swapper
         if swapper is not None:
-            swapper.begin(path)
+            swapper.begin(settings.model_path, settings)
         elif why := self._why_fixed('model_path'):
             raise ConfigError('model_path', why)
 
@@ -559,7 +553,8 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         if state == 'finalized':
             return 'cannot change any more; start the node again.'
         steps = 'deactivate and cleanup' if state == 'active' else 'cleanup'
-        return f'cannot change while {state}; run {steps} first, then set it and configure.'
+        instead = ' Or set it together with model_path.' if state == 'active' and name in WITH_MODEL else ''
+        return f'cannot change while {state}; run {steps} first, then set it and configure.{instead}'
 
     def _set_live(self, live: LiveSettings) -> None:
         before, self._live = self._live, live

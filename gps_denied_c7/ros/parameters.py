@@ -23,6 +23,7 @@ from gps_denied_c7.thermal_policy import ThermalPolicy
 
 __all__ = [
     'PARAMETERS',
+    'WITH_MODEL',
     'LiveSettings',
     'NodeParameters',
     'NodeSettings',
@@ -46,6 +47,7 @@ class ParameterDeclaration:
         ``ros2 param dump`` asks for all in one call.
     :param live: a change takes effect at once; otherwise with the next configure.
     :param swapped: a change takes effect while active too, in the background, or is taken back.
+    :param with_model: likewise where ``model_path`` is set in the same request.
     :param limits: least and greatest value of a number.
     :param read_only: only settable when the node starts.
     """
@@ -59,6 +61,7 @@ class ParameterDeclaration:
     constraints: str = ''
     read_only: bool = False
     swapped: bool = False
+    with_model: bool = False
 
     def descriptor(self) -> ParameterDescriptor:
         """Return the descriptor that ``ros2 param describe`` shows."""
@@ -69,6 +72,8 @@ class ParameterDeclaration:
             effect = 'Takes effect at once.'
         elif self.swapped:
             effect = 'Takes effect in the background while active, otherwise with the next configure.'
+        elif self.with_model:
+            effect = 'While active, set it together with model_path; otherwise it takes effect with the next configure.'
         descriptor = ParameterDescriptor(
             description=f'{self.description} {effect}',
             additional_constraints=self.constraints,
@@ -100,8 +105,15 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ),
     ParameterDeclaration(
         'output_tensors', Type.STRING_ARRAY, [''],
-        'Names of the outputs that are published; empty: all. What nobody reads costs milliseconds for each 6 MB.',
-        constraints='None twice.',
+        'Names of the outputs that are published; empty: all. Publishing unused outputs costs milliseconds for each '
+        '6 MB. An output that is neither published nor ruled by the bundle is not looked at.',
+        constraints='None twice.', with_model=True,
+    ),
+    ParameterDeclaration(
+        'allow_non_finite', Type.STRING_ARRAY, [''],
+        'Names of the outputs in which NaN and infinity mean something, as in a mask. In any other output that is '
+        "published or ruled they fail the request. The bundle's own names are added.",
+        constraints='None twice.', with_model=True,
     ),
     ParameterDeclaration(
         'autostart', Type.BOOL, False,
@@ -272,6 +284,8 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
 )
 
 _BY_NAME = {declaration.name: declaration for declaration in PARAMETERS}
+WITH_MODEL = frozenset(declaration.name for declaration in PARAMETERS if declaration.with_model)
+"""Parameters that change while the node is active where ``model_path`` is set in the same request."""
 _DECLARED = {declaration.name: declaration.default for declaration in PARAMETERS}
 _CONFIG_FIELDS = (
     'ort_disallow_cpu_fallback', 'build_on_configure', 'builder_optimization_level', 'engine_cache_dir',
@@ -301,14 +315,22 @@ class NodeSettings:
 
     :param image_topics: as given, not yet resolved.
     :param preprocessing: overrides of the bundle's pre-processing, by PreprocessingSpec field.
-    :param output_tensors: names of the outputs that are published, all of them where empty.
     """
 
     image_topics: tuple[str, ...]
     model_path: str
     config: C7InferenceConfig
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
-    output_tensors: tuple[str, ...] = ()
+
+    @property
+    def output_tensors(self) -> tuple[str, ...]:
+        """Names of the outputs that are published, all of them where empty."""
+        return self.config.output_tensors
+
+    @property
+    def allow_non_finite(self) -> tuple[str, ...]:
+        """Names of the outputs in which NaN and infinity mean something."""
+        return self.config.allow_non_finite
 
     def check_outputs(self, names: Collection[str]) -> None:
         """
@@ -348,9 +370,6 @@ def settings_from(values: Mapping[str, Any]) -> tuple[NodeSettings, LiveSettings
             validate_topic_name(topic)
         except InvalidTopicNameException as error:
             raise ConfigError('image_topics', f'{topic!r} is no topic name: {error}.') from error
-    outputs = tuple(name for name in values['output_tensors'] if name)
-    if len(set(outputs)) != len(outputs):
-        raise ConfigError('output_tensors', f'{list(outputs)} names an output twice.')
     overrides = {
         name.removeprefix('preprocess.'): value
         for name, value in values.items()
@@ -371,11 +390,20 @@ def settings_from(values: Mapping[str, Any]) -> tuple[NodeSettings, LiveSettings
         runtime_chain=tuple(label for label in values['runtime_chain'] if label),
         disabled_runtimes=tuple(label for label in values['disabled_runtimes'] if label),
         **{name: values[name] for name in _CONFIG_FIELDS},
+        output_tensors=_names('output_tensors', values),
+        allow_non_finite=_names('allow_non_finite', values),
     )
-    settings = NodeSettings(topics, values['model_path'], config, overrides, outputs)
+    settings = NodeSettings(topics, values['model_path'], config, overrides)
     # The bundle's own values are not known yet; any spec tells whether an override can be used at all.
     settings.preprocessing_for(PreprocessingSpec(width=64, height=64, colour='rgb'))
     return settings, live
+
+
+def _names(parameter: str, values: Mapping[str, Any]) -> tuple[str, ...]:
+    names = tuple(name for name in values[parameter] if name)
+    if len(set(names)) != len(names):
+        raise ConfigError(parameter, f'{list(names)} names an output twice.')
+    return names
 
 
 class NodeParameters:
@@ -387,8 +415,8 @@ class NodeParameters:
 
     :param fixed: says why the parameter of that name, which is not live, cannot be set now, or None when it can.
     :param on_live: told the new live settings after each change.
-    :param on_model_path: told each new ``model_path`` that is valid so far, before it is set; raises a C7Error to
-        refuse it.
+    :param on_model: told each new ``model_path`` that is valid so far, with the settings around it, before it is set;
+        raises a C7Error to refuse it.
     :param on_failure: told the callback's name and an exception that nobody expected.
     """
 
@@ -398,13 +426,13 @@ class NodeParameters:
         *,
         fixed: Callable[[str], str | None],
         on_live: Callable[[LiveSettings], None],
-        on_model_path: Callable[[str], None],
+        on_model: Callable[[NodeSettings], None],
         on_failure: Callable[[str, Exception], None],
     ) -> None:
         self._node = node
         self._fixed = fixed
         self._on_live = on_live
-        self._on_model_path = on_model_path
+        self._on_model = on_model
         self._on_failure = on_failure
         self._lock = threading.Lock()
         self._restoring: int | None = None
@@ -432,19 +460,25 @@ class NodeParameters:
             values = {name: self._values[name] for name in LiveSettings.__dataclass_fields__}
             return LiveSettings(**values)
 
-    def restore(self, name: str, value: Any) -> None:
+    def restore_model(self, settings: NodeSettings) -> None:
         """
-        Take a parameter back to a value that it had, in any lifecycle state and without further effect.
+        Take the parameters of the model back to values that they had, in any lifecycle state and with no other effect.
 
-        :raises ConfigError: it cannot be set.
+        :raises ConfigError: they cannot be set.
         """
+        values = {
+            'model_path': settings.model_path,
+            'output_tensors': list(settings.output_tensors) or [''],
+            'allow_non_finite': list(settings.allow_non_finite) or [''],
+        }
+        parameters = [Parameter(name, value=value) for name, value in values.items()]
         self._restoring = threading.get_ident()
         try:
-            result = self._node.set_parameters([Parameter(name, value=value)])[0]
+            result = self._node.set_parameters_atomically(parameters)
         finally:
             self._restoring = None
         if not result.successful:
-            raise ConfigError(name, f'could not be taken back to {value!r}: {result.reason}')
+            raise ConfigError('model_path', f'could not be taken back to {settings.model_path!r}: {result.reason}')
 
     @property
     def autostart(self) -> bool:
@@ -494,19 +528,22 @@ class NodeParameters:
             return
         changed = {name: value for name, value in ours.items() if not _same(value, self._values[name])}
         restoring = self._restoring == threading.get_ident()
+        with_model = {name for name in changed if _BY_NAME[name].with_model and 'model_path' in ours}
         for name in changed:
-            if not _BY_NAME[name].live and not restoring and (why := self._fixed(name)):
+            asked = 'model_path' if name in with_model else name
+            if not _BY_NAME[name].live and not restoring and (why := self._fixed(asked)):
                 raise ConfigError(name, why)
         with self._lock:
             values = {**self._values, **ours}
             try:
-                settings_from(values)
+                settings = settings_from(values)[0]
             except ConfigError:
                 # Start values that were wrong before must not keep a right one from being set.
                 if _usable(self._values) or not _usable({**_DECLARED, **ours}):
                     raise
-            if 'model_path' in changed and not restoring:
-                self._on_model_path(changed['model_path'])
+            else:
+                if ('model_path' in changed or with_model) and not restoring:
+                    self._on_model(settings)
             self._values = values
             self._broken = {name: problem for name, problem in self._broken.items() if name not in ours}
         self._on_live(self.live())
@@ -520,6 +557,7 @@ def parameter_table() -> str:
         text = ' '.join(filter(None, (declaration.description, declaration.constraints)))
         effect = ' *At once.*' if declaration.live else ' *Read-only.*' if declaration.read_only else ''
         effect = ' *In the background.*' if declaration.swapped else effect
+        effect = ' *In the background, with `model_path`.*' if declaration.with_model else effect
         kind = declaration.type.name.lower().replace('_array', '[]')
         rows.append(f'| `{declaration.name}` | {kind} | {default} | {text}{effect} |')
     return '\n'.join(rows)

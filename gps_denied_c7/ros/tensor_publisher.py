@@ -6,7 +6,6 @@ import ctypes
 import threading
 import time
 import weakref
-from collections.abc import Container
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,14 +36,13 @@ class TensorPublisher:
         self._rcl = rcl
         self._forms = _Forms()
 
-    def publish(self, result: FrameResult, published: Container[str] | None = None) -> None:
+    def publish(self, result: FrameResult) -> None:
         """
         Publish one answer, or nothing where the publisher is not active.
 
-        :param published: names of the outputs that go into it, None for all.
         :raises RclError: rcl failed.
         """
-        outputs = chosen_outputs(result, published)
+        outputs = chosen_outputs(result)
         if self._rcl is None:
             self._publisher.publish(to_tensor_list(result, outputs))
         elif self._publisher.is_activated:

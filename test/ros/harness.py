@@ -25,7 +25,7 @@ from gps_denied_c7_msgs.msg import FdrRecord, TensorList
 from lifecycle_msgs.msg import Transition
 from lifecycle_msgs.srv import ChangeState, GetState
 from rcl_interfaces.msg import Parameter as ParameterMsg
-from rcl_interfaces.srv import GetParameters, SetParameters
+from rcl_interfaces.srv import GetParameters, SetParameters, SetParametersAtomically
 from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
@@ -231,6 +231,12 @@ class Peer:
         """Set a parameter and return the SetParametersResult."""
         message: ParameterMsg = Parameter(name, value=value).to_parameter_msg()
         return self.look_up(SetParameters, 'set_parameters', SetParameters.Request(parameters=[message])).results[0]
+
+    def set_together(self, **values: Any) -> Any:
+        """Set parameters in one request and return its SetParametersResult."""
+        messages = [Parameter(name, value=value).to_parameter_msg() for name, value in values.items()]
+        request = SetParametersAtomically.Request(parameters=messages)
+        return self.look_up(SetParametersAtomically, 'set_parameters_atomically', request).result
 
     def wait_state(self, label: str, timeout_s: float = 60.0) -> None:
         """Wait for a lifecycle state."""

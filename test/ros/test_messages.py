@@ -58,8 +58,8 @@ def result(message, outputs, **changes):
     return FrameResult(**values)
 
 
-def listed(answered, published=None):
-    return to_tensor_list(answered, chosen_outputs(answered, published))
+def listed(answered):
+    return to_tensor_list(answered, chosen_outputs(answered))
 
 
 def over_the_wire(message):
@@ -110,7 +110,7 @@ def test_a_result_becomes_a_message_without_loss():
 
 def test_outputs_that_nobody_asked_for_are_left_out():
     outputs = {name: np.zeros(2, np.float32) for name in ('scores', 'descriptors', 'mask')}
-    message = listed(result(image(), outputs), {'mask', 'scores'})
+    message = listed(result(image(), outputs, published=frozenset({'mask', 'scores'})))
     assert [each.name for each in message.tensors] == ['scores', 'mask']
 
 

@@ -199,6 +199,31 @@ def test_n10_what_can_be_told_at_once_is_refused(demo_bundle, tmp_path):
         assert not any('failures in' in name for name in peer.values('Runtime'))
 
 
+def test_n10_the_published_outputs_change_together_with_the_model(demo_bundle, tmp_path):
+    """Also where the model stays the same, and back where the new one lacks an output."""
+    names = [spec.name for spec in ModelBundle.load(demo_bundle).outputs]
+    with flying(demo_bundle, output_tensors=names[:1]) as (_, peer, camera):
+        camera.wait_answers()
+        published = lambda answer: [each.name for each in answer.tensors]  # noqa: E731
+        assert published(camera.answers[-1]) == names[:1]
+        assert 'together with model_path' in peer.set_parameter('output_tensors', names).reason
+        assert peer.set_together(model_path=demo_bundle, output_tensors=names).successful
+        assert peer.wait_record('c7.model_swapped')['outcome'] == 'swapped'
+        wait_until(lambda: published(camera.answers[-1]) == names, 'all outputs')
+
+        assert peer.set_together(model_path=copying(tmp_path), output_tensors=['mean', 'missing']).successful
+        wait_until(lambda: len(peer.payloads('c7.model_swapped')) == 2, 'the second record')
+        failed = peer.payloads('c7.model_swapped')[-1]
+        assert failed['outcome'] == 'failed' and "no ['missing']" in failed['reason']
+        wait_until(lambda: peer.get_parameter('model_path').string_value == demo_bundle, 'the path taken back')
+        assert list(peer.get_parameter('output_tensors').string_array_value) == names
+
+        assert peer.set_together(model_path=copying(tmp_path), output_tensors=['mean']).successful
+        wait_until(lambda: published(camera.answers[-1]) == ['mean'], 'the output of the other model')
+        camera.stop()
+        camera.assert_nothing_lost()
+
+
 @contextlib.contextmanager
 def loading(demo_bundle, tmp_path):
     """Run a flying node that is in the middle of loading a model that takes for ever."""

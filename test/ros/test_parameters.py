@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -106,8 +107,8 @@ class Bench:
 
     def __init__(self, context, **overrides):
         self.why_fixed = None
-        self.live, self.failures, self.model_paths = [], [], []
-        self.on_model_path = self.model_paths.append
+        self.live, self.failures, self.models = [], [], []
+        self.on_model = self.models.append
         self.node = Node(
             'bench',
             context=context,
@@ -119,10 +120,14 @@ class Bench:
         self.parameters = NodeParameters(
             self.node,
             fixed=lambda name: self.why_fixed,
-            on_model_path=lambda path: self.on_model_path(path),
+            on_model=lambda settings: self.on_model(settings),
             on_live=self.live.append,
             on_failure=lambda name, error: self.failures.append((name, error)),
         )
+
+    @property
+    def model_paths(self):
+        return [settings.model_path for settings in self.models]
 
     def set(self, **values):
         return self.node.set_parameters_atomically([Parameter(name, value=value) for name, value in values.items()])
@@ -240,14 +245,14 @@ def test_any_other_is_refused_with_the_reason_while_configured(bench, declaratio
 def test_a_new_model_path_is_told_before_it_is_set_and_can_be_refused(bench):
     made = bench(model_path='/old')
 
-    def refuse(path):
-        raise ModelBundleError(f'{path} does not exist.')
+    def refuse(settings):
+        raise ModelBundleError(f'{settings.model_path} does not exist.')
 
     assert made.set(model_path='/old').successful
     assert made.model_paths == []
     assert made.set(model_path='/new', latency_warn_ms=5.0).successful
     assert made.model_paths == ['/new']
-    made.on_model_path = refuse
+    made.on_model = refuse
     refused = made.set(model_path='/newer', latency_warn_ms=6.0)
     assert (refused.successful, refused.reason) == (False, '/newer does not exist.')
     assert (made.parameters.settings().model_path, made.parameters.live().latency_warn_ms) == ('/new', 5.0)
@@ -263,15 +268,28 @@ def test_what_is_refused_for_another_reason_begins_no_swap(bench):
 
 
 def test_a_parameter_is_taken_back_in_any_state_without_effect(bench):
-    made = bench(model_path='/old')
-    assert made.set(model_path='/new').successful
+    made = bench(model_path='/old', output_tensors=['scores'])
+    before = made.parameters.settings()
+    assert made.set(model_path='/new', output_tensors=['scores', 'mask'], allow_non_finite=['mask']).successful
     made.why_fixed = 'cannot change while deactivating.'
-    made.parameters.restore('model_path', '/old')
+    made.parameters.restore_model(before)
     assert made.model_paths == ['/new'], 'taking back is no swap'
-    assert made.node.get_parameter('model_path').value == made.parameters.settings().model_path == '/old'
+    assert made.node.get_parameter('model_path').value == '/old' and made.parameters.settings() == before
     assert not made.set(model_path='/new').successful
     with pytest.raises(ConfigError, match='taken back'):
-        made.parameters.restore('model_path', 5)
+        made.parameters.restore_model(dataclasses.replace(before, model_path=5))
+
+
+def test_outputs_change_while_active_together_with_the_model_alone(bench):
+    made = bench(model_path='/old')
+    made.parameters._fixed = lambda name: None if name == 'model_path' else 'cannot change while active.'
+    assert 'output_tensors' in made.set(output_tensors=['scores']).reason
+    assert made.set(model_path='/new', output_tensors=['scores'], allow_non_finite=['mask']).successful
+    assert made.set(model_path='/new', output_tensors=['scores', 'mask']).successful
+    told = [(each.model_path, each.output_tensors, each.allow_non_finite) for each in made.models]
+    assert told == [('/new', ('scores',), ('mask',)), ('/new', ('scores', 'mask'), ('mask',))]
+    assert made.models[-1].config.output_tensors == ('scores', 'mask')
+    assert made.set(model_path='/new').successful and len(made.models) == 2, 'nothing changes'
 
 
 def test_a_read_only_parameter_is_refused(bench):
