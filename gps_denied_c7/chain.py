@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple, NoReturn, TypeVar
 
 from numpy.typing import NDArray
@@ -41,6 +42,7 @@ _SHADOWED_FRAMES = 3
 _GIVEN_UP = 10.0
 _LOOK_S = 0.02
 _RESTART, _HURRIED = 'restart', 'hurried'
+_STOPPED = ', stopped'
 
 ErrorT = TypeVar('ErrorT', bound=BaseException)
 
@@ -70,7 +72,21 @@ class Answer(NamedTuple):
 
 
 class _LateError(InferenceError):
-    """The serving engine has not answered yet, and another one is there."""
+    """The serving engine has not answered yet, and another one is there, or it was the last to be tried."""
+
+
+class _Attempt(NamedTuple):
+    """
+    Hold what came of one engine that was asked to answer a request.
+
+    :param process: its worker, and whether that was stopped then.
+    :param fresh: its load began after the request did.
+    """
+
+    engine: RungEngine
+    process: str
+    fresh: bool
+    error: Exception
 
 
 class RuntimeChain:
@@ -82,7 +98,8 @@ class RuntimeChain:
     dies, fails or is late, and a better rung that was out comes back once it has answered live frames as the
     serving one did (F-6). A late engine stands by again when its answer comes, and is killed when it does not (F-4).
     A request may be at fault instead of an engine: the last usable rung is kept where it fails one and still
-    passes its proof, so that one image cannot silence all that follow it.
+    passes its proof, so that one image cannot silence all that follow it. Engines that were there before it may all
+    have been stopped: a request is given up for being late only when one that was loaded for it hangs too.
     :meth:`status` never blocks. The other methods take turns and may last as long as an engine
     takes to load.
 
@@ -236,7 +253,8 @@ class RuntimeChain:
         """
         Answer one request, moving to the next engine as often as it takes (F-2).
 
-        What can wait until the answer has been handed on is left to :meth:`maintain`.
+        What can wait until the answer has been handed on is left to :meth:`maintain`. Where all engines are late, the
+        request waits for another to be loaded, which has as long as ``load_timeout_s``, and gets that one's answer.
 
         :param inputs: arrays by canonical name, only read; the same frame goes to every engine tried.
         :raises InferenceError: every usable rung failed this request, and one that passes its proof all the
@@ -251,38 +269,37 @@ class RuntimeChain:
             started_ns = self._monotonic_ns()
             self._request += 1
             take_back: Callable[[], None] | None = None
-            failures: dict[Rung, Exception] = {}
+            attempts: list[_Attempt] = []
             loaded_afresh: dict[Rung, int] = {}
-            late_before = False
             first = self._engine
             while True:
                 engine = self._engine
                 assert engine is not None
+                fresh = engine.load_began_ns > started_ns
                 try:
-                    outputs = self._ask(engine, inputs)
+                    outputs = self._ask(engine, inputs, last=fresh)
                 except _LateError as late:
                     _log.error('%s', late)
+                    take_back = take_back or self._blame_snapshot()
+                    attempts.append(_Attempt(engine, _process(engine), fresh, _without_frames(late)))
+                    if fresh and not self._has_answered(self._standby):
+                        # It was proven while the others did not answer: the request is what it hangs on.
+                        self._drop_serving()
+                        self._replace_serving((engine.rung, *self._after(engine.rung)))
+                        take_back()
+                        self._blame_request(attempts, started_ns)
                     self._late.append(engine)
                     self._engine = None
                     self._serve_standby()
-                    failures.setdefault(engine.rung, _without_frames(late))
                     if (answer := self._answer_at_last()) is not None:
                         outputs = answer
                         break
-                    if late_before:
-                        # The second one has been given its whole hang limit; the request would cost a third.
-                        self._record_first_switch(failures, started_ns)
-                        raise InferenceError(
-                            f'two engines in turn did not answer this request: {late}',
-                            remedy='Run the model on this input outside of this package, and correct it.',
-                        ) from late
-                    late_before = True
                     continue
                 except Exception as error:
                     take_back = take_back or self._blame_snapshot()
                     rung = engine.rung
-                    others, again = self._after(rung), rung in failures
-                    failures.setdefault(rung, error)
+                    others, again = self._after(rung), any(attempt.engine.rung == rung for attempt in attempts)
+                    attempts.append(_Attempt(engine, _process(engine), fresh, error))
                     if self._closing:
                         raise
                     # A proof is written where the frame may have been.
@@ -292,7 +309,7 @@ class RuntimeChain:
                     }
                     if (again or not others) and engine.host.alive and self._passes_proof(engine):
                         take_back()
-                        self._blame_request(failures, started_ns)
+                        self._blame_request(attempts, started_ns)
                     _log.error('%s failed a frame: %s', rung.name, error)
                     self._fail_serving(error)
                     # Where no other is usable, the rung itself may be, loaded afresh.
@@ -301,10 +318,10 @@ class RuntimeChain:
                     spent = again and loaded_afresh.get(rung, 0) >= (_DEATHS if died else 1)
                     if spent and died and not others:
                         self._replace_serving((rung,))
-                        if self._serving() in failures:
+                        if any(attempt.engine.rung == self._serving() for attempt in attempts):
                             # Afresh it passes its proof once more: the request is what it does not survive.
                             take_back()
-                            self._blame_request(failures, started_ns)
+                            self._blame_request(attempts, started_ns)
                         continue
                     if self._replace_serving(others if spent else (*others, rung)):
                         serving = self._serving()
@@ -312,7 +329,7 @@ class RuntimeChain:
                     continue
                 break
             if self._engine is not first:
-                self._record_first_switch(failures, started_ns)
+                self._record_first_switch(attempts, started_ns)
             self._backoff.reset(_RESTART)
             self._announce()
             self._shadow(inputs, outputs)
@@ -377,21 +394,25 @@ class RuntimeChain:
 
     def _blame_snapshot(self) -> Callable[[], None]:
         """Return what takes back all that engines are blamed for from now on: the request may prove to be at fault."""
-        restore_gpu, restore_pauses = self._gpu.snapshot(), self._backoff.snapshot()
+        restore_gpu, restore_pauses, gpu_hung = self._gpu.snapshot(), self._backoff.snapshot(), self._gpu_hangs()
 
         def take_back() -> None:
             restore_gpu()
             restore_pauses()
+            if self._gpu_hangs() and not gpu_hung:
+                # Whatever the request is, the driver holds what it has.
+                self._gpu.mark_lost('a worker cannot be ended')
 
         return take_back
 
     # --- one request ------------------------------------------------------------------------------
 
-    def _ask(self, engine: RungEngine, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
+    def _ask(self, engine: RungEngine, inputs: Mapping[str, NDArray], *, last: bool) -> dict[str, NDArray]:
         """
         Return the answer of ``engine``; where it is late, wait while another one is being loaded (F-4).
 
-        :raises _LateError: it is late and another engine stands by.
+        :param last: no other engine is to be tried: it has all of its hang limit.
+        :raises _LateError: it is late and another engine stands by, or it was the last and has hung.
         :raises InferenceError: it failed, or has hung for so long that loading it afresh is the better bet.
         """
         engine.began_ns, engine.request, engine.late_answer = self._monotonic_ns(), self._request, None
@@ -401,14 +422,14 @@ class RuntimeChain:
             if self._closing:
                 raise InferenceError(f'{engine.rung.name} still runs a request while the chain is released.')
             self._look_after_others()
-            if self._standby is not None:
-                raise _LateError(
-                    f'{engine.rung.name} did not answer within its deadline of {engine.deadline_s * 1e3:.0f} ms.'
-                )
+            hung = self._age_s(engine) > engine.hang_s
+            if (hung if last else self._standby is not None) or self._has_answered(self._standby):
+                limit_s = engine.hang_s if hung else engine.deadline_s
+                raise _LateError(f'{engine.rung.name} did not answer within {limit_s * 1e3:.0f} ms.')
             if self._age_s(engine) > _GIVEN_UP * engine.hang_s:
                 # Nothing could be loaded beside it in all that time; its memory may be what is missing.
                 raise InferenceError(f'{engine.rung.name} has not answered for {self._age_s(engine):.1f} s.')
-            if (self._config.hot_standby and not self._late) or self._age_s(engine) > engine.hang_s:
+            if self._standby is None and ((self._config.hot_standby and not self._late) or hung):
                 self._order_standby(hurry=True)
             outputs = engine.host.poll(_LOOK_S)
         return outputs
@@ -416,10 +437,14 @@ class RuntimeChain:
     def _answer_at_last(self) -> dict[str, NDArray] | None:
         """Return what the engine that serves again has meanwhile answered to this very request, None where nothing."""
         engine = self._engine
-        if engine is None or engine.late_answer is None or engine.request != self._request:
+        if engine is None or not self._has_answered(engine):
             return None
         outputs, engine.late_answer = engine.late_answer, None
         return outputs
+
+    def _has_answered(self, engine: RungEngine | None) -> bool:
+        """Return whether an engine that was late has meanwhile answered this very request."""
+        return engine is not None and engine.late_answer is not None and engine.request == self._request
 
     def _age_s(self, engine: RungEngine) -> float:
         return (self._monotonic_ns() - engine.began_ns) / 1e9
@@ -836,21 +861,32 @@ class RuntimeChain:
             return False
         return True
 
-    def _blame_request(self, failures: Mapping[Rung, Exception], started_ns: int) -> NoReturn:
-        """Raise what the usable rungs made of a request, while the one that passes its proof goes on serving."""
+    def _blame_request(self, attempts: Sequence[_Attempt], started_ns: int) -> NoReturn:
+        """Raise what the usable rungs made of a request, while one that passes its proof goes on serving."""
         serving = self._serving()
-        if next(iter(failures)) != serving:
-            self._record_first_switch(failures, started_ns)
+        if attempts[0].engine is not self._engine:
+            self._record_first_switch(attempts, started_ns)
         self._backoff.reset(_RESTART)
-        cause = failures[serving]
+        stopped = any(_STOPPED in attempt.process for attempt in attempts)
         raise InferenceError(
-            f'no runtime can answer this request, while {serving.name} still passes its proof: {cause}',
-            remedy='Run the model on this input outside of this package, and correct it.',
-        ) from cause
+            f'no runtime can answer this request, while {serving.name} still passes its proof: '
+            f'{join_reasons(map(self._describe, attempts))}.',
+            remedy='Find out what stops the workers.'
+            if stopped
+            else 'Run the model on this input outside of this package, and correct it.',
+        ) from attempts[-1].error
 
-    def _record_first_switch(self, failures: Mapping[Rung, Exception], started_ns: int) -> None:
-        rung, error = next(iter(failures.items()))
-        self._record_switch(rung.name, str(error), started_ns, frames_affected=1)
+    def _describe(self, attempt: _Attempt) -> tuple[str, str]:
+        """Return which engine was asked, and what came of it up to now."""
+        engine, reason = attempt.engine, str(attempt.error)
+        if isinstance(attempt.error, _LateError):
+            reason = f'no answer for {self._age_s(engine):.1f} s{"" if engine.host.alive else ", killed"}'
+        loaded = ', loaded for this request' if attempt.fresh else ''
+        return f'{engine.rung.name}{attempt.process}{loaded}', reason
+
+    def _record_first_switch(self, attempts: Sequence[_Attempt], started_ns: int) -> None:
+        first = attempts[0]
+        self._record_switch(first.engine.rung.name, str(first.error), started_ns, frames_affected=1)
 
     def _restart(self, *, at_once: bool = False) -> None:
         before = self._status
@@ -1023,6 +1059,17 @@ class RuntimeChain:
 
 def _pid(engine: RungEngine | None) -> int | None:
     return getattr(engine.host, 'pid', None) if engine is not None else None
+
+
+def _process(engine: RungEngine) -> str:
+    """Name the worker of an engine, and say whether it is stopped: that, not the request, is why it is late."""
+    if (pid := _pid(engine)) is None:
+        return ''
+    try:
+        state = Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0]
+    except OSError:
+        state = ''
+    return f' (pid {pid}{_STOPPED if state in ("T", "t") else ""})'
 
 
 def _without_frames(error: ErrorT) -> ErrorT:

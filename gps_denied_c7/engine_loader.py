@@ -34,6 +34,7 @@ class RungEngine:
 
     :param deadline_s: seconds after which a request counts as late, from its hand-over.
     :param hang_s: seconds after which it counts as hung.
+    :param load_began_ns: when its load began, by the chain's clock.
     :param began_ns: hand-over of the request that it runs besides the serving engine's.
     :param expected: what the serving engine answered to that request, where the two are compared.
     :param agreements: live frames on which it gave the serving engine's answer.
@@ -46,6 +47,7 @@ class RungEngine:
     facts: EngineFacts
     deadline_s: float
     hang_s: float
+    load_began_ns: int = 0
     began_ns: int = 0
     expected: dict[str, NDArray] | None = None
     agreements: int = 0
@@ -221,4 +223,4 @@ class EngineLoader:
         self._longest_s[load.rung] = max(self._longest_s.get(load.rung, 0.0), took_s)
         deadline_s = max(self._config.inference_deadline_ms / 1e3, _LATE * warm_up_s)
         hang_s = max(self._config.hang_timeout_ms / 1e3, _LATE * deadline_s)
-        return RungEngine(load.rung, host, facts, deadline_s, hang_s)
+        return RungEngine(load.rung, host, facts, deadline_s, hang_s, started_ns)

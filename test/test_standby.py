@@ -637,16 +637,159 @@ def test_f3_a_standby_is_replaced_while_a_better_engine_is_being_loaded():
     assert bench.chain.status().standby == CPU
 
 
-def test_f4_a_request_that_hangs_every_worker_costs_two():
-    """The node would never get past such a frame otherwise."""
+class HangsOnThirteen(ScriptedWorker):
+    """Stand in for an engine that does not return from one request."""
+
+    def begin(self, inputs):
+        super().begin(inputs)
+        if (self.request['x'] == 13).all():
+            self.act, self.asked_ns = 'late', self.bench.now_ns
+            self.bench.hung.append(self)
+
+
+class HangingBench(Bench):
+    """A chain of engines that one request hangs."""
+
+    worker_type = HangsOnThirteen
+
+    def __init__(self, *rungs, **config):
+        self.hung = []
+        super().__init__(*rungs, **config)
+
+
+CHAINS_OF_WORKERS = pytest.mark.parametrize('rungs', [(CPU,), (GPU, CPU), (GPU, OTHER_GPU), (GPU, OTHER_GPU, CPU)])
+HOT_STANDBY = pytest.mark.parametrize('hot_standby', [True, False])
+
+
+@CHAINS_OF_WORKERS
+@HOT_STANDBY
+def test_f4_a_frame_is_answered_although_all_engines_that_were_there_were_stopped(rungs, hot_standby):
+    """By one that is loaded for it; the frame is as good as any other."""
+    bench = Bench(*rungs, hot_standby=hot_standby).ready()
+    stopped = list(bench.workers)
+    for worker in stopped:
+        worker.stopped = True
+    assert bench.ask(3.0)
+    assert bench.serving() not in stopped
+    (switch,) = bench.switches()
+    assert (switch['from'], switch['frames_affected']) == (rungs[0].name, 1)
+    bench.now_ns += int(1.5e9)
+    bench.settle()
+    assert bench.ask(4.0) and not any(worker.alive for worker in stopped)
+
+
+@pytest.mark.parametrize('load_s', [5.0, 55.0])
+def test_f4_a_frame_waits_for_a_load_as_long_as_a_load_may_take(load_s):
+    bench = Bench(CPU).ready()
+
+    def load(rung):
+        end_ns = bench.now_ns + int(load_s * 1e9)
+        if threading.current_thread() is threading.main_thread():
+            bench.now_ns = end_ns
+        while bench.now_ns < end_ns:
+            time.sleep(0.0001)
+            # The frame that waits moves the time until its second engine is given up.
+            bench.now_ns += int(0.01e9)
+
+    for worker in bench.workers:
+        worker.stopped = True
+    bench.before_load = load
+    before_ns = bench.now_ns
+    assert bench.ask(3.0)
+    assert bench.now_ns - before_ns > load_s * 1e9
+
+
+@CHAINS_OF_WORKERS
+@HOT_STANDBY
+def test_f4_a_request_that_hangs_every_engine_costs_itself_and_no_other(rungs, hot_standby):
+    """It ends with the hang limit of one that was loaded for it, which is why it is the request that is to blame."""
+    bench = HangingBench(*rungs, hot_standby=hot_standby).ready()
+    for value in (1.0, 2.0):
+        bench.hung.clear()
+        with pytest.raises(InferenceError, match='no runtime can answer this request') as caught:
+            bench.ask(13.0)
+        assert len(bench.hung) == 2 + hot_standby
+        fresh = bench.hung[-1]
+        assert f'{fresh.rung.name}, loaded for this request: no answer for 1.0 s' in str(caught.value)
+        assert str(caught.value).count(': no answer for') == len(bench.hung)
+        assert 'Run the model on this input' in caught.value.remedy
+        assert bench.now_ns - fresh.asked_ns < 1.1e9
+        assert not fresh.alive
+        assert bench.chain.status().state is ChainState.READY and not bench.chain.status().gpu_lost
+        assert bench.ask(value) and bench.serving() not in bench.hung
+        bench.settle()
+
+
+def test_f4_a_request_that_hangs_a_driver_for_good_gives_the_gpu_up_all_the_same():
+    """No engine is blamed for the request, but the driver holds what a worker has that cannot be ended."""
+    bench = HangingBench(GPU, OTHER_GPU, CPU).ready()
+    bench.serving().killable = False
+    bench.loads_may_end.clear()
+    threading.Timer(0.2, bench.loads_may_end.set).start()
+    with pytest.raises(InferenceError, match='no runtime can answer this request'):
+        bench.ask(13.0)
+    bench.now_ns += int(3e9)
+    bench.settle()
+    assert 'c7.worker_unkillable' in [kind for kind, _ in bench.records]
+    assert bench.chain.status().gpu_lost
+    assert bench.ask(1.0)
+
+
+def test_f4_an_engine_that_answers_while_the_one_loaded_for_the_frame_is_late_is_heard():
+    bench = HangingBench(CPU).ready()
+    second = bench.standby()
+    poll = second.poll
+
+    def poll_until_the_third_is_asked(timeout_s):
+        if len(bench.hung) == 3:
+            second.act = 'answer'
+        return poll(timeout_s)
+
+    second.poll = poll_until_the_third_is_asked
+    assert bench.ask(13.0)
+    assert bench.serving() is second and len(bench.hung) == 3
+
+
+@pytest.mark.parametrize(
+    'act, outcome', [('die', 'the worker has died'), ('fail', 'the engine failed'), ('late', 'no answer for 1.0 s')]
+)
+def test_f4_what_became_of_the_engine_that_was_loaded_for_a_frame_is_in_the_reason(act, outcome):
     bench = Bench(CPU).ready()
     for worker in bench.workers:
-        worker.act = 'late'
-    with pytest.raises(InferenceError, match='two engines in turn'):
-        bench.ask(1.0)
-    bench.ask(2.0)
-    bench.settle()
-    assert bench.chain.status().state is ChainState.READY
+        worker.stopped = True
+    make = bench.worker_type
+
+    def make_faulty(rung, made_for):
+        worker = make(rung, made_for)
+        begin, poll = worker.begin, worker.poll
+
+        def begin_faulty(inputs):
+            begin(inputs)
+            worker.act = act if (inputs['x'] == 13).all() else 'answer'
+
+        def poll_faulty(timeout_s):
+            try:
+                return poll(timeout_s)
+            except InferenceError as error:
+                raise error if worker.alive else WorkerDiedError(error.message) from error
+
+        worker.begin, worker.poll = begin_faulty, poll_faulty
+        return worker
+
+    bench.worker_type = make_faulty
+    with pytest.raises(InferenceError, match='no answer for .* s, killed; .* no answer for') as caught:
+        bench.ask(13.0)
+    assert f'loaded for this request: {outcome}' in str(caught.value)
+    assert bench.ask(1.0)
+
+
+def test_f4_a_frame_that_no_engine_could_be_loaded_for_says_why():
+    bench = Bench(CPU).ready()
+    for worker in bench.workers:
+        worker.stopped = True
+    bench.load_faults[CPU] = EngineDeserializeError('no memory.')
+    with pytest.raises(ChainExhaustedError, match='no memory'):
+        bench.ask()
 
 
 def test_f4_a_worker_that_hangs_for_good_is_given_up_where_no_other_can_be_loaded():
@@ -777,11 +920,10 @@ def test_ac5_an_engine_that_is_heard_at_last_tells_its_alert_once():
     assert sorted(alerts) == ['c7.cpu_fallback', 'c7.fallback_to_onnx_trt_ep']
 
 
-def test_f8_two_late_engines_in_turn_are_one_switch_from_the_first():
-    bench = Bench(GPU, OTHER_GPU, CPU).ready()
-    bench.serving().act = bench.standby().act = 'late'
-    with pytest.raises(InferenceError, match='two engines in turn'):
-        bench.ask()
+def test_f8_engines_that_are_late_in_turn_are_one_switch_from_the_first():
+    bench = HangingBench(GPU, OTHER_GPU, CPU).ready()
+    with pytest.raises(InferenceError, match='loaded for this request'):
+        bench.ask(13.0)
     (switch,) = bench.switches()
     assert (switch['from'], switch['to']) == (GPU.name, bench.chain.status().active.name)
 

@@ -530,6 +530,87 @@ def test_f2_f3_a_chain_of_real_workers_answers_every_frame(bundle):
                                           capture_output=True).stdout, 'every worker to be gone')  # fmt: skip
 
 
+@contextlib.contextmanager
+def running_chain(bundle, spare=None, **config):
+    """Yield a chain of real workers, with all that stand by where any does, and what it answers to one request."""
+    settings = C7InferenceConfig(cpu_threads=1, inference_deadline_ms=100.0, hang_timeout_ms=300.0, **config)
+    hosts = worker_hosts(bundle, settings, spare=spare)
+    chain = RuntimeChain(bundle, settings, hosts, emit=lambda kind, **payload: None, rungs=(CPU,))
+    chain.load()
+    try:
+
+        def stands_by():
+            chain.maintain()
+            return chain._standby is not None
+
+        if settings.hot_standby:
+            wait_until(stands_by, 'a standby')
+        request = bundle.golden_inputs()
+        yield chain, request, {name: array.copy() for name, array in chain.infer(request).outputs.items()}
+    finally:
+        chain.release()
+
+
+def assert_answers(chain, request, expected):
+    for name, array in chain.infer(request).outputs.items():
+        np.testing.assert_array_equal(array, expected[name])
+
+
+@pytest.mark.parametrize('hot_standby', [True, False], ids=['with a standby', 'without'])
+def test_f4_a_frame_is_answered_although_every_worker_was_stopped(bundle, spare, hot_standby):
+    """The spare one, too: SIGSTOP tells nothing about the frame, which waits for an engine that is loaded for it."""
+    with running_chain(bundle, spare, hot_standby=hot_standby) as (chain, request, expected):
+        for _ in range(2):
+            for pid in filter(None, (chain.status().worker_pid, chain.status().standby_pid, wait_for_spare(spare))):
+                stop(pid)
+            for _ in range(3):
+                assert_answers(chain, request, expected)
+            if hot_standby:
+                wait_until(lambda: (chain.maintain(), chain.status().standby_pid)[1], 'a standby')
+
+
+def test_f4_a_frame_is_answered_although_the_engine_that_is_loaded_for_it_is_stopped_too(bundle):
+    """While it is loaded; it is killed for that, and loaded again."""
+    with running_chain(bundle) as (chain, request, expected):
+        before = (chain.status().worker_pid, chain.status().standby_pid)
+        stopped = []
+
+        def stop_the_next():
+            def loading():
+                return [load.host.pid for load in list(chain._loader.loads) if load.host is not None and load.host.pid]
+
+            stopped.extend(wait_until(loading, 'a load'))
+            stop(stopped[0])
+
+        for pid in before:
+            stop(pid)
+        stopping = threading.Thread(target=stop_the_next)
+        stopping.start()
+        assert_answers(chain, request, expected)
+        stopping.join()
+        assert stopped[0] not in before and chain.status().worker_pid not in (*before, *stopped)
+
+
+def test_f4_a_frame_that_is_given_up_names_the_workers_that_were_stopped(bundle):
+    """And says which of them was loaded for it; the next frame is answered."""
+    with running_chain(bundle) as (chain, request, expected):
+        asked, ask = [], chain._ask
+
+        def ask_and_stop(engine, inputs, *, last):
+            asked.append(engine.host.pid)
+            stop(engine.host.pid)
+            return ask(engine, inputs, last=last)
+
+        chain._ask = ask_and_stop
+        with pytest.raises(InferenceError, match='no runtime can answer this request') as caught:
+            chain.infer(request)
+        chain._ask = ask
+        assert all(f'(pid {pid}, stopped)' in str(caught.value) for pid in asked) and len(asked) == 3
+        assert f'(pid {asked[-1]}, stopped), loaded for this request: no answer for' in str(caught.value)
+        assert 'Find out what stops the workers' in caught.value.remedy
+        assert_answers(chain, request, expected)
+
+
 @pytest.fixture
 def spare():
     spare = SpareWorker('onnx_trt_ep')
