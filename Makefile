@@ -1,7 +1,7 @@
 # ROS_DISTRO=kilted make ... for the other distribution. Where ROS is sourced, that one is used.
 ENVIRONMENT := python3 tools/environment.py
 
-.PHONY: help setup demo bench test lint chaos clean
+.PHONY: help setup demo bench test lint chaos soak clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -24,6 +24,11 @@ test: lint  ## ruff, mypy and every test this machine can run; skips are listed 
 
 chaos:  ## kill, crash and stop the node's workers for minutes and account for every frame
 	$(ENVIRONMENT) run python3 test/measure/chaos.py
+
+soak:  ## compare the answers of random networks, and of a node under fire, with plain ONNX Runtime, 15 minutes
+	C7_SOAK_NETWORKS=$${C7_SOAK_NETWORKS:-200} C7_SOAK_FRAMES=$${C7_SOAK_FRAMES:-100} \
+		$(ENVIRONMENT) run python3 -m pytest test/differential -s
+	$(ENVIRONMENT) run python3 test/measure/answers.py
 
 clean:  ## remove every environment, build and output
 	rm -rf .venv .build build install log demo_output bench_output .mypy_cache .pytest_cache .ruff_cache .hypothesis

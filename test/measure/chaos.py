@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from gps_denied_c7_msgs.msg import TensorList
 from harness import NodeProcess, Peer, image, running_node, wait_until
 from rclpy.publisher import Publisher
 from rclpy.qos import QoSProfile, ReliabilityPolicy
+from sensor_msgs.msg import Image
 
 from gps_denied_c7.demo.network import write_demo_bundle
 from gps_denied_c7.worker import SPARE_NAME, WORKER_NAME
@@ -166,28 +167,47 @@ def slowed_down(pids: list[int], times: int) -> Iterator[None]:
         signal_all(signal.SIGCONT)
 
 
-class _Camera:
-    """Publish numbered frames from a thread of its own."""
+class Camera:
+    """
+    Publish numbered frames from a thread of its own.
 
-    def __init__(self, publisher: Publisher, account: Account, rate_hz: float, last: int) -> None:
+    :param last: number of the last frame that was sent before.
+    :param picture: returns the frame of a number; the same VGA image for all by default.
+    """
+
+    def __init__(
+        self, publisher: Publisher, account: Account, rate_hz: float, last: int,
+        picture: Callable[[int], Image] | None = None,
+    ) -> None:  # fmt: skip
         self._publisher, self._account, self._period_s, self._last = publisher, account, 1 / rate_hz, last
+        self._picture = picture or _vga()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        message, number, due = image(width=640, height=480), self._last, time.monotonic()
+        number, due = self._last, time.monotonic()
         while not self._over.wait(max(0.0, due - time.monotonic())):
             # A camera that was held up does not make up for it.
             due = max(due, time.monotonic()) + self._period_s
             number += 1
-            message.header.stamp.sec = number
+            message = self._picture(number)
             self._account.sent[number] = time.monotonic()
             self._publisher.publish(message)
 
     def stop(self) -> None:
         self._over.set()
         self._thread.join()
+
+
+def _vga() -> Callable[[int], Image]:
+    message = image(width=640, height=480)
+
+    def picture(number: int) -> Image:
+        message.header.stamp.sec = number
+        return message
+
+    return picture
 
 
 def run(
@@ -224,7 +244,7 @@ def run(
             first += 1
             publisher.publish(image(first, width=640, height=480))
             time.sleep(0.2)
-        camera = _Camera(publisher, account, rate_hz, first)
+        camera = Camera(publisher, account, rate_hz, first)
         try:
             for blow in blows:
                 time.sleep(chance.uniform(*pause_s))
@@ -245,25 +265,36 @@ def run(
         finally:
             camera.stop()
 
-        def settled() -> bool:
-            account.counters = dict(peer.values(f'Stream {CAMERA}'))
-            received = account.answered[-1][2] + 1
-            return int(account.counters['accepted']) == int(account.counters['answered']) == received
-
-        deadline = time.monotonic() + 30.0
-        while not settled() and time.monotonic() < deadline:
-            time.sleep(0.1)
+        settle(peer, account)
         loads = {name: value for name, value in peer.values('Runtime').items() if name.startswith('longest_load_s')}
         account.load_s = max(map(float, loads.values()), default=0.0)
         account.switches = peer.payloads('c7.runtime_switched')
-        account.workers.update(workers(process), workers(process, SPARE_NAME))
-        segments = process.shared_memory()
-        process.signal(signal.SIGTERM)
-        if code := process.wait():
-            account.left.append(f'the node ended with {code}')
-        account.left += [f'worker {pid} is left' for pid in account.workers if _is_worker(pid)]
-        account.left_by_dds = sum(path.exists() for path in segments)
+        end(process, account)
     return account
+
+
+def settle(peer: Peer, account: Account, timeout_s: float = 30.0) -> None:
+    """Wait until every accepted frame is answered and has arrived, and note the node's counters."""
+
+    def settled() -> bool:
+        account.counters = dict(peer.values(f'Stream {CAMERA}'))
+        received = account.answered[-1][2] + 1
+        return int(account.counters['accepted']) == int(account.counters['answered']) == received
+
+    deadline = time.monotonic() + timeout_s
+    while not settled() and time.monotonic() < deadline:
+        time.sleep(0.1)
+
+
+def end(process: NodeProcess, account: Account) -> None:
+    """End the node, and note what is left of it."""
+    account.workers.update(workers(process), workers(process, SPARE_NAME))
+    segments = process.shared_memory()
+    process.signal(signal.SIGTERM)
+    if code := process.wait():
+        account.left.append(f'the node ended with {code}')
+    account.left += [f'worker {pid} is left' for pid in account.workers if _is_worker(pid)]
+    account.left_by_dds = sum(path.exists() for path in segments)
 
 
 def _serving(peer: Peer, targets: list[int]) -> int:
