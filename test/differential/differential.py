@@ -20,9 +20,13 @@ from gps_denied_c7.runtime import ProviderSet
 from gps_denied_c7.thermal import UnknownThermalState
 from gps_denied_c7.worker_host import worker_hosts
 
-__all__ = ['CPU', 'Tally', 'compare_host', 'loaded_host', 'plain_session', 'wrong_outputs']
+__all__ = ['CPU', 'NUMPY_TYPES', 'Tally', 'compare_host', 'loaded_host', 'plain_session', 'wrong_outputs']
 
 CPU = Rung('onnx_trt_ep', ProviderSet.CPU)
+NUMPY_TYPES = {
+    'tensor(float)': np.float32, 'tensor(float16)': np.float16, 'tensor(double)': np.float64, 'tensor(bool)': np.bool_,
+    'tensor(int8)': np.int8, 'tensor(uint8)': np.uint8, 'tensor(int32)': np.int32, 'tensor(int64)': np.int64,
+}  # fmt: skip
 CONFIG = C7InferenceConfig(cpu_threads=1)
 
 

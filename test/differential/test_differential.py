@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 
-from differential import Tally, compare_host, loaded_host, plain_session, wrong_outputs
+from differential import NUMPY_TYPES, Tally, compare_host, loaded_host, plain_session, wrong_outputs
 from random_networks import frames, random_network
 
 from gps_denied_c7.errors import C7Error
@@ -24,9 +24,6 @@ NETWORKS = int(os.environ.get('C7_SOAK_NETWORKS', '40'))
 FRAMES = int(os.environ.get('C7_SOAK_FRAMES', '30'))
 FIRST_SEED = int(os.environ.get('C7_SOAK_SEED', '0'))
 MODELS = os.environ.get('C7_SOAK_MODELS', '')
-
-_NUMPY = {'tensor(float)': np.float32, 'tensor(float16)': np.float16, 'tensor(double)': np.float64,
-          'tensor(uint8)': np.uint8, 'tensor(int64)': np.int64, 'tensor(int32)': np.int32}  # fmt: skip
 
 
 def answers_of(path, requests):
@@ -109,8 +106,8 @@ def test_further_models_are_answered_as_session_run_answers_them(isolation):
             for tensor in session.get_inputs():
                 shape = [axis if isinstance(axis, int) else 1 for axis in tensor.shape]
                 values = chance.random(shape) * (chance.random(shape) < share)
-                whole = np.issubdtype(_NUMPY[tensor.type], np.integer)
-                feed[tensor.name] = (values * (200 if whole else 1)).astype(_NUMPY[tensor.type])
+                whole = np.issubdtype(NUMPY_TYPES[tensor.type], np.integer)
+                feed[tensor.name] = (values * (200 if whole else 1)).astype(NUMPY_TYPES[tensor.type])
             return feed
 
         right = answers_of(path, [request() for _ in range(FRAMES)])

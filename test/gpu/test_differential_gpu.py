@@ -1,0 +1,131 @@
+"""
+The answer is the network's answer on a GPU: exact random networks on each provider, against ONNX Runtime on the CPU.
+
+Every value of these networks is an integer that FP16 and TF32 hold, so a right answer is bit-equal. C7_GPU_NETWORKS,
+C7_GPU_BUILT_NETWORKS and C7_GPU_FRAMES say how many; a network that TensorRT builds an engine of takes several seconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx_models import bundle_around
+from results import record
+
+pytest.importorskip('onnx')
+pytest.importorskip('onnxruntime')
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'differential'))
+
+from differential import NUMPY_TYPES, Tally, compare_host, plain_session
+from onnx import load_from_string
+from random_networks import frames, random_network
+
+from gps_denied_c7.bundle import ModelBundle
+from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.errors import C7Error, RuntimeUnavailableError
+from gps_denied_c7.rungs import Rung
+from gps_denied_c7.runtime import ProviderSet
+from gps_denied_c7.tensors import TensorSpec
+from gps_denied_c7.worker_host import WorkerHost, worker_hosts
+
+NETWORKS = int(os.environ.get('C7_GPU_NETWORKS', '200'))
+BUILT_NETWORKS = int(os.environ.get('C7_GPU_BUILT_NETWORKS', '24'))
+FRAMES = int(os.environ.get('C7_GPU_FRAMES', '100'))
+# The first engine of a process that compiles kernels for a GPU newer than the library takes half a minute.
+LOAD_S = 180.0
+
+
+def config(root: Path, *, build: bool) -> C7InferenceConfig:
+    return C7InferenceConfig(
+        cpu_threads=1, engine_cache_dir=root / 'engines', ort_trt_cache_dir=root / 'ort', load_timeout_s=LOAD_S,
+        gpu_memory_budget_bytes=8 << 30, build_on_configure=build,
+    )  # fmt: skip
+
+
+def described(path: Path) -> ModelBundle:
+    """Return a bundle that names the tensors, as TensorRT wants them; raise ValueError where no rank is known."""
+    session = plain_session(path)
+    ranked = {value.name for value in load_from_string(path.read_bytes()).graph.output
+              if value.type.tensor_type.HasField('shape')}  # fmt: skip
+    if unranked := [output.name for output in session.get_outputs() if output.name not in ranked]:
+        raise ValueError(f'{unranked} of unknown rank')
+
+    def specs(tensors: Any) -> tuple[TensorSpec, ...]:
+        return tuple(
+            TensorSpec(
+                tensor.name, np.dtype(NUMPY_TYPES[tensor.type]).name,
+                tuple(axis if isinstance(axis, int) else None for axis in tensor.shape),
+            )
+            for tensor in tensors
+        )  # fmt: skip
+
+    return bundle_around(path, 'onnx_trt_ep', inputs=specs(session.get_inputs()), outputs=specs(session.get_outputs()))
+
+
+def judge(name: str, rung: Rung, settings: C7InferenceConfig, count: int, directory: Path, provider: str) -> None:
+    """Run ``count`` networks on a rung, print how many it took, and why not the others, and fail for a wrong answer."""
+    tally, accepted, why_not = Tally(), 0, Counter[str]()
+    path = directory / 'network.onnx'
+    for seed in range(count):
+        network = random_network(seed, exact=True)
+        path.write_bytes(network.model)
+        session = plain_session(path, optimised=False)
+        names = [output.name for output in session.get_outputs()]
+        label = f'seed {seed} ({network.dtype} {network.shape}: {", ".join(network.kinds)})'
+        host: WorkerHost | None = None
+        try:
+            bundle = described(path) if rung.strategy == 'tensorrt' else ModelBundle.load(path)
+            bundle = dataclasses.replace(bundle, name=f'network{seed}')
+            host = worker_hosts(bundle, settings)(rung)
+            facts = host.load()
+        except RuntimeUnavailableError as error:
+            pytest.skip(str(error))
+        except (C7Error, ValueError) as error:
+            why_not[f'{type(error).__name__}: {error!s:.120}'] += 1
+            tally.networks += 1
+            if host is not None:
+                host.release()
+            continue
+        try:
+            tally.networks += 1
+            if facts.active_provider != provider:
+                why_not[f'{facts.active_provider} ran it'] += 1
+                continue
+            accepted += 1
+            requests = frames(network, seed, FRAMES)
+            right = [(request, dict(zip(names, session.run(None, request), strict=True))) for request in requests]
+            compare_host(host, right, tally, label)
+        finally:
+            host.release()
+    record(
+        f'differential: {name}', networks=tally.networks, accepted=accepted, answers=tally.answers,
+        outputs=tally.outputs, wrong=sum(tally.wrong.values()), refused=sum(tally.refused.values()),
+        not_accepted=dict(why_not.most_common(6)),
+    )  # fmt: skip
+    assert accepted, why_not
+    assert not tally.wrong and not tally.refused, '\n'.join([str(tally), *tally.examples[:10]])
+
+
+def test_random_networks_on_the_cuda_provider_are_answered_as_on_the_cpu(tmp_path):
+    rung = Rung('onnx_trt_ep', ProviderSet.GPU)
+    judge('CUDA provider', rung, config(tmp_path, build=False), NETWORKS, tmp_path, 'CUDAExecutionProvider')
+
+
+def test_random_networks_on_the_tensorrt_provider_are_answered_as_on_the_cpu(tmp_path):
+    rung = Rung('onnx_trt_ep', ProviderSet.GPU)
+    settings = config(tmp_path, build=True)
+    judge('TensorRT provider', rung, settings, BUILT_NETWORKS, tmp_path, 'TensorrtExecutionProvider')
+
+
+def test_random_networks_on_tensorrt_itself_are_answered_as_on_the_cpu(tmp_path):
+    pytest.importorskip('tensorrt', reason='TensorRT for Python is not installed')
+    rung = Rung('tensorrt', ProviderSet.GPU)
+    judge('TensorRT itself', rung, config(tmp_path, build=True), BUILT_NETWORKS, tmp_path, 'TensorRT')
