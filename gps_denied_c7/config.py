@@ -45,7 +45,7 @@ class C7InferenceConfig:
     :param spare_worker: keep a worker process that has imported ONNX Runtime and has no model, about 60 MB, so that
         the next engine is loaded sooner; workers only.
     :param load_timeout_s: seconds in which a worker must have loaded its engine, or begun to build it; one step of a
-        build may take ten minutes.
+        build may take ten minutes. A frame that all engines are late for waits for such a load.
     :param inference_deadline_ms: milliseconds after which the standby answers in place of a late worker; three
         times the rung's own warm-up where that is longer.
     :param hang_timeout_ms: milliseconds after which a worker that does not answer is killed; three times the

@@ -174,7 +174,7 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ParameterDeclaration(
         'load_timeout_s', Type.DOUBLE, _DEFAULTS.load_timeout_s,
         'A worker must have loaded its engine, or begun to build it, within this many seconds; one step of a build may '
-        'take ten minutes.',
+        'take ten minutes. A frame that all engines are late for waits for such a load.',
         limits=(0.1, 3600.0),
     ),
     ParameterDeclaration(

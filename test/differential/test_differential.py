@@ -1,7 +1,7 @@
 """
 The answer is the network's answer: random networks through every host, against plain ``session.run``.
 
-C7_SOAK_NETWORKS and C7_SOAK_FRAMES say how many (``make soak``); C7_SOAK_MODELS names a folder of further models.
+C7_SOAK_NETWORKS and C7_SOAK_FRAMES say how many (``make soak``); C7_INPUTS_DIR names a folder of further models.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from gps_denied_c7.errors import C7Error
 NETWORKS = int(os.environ.get('C7_SOAK_NETWORKS', '40'))
 FRAMES = int(os.environ.get('C7_SOAK_FRAMES', '30'))
 FIRST_SEED = int(os.environ.get('C7_SOAK_SEED', '0'))
-MODELS = os.environ.get('C7_SOAK_MODELS', '')
+MODELS = os.environ.get('C7_INPUTS_DIR', '')
 
 
 def answers_of(path, requests):
@@ -91,7 +91,7 @@ def test_the_networks_are_of_every_kind():
     }  # fmt: skip
 
 
-@pytest.mark.skipif(not MODELS, reason='C7_SOAK_MODELS names no folder of models')
+@pytest.mark.skipif(not MODELS, reason='C7_INPUTS_DIR names no folder of models')
 @pytest.mark.parametrize('isolation', ['process', 'none'])
 def test_further_models_are_answered_as_session_run_answers_them(isolation):
     """All in a folder whose inputs are of known types and whose outputs are numbers and finite."""
