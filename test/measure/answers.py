@@ -164,7 +164,8 @@ def run(
     directory: Path, *, answers: int, rate_hz: float, pause_s: tuple[float, float], seed: int = 1
 ) -> tuple[Account, Verdict]:
     """
-    Have a node give so many answers while its workers are killed and stopped and its model is swapped.
+    Have a node give at least so many answers, some by each model, while its workers are killed and stopped and its
+    model is swapped.
 
     :param directory: for the models.
     :param pause_s: shortest and longest pause between two blows, seconds; every fourth is a swap.
@@ -206,7 +207,10 @@ def _strike_until(
 ) -> None:  # fmt: skip
     models = [str(path) for path in paths.values()]
     turn, heard = 0, time.monotonic()
-    while len(account.answered) < answers:
+    # A busy machine may need long for a swap; each model is to answer some.
+    while len(account.answered) < answers or (
+        len(verdict.compared) < len(models) and len(account.answered) < 20 * answers
+    ):
         before = len(account.answered)
         time.sleep(chance.uniform(*pause_s))
         heard = time.monotonic() if len(account.answered) > before else heard
