@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from gps_denied_c7.errors import ImageRejectedError
@@ -37,7 +38,7 @@ class RawImage:
     Hold the fields of an uncompressed image message.
 
     :param width: pixels.
-    :param height: rows; for nv12 and nv21 either of the picture or of the buffer (3/2 of the picture's).
+    :param height: rows; for nv12, nv21 and nv24 either of the picture or of the buffer (3/2 of the picture's, or 3).
     :param encoding: as ``sensor_msgs/image_encodings`` spells it.
     :param step: bytes from one row to the next, padding included.
     :param is_bigendian: byte order of 16-bit values.
@@ -74,9 +75,10 @@ class _Encoding:
     :param order: of the decoded channels.
     :param depth: bytes of one value.
     :param channels: values per pixel in the message.
-    :param conversion: name of the OpenCV colour conversion, where the message does not hold ``order``.
+    :param conversion: name of the OpenCV colour conversion, where the message does not hold ``order``; of nv24, for
+        which OpenCV has none, of the standard.
     :param subsampled: pixels share chroma in pairs, so the width is even.
-    :param planar: a half-size chroma plane follows the luma plane, so the height is even too.
+    :param rows: (buffer, picture), as (3, 2) where a chroma plane with half as many rows follows the luma plane.
     :param smallest: side in pixels below which the conversion has no neighbours to work with.
     """
 
@@ -85,16 +87,30 @@ class _Encoding:
     channels: int = 1
     conversion: str | None = None
     subsampled: bool = False
-    planar: bool = False
+    rows: tuple[int, int] = (1, 1)
     smallest: int = 1
 
+    @property
+    def planar(self) -> bool:
+        """Whether a chroma plane follows the luma plane."""
+        return self.rows != (1, 1)
 
-def _packed() -> dict[str, _Encoding]:
-    table = {'mono8': _Encoding('gray'), 'mono16': _Encoding('gray', depth=2)}
-    for order in ('rgb', 'bgr', 'rgba', 'bgra'):
-        table[f'{order}8'] = _Encoding(order, channels=len(order))
-        table[f'{order}16'] = _Encoding(order, depth=2, channels=len(order))
-    return table
+
+def _colour() -> dict[str, _Encoding]:
+    return {
+        f'{order}{8 * depth}': _Encoding(order, depth, channels=len(order))
+        for order in ('rgb', 'bgr', 'rgba', 'bgra')
+        for depth in (1, 2)
+    }
+
+
+def _generic() -> dict[str, _Encoding]:
+    # What cv_bridge calls a picture whose publisher named no encoding; its channels are in OpenCV's order.
+    return {
+        f'{8 * depth}UC{channels}': _Encoding(order, depth, channels)
+        for channels, order in ((1, 'gray'), (3, 'bgr'), (4, 'bgra'))
+        for depth in (1, 2)
+    }
 
 
 def _bayer() -> dict[str, _Encoding]:
@@ -116,17 +132,26 @@ def _yuv() -> dict[str, _Encoding]:
         'yuv422': uyvy,
         'yuyv': yuyv,
         'yuv422_yuy2': yuyv,
-        'nv12': _Encoding('bgr', conversion='COLOR_YUV2BGR_NV12', subsampled=True, planar=True),
-        'nv21': _Encoding('bgr', conversion='COLOR_YUV2BGR_NV21', subsampled=True, planar=True),
+        'nv12': _Encoding('bgr', conversion='COLOR_YUV2BGR_NV12', subsampled=True, rows=(3, 2)),
+        'nv21': _Encoding('bgr', conversion='COLOR_YUV2BGR_NV21', subsampled=True, rows=(3, 2)),
+        'nv24': _NV24,
     }
 
 
-_TABLE = {**_packed(), **_bayer(), **_yuv()}
+_NV24 = _Encoding('bgr', conversion='BT.601', rows=(3, 1))
+# Y, Cb, Cr and 1 to B, G, R: OpenCV converts every YUV encoding but nv24, the others with these factors.
+_BT601 = np.array([[1.164, 2.018, 0.0, 0.0], [1.164, -0.391, -0.813, 0.0], [1.164, 0.0, 1.596, 0.0]])
+_BT601[:, 3] = -_BT601[:, :3] @ (16.0, 128.0, 128.0)
+
+_MONO = {'mono8': _Encoding('gray'), 'mono16': _Encoding('gray', depth=2)}
+_COLOUR, _BAYER, _YUV = _colour(), _bayer(), _yuv()
+_TABLE = {**_MONO, **_COLOUR, **_BAYER, **_YUV, **_generic()}
 
 ENCODINGS = tuple(_TABLE)
 """Every raw encoding that can be decoded."""
 
-_SOI, _EOI, _SOS = 0xD8, 0xD9, 0xDA
+_JPEG_START = b'\xff\xd8'
+_EOI, _SOS = 0xD9, 0xDA
 _SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 # FF 00 is a stuffed FF within a scan and FF FF is fill; FF 01 and the restart markers FF D0..D7 have no length.
 _JPEG_MARKER = re.compile(rb'\xff[^\x00\x01\xff\xd0-\xd7]')
@@ -136,6 +161,8 @@ _MAX_JPEG_SEGMENTS = 1 << 12
 # A decoder goes over the whole image for each scan, also an empty one. Progressive files have about ten.
 _MAX_JPEG_SCANS = 32
 _MAX_PNG_CHUNKS = 1 << 16
+
+_MEASURED = re.compile(r'(8|16|32|64)[USF](C\d*)?')
 
 
 def channel_order(encoding: str) -> str:
@@ -162,7 +189,8 @@ def decode_image(image: RawImage, scratch: Scratch | None = None) -> Pixels:
     """
     Return the pixels of a raw image, without a copy for mono, rgb(a) and bgr(a) in native byte order.
 
-    Bayer and YUV become BGR as OpenCV converts them, which is what rosbags-image and cv_bridge give.
+    Bayer and YUV become BGR as OpenCV converts them, which is what rosbags-image and cv_bridge give. ``8UC3`` and
+    ``8UC4`` are BGR and BGRA, as cv_bridge writes them; ``16UC1`` is grey, also where its values are depths.
 
     :param scratch: where converted pixels are kept; the result is then valid until its next use.
     :raises ImageRejectedError: as :func:`check_image`.
@@ -181,6 +209,10 @@ def decode_image(image: RawImage, scratch: Scratch | None = None) -> Pixels:
         native = scratch.array('native', array.shape, array.dtype.newbyteorder('='))
         np.copyto(native, array)
         array = native
+    return _pixels(array, encoding, scratch)
+
+
+def _pixels(array: NDArray, encoding: _Encoding, scratch: Scratch) -> Pixels:
     if encoding.conversion:
         array = _convert(array, encoding, scratch)
     array.setflags(write=False)
@@ -191,16 +223,27 @@ def _convert(array: NDArray, encoding: _Encoding, scratch: Scratch) -> NDArray:
     import cv2
 
     rows, width = array.shape[:2]
-    height = rows * 2 // 3 if encoding.planar else rows
+    height = rows * encoding.rows[1] // encoding.rows[0]
     converted = scratch.array('converted', (height, width, 3), array.dtype)
+    if encoding is _NV24:
+        # A row of chroma fills two rows of the buffer, the padding of both at its end.
+        chroma = as_strided(array[height:], (height, width, 2), (2 * array.strides[0], 2, 1))
+        yuv = scratch.array('yuv', (height, width, 3), array.dtype)
+        # OpenCV's own conversions take what is below black for black.
+        np.maximum(array[:height], 16, out=yuv[:, :, 0])
+        yuv[:, :, 1:] = chroma
+        return cv2.transform(yuv, _BT601, dst=converted)
     return cv2.cvtColor(array, getattr(cv2, str(encoding.conversion)), dst=converted)
 
 
 def _encoding(name: str) -> _Encoding:
     encoding = _TABLE.get(name)
     if encoding is None:
+        measured = 'holds numbers of which none is defined as black or white' if _MEASURED.fullmatch(name) else ''
         raise ImageRejectedError(
-            'encoding', f'encoding {name!r} is unknown.', remedy=f'Publish one of {", ".join(ENCODINGS)}.'
+            'encoding',
+            f'encoding {name!r} {measured or "is unknown"}.',
+            remedy=f'Publish one of {", ".join(ENCODINGS)}.',
         )
     return encoding
 
@@ -211,12 +254,16 @@ def _layout(image: RawImage) -> tuple[_Encoding, int, memoryview]:
     width, height, step = image.width, image.height, image.step
     _check_size(width, height)
     data = _buffer(image.data)
-    rows = height
-    if encoding.planar:
-        # The buffer has 3/2 of the picture's rows; publishers disagree on which of the two height is.
-        of_buffer = height % 3 == 0 and data.nbytes == step * height
-        rows = height if of_buffer else height * 3 // 2
-    if (encoding.subsampled and width % 2) or (encoding.planar and rows % 3):
+    of_buffer, of_picture = encoding.rows
+    rows = height * of_buffer // of_picture
+    # Where the buffer has more rows than the picture, publishers disagree on which of the two height is.
+    if height % of_buffer == 0 and data.nbytes == step * height:
+        rows = height
+        if encoding.planar and step * of_picture == width * of_buffer:
+            raise ImageRejectedError(
+                'data', f'step {step} counts the chroma of {image.encoding} too.', remedy=f'Make it {width}.'
+            )
+    if (encoding.subsampled and width % 2) or rows % of_buffer:
         raise ImageRejectedError(
             'size', f'{width}x{height} is odd, where {image.encoding} shares chroma between pixels.'
         )
@@ -265,37 +312,86 @@ def check_compressed(format: str, data: Any) -> None:
     Reads the headers and finds the end mark: about 0.5 ms per MB of JPEG. What follows the end is
     ignored; cameras pad there.
 
-    :param format: of the message, as ``jpeg`` or ``bgr8; png compressed bgr8``; the content decides.
-    :raises ImageRejectedError: ``encoding`` (neither JPEG nor PNG), ``size`` (zero or too large, from
-        the header, before anything is allocated) or ``data`` (damaged, or cut short).
+    :param format: of the message, as ``jpeg`` or ``bgr8; png compressed bgr8``. The content says which of the two it
+        is; the encoding before a semicolon says what the pixels mean.
+    :raises ImageRejectedError: ``encoding`` (neither JPEG nor PNG, or the encoding named cannot be had from it),
+        ``size`` (zero or too large, from the header, before anything is allocated) or ``data`` (damaged, or cut short).
     """
-    _compressed_size(format, _buffer(data))
+    buffer = _buffer(data)
+    _compressed_size(format, buffer)
+    _content(format, buffer)
 
 
-def decode_compressed(format: str, data: Any) -> Pixels:
+def decode_compressed(format: str, data: Any, scratch: Scratch | None = None) -> Pixels:
     """
-    Return the pixels of a JPEG or PNG, turned as its EXIF orientation says, alpha left out.
+    Return the pixels of a JPEG or PNG, as image_transport's subscriber and cv_bridge give them.
 
-    A 16-bit PNG keeps its depth. The array is newly allocated: OpenCV decodes into its own memory.
+    A plain ``jpeg`` or ``png`` is grey, BGR or BGRA, in the depth of the file. Where ``format`` names an encoding, the
+    result is what :func:`decode_image` makes of the subscriber's image. ``compressed bgr`` says that the file has its
+    colours in place; without it, red and blue are exchanged in the file, as early publishers left them. Values of a
+    16-bit encoding are 256 times those of a JPEG. A Bayer mosaic in a PNG is demosaiced. In a JPEG it is refused: newer
+    publishers put a grey picture there, and compression mixes the colours of a mosaic. YUV is BGR in a file that says
+    ``compressed bgr``, and refused in others.
 
-    :param format: of the message; ``compressed rgb…`` says that red and blue were swapped before
-        encoding, which early versions of ROS's compressed_image_transport did.
-    :raises ImageRejectedError: as :func:`check_compressed`, ``data`` also where the decoder gives up.
+    A picture is not turned as its EXIF orientation says: neither of the two does so. The array is newly allocated,
+    except for a mosaic: OpenCV decodes into its own memory.
+
+    :param format: of the message.
+    :param scratch: where a demosaiced picture is kept; the result is then valid until its next use.
+    :raises ImageRejectedError: as :func:`check_compressed`, ``data`` also where the decoder gives up, or the file has
+        other channels or another depth than the encoding named.
     """
     import cv2
 
     buffer = _buffer(data)
     width, height = _compressed_size(format, buffer)
+    named = _content(format, buffer)
     try:
-        array = cv2.imdecode(np.frombuffer(buffer, np.uint8), cv2.IMREAD_ANYCOLOR | cv2.IMREAD_ANYDEPTH)
+        array = cv2.imdecode(np.frombuffer(buffer, np.uint8), cv2.IMREAD_UNCHANGED)
     except cv2.error as error:
         raise ImageRejectedError('data', f'OpenCV cannot decode it: {error}') from error
     if array is None:
         raise ImageRejectedError('data', f'{width}x{height} {format!r} of {buffer.nbytes} bytes is damaged.')
-    array.setflags(write=False)
-    if array.ndim == 2:
-        return Pixels(array, 'gray')
-    return Pixels(array, 'rgb' if 'compressed rgb' in format else 'bgr')
+    channels = array.shape[2] if array.ndim == 3 else 1
+    found = _Encoding({1: 'gray', 3: 'bgr', 4: 'bgra'}[channels], array.itemsize, channels)
+    encoding = named or found
+    from_8_bits = named is not None and named.depth == 2 and 'jpeg' in format
+    if (found.channels, found.depth) != (encoding.channels, 1 if from_8_bits else encoding.depth):
+        raise ImageRejectedError(
+            'data',
+            f'{format!r} holds {channels} channels of {8 * array.itemsize} bits.',
+            remedy='Name the encoding of the picture before the semicolon, or publish jpeg or png without one.',
+        )
+    if min(array.shape[:2]) < encoding.smallest:
+        raise ImageRejectedError('size', f'{width}x{height} is too small for {format!r}: it would come out black.')
+    if from_8_bits:
+        array = np.multiply(array, 256, dtype=np.uint16)
+    return _pixels(array, encoding, scratch or Scratch())
+
+
+def _content(format: str, data: memoryview) -> _Encoding | None:
+    """Return what a file holds according to the format, None where that names no encoding."""
+    name, semicolon, compression = format.partition(';')
+    if not semicolon:
+        return None
+    encoding = _encoding(name)
+    bgr = 'compressed bgr' in compression
+    if name in _BAYER and data[:2] == _JPEG_START:
+        raise ImageRejectedError(
+            'encoding',
+            f'{format!r} is a mosaic in a JPEG, which mixes its colours.',
+            remedy='Set the compressed transport of the driver to png, or compress what image_proc has demosaiced.',
+        )
+    if name in _YUV and not bgr:
+        raise ImageRejectedError(
+            'encoding',
+            f'{format!r} has lost the colours of {name}.',
+            remedy='Have the driver publish rgb8, bgr8 or mono8.',
+        )
+    if name in _YUV or name in _COLOUR:
+        # The publisher drops alpha, so that the file has three channels.
+        return _Encoding('bgr' if bgr else 'rgb', encoding.depth, channels=3)
+    return encoding
 
 
 def _compressed_size(format: str, data: memoryview) -> tuple[int, int]:
@@ -304,12 +400,16 @@ def _compressed_size(format: str, data: memoryview) -> tuple[int, int]:
         raise ImageRejectedError(
             'encoding', f'{format!r} is a depth image.', remedy='Subscribe to the camera, not to its depth stream.'
         )
-    if data[:2] == bytes((0xFF, _SOI)):
+    if data[:2] == _JPEG_START:
         width, height = _jpeg_size(data)
     elif data[:8] == _PNG_SIGNATURE:
         width, height = _png_size(data)
     elif any(name in format.lower() for name in ('jpeg', 'jpg', 'png')):
-        raise ImageRejectedError('data', f'{data.nbytes} bytes said to be {format!r} are neither JPEG nor PNG.')
+        raise ImageRejectedError(
+            'data',
+            f'{data.nbytes} bytes said to be {format!r} are neither JPEG nor PNG.',
+            remedy='Look into the log of the publisher: it sends 0 bytes where it cannot compress an encoding.',
+        )
     else:
         raise ImageRejectedError('encoding', f'compressed format {format!r} is unknown.', remedy='Publish JPEG or PNG.')
     _check_size(width, height)

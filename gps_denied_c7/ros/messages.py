@@ -164,7 +164,7 @@ def decode_message(image: ReceivedImage, scratch: Scratch | None = None) -> Pixe
     :raises ImageRejectedError: with the reason under which it is counted.
     """
     if isinstance(image.picture, CompressedData):
-        return decode_compressed(*image.picture)
+        return decode_compressed(*image.picture, scratch)
     return decode_image(image.picture, scratch)
 
 

@@ -56,7 +56,7 @@ SIDES = st.integers(0, 40) | st.sampled_from((MAX_SIDE, MAX_SIDE + 1, 1 << 16, (
 
 @fuzz(600)
 @given(
-    encoding=st.sampled_from((*ENCODINGS, '', 'MONO8', 'rgb8\0', '8UC1', '\ud800')) | st.text(max_size=8),
+    encoding=st.sampled_from((*ENCODINGS, '', 'MONO8', 'rgb8\0', '32FC1', '\ud800')) | st.text(max_size=8),
     width=SIDES,
     height=SIDES,
     extra_step=st.integers(-3, 20) | st.sampled_from((1 << 31, -(1 << 31))),
@@ -80,7 +80,10 @@ def test_n7_any_geometry_is_decoded_or_refused(
     decode_raw(RawImage(width, height, encoding, step, big, data))
 
 
-VALUES = {'rgb': 3, 'bgr': 3, 'rgba': 4, 'bgra': 4, 'uyvy': 2, 'yuv422': 2, 'yuyv': 2, 'yuv422_yuy2': 2}
+VALUES = {
+    'rgb': 3, 'bgr': 3, 'rgba': 4, 'bgra': 4, 'uyvy': 2, 'yuv422': 2, 'yuyv': 2, 'yuv422_yuy2': 2,
+    '8UC3': 3, '8UC4': 4, '16UC3': 3, '16UC4': 4,
+}  # fmt: skip
 
 
 @fuzz(500)
@@ -95,10 +98,10 @@ VALUES = {'rgb': 3, 'bgr': 3, 'rgba': 4, 'bgra': 4, 'uyvy': 2, 'yuv422': 2, 'yuy
 def test_n7_every_encoding_of_every_small_size_is_decoded_or_refused(
     encoding: str, width: int, height: int, padding: int, big: bool, cut: int
 ) -> None:
-    depth = 2 if encoding.endswith('16') else 1
+    depth = 2 if encoding.endswith('16') or encoding.startswith('16') else 1
     channels = VALUES.get(encoding, VALUES.get(encoding.rstrip('0123456789'), 1))
     step = width * channels * depth + padding
-    rows = height * 3 // 2 if encoding in ('nv12', 'nv21') else height
+    rows = height * {'nv12': 3, 'nv21': 3, 'nv24': 6}.get(encoding, 2) // 2
     taken = decode_raw(RawImage(width, height, encoding, step, big, bytes(step * rows - cut)))
     assert not (cut and taken)
 
@@ -124,8 +127,12 @@ PNGS = (
 )
 FILES = (*JPEGS, *PNGS)
 FORMATS = st.sampled_from(
-    ('jpeg', 'png', 'bgr8; jpeg compressed bgr8', 'rgb8; png compressed rgb8', '16UC1; compressedDepth', '', '\ud800')
-)
+    (
+        'jpeg', 'png', 'bgr8; jpeg compressed bgr8', 'rgb8; png compressed rgb8', 'mono16; jpeg compressed mono8',
+        'bayer_rggb8; png compressed ', 'bayer_gbrg16; png compressed ', '16UC1; png compressed ',
+        'nv12; png compressed ', '32FC1; png compressed ', '16UC1; compressedDepth', ';', '', '\ud800',
+    )
+)  # fmt: skip
 
 
 def decode_file(format: str, content: bytes) -> bool:
