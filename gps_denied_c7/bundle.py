@@ -1,7 +1,7 @@
 """
 The model bundle: a directory whose ``model.json`` says what a network is and which files hold it.
 
-A whole ``model.json``; only ``io_names``, ``dtype`` and ``pad_value`` may be left out::
+A whole ``model.json``; only ``io_names``, and from ``dtype`` on the pre-processing, may be left out::
 
     {
       "schema_version": 1,
@@ -11,7 +11,8 @@ A whole ``model.json``; only ``io_names``, ``dtype`` and ``pad_value`` may be le
       "outputs": [{"name": "keypoints", "dtype": "float32", "shape": [null, 2]}],
       "preprocessing": {
         "width": 640, "height": 480, "resize": "letterbox", "colour": "gray", "mean": [0.0], "std": [1.0],
-        "scale": 0.00392156862745098, "layout": "nchw", "dtype": "float32", "pad_value": 0.0
+        "scale": 0.00392156862745098, "layout": "nchw", "dtype": "float32", "pad_value": 0.0,
+        "interpolation": "halving_linear", "letterbox_anchor": "centre", "letterbox_scaling": "fit"
       },
       "artefacts": [{
         "strategy": "onnx_trt_ep", "path": "corners.onnx", "sha256": "<of the file>", "precision": "fp32",

@@ -27,7 +27,7 @@ from gps_denied_c7.errors import C7Error, ModelBundleError
 from gps_denied_c7.gate import EngineManifest, read_manifest
 from gps_denied_c7.host_match import known_host
 from gps_denied_c7.json_fields import Fields
-from gps_denied_c7.preprocessing import ResizeMode
+from gps_denied_c7.preprocessing import LETTERBOX_ANCHORS, LETTERBOX_SCALINGS, Interpolation, ResizeMode
 from gps_denied_c7.runtime import BuildConfig, BuildProgress
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.tensorrt_build import PRECISIONS, build_engine
@@ -263,6 +263,9 @@ def _bundle(options: argparse.Namespace) -> int:
         'std': options.std,
         'scale': options.scale,
         'pad_value': options.pad_value,
+        'interpolation': options.interpolation,
+        'letterbox_anchor': options.letterbox_anchor,
+        'letterbox_scaling': options.letterbox_scaling,
     }
     result = make_bundle(
         BundleRequest(
@@ -421,6 +424,16 @@ def _parser() -> argparse.ArgumentParser:
     pixels.add_argument('--std', type=_numbers, metavar='S[,S,S]', help='default: 1')
     pixels.add_argument('--scale', type=_number, help='default: 1/255, or 1 for a model that takes uint8')
     pixels.add_argument('--pad-value', type=_number, help='pixel value of the border of letterbox; default: 0')
+    pixels.add_argument(
+        '--interpolation', choices=[mode.value for mode in Interpolation],
+        help="as in training: OpenCV's by name, or Pillow's (torchvision with antialiasing); default: halving_linear, "
+        'which averages where an image shrinks',
+    )  # fmt: skip
+    pixels.add_argument('--letterbox-anchor', choices=LETTERBOX_ANCHORS, help='default: centre')
+    pixels.add_argument(
+        '--letterbox-scaling', choices=LETTERBOX_SCALINGS,
+        help='fit enlarges a smaller image, shrink does not; default: fit',
+    )  # fmt: skip
     return parser
 
 

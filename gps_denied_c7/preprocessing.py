@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -17,11 +17,25 @@ from gps_denied_c7.decoding import MAX_SIDE, Pixels
 from gps_denied_c7.errors import ConfigError, ImageRejectedError
 from gps_denied_c7.scratch import Scratch
 
-__all__ = ['Preprocessor', 'PreprocessingSpec', 'ResizeMode']
+__all__ = [
+    'LETTERBOX_ANCHORS',
+    'LETTERBOX_SCALINGS',
+    'Interpolation',
+    'Preprocessor',
+    'PreprocessingSpec',
+    'ResizeMode',
+]
+
+_PillowResize = Callable[[str, NDArray, tuple[int, int]], NDArray]
 
 _COLOURS = {'gray': 1, 'rgb': 3, 'bgr': 3}
 _LAYOUTS = ('nchw', 'nhwc')
 _DTYPES = ('float32', 'float16', 'uint8')
+
+LETTERBOX_ANCHORS = ('centre', 'top_left')
+"""Where the image lies in a letterbox; of an odd border, the centre leaves the larger part right and below."""
+LETTERBOX_SCALINGS = ('fit', 'shrink')
+"""Whether an image smaller than the letterbox is enlarged (``fit``) or not (``shrink``, YOLO's ``scaleup=False``)."""
 
 
 class ResizeMode(str, Enum):
@@ -30,9 +44,35 @@ class ResizeMode(str, Enum):
     STRETCH = 'stretch'
     """Scale each axis by itself; the whole image is seen, its aspect ratio is not kept."""
     LETTERBOX = 'letterbox'
-    """Scale both axes alike until the whole image fits, centre it, fill the rest with ``pad_value``."""
+    """Scale both axes alike until the whole image fits, fill the rest with ``pad_value``."""
     CENTRE_CROP = 'centre_crop'
     """Scale both axes alike until the network's input is filled, cut what stands out on both sides alike."""
+
+
+class Interpolation(str, Enum):
+    """
+    How the pixels of another size are made; what a library does, it does here, on the whole source rectangle.
+
+    All but the first are the training libraries' own. With ``linear`` and without antialiasing, PyTorch and OpenCV are
+    alike; torchvision with antialiasing is ``pil_bilinear``.
+    """
+
+    HALVING_LINEAR = 'halving_linear'
+    """Halve an axis, by means of pairs, as often as it shrinks by two or more; then bilinear between pixel centres."""
+    LINEAR = 'linear'
+    """``cv2.INTER_LINEAR``: bilinear without antialiasing; where the image shrinks, it skips pixels."""
+    AREA = 'area'
+    """``cv2.INTER_AREA``: the mean of the area that a network pixel covers."""
+    CUBIC = 'cubic'
+    """``cv2.INTER_CUBIC``: bicubic without antialiasing."""
+    NEAREST = 'nearest'
+    """``cv2.INTER_NEAREST``: the source pixel at or before the place, counted from the edge."""
+    LANCZOS4 = 'lanczos4'
+    """``cv2.INTER_LANCZOS4``: over 8x8 pixels, without antialiasing."""
+    PIL_BILINEAR = 'pil_bilinear'
+    """Pillow's ``BILINEAR`` and torchvision's with antialiasing: a triangle as wide as the shrinking asks for."""
+    PIL_BICUBIC = 'pil_bicubic'
+    """Pillow's ``BICUBIC``, also torchvision's for PIL images; of tensors, torchvision cuts overshoot off otherwise."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +93,11 @@ class PreprocessingSpec:
     :param layout: ``nchw`` or ``nhwc``.
     :param dtype: ``float32``, ``float16`` or ``uint8`` (pixels unchanged: scale 1, mean 0, std 1).
     :param pad_value: pixel value (0..255) of the border that LETTERBOX adds.
+    :param interpolation: how pixels of another size are made: as in training. The default is no library's. It averages
+        like ``area`` where an image shrinks, in a fifth of the time or less, and blends like ``linear`` where it grows:
+        a network whose training is unknown sees no aliased texture.
+    :param letterbox_anchor: one of LETTERBOX_ANCHORS.
+    :param letterbox_scaling: one of LETTERBOX_SCALINGS.
     :raises ConfigError: naming the field.
     """
 
@@ -66,12 +111,19 @@ class PreprocessingSpec:
     layout: str = 'nchw'
     dtype: str = 'float32'
     pad_value: float = 0.0
+    interpolation: Interpolation = Interpolation.HALVING_LINEAR
+    letterbox_anchor: str = 'centre'
+    letterbox_scaling: str = 'fit'
 
     def __post_init__(self) -> None:
         for name in ('width', 'height'):
             _check_side(name, getattr(self, name))
         _check_choice('resize', self.resize, [mode.value for mode in ResizeMode])
         object.__setattr__(self, 'resize', ResizeMode(self.resize))
+        _check_choice('interpolation', self.interpolation, [mode.value for mode in Interpolation])
+        object.__setattr__(self, 'interpolation', Interpolation(self.interpolation))
+        _check_choice('letterbox_anchor', self.letterbox_anchor, list(LETTERBOX_ANCHORS))
+        _check_choice('letterbox_scaling', self.letterbox_scaling, list(LETTERBOX_SCALINGS))
         _check_choice('colour', self.colour, list(_COLOURS))
         _check_choice('layout', self.layout, list(_LAYOUTS))
         _check_choice('dtype', self.dtype, list(_DTYPES))
@@ -111,14 +163,15 @@ class PreprocessingSpec:
     @classmethod
     def from_json(cls, values: object) -> PreprocessingSpec:
         """
-        Read what :meth:`to_json` wrote; ``width``, ``height`` and everything that training fixed are required.
+        Read what :meth:`to_json` wrote; all but ``dtype``, ``pad_value``, ``interpolation`` and the letterbox's are
+        required.
 
         :raises ConfigError: naming the JSON key that is missing, unknown or wrong.
         """
         if not isinstance(values, Mapping):
             raise ConfigError('preprocessing', f'expected an object, found {type(values).__name__}.')
         _refuse_unknown(values)
-        optional = ('dtype', 'pad_value')
+        optional = ('dtype', 'pad_value', 'interpolation', 'letterbox_anchor', 'letterbox_scaling')
         for field in dataclasses.fields(cls):
             if field.name not in values and field.name not in optional:
                 raise ConfigError(field.name, 'is missing.', remedy='Write the value the network was trained with.')
@@ -127,7 +180,8 @@ class PreprocessingSpec:
     def to_json(self) -> dict[str, Any]:
         """Return the JSON object of this spec, plain lists and numbers."""
         values = dataclasses.asdict(self)
-        return {**values, 'resize': self.resize.value, 'mean': list(self.mean), 'std': list(self.std)}
+        modes = {'resize': self.resize.value, 'interpolation': self.interpolation.value}
+        return {**values, **modes, 'mean': list(self.mean), 'std': list(self.std)}
 
     def _check_range(self) -> None:
         ends = [(pixel * self.scale - mean) / std for pixel in (0, 255) for mean in self.mean for std in self.std]
@@ -145,20 +199,24 @@ class Preprocessor:
     Fill the network's input tensor from decoded images; for one thread.
 
     Resize first, on few-byte pixels, then colour, then scale straight into the tensor: a third of
-    the memory traffic of converting the full image to float. Interpolation is bilinear with pixel
-    centres at integers. Where an axis shrinks by two or more, it is halved first as often as it can
-    be, each new pixel the mean of the old ones: plain bilinear reads two source pixels whatever the
-    ratio, so that fine ground texture would alias and move with the camera.
+    the memory traffic of converting the full image to float. By default, an axis that shrinks by two
+    or more is halved first as often as it can be, each new pixel the mean of the old ones: plain
+    bilinear reads two source pixels whatever the ratio, so that fine ground texture would alias and
+    move with the camera.
 
     :param spec: what the network was trained with.
+    :raises ConfigError: ``interpolation`` where it needs Pillow, which is not installed.
     """
 
     def __init__(self, spec: PreprocessingSpec) -> None:
         # Now, so that the first image need not wait for it.
-        import cv2  # noqa: F401
+        import cv2
 
         self.spec = spec
         self._scratch = Scratch()
+        library, _, mode = spec.interpolation.value.rpartition('_')
+        self._by_pillow = _pillow_resize(mode) if library == 'pil' else None
+        self._opencv_mode: int = getattr(cv2, f'INTER_{mode.upper()}', cv2.INTER_LINEAR)
         std, mean = (np.broadcast_to(values, spec.channels) for values in (spec.std, spec.mean))
         self._gain = [float(value) for value in spec.scale / std]
         self._bias = [float(value) for value in -mean / std]
@@ -208,15 +266,35 @@ class Preprocessor:
         x, y = geometry.x, geometry.y
         array = array[y.start : y.start + y.length, x.start : x.start + x.length]
         height, width = y.length, x.length
+        if self._by_pillow and (height, width) != (y.size, x.size):
+            return self._resize_by_pillow(self._by_pillow, array, (x.size, y.size))
+        halving = self.spec.interpolation is Interpolation.HALVING_LINEAR
         step = 0
         while (height, width) != (y.size, x.size):
             # Bilinear at exactly one half is the mean of the two (or 2x2) pixels that are merged.
-            height = height // 2 if height >= 2 * y.size else y.size
-            width = width // 2 if width >= 2 * x.size else x.size
+            height = height // 2 if halving and height >= 2 * y.size else y.size
+            width = width // 2 if halving and width >= 2 * x.size else x.size
             dst = self._scratch.array(f'resized {step}', (height, width, *array.shape[2:]), array.dtype)
-            array = cv2.resize(array, (width, height), dst=dst, interpolation=cv2.INTER_LINEAR)
+            array = cv2.resize(array, (width, height), dst=dst, interpolation=self._opencv_mode)
             step += 1
         return array
+
+    def _resize_by_pillow(self, resize: _PillowResize, array: NDArray, size: tuple[int, int]) -> NDArray:
+        if not array.flags.c_contiguous:
+            tight = self._scratch.array('tight', array.shape, array.dtype)
+            np.copyto(tight, array)
+            array = tight
+        if array.dtype == np.uint8:
+            # As RGBX: alpha, which is left out later, must not weight the colours.
+            return resize({1: 'L', 3: 'RGB', 4: 'RGBX'}[array[0, 0].size], array, size)
+        # Pillow has no colours of 16 bits.
+        resized = self._scratch.array('resized 0', (size[1], size[0], *array.shape[2:]), array.dtype)
+        plane = self._scratch.array('plane', array.shape[:2], np.float32)
+        for channel in np.ndindex(array.shape[2:]):
+            np.copyto(plane, array[(..., *channel)])
+            values = np.rint(resize('F', plane, size)).clip(0, 65535)
+            np.copyto(resized[(..., *channel)], values, casting='unsafe')
+        return resized
 
     def _planes(self, array: NDArray, order: str) -> list[NDArray]:
         """Return one H×W array per channel of the network, in its order; alpha is left out."""
@@ -311,6 +389,7 @@ def _geometry(spec: PreprocessingSpec, width: int, height: int) -> _Geometry:
     used_width, used_height = width, height
     filled_width, filled_height = spec.width, spec.height
     wider = width * spec.height > height * spec.width
+    fits = width <= spec.width and height <= spec.height
     # However extreme the shape, one pixel is left: the map stays exact, only the aspect ratio suffers.
     if spec.resize is ResizeMode.CENTRE_CROP:
         if wider:
@@ -318,12 +397,15 @@ def _geometry(spec: PreprocessingSpec, width: int, height: int) -> _Geometry:
         else:
             used_height = max(1, _rounded(width * spec.height, spec.width))
     elif spec.resize is ResizeMode.LETTERBOX:
-        if wider:
+        if fits and spec.letterbox_scaling == 'shrink':
+            filled_width, filled_height = width, height
+        elif wider:
             filled_height = max(1, _rounded(height * spec.width, width))
         else:
             filled_width = max(1, _rounded(width * spec.height, height))
     return _Geometry(
-        _axis(width, used_width, filled_width, spec.width), _axis(height, used_height, filled_height, spec.height)
+        _axis(spec, width, used_width, filled_width, spec.width),
+        _axis(spec, height, used_height, filled_height, spec.height),
     )
 
 
@@ -331,20 +413,70 @@ def _geometry(spec: PreprocessingSpec, width: int, height: int) -> _Geometry:
 def _network_to_image(spec: PreprocessingSpec, width: int, height: int) -> NDArray[np.float64]:
     geometry = _geometry(spec, width, height)
     matrix = np.zeros((2, 3))
+    enlarged = min(geometry.x.ratio, geometry.y.ratio) < 1
     for row, axis in enumerate((geometry.x, geometry.y)):
-        # Pixel i covers [i - 1/2, i + 1/2]: half a pixel is added before scaling and taken off after.
         matrix[row, row] = axis.ratio
-        matrix[row, 2] = (0.5 - axis.pad) * axis.ratio - 0.5 + axis.start
+        matrix[row, 2] = axis.start + _first_pixel(spec.interpolation, axis, enlarged) - axis.pad * axis.ratio
     matrix.flags.writeable = False
     return matrix
 
 
-def _axis(available: int, used: int, size: int, room: int) -> _Axis:
-    # Halving needs whole pairs: up to one network pixel at the far edge is left out.
-    factor = 1
-    while used >= 2 * factor * size:
-        factor *= 2
-    return _Axis(start=(available - used) // 2, length=used // factor * factor, size=size, pad=(room - size) // 2)
+def _first_pixel(interpolation: Interpolation, axis: _Axis, enlarged: bool) -> float:
+    """
+    Return which place of the source the first pixel shows, as the line through all pixels says.
+
+    :param enlarged: whether either axis has more pixels than the source.
+    """
+    ratio = axis.ratio
+    # How far a pixel's edge lies behind that of the source pixel it falls into, the mean over all pixels.
+    period = axis.size // math.gcd(axis.length, axis.size)
+    behind = (period - 1) / (2 * period)
+    if interpolation is Interpolation.NEAREST:
+        # Shows the source pixel into which the edge falls, so that only what is enlarged keeps its centre.
+        return -behind
+    if interpolation is Interpolation.AREA and enlarged and ratio > 1:
+        # OpenCV has areas only where both axes shrink. Else it blends the source pixel into which the edge falls with
+        # the next one, by how much of the network pixel lies in that.
+        return (1 - behind) * (1 - 1 / ratio)
+    # Pixel i covers [i - 1/2, i + 1/2]: half a pixel is added before scaling and taken off after.
+    return 0.5 * ratio - 0.5
+
+
+def _axis(spec: PreprocessingSpec, available: int, used: int, size: int, room: int) -> _Axis:
+    length = used
+    if spec.interpolation is Interpolation.HALVING_LINEAR:
+        # Halving needs whole pairs: up to one network pixel at the far edge is left out.
+        factor = 1
+        while used >= 2 * factor * size:
+            factor *= 2
+        length = used // factor * factor
+    top_left = spec.resize is ResizeMode.LETTERBOX and spec.letterbox_anchor == 'top_left'
+    pad = 0 if top_left else (room - size) // 2
+    return _Axis(start=(available - used) // 2, length=length, size=size, pad=pad)
+
+
+def _pillow_resize(mode: str) -> _PillowResize:
+    """
+    Return a function that resizes an array of one of Pillow's modes to (width, height), in Pillow's memory.
+
+    :raises ConfigError: ``interpolation`` where Pillow is not installed.
+    """
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise ConfigError(
+            'interpolation',
+            f'pil_{mode} needs Pillow, which cannot be imported ({error}).',
+            remedy='Install python3-pil with apt, or pillow with pip; area comes closest without it.',
+        ) from error
+    resampling = getattr(Image, mode.upper())
+
+    def resize(name: str, array: NDArray, size: tuple[int, int]) -> NDArray:
+        height, width = array.shape[:2]
+        image = Image.frombuffer(name, (width, height), array, 'raw', name, 0, 1)
+        return np.asarray(image.resize(size, resampling))
+
+    return resize
 
 
 def _rounded(numerator: int, denominator: int) -> int:

@@ -663,7 +663,8 @@ def test_m1_bundle_by_command_line(tmp_path: Path, run: Run) -> None:
     status, out, _ = run(
         'bundle', model, '--output', tmp_path / 'bundle', '--name', 'corners', '--input-size', '40x16',
         '--precision', 'fp32', '--resize', 'letterbox', '--colour', 'bgr', '--mean=-0.5,0,0.5', '--std', '0.5',
-        '--scale', '1/127.5', '--pad-value', '114', '--seed', '4',
+        '--scale', '1/127.5', '--pad-value', '114', '--seed', '4', '--interpolation', 'pil_bilinear',
+        '--letterbox-anchor', 'top_left', '--letterbox-scaling', 'shrink',
         '--rule', 'features=matched_distance,max_distance=2,min_fraction=0.9', '--json',
     )  # fmt: skip
     assert status == 0
@@ -674,6 +675,7 @@ def test_m1_bundle_by_command_line(tmp_path: Path, run: Run) -> None:
     assert told['model']['preprocessing'] == {
         'width': 40, 'height': 16, 'resize': 'letterbox', 'colour': 'bgr', 'mean': [-0.5, 0.0, 0.5],
         'std': [0.5], 'scale': 1 / 127.5, 'layout': 'nchw', 'dtype': 'float32', 'pad_value': 114.0,
+        'interpolation': 'pil_bilinear', 'letterbox_anchor': 'top_left', 'letterbox_scaling': 'shrink',
     }  # fmt: skip
     assert told['model']['rules'] == {
         'features': {'kind': 'matched_distance', 'max_distance': 2.0, 'min_fraction': 0.9}

@@ -16,7 +16,10 @@ import gps_denied_c7
 MESSAGES = 'gps_denied_c7_msgs'
 
 # Where the name that is imported is not the name that is declared.
-ROSDEP_KEYS = {'cv2': 'python3-opencv', 'numpy': 'python3-numpy', 'pytest': 'python3-pytest', 'yaml': 'python3-yaml'}
+ROSDEP_KEYS = {
+    'cv2': 'python3-opencv', 'numpy': 'python3-numpy', 'PIL': 'python3-pil', 'pytest': 'python3-pytest',
+    'yaml': 'python3-yaml',
+}
 PIP_NAMES = {
     'cuda': 'cuda-python', 'distutils': 'setuptools', 'google': 'protobuf', 'pynvml': 'nvidia-ml-py', 'yaml': 'pyyaml',
 }

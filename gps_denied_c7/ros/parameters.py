@@ -18,7 +18,13 @@ from rclpy.validate_topic_name import validate_topic_name
 
 from gps_denied_c7.config import DEFAULT_CHAIN, ISOLATIONS, RUNTIME_LABELS, C7InferenceConfig
 from gps_denied_c7.errors import C7Error, ConfigError
-from gps_denied_c7.preprocessing import PreprocessingSpec, ResizeMode
+from gps_denied_c7.preprocessing import (
+    LETTERBOX_ANCHORS,
+    LETTERBOX_SCALINGS,
+    Interpolation,
+    PreprocessingSpec,
+    ResizeMode,
+)
 from gps_denied_c7.thermal_policy import ThermalPolicy
 
 __all__ = [
@@ -257,6 +263,20 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ParameterDeclaration(
         'preprocess.resize', Type.STRING, '', 'How images of another size are resized; empty: from the model.',
         constraints=f'One of {", ".join(mode.value for mode in ResizeMode)}.',
+    ),
+    ParameterDeclaration(
+        'preprocess.interpolation', Type.STRING, '',
+        'How the pixels of a resized image are made, as in training; empty: from the model.',
+        constraints=f'One of {", ".join(mode.value for mode in Interpolation)}.',
+    ),
+    ParameterDeclaration(
+        'preprocess.letterbox_anchor', Type.STRING, '', 'Where the image lies in a letterbox; empty: from the model.',
+        constraints=f'One of {", ".join(LETTERBOX_ANCHORS)}.',
+    ),
+    ParameterDeclaration(
+        'preprocess.letterbox_scaling', Type.STRING, '',
+        'Whether a letterbox enlarges smaller images (fit) or not (shrink); empty: from the model.',
+        constraints=f'One of {", ".join(LETTERBOX_SCALINGS)}.',
     ),
     ParameterDeclaration(
         'preprocess.colour', Type.STRING, '', 'Channels of the network input; empty: from the model.',

@@ -75,6 +75,9 @@ def test_the_shipped_parameter_file_holds_the_defaults():
         ('max_frame_age_ms', math.nan, 'number'),
         ('latency_warn_ms', math.nan, 'number'),
         ('preprocess.resize', 'squeeze', 'squeeze'),
+        ('preprocess.interpolation', 'bilinear', 'bilinear'),
+        ('preprocess.letterbox_anchor', 'left', 'left'),
+        ('preprocess.letterbox_scaling', 'grow', 'grow'),
         ('preprocess.colour', 'hsv', 'hsv'),
         ('preprocess.layout', 'chwn', 'chwn'),
         ('preprocess.width', -1, '-1'),
@@ -229,7 +232,9 @@ def test_any_other_is_refused_with_the_reason_while_configured(bench, declaratio
     value = {
         'cpu_threads': 2, 'preprocess.width': 32, 'preprocess.height': 32, 'preprocess.colour': 'gray',
         'preprocess.layout': 'nhwc', 'preprocess.resize': 'letterbox', 'isolation': 'none', 'hot_standby': False,
-        'spare_worker': False, 'promotion_backoff_s': [1.0, 2.0], 'restart_backoff_s': [1.0, 2.0],
+        'preprocess.interpolation': 'area', 'preprocess.letterbox_anchor': 'top_left',
+        'preprocess.letterbox_scaling': 'shrink', 'spare_worker': False,
+        'promotion_backoff_s': [1.0, 2.0], 'restart_backoff_s': [1.0, 2.0],
         'builder_optimization_level': 3,
     }.get(declaration.name, value)  # fmt: skip
     made.why_fixed = 'cannot change while active; run the cleanup transition first.'
