@@ -331,7 +331,7 @@ def decode_compressed(format: str, data: Any, scratch: Scratch | None = None) ->
     colours in place; without it, red and blue are exchanged in the file, as early publishers left them. Values of a
     16-bit encoding are 256 times those of a JPEG. A Bayer mosaic in a PNG is demosaiced. In a JPEG it is refused: newer
     publishers put a grey picture there, and compression mixes the colours of a mosaic. YUV is BGR in a file that says
-    ``compressed bgr``, and refused in others.
+    ``compressed bgr``, and refused in others. A grey file is grey where three colours are named, as for cv_bridge.
 
     A picture is not turned as its EXIF orientation says: neither of the two does so. The array is newly allocated,
     except for a mosaic: OpenCV decodes into its own memory.
@@ -355,6 +355,9 @@ def decode_compressed(format: str, data: Any, scratch: Scratch | None = None) ->
     channels = array.shape[2] if array.ndim == 3 else 1
     found = _Encoding({1: 'gray', 3: 'bgr', 4: 'bgra'}[channels], array.itemsize, channels)
     encoding = named or found
+    if encoding.channels == 3 and found.channels == 1:
+        # Grey has no order of colours that could be wrong.
+        encoding = _Encoding('gray', encoding.depth)
     from_8_bits = named is not None and named.depth == 2 and 'jpeg' in format
     if (found.channels, found.depth) != (encoding.channels, 1 if from_8_bits else encoding.depth):
         raise ImageRejectedError(

@@ -568,7 +568,10 @@ def test_n9_whatever_a_format_says_the_pixels_are_those_of_the_stock_subscriber_
             assert error.reason in ('encoding', 'data') and error.remedy
             continue
         picture = cv2.imdecode(np.frombuffer(file, np.uint8), -1)
-        if ';' not in format or (encoding in _YUV and 'compressed bgr' in format):
+        if picture.ndim == 2 and ';' in format and (encoding in _RGB_LIKE + _YUV or encoding.endswith('UC3')):
+            # The subscriber's image is broken, but grey is grey; cv_bridge reads it as such.
+            expected = picture * np.uint16(256) if found.dtype != picture.dtype else picture
+        elif ';' not in format or (encoding in _YUV and 'compressed bgr' in format):
             expected = picture[:, :, :3] if picture.ndim == 3 else picture
         else:
             expected = _seen(*_received(format, file))
