@@ -345,7 +345,7 @@ def test_m1_a_yolo_letterbox_is_made_as_in_training(source, scaleup):
 
 
 def test_m1_a_network_trained_on_opencv_pictures_gets_its_pixels():
-    """The default halves 1080p first: up to a sixth of the range apart from what INTER_LINEAR gives."""
+    """The default halves 1080p first, which leaves noise more than half of the range apart from INTER_LINEAR."""
     pixels = _noise(1920, 1080)
     expected = cv2.resize(pixels.array, (640, 480), interpolation=cv2.INTER_LINEAR)
     assert np.array_equal(_run(_spec(640, 480, interpolation='linear'), pixels)[0, 0], expected)
