@@ -215,7 +215,9 @@ def test_section6_the_network_sees_the_part_of_the_image_that_its_mode_promises(
             assert near > -1e-6
             assert far < source[axis] + 1e-6
             assert near - (source[axis] - far) == pytest.approx(0, abs=max(1.0, pixel) + 1e-6)
-    if mode is not ResizeMode.STRETCH and min(min(source), min(network)) > 50:
+    # Of a shape so long that a side becomes one pixel, that pixel stands for whatever is left.
+    longest = max(max(sides) / min(sides) for sides in (source, network))
+    if mode is not ResizeMode.STRETCH and min(min(source), min(network)) > 50 and longest < 8:
         stretch = matrix[0, 0] / matrix[1, 1]
         assert 0.5 <= stretch <= 2
 
