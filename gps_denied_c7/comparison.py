@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gps_denied_c7.json_fields import Fields, require, require_known
+from gps_denied_c7.likeness import agree_non_finite, nearest, unlike
 
 __all__ = [
+    'Alike',
     'AllClose',
     'MatchedDistance',
     'OutputRule',
@@ -21,16 +23,13 @@ __all__ = [
     'rule_to_json',
 ]
 
-# Differences of so many coordinates at a time, 4 MB: what fits into a processor's cache is compared fastest.
-_BLOCK = 1 << 19
-
 
 @dataclass(frozen=True, slots=True)
 class AllClose:
     """
     Demand ``|found - expected| <= atol + rtol * |expected|`` of every element, for dense outputs.
 
-    NaN agrees with nothing.
+    An infinity agrees with the same infinity alone, NaN with NaN only where non-finite values are allowed.
     """
 
     kind: ClassVar[str] = 'allclose'
@@ -45,12 +44,16 @@ class AllClose:
             value = getattr(self, name)
             require(math.isfinite(value) and value >= 0, name, f'{value} is negative or not finite.')
 
-    def disagreement(self, found: NDArray, expected: NDArray) -> str | None:
+    def disagreement(self, found: NDArray, expected: NDArray, *, allow_non_finite: bool = False) -> str | None:
         """Say how ``found`` breaks this rule, or None where it holds; shapes are alike."""
-        want = expected.astype(np.float64)
+        want, have = expected.astype(np.float64), found.astype(np.float64)
         with np.errstate(invalid='ignore', over='ignore'):
-            error = np.abs(found.astype(np.float64) - want)
+            error = np.abs(have - want)
             bad = ~(error <= self.atol + self.rtol * np.abs(want))
+        if not np.isfinite(error).all():
+            # An infinite bound allows anything, and the difference of two equal infinities is NaN.
+            bad = np.where(np.isfinite(error), bad, ~agree_non_finite(have, want, allow_non_finite))
+            error = np.where(bad, error, 0.0)
         if not bad.any():
             return None
         worst = np.unravel_index(int(np.argmax(np.where(np.isnan(error), np.inf, error))), error.shape)
@@ -69,7 +72,8 @@ class MatchedDistance:
     The last axis holds a point's coordinates, all other axes number the points. A point is matched
     when the nearest point of the other side is within ``max_distance`` (Euclidean). The share of
     matched points, taken on each side by itself, must reach ``min_fraction`` on both: extra and
-    missing points count alike. Two empty sides agree; a non-finite point matches nothing.
+    missing points count alike. Two empty sides agree. A non-finite coordinate agrees with the same one where
+    non-finite values are allowed, else its point matches nothing.
     """
 
     kind: ClassVar[str] = 'matched_distance'
@@ -84,7 +88,7 @@ class MatchedDistance:
         require(math.isfinite(value) and value >= 0, 'max_distance', f'{value} is negative or not finite.')
         require(0 < self.min_fraction <= 1, 'min_fraction', f'{self.min_fraction} is not in (0, 1].')
 
-    def disagreement(self, found: NDArray, expected: NDArray) -> str | None:
+    def disagreement(self, found: NDArray, expected: NDArray, *, allow_non_finite: bool = False) -> str | None:
         """Say how ``found`` breaks this rule, or None where it holds; only the last axis must be alike."""
         if found.ndim == 0 or found.shape[-1:] != expected.shape[-1:]:
             return f'points of shape {found.shape} for points of shape {expected.shape}'
@@ -93,24 +97,16 @@ class MatchedDistance:
         right = expected.reshape(expected.size // width if width else 0, width).astype(np.float64)
         if not len(left) and not len(right):
             return None
-        shares = (self._matched(left, right), self._matched(right, left))
+        shares = []
+        for points, others in ((left, right), (right, left)):
+            matched = nearest(points, others, allow_non_finite=allow_non_finite) <= self.max_distance
+            shares.append(float(matched.mean()) if matched.size else 0.0)
         if min(shares) >= self.min_fraction:
             return None
         return (
             f'{shares[0]:.1%} of {len(left)} points found and {shares[1]:.1%} of {len(right)} points expected have a '
             f'partner within {self.max_distance:g}, {self.min_fraction:.1%} are needed'
         )
-
-    def _matched(self, points: NDArray, others: NDArray) -> float:
-        if not len(points) or not len(others):
-            return 0.0
-        matched, rows = 0, max(1, _BLOCK // max(1, others.size))
-        for start in range(0, len(points), rows):
-            with np.errstate(invalid='ignore', over='ignore'):
-                apart = points[start : start + rows, None, :] - others[None, :, :]
-                distance = np.sqrt(np.einsum('ijk,ijk->ij', apart, apart))
-            matched += int((distance <= self.max_distance).any(axis=1).sum())
-        return matched / len(points)
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,14 +140,16 @@ class SetOverlap:
         """Whether the two sides may differ in shape."""
         return self.members == 'values'
 
-    def disagreement(self, found: NDArray, expected: NDArray) -> str | None:
+    def disagreement(self, found: NDArray, expected: NDArray, *, allow_non_finite: bool = False) -> str | None:
         """Say how ``found`` breaks this rule, or None where it holds; shapes are alike save for ``values``."""
         for side, array in (('found', found), ('expected', expected)):
-            if array.dtype.kind == 'f' and np.isnan(array).any():
+            if array.dtype.kind == 'f' and not allow_non_finite and np.isnan(array).any():
                 return f'NaN among the values {side}, which has no place in a set'
         left, right = self._set(found), self._set(expected)
-        together = np.union1d(left, right).size
-        iou = np.intersect1d(left, right).size / together if together else 1.0
+        # NumPy's intersection holds no NaN, its union one.
+        common = np.intersect1d(left, right).size + bool(_has_nan(left) and _has_nan(right))
+        together = left.size + right.size - common
+        iou = common / together if together else 1.0
         if iou >= self.min_iou:
             return None
         return f'{self.members} sets of {left.size} and {right.size} overlap by {iou:.3f}, {self.min_iou:g} is needed'
@@ -162,15 +160,38 @@ class SetOverlap:
         if self.members == 'values':
             return np.unique(array)
         # Sorted in reverse so that of equal values the first is kept; negating would overflow integers.
-        # The indices count from the end, on both sides alike.
+        # The indices count from the end, on both sides alike. NaN is none of the greatest.
+        if _has_nan(array):
+            array = np.where(np.isnan(array), -np.inf, array)
         order = np.argsort(array.ravel()[::-1], kind='stable')[::-1]
         return order[: self.k]
 
 
-OutputRule = AllClose | MatchedDistance | SetOverlap
-_RULES: dict[str, type[AllClose] | type[MatchedDistance] | type[SetOverlap]] = {
-    rule.kind: rule for rule in (AllClose, MatchedDistance, SetOverlap)
-}
+@dataclass(frozen=True, slots=True)
+class Alike:
+    """
+    Demand that two answers are alike by their own measures, for outputs without a rule (:mod:`likeness`).
+
+    :param free_axis: the axis that numbers the rows of a list, where the output's spec says so.
+    """
+
+    kind: ClassVar[str] = 'default'
+    any_shape: ClassVar[bool] = True
+
+    output: str
+    free_axis: int | None = field(default=None, compare=False)
+
+    def disagreement(self, found: NDArray, expected: NDArray, *, allow_non_finite: bool = False) -> str | None:
+        """Say how ``found`` breaks this rule, or None where it holds."""
+        return unlike(found, expected, free_axis=self.free_axis, allow_non_finite=allow_non_finite)
+
+
+def _has_nan(array: NDArray) -> bool:
+    return array.dtype.kind == 'f' and bool(np.isnan(array).any())
+
+
+OutputRule = AllClose | MatchedDistance | SetOverlap | Alike
+_KINDS = tuple(rule.kind for rule in (AllClose, MatchedDistance, SetOverlap, Alike))
 
 
 def rule_from_json(output: str, fields: Fields) -> OutputRule:
@@ -180,7 +201,7 @@ def rule_from_json(output: str, fields: Fields) -> OutputRule:
     :raises ModelBundleError: naming the key.
     """
     kind = fields.text('kind')
-    fields.check(kind in _RULES, 'kind', f'{kind!r} unknown.', f'Known are {list(_RULES)}.')
+    fields.check(kind in _KINDS, 'kind', f'{kind!r} unknown.', f'Known are {list(_KINDS)}.')
     rule: OutputRule
     if kind == AllClose.kind:
         rule = fields.build(AllClose, output=output, rtol=fields.number('rtol'), atol=fields.number('atol'))
@@ -191,6 +212,8 @@ def rule_from_json(output: str, fields: Fields) -> OutputRule:
             max_distance=fields.number('max_distance'),
             min_fraction=fields.number('min_fraction'),
         )
+    elif kind == Alike.kind:
+        rule = Alike(output)
     else:
         rule = fields.build(
             SetOverlap,
@@ -209,14 +232,22 @@ def rule_to_json(rule: OutputRule) -> dict[str, Any]:
         return {'kind': rule.kind, 'rtol': rule.rtol, 'atol': rule.atol}
     if isinstance(rule, MatchedDistance):
         return {'kind': rule.kind, 'max_distance': rule.max_distance, 'min_fraction': rule.min_fraction}
+    if isinstance(rule, Alike):
+        return {'kind': rule.kind}
     values = {'kind': rule.kind, 'min_iou': rule.min_iou, 'members': rule.members}
     return values if rule.k is None else {**values, 'k': rule.k}
 
 
-def compare_output(rule: OutputRule, found: NDArray | None, expected: NDArray | None) -> str | None:
-    """Say how ``found`` disagrees with ``expected``, or None where ``rule`` holds; a None array is a missing one."""
+def compare_output(
+    rule: OutputRule, found: NDArray | None, expected: NDArray | None, *, allow_non_finite: bool = False
+) -> str | None:
+    """
+    Say how ``found`` disagrees with ``expected``, or None where ``rule`` holds; a None array is a missing one.
+
+    :param allow_non_finite: whether NaN and infinities are meant in this output, so that NaN agrees with NaN.
+    """
     if found is None or expected is None:
         return 'is missing' if found is None else 'is missing from what it is compared with'
     if not rule.any_shape and found.shape != expected.shape:
         return f'has shape {found.shape}, expected {expected.shape}'
-    return rule.disagreement(found, expected)
+    return rule.disagreement(found, expected, allow_non_finite=allow_non_finite)
