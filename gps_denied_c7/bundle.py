@@ -1,7 +1,8 @@
 """
 The model bundle: a directory whose ``model.json`` says what a network is and which files hold it.
 
-A whole ``model.json``; only ``io_names``, and from ``dtype`` on the pre-processing, may be left out::
+What may be left out of a whole ``model.json``: ``io_names``, ``allow_non_finite``, rules, and from ``dtype`` on the
+pre-processing::
 
     {
       "schema_version": 1,
@@ -19,14 +20,18 @@ A whole ``model.json``; only ``io_names``, and from ``dtype`` on the pre-process
         "device": "any", "weights_digest": "sha256:<as above>", "io_names": {"input.1": "image"}
       }],
       "rules": {"keypoints": {"kind": "matched_distance", "max_distance": 1.0, "min_fraction": 0.95}},
-      "golden": {
-        "inputs": {"path": "golden_inputs.npz", "sha256": "<of the file>"},
-        "outputs": {"path": "golden_outputs.npz", "sha256": "<of the file>"}
-      }
+      "allow_non_finite": ["keypoints"],
+      "golden": [{
+        "name": "noise",
+        "inputs": {"path": "golden/noise_inputs.npz", "sha256": "<of the file>"},
+        "outputs": {"path": "golden/noise_outputs.npz", "sha256": "<of the file>"}
+      }]
     }
 
-The other rules are ``{"kind": "allclose", "rtol": …, "atol": …}`` and
-``{"kind": "set_overlap", "min_iou": …, "members": "nonzero" | "top_k" | "values", "k": …}``.
+The other rules are ``{"kind": "allclose", "rtol": …, "atol": …}``,
+``{"kind": "set_overlap", "min_iou": …, "members": "nonzero" | "top_k" | "values", "k": …}`` and
+``{"kind": "default"}``, which holds for an output without a rule too. An output of unknown rank has the shape ``null``.
+Where ``golden`` is one object, as it used to be, it is one request without a name.
 """
 
 from __future__ import annotations
@@ -46,6 +51,7 @@ from numpy.typing import NDArray
 
 from gps_denied_c7.bundle_files import BundleFile, file_sha256, npz_bytes, read_file, read_npz, write_atomically
 from gps_denied_c7.comparison import (
+    Alike,
     AllClose,
     MatchedDistance,
     OutputRule,
@@ -62,7 +68,9 @@ from gps_denied_c7.tensors import TensorSpec
 
 __all__ = [
     'MODEL_JSON',
+    'ONLY_GOLDEN',
     'SCHEMA_VERSION',
+    'Alike',
     'AllClose',
     'Artefact',
     'BundleFile',
@@ -80,6 +88,9 @@ __all__ = [
 MODEL_JSON = 'model.json'
 SCHEMA_VERSION = 1
 PRECISIONS = ('fp32', 'fp16', 'bf16', 'fp8', 'int8', 'unknown')
+
+ONLY_GOLDEN = 'golden'
+"""Name of the golden request of a bundle that names none."""
 
 _DTYPES = (
     *('bool', 'int8', 'int16', 'int32', 'int64', 'uint8', 'uint16', 'uint32', 'uint64'),
@@ -159,8 +170,13 @@ class Artefact(BundleFile):
 
 @dataclass(frozen=True, slots=True)
 class Golden:
-    """Name the ``.npz`` files that hold one request's inputs and its outputs, keyed by canonical name."""
+    """
+    Name the ``.npz`` files that hold one request's inputs and its outputs, keyed by canonical name.
 
+    :param name: of the request, as ``black``; plain, since files are called after it.
+    """
+
+    name: str
     inputs: BundleFile
     outputs: BundleFile
 
@@ -177,8 +193,9 @@ class ModelBundle:
     :param outputs: canonical outputs; likewise.
     :param preprocessing: from pixels to the image input, None for a bare ``.onnx``.
     :param artefacts: in the order of model.json, those of other weights included.
-    :param rules: one per output.
-    :param golden: one request and its answer, None for a bare ``.onnx``.
+    :param rules: one per output at most; :class:`Alike` holds for the others.
+    :param golden: requests and their answers, the first one the most usual; none for a bare ``.onnx``.
+    :param allow_non_finite: outputs in which NaN and infinities are meant.
     :raises ModelBundleError: naming the key, where the parts contradict each other.
     """
 
@@ -190,7 +207,8 @@ class ModelBundle:
     preprocessing: PreprocessingSpec | None = None
     artefacts: tuple[Artefact, ...] = ()
     rules: tuple[OutputRule, ...] = ()
-    golden: Golden | None = None
+    golden: tuple[Golden, ...] = ()
+    allow_non_finite: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require_digest('weights_digest', self.weights_digest)
@@ -200,13 +218,15 @@ class ModelBundle:
         for index, artefact in enumerate(self.artefacts):
             self._check_io_names(f'artefacts[{index}].io_names', artefact)
         ruled, outputs = [rule.output for rule in self.rules], [spec.name for spec in self.outputs]
-        if self.rules or self.golden:
+        for key, names in (('rules', ruled), ('allow_non_finite', list(self.allow_non_finite))):
             require(
-                sorted(ruled) == sorted(outputs),
-                'rules',
-                f'are for {sorted(ruled)}, outputs are {sorted(outputs)}.',
-                'Write one rule for each output.',
+                len(set(names)) == len(names) and set(names) <= set(outputs),
+                key,
+                f'are for {sorted(names)}, outputs are {sorted(outputs)}.',
+                'Name each output once at most.',
             )
+        cases = [case.name for case in self.golden]
+        require(len(set(cases)) == len(cases), 'golden', f'{cases} names a request twice.')
         if self.preprocessing is not None and self.inputs:
             self.image_input()
 
@@ -277,43 +297,64 @@ class ModelBundle:
             raise ModelBundleError(f'{self.name!r} has no pre-processing.', remedy='Write it into model.json.')
         return image_input(self.inputs, self.preprocessing)
 
-    def golden_inputs(self) -> dict[str, NDArray]:
+    def golden_inputs(self, index: int = 0) -> dict[str, NDArray]:
         """
-        Load the golden request, one C-contiguous array per canonical input, owned by the caller.
+        Load a golden request, one C-contiguous array per canonical input, owned by the caller.
 
+        :param index: in :attr:`golden`.
         :raises ModelBundleError: there is none, or it is damaged or does not fit the inputs.
         """
-        return self._load_golden('inputs', self.inputs)
+        return self._load_golden('inputs', self.inputs, index)
 
-    def golden_outputs(self) -> dict[str, NDArray]:
+    def golden_outputs(self, index: int = 0) -> dict[str, NDArray]:
         """
-        Load the golden answer, one C-contiguous array per canonical output, owned by the caller.
+        Load a golden answer, one C-contiguous array per canonical output, owned by the caller.
 
+        :param index: in :attr:`golden`.
         :raises ModelBundleError: there is none, or it is damaged or does not fit the outputs.
         """
-        return self._load_golden('outputs', self.outputs)
+        return self._load_golden('outputs', self.outputs, index)
 
-    def compare(self, outputs: Arrays, expected: Arrays | None = None) -> list[str]:
+    def compare(
+        self, outputs: Arrays, expected: Arrays | None = None, *, specs: Sequence[TensorSpec] = ()
+    ) -> list[str]:
         """
         Compare an answer with the golden one by the bundle's rules.
 
+        An output without a rule is compared by :class:`Alike` where both sides have it.
+
         :param outputs: arrays by canonical name; only read.
         :param expected: what to compare with instead, as another engine's answer to the same frame.
+        :param specs: of the outputs, for a bare ``.onnx``, which names none.
         :return: one sentence for each output that disagrees; empty when all hold.
-        :raises ModelBundleError: there are no rules, or no golden answer, or it is damaged.
+        :raises ModelBundleError: there is no golden answer, or it is damaged.
         """
-        if not self.rules:
-            raise ModelBundleError(f'{self.name!r} has no comparison rules.', remedy='Only a model.json can name them.')
         wanted = self.golden_outputs() if expected is None else expected
+        ruled = {rule.output for rule in self.rules}
+        free = {spec.name: _free_axis(spec, wanted) for spec in self.outputs or specs}
+        others = [Alike(name, free.get(name)) for name in wanted if name in outputs and name not in ruled]
+        rules = [
+            Alike(rule.output, free.get(rule.output)) if isinstance(rule, Alike) else rule
+            for rule in (*self.rules, *others)
+        ]
+        if not rules:
+            return ['no output is there on both sides.']
         return [
             f'output {rule.output!r}: {problem}.'
-            for rule in self.rules
-            if (problem := compare_output(rule, outputs.get(rule.output), wanted.get(rule.output)))
+            for rule in rules
+            if (
+                problem := compare_output(
+                    rule,
+                    outputs.get(rule.output),
+                    wanted.get(rule.output),
+                    allow_non_finite=rule.output in self.allow_non_finite,
+                )
+            )
         ]
 
     def to_json(self) -> dict[str, Any]:
         """Return the model.json object; the reader is :meth:`load`."""
-        if self.preprocessing is None or self.golden is None:
+        if self.preprocessing is None or not self.golden:
             raise ModelBundleError(f'{self.name!r} has no pre-processing or no golden answer, as model.json needs.')
         return {
             'schema_version': SCHEMA_VERSION,
@@ -324,10 +365,15 @@ class ModelBundle:
             'preprocessing': self.preprocessing.to_json(),
             'artefacts': [self._artefact_to_json(artefact) for artefact in self.artefacts],
             'rules': {rule.output: rule_to_json(rule) for rule in self.rules},
-            'golden': {
-                'inputs': self._file_to_json(self.golden.inputs),
-                'outputs': self._file_to_json(self.golden.outputs),
-            },
+            **({'allow_non_finite': list(self.allow_non_finite)} if self.allow_non_finite else {}),
+            'golden': [
+                {
+                    'name': case.name,
+                    'inputs': self._file_to_json(case.inputs),
+                    'outputs': self._file_to_json(case.outputs),
+                }
+                for case in self.golden
+            ],
         }
 
     def _artefact_to_json(self, artefact: Artefact) -> dict[str, Any]:
@@ -361,10 +407,10 @@ class ModelBundle:
             own_names = [artefact.own_name(spec.name) for spec in specs]
             require(len(set(own_names)) == len(own_names), key, f'{own_names} stands for two tensors at once.')
 
-    def _load_golden(self, which: str, specs: Sequence[TensorSpec]) -> dict[str, NDArray]:
-        if self.golden is None:
+    def _load_golden(self, which: str, specs: Sequence[TensorSpec], index: int) -> dict[str, NDArray]:
+        if not self.golden:
             raise ModelBundleError(f'{self.name!r} has no golden {which}.', remedy='Only a model.json can name them.')
-        file: BundleFile = getattr(self.golden, which)
+        file: BundleFile = getattr(self.golden[index], which)
         arrays = read_npz(file)
         _check_golden(str(file.path), specs, arrays)
         return {spec.name: np.asarray(arrays[spec.name], order='C') for spec in specs}
@@ -442,8 +488,8 @@ def write_bundle(
     preprocessing: PreprocessingSpec,
     artefacts: Sequence[Artefact],
     rules: Sequence[OutputRule],
-    golden_inputs: Arrays,
-    golden_outputs: Arrays,
+    golden: Mapping[str, tuple[Arrays, Arrays]],
+    allow_non_finite: Sequence[str] = (),
 ) -> ModelBundle:
     """
     Write the golden files and model.json beside artefacts that lie below ``root`` already.
@@ -451,19 +497,21 @@ def write_bundle(
     Nothing is written before all of it has been checked. Each file is replaced as a whole, model.json
     last: who reads an older bundle at that moment finds digests that fail, never mixed data.
 
-    :param golden_inputs: one request, arrays by canonical name.
-    :param golden_outputs: its answer.
+    :param golden: requests and their answers by a plain name, arrays by canonical name.
     :return: the bundle as read back from disk.
     :raises ModelBundleError: the parts contradict each other, or cannot be written.
     """
     root = Path(root).absolute()
-    _check_golden('golden_inputs', inputs, golden_inputs)
-    _check_golden('golden_outputs', outputs, golden_outputs)
-    contents = {
-        root / 'golden_inputs.npz': npz_bytes(golden_inputs),
-        root / 'golden_outputs.npz': npz_bytes(golden_outputs),
-    }
-    files = [BundleFile(path, hashlib.sha256(content).hexdigest()) for path, content in contents.items()]
+    contents: dict[Path, bytes] = {}
+    cases = []
+    for case, sides in golden.items():
+        files = []
+        for which, specs, arrays in zip(('inputs', 'outputs'), (inputs, outputs), sides, strict=True):
+            path = root / (f'golden_{which}.npz' if case == ONLY_GOLDEN else f'golden/{case}_{which}.npz')
+            _check_golden(path.name, specs, arrays)
+            contents[path] = npz_bytes(arrays)
+            files.append(BundleFile(path, hashlib.sha256(contents[path]).hexdigest()))
+        cases.append(Golden(case, *files))
     bundle = ModelBundle(
         name=name,
         root=root,
@@ -473,7 +521,8 @@ def write_bundle(
         preprocessing=preprocessing,
         artefacts=tuple(artefacts),
         rules=tuple(rules),
-        golden=Golden(*files),
+        golden=tuple(cases),
+        allow_non_finite=tuple(allow_non_finite),
     )
     contents[root / MODEL_JSON] = json.dumps(bundle.to_json(), indent=2).encode() + b'\n'
     _bundle_from_json(parse_json(contents[root / MODEL_JSON]), root)
@@ -498,21 +547,25 @@ def _bundle_from_json(value: object, root: Path) -> ModelBundle:
         root=root,
         weights_digest=fields.text('weights_digest'),
         inputs=tuple(_tensor(item) for item in fields.objects('inputs')),
-        outputs=tuple(_tensor(item) for item in fields.objects('outputs')),
+        outputs=tuple(_tensor(item, may_lack_rank=True) for item in fields.objects('outputs')),
         preprocessing=_preprocessing(fields),
         artefacts=tuple(_artefact(item, root) for item in fields.objects('artefacts')),
-        rules=tuple(rule_from_json(output, item) for output, item in fields.object('rules').children()),
-        golden=_golden(fields.object('golden'), root),
+        rules=tuple(rule_from_json(output, item) for output, item in fields.object('rules', default={}).children()),
+        golden=_golden(fields, root),
+        allow_non_finite=fields.texts('allow_non_finite', default=()),
     )
     fields.close()
     return bundle
 
 
-def _tensor(fields: Fields) -> TensorSpec:
+def _tensor(fields: Fields, *, may_lack_rank: bool = False) -> TensorSpec:
     name, dtype = fields.text('name'), fields.text('dtype')
     fields.check(bool(name), 'name', 'is empty.')
     fields.check(dtype in _DTYPES, 'dtype', f'{dtype!r} unknown.', f'Known are {list(_DTYPES)}.')
-    shape = fields.take('shape')
+    shape: Any = fields.take('shape')
+    if may_lack_rank and shape is None:
+        fields.close()
+        return TensorSpec(name, dtype, fields.take('shape'))
     proper = isinstance(shape, list) and len(shape) <= _MAX_RANK and all(_is_size(size) for size in shape)
     fields.check(
         proper, 'shape', f'{shape!r} is no list of at most {_MAX_RANK} positive sizes.', 'Write null for a free axis.'
@@ -565,14 +618,31 @@ def _tensor_to_json(spec: TensorSpec) -> dict[str, Any]:
     return {'name': spec.name, 'dtype': spec.dtype, 'shape': None if spec.shape is None else list(spec.shape)}
 
 
-def _golden(fields: Fields, root: Path) -> Golden:
+def _golden(fields: Fields, root: Path) -> tuple[Golden, ...]:
+    if isinstance(fields.take('golden'), dict):
+        return (_golden_case(fields.object('golden'), ONLY_GOLDEN, root),)
+    return tuple(_golden_case(item, item.text('name'), root) for item in fields.objects('golden'))
+
+
+def _golden_case(fields: Fields, name: str, root: Path) -> Golden:
+    fields.check(bool(_NAME.fullmatch(name)), 'name', f'{name!r} has characters other than A-Z a-z 0-9 . _ - .')
     files = []
     for which in ('inputs', 'outputs'):
         file = fields.object(which)
         files.append(file.build(BundleFile, path=file.file('path', root), sha256=file.text('sha256')))
         file.close()
     fields.close()
-    return Golden(*files)
+    return Golden(name, *files)
+
+
+def _free_axis(spec: TensorSpec, arrays: Arrays) -> int | None:
+    """Return the one axis of free size that is not of length one, None where there are more or none."""
+    array = arrays.get(spec.name)
+    shape: Sequence[int | None] | None = spec.shape
+    if array is None or shape is None or len(shape) != array.ndim:
+        return None
+    free = [axis for axis, size in enumerate(shape) if size is None and array.shape[axis] != 1]
+    return free[0] if len(free) == 1 else None
 
 
 def _shape_fits(shape: Sequence[int | None], wanted: Sequence[int]) -> bool:

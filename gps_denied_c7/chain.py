@@ -241,7 +241,7 @@ class RuntimeChain:
                 self._restart(at_once=True)
                 return
             try:
-                self._proof.run(self._engine.host, self._engine.hang_s)
+                self._proof.check(self._engine.host, self._engine.hang_s)
             except Exception as error:
                 started_ns = self._monotonic_ns()
                 failed = self._fail_serving(error)
@@ -666,8 +666,11 @@ class RuntimeChain:
                 raise InferenceError(f'it did not answer within {engine.hang_s:.1f} s.')
             if outputs is None:
                 return
-            if self._bundle.rules and (problems := self._bundle.compare(outputs, engine.expected)):
-                raise InferenceError(f'it disagrees on a live frame: {" ".join(problems)}')
+            if problems := self._bundle.compare(outputs, engine.expected, specs=engine.host.outputs):
+                raise InferenceError(
+                    f'it disagrees on a live frame: {" ".join(problems)}',
+                    remedy='' if self._bundle.rules else 'Where that is close enough, give rules in a model bundle.',
+                )
         except Exception as error:
             self._drop_candidate(str(error))
             return
@@ -855,7 +858,7 @@ class RuntimeChain:
 
     def _passes_proof(self, engine: RungEngine) -> bool:
         try:
-            self._proof.run(engine.host, engine.hang_s)
+            self._proof.check(engine.host, engine.hang_s)
         except Exception as error:
             _log.error('%s fails its proof: %s', engine.rung.name, error)
             return False

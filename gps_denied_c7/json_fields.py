@@ -97,6 +97,17 @@ class Fields:
         self.check(len(value) > 0, name, 'is empty.', 'Name at least one.')
         return [Fields(item, f'{self.key(name)}[{index}]') for index, item in enumerate(value)]
 
+    def texts(self, name: str, default: tuple[str, ...]) -> tuple[str, ...]:
+        """Return a list of strings, ``default`` where it is absent."""
+        self._taken.add(name)
+        if name not in self._values:
+            return default
+        value = self.take(name)
+        self.check(
+            isinstance(value, list) and all(isinstance(item, str) for item in value), name, 'is no list of strings.'
+        )
+        return tuple(value)
+
     def file(self, name: str, root: Path) -> Path:
         """Return the absolute path of a file that lies, symlinks followed, inside ``root``."""
         text = self.text(name)

@@ -13,45 +13,69 @@ from gps_denied_c7.tensors import noise_inputs
 
 __all__ = ['Proof']
 
+_Case = tuple[dict[str, NDArray], dict[str, NDArray]]
+
 
 class Proof:
     """
     Ask engines for the golden outputs of a bundle; for any answer where it has none.
 
-    The golden tensors are read once: an engine that is loaded must not fall with files that change on the disk.
+    The first golden request is read once and kept: an engine that serves must not fall with files that change on the
+    disk. The others are read one at a time while an engine is loaded, so that they take no memory in flight.
     """
 
     def __init__(self, bundle: ModelBundle) -> None:
         self._bundle = bundle
-        self._golden: tuple[dict[str, NDArray], dict[str, NDArray]] | None = None
+        self._first: _Case | None = None
 
     def run(self, host: RungHost, limit_s: float) -> float:
         """
-        Run one inference and look at what comes of it.
+        Have a loaded engine answer every golden request, and look at what comes of it.
 
-        :return: seconds that it took.
-        :raises InferenceError: it fails, is not right, or takes longer than ``limit_s``; the host is killed then.
+        :param limit_s: for each of them: a slow engine must not fail because there are many.
+        :return: seconds that the longest took.
+        :raises InferenceError: one fails, is not right, or is not answered in time; the host is killed then.
+        :raises ModelBundleError: a golden file cannot be read.
         """
-        outputs, took_s = self._ask(host, limit_s)
-        if self._golden is not None and (disagreements := self._bundle.compare(outputs, self._golden[1])):
+        took_s = self.check(host, limit_s)
+        for index in range(1, len(self._bundle.golden)):
+            case = (self._bundle.golden_inputs(index), self._bundle.golden_outputs(index))
+            took_s = max(took_s, self._prove(host, limit_s, index, case))
+        return took_s
+
+    def check(self, host: RungHost, limit_s: float) -> float:
+        """Do as :meth:`run`, with the first golden request alone: for an engine that has passed them all."""
+        return self._prove(host, limit_s, 0, self._read_first())
+
+    def time(self, host: RungHost, limit_s: float) -> float:
+        """Return the seconds that the first golden request takes; its answer is not compared. Raises as :meth:`run`."""
+        return self._ask(host, limit_s, self._read_first())[1]
+
+    def forget(self) -> None:
+        """Read the golden tensors afresh the next time."""
+        self._first = None
+
+    def _read_first(self) -> _Case | None:
+        if self._bundle.golden and self._first is None:
+            self._first = (self._bundle.golden_inputs(), self._bundle.golden_outputs())
+        return self._first
+
+    def _prove(
+        self, host: RungHost, limit_s: float, index: int, case: _Case | None
+    ) -> float:
+        outputs, took_s = self._ask(host, limit_s, case)
+        if case is not None and (disagreements := self._bundle.compare(outputs, case[1])):
             raise InferenceError(
-                f'the golden outputs are not reproduced: {" ".join(disagreements)}',
+                f'the golden outputs are not reproduced for {self._bundle.golden[index].name!r}: '
+                f'{" ".join(disagreements)}',
                 remedy="Build the artefact again from the bundle's source weights.",
             )
         return took_s
 
-    def time(self, host: RungHost, limit_s: float) -> float:
-        """Return the seconds that one inference takes whose answer nobody looks at; raises as :meth:`run`."""
-        return self._ask(host, limit_s)[1]
-
-    def forget(self) -> None:
-        """Read the golden tensors afresh the next time."""
-        self._golden = None
-
-    def _ask(self, host: RungHost, limit_s: float) -> tuple[dict[str, NDArray], float]:
-        if self._bundle.golden is not None and self._golden is None:
-            self._golden = (self._bundle.golden_inputs(), self._bundle.golden_outputs())
-        request = self._golden[0] if self._golden is not None else noise_inputs(host.inputs)
+    def _ask(
+        self, host: RungHost, limit_s: float, case: _Case | None
+    ) -> tuple[dict[str, NDArray], float]:
+        request = case[0] if case is not None else noise_inputs(host.inputs)
         started = time.monotonic()
         host.begin(request)
         outputs = host.poll(limit_s)

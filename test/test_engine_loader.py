@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 
 import numpy as np
 import pytest
 
-from gps_denied_c7 import engine_loader
-from gps_denied_c7.bundle import ModelBundle
+from gps_denied_c7 import engine_loader, proof
+from gps_denied_c7.bundle import ModelBundle, write_bundle
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.demo.network import write_demo_bundle
+from gps_denied_c7.demo.network import expected_outputs, write_demo_bundle
 from gps_denied_c7.engine_loader import EngineLoad, EngineLoader
 from gps_denied_c7.errors import EngineDeserializeError, InferenceError, WorkerDiedError
 from gps_denied_c7.proof import Proof
@@ -171,6 +172,52 @@ def test_f1_what_comes_of_a_cancelled_load_is_freed(bench, monkeypatch, patience
     while {*bench.freed} != {*bench.hosts}:
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.fixture(scope='module')
+def several(tmp_path_factory, bundle):
+    """The demo bundle with a second golden request, black, and its answer."""
+    root = tmp_path_factory.mktemp('several') / 'bundle'
+    shutil.copytree(bundle.root, root)
+    demo = ModelBundle.load(root)
+    black = np.zeros_like(demo.golden_inputs()['image'])
+    return write_bundle(
+        root, name=demo.name, weights_digest=demo.weights_digest, inputs=demo.inputs, outputs=demo.outputs,
+        preprocessing=demo.preprocessing, artefacts=demo.artefacts, rules=demo.rules,
+        golden={
+            'land': (demo.golden_inputs(), demo.golden_outputs()),
+            'black': ({'image': black}, expected_outputs(black[0, 0])),
+        },
+    )  # fmt: skip
+
+
+def test_m1_an_engine_that_is_right_on_the_first_golden_request_alone_is_refused(several):
+    bench = Bench(several)
+    with pytest.raises(InferenceError, match="not reproduced for 'black'"):
+        bench.load()
+    assert bench.freed == bench.hosts and len(bench.requests) == 2
+
+
+def test_m1_a_loaded_engine_answers_every_golden_request_and_a_serving_one_the_first(several, monkeypatch):
+    bench = Bench(several)
+    answers = {float(several.golden_inputs(index)['image'].max()): several.golden_outputs(index) for index in (0, 1)}
+    monkeypatch.setattr(Host, 'poll', lambda host, limit_s: answers[float(bench.requests[-1]['image'].max())])
+    engine = bench.load()
+    assert {float(request['image'].max()) for request in bench.requests} == set(answers)
+    bench.requests.clear()
+    bench.proof.check(engine.host, 1.0)
+    bench.proof.time(engine.host, 1.0)
+    assert [bool(request['image'].any()) for request in bench.requests] == [True, True]
+
+
+def test_m1_a_slow_engine_does_not_fail_because_there_are_many_golden_requests(several, monkeypatch):
+    bench, limits = Bench(several), []
+    monkeypatch.setattr(proof.time, 'monotonic', lambda: 50.0 * len(limits))
+    monkeypatch.setattr(
+        Host, 'poll', lambda host, limit_s: limits.append(limit_s) or several.golden_outputs(len(limits) - 1)
+    )
+    assert bench.proof.run(Host(bench), 60.0) == 50.0
+    assert limits == [60.0, 60.0]
 
 
 def test_m1_the_golden_tensors_are_read_once(bench, monkeypatch):

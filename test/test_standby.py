@@ -42,6 +42,7 @@ class ScriptedWorker:
     inputs = outputs = (SPEC,)
     request_arrays = {}
     patience = 0
+    before = np.zeros((1, 2), np.float32)
 
     ran_ns = (0, 0)
 
@@ -92,6 +93,10 @@ class ScriptedWorker:
         if self.act == 'fail':
             raise InferenceError('the engine failed.')
         outputs = {'x': request['x'] + (self.act == 'disagree')}
+        if self.act == 'zeros':
+            outputs = {'x': np.zeros_like(request['x'])}
+        if self.act == 'stale':
+            outputs, self.before = {'x': self.before}, request['x']
         self.ran_ns = id(self), self.ran_ns[1] + 1
         self.bench.given.append((outputs, self.ran_ns))
         return outputs
@@ -1029,6 +1034,31 @@ def test_f6_a_better_rung_that_dies_again_and_again_is_tried_ever_more_seldom():
             bench.settle()
         waited.append((bench.now_ns - died_ns) / 1e9)
     assert waited == pytest.approx([5, 10, 20, 40, 40, 5], abs=0.5)
+
+
+class BareBench(Bench):
+    """A bare ``.onnx``: no rule says what its outputs hold."""
+
+    rules = ()
+
+
+@pytest.mark.parametrize('act', ['zeros', 'disagree', 'stale'])
+def test_f6_a_gpu_engine_that_answers_zeros_is_not_promoted_over_a_correct_cpu(act):
+    bench = BareBench(GPU, CPU)
+    bench.load_faults[GPU] = EngineDeserializeError('not now.')
+    bench.ready()
+    bench.load_faults.clear()
+    value = 0
+    for _ in range(40):
+        bench.now_ns += int(1e9)
+        bench.settle()
+        for worker in bench.workers:
+            if worker.rung is GPU:
+                worker.act = act
+        bench.ask(value := value + 1)
+    assert bench.chain.status().active == CPU and bench.switches() == []
+    reason = next(payload['reason'] for kind, payload in bench.records if kind == 'c7.promotion_delayed')
+    assert 'disagrees on a live frame' in reason and 'model bundle' in reason
 
 
 @pytest.mark.parametrize('act', ['die', 'fail', 'disagree'])

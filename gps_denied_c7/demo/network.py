@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.bundle import AllClose, Artefact, MatchedDistance, write_bundle
+from gps_denied_c7.bundle import ONLY_GOLDEN, AllClose, Artefact, MatchedDistance, write_bundle
 from gps_denied_c7.bundle_files import write_atomically
 from gps_denied_c7.demo.terrain import paint_terrain
 from gps_denied_c7.errors import C7Error
@@ -311,8 +311,7 @@ def write_demo_bundle(directory: Path | str) -> Path:
             MatchedDistance('descriptors', max_distance=0.1, min_fraction=0.95),
             AllClose('heatmap', rtol=0.03, atol=2e-4),
         ],
-        golden_inputs={'image': image[None, None]},
-        golden_outputs=expected_outputs(image),
+        golden={ONLY_GOLDEN: ({'image': image[None, None]}, expected_outputs(image))},
     )  # fmt: skip
     return directory
 

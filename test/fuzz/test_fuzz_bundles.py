@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gps_denied_c7.bundle import (
+    ONLY_GOLDEN,
     AllClose,
     Artefact,
     MatchedDistance,
@@ -59,8 +60,7 @@ def make_bundle(root: Path) -> Path:
             )
         ],
         rules=(AllClose('heat', 1e-3, 1e-4), MatchedDistance('points', 1.5, 0.9), SetOverlap('places', 0.5, 'values')),
-        golden_inputs=INPUTS,
-        golden_outputs=OUTPUTS,
+        golden={ONLY_GOLDEN: (INPUTS, OUTPUTS)},
     )  # fmt: skip
     return root
 
@@ -178,8 +178,9 @@ def test_m1_golden_arrays_with_a_right_digest_fit_or_are_refused(
     file = root / 'golden_outputs.npz'
     before = file.read_bytes()
     file.write_bytes(content)
-    outputs = {**values['golden']['outputs'], 'sha256': hashlib.sha256(content).hexdigest()}
-    golden = {**values['golden'], 'outputs': outputs}
+    (case,) = values['golden']
+    outputs = {**case['outputs'], 'sha256': hashlib.sha256(content).hexdigest()}
+    golden = [{**case, 'outputs': outputs}]
     (root / 'model.json').write_text(json.dumps({**values, 'golden': golden}))
     try:
         use(root)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, load_from_string, numpy_helper
 
-from gps_denied_c7.bundle import Artefact, ModelBundle, write_bundle
+from gps_denied_c7.bundle import ONLY_GOLDEN, Artefact, ModelBundle, write_bundle
 from gps_denied_c7.bundle_files import file_sha256
 from gps_denied_c7.demo.network import build_model
 
@@ -142,8 +142,12 @@ def scoring_twofold(demo_bundle: str, directory: Path, *, golden_factor: float =
             Artefact.of_file(path, strategy='onnx_trt_ep', weights_digest=digest, precision='fp32', device='any')
         ],
         rules=demo.rules,
-        golden_inputs=demo.golden_inputs(),
-        golden_outputs={**golden, 'scores': golden['scores'] * np.float32(golden_factor)},
+        golden={
+            ONLY_GOLDEN: (
+                demo.golden_inputs(),
+                {**golden, 'scores': golden['scores'] * np.float32(golden_factor)},
+            )
+        },
     )
     return str(directory)
 
