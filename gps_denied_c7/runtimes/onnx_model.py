@@ -19,12 +19,22 @@ from gps_denied_c7.tensors import TensorSpec
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ['OnnxModel', 'ep_context_model', 'read_onnx']
+__all__ = ['OnnxModel', 'ep_context_model', 'random_operators', 'read_onnx']
 
 # A protobuf message ends at 2 GiB: such a model keeps its weights in external files.
 _PROTOBUF_LIMIT_BYTES = (1 << 31) - 1
 
 _log = logging.getLogger(__name__)
+_RANDOM_DOMAINS = ('', 'ai.onnx', 'com.microsoft', 'org.pytorch.aten', 'org.pytorch.prims', 'aten')
+_RANDOM = (
+    *('RandomNormal', 'RandomNormalLike', 'RandomUniform', 'RandomUniformLike', 'Multinomial', 'Bernoulli'),
+    # Of com.microsoft: it draws the next token of a language model.
+    'Sampling',
+)
+_DROPOUTS = {'Dropout': 2, 'TrainableDropout': 2, 'BitmaskDropout': 2, 'BiasDropout': 4, 'BitmaskBiasDropout': 4}
+"""Place of the input that says whether they train."""
+_ATEN = ('ATen', 'ATenOp')
+_RANDOM_WORDS = ('rand', 'multinomial', 'bernoulli', 'dropout', 'normal', 'rrelu', 'exponential', 'poisson')
 
 _COPY_AGAIN = 'Copy or export the model again.'
 
@@ -48,6 +58,7 @@ class OnnxModel:
     :param dtypes: NumPy's name of the type of each input and output, but of those that NumPy lacks.
     :param external_files: files beside the model with weights, which its digest does not cover.
     :param skeleton: the graph without its weights and without the shapes that the exporter declared for its outputs.
+    :param random: operators that throw dice, as :func:`random_operators` names them.
     """
 
     source: bytes | str = field(repr=False)
@@ -56,6 +67,7 @@ class OnnxModel:
     dtypes: Mapping[str, str]
     external_files: tuple[str, ...]
     skeleton: bytes = field(default=b'', repr=False)
+    random: tuple[str, ...] = ()
 
     def output_shapes(self, inputs: Mapping[str, Sequence[int]]) -> dict[str, tuple[int | None, ...] | None]:
         """
@@ -172,6 +184,7 @@ def read_onnx(path: Path, sha256: str | None) -> OnnxModel:
         },
         dtypes=_dtypes((*model.graph.input, *model.graph.output)),
         external_files=external,
+        random=_random_operators(model, nodes),
         skeleton=_skeleton(model),
     )
 
@@ -314,6 +327,69 @@ def _contents(model: onnx.ModelProto) -> tuple[list[onnx.NodeProto], list[onnx.T
         nodes += pending
         pending = []
     return nodes, tensors
+
+
+def random_operators(model: onnx.ModelProto) -> tuple[str, ...]:
+    """
+    Name the operators that make the same request have other answers, as ``Dropout 'drop1'``; those inside too.
+
+    Dropout counts in training mode, and where the mode is computed while the model runs.
+    """
+    return _random_operators(model, _contents(model)[0])
+
+
+def _random_operators(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> tuple[str, ...]:
+    own = {(function.domain, function.name) for function in model.functions}
+    # The oldest version decides: Dropout trained by default before 7, never from 7 to 11, by an input since 12.
+    imports = (*model.opset_import, *(entry for function in model.functions for entry in function.opset_import))
+    opset = min((entry.version for entry in imports if entry.domain in ('', 'ai.onnx')), default=1)
+    # Each graph and function has names of its own, so that one name may stand for several values.
+    values: dict[str, list[onnx.TensorProto | None]] = {}
+    for node in nodes:
+        constant = next((each.t for each in node.attribute if each.name == 'value'), None)
+        for name in node.output:
+            values.setdefault(name, []).append(constant if node.op_type == 'Constant' else None)
+    for graph in _graphs(model, nodes):
+        for tensor in graph.initializer:
+            values.setdefault(tensor.name, []).append(tensor)
+    return tuple(
+        f'{node.op_type} {(node.name or ", ".join(node.output))!r}'
+        for node in nodes
+        if (node.domain, node.op_type) not in own and _throws_dice(node, opset, values)
+    )
+
+
+def _throws_dice(node: onnx.NodeProto, opset: int, values: Mapping[str, Sequence[onnx.TensorProto | None]]) -> bool:
+    if node.domain not in _RANDOM_DOMAINS:
+        return False
+    if node.op_type in _ATEN:
+        # PyTorch's operators, exported as they are, are named in an attribute.
+        operator = next((each.s.decode(errors='replace') for each in node.attribute if each.name == 'operator'), '')
+        return any(word in operator for word in _RANDOM_WORDS)
+    if node.op_type not in _DROPOUTS:
+        return node.op_type in _RANDOM
+    if not node.domain and opset < 7:
+        return not any(each.name == 'is_test' and each.i for each in node.attribute)
+    place = _DROPOUTS[node.op_type]
+    if (not node.domain and opset < 12) or len(node.input) <= place or not node.input[place]:
+        return False
+    return any(mode is None or _is_true(mode) for mode in values.get(node.input[place], (None,)))
+
+
+def _is_true(tensor: onnx.TensorProto) -> bool:
+    from onnx import numpy_helper
+
+    try:
+        return bool(numpy_helper.to_array(tensor).any())
+    except Exception:  # what onnx raises for a damaged tensor is its to choose; such a mode is not known
+        return True
+
+
+def _graphs(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> Iterable[onnx.GraphProto]:
+    yield model.graph
+    for node in nodes:
+        for attribute in node.attribute:
+            yield from (attribute.g, *attribute.graphs)
 
 
 def _external_files(model: Path, tensors: Sequence[onnx.TensorProto]) -> tuple[str, ...]:

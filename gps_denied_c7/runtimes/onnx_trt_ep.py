@@ -290,6 +290,8 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
             f'Weights lie in {file}, which the digest of {entry.path.name} does not cover.'
             for file in model.external_files
         ]
+        if model.random:
+            notes.append(f'The same image has other answers each time, because of {", ".join(model.random[:8])}.')
         digest, precision = model.sha256, entry.build.precision
         if self._providers is ProviderSet.CPU:
             attempt = _Attempt((CPU,), model.source)
