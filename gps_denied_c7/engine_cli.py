@@ -50,15 +50,17 @@ With --json, one JSON object goes to standard output, whatever the outcome; prog
 error. More on one command: c7_engine COMMAND --help
 """
 
-_BUNDLE_NOTES = """The golden answer is that of ONNX Runtime on the CPU. Its tolerance: a floating-point output may
-differ by a share of its range in that answer, {fp32:.1%} where engines compute in fp32 only, {fp16:.1%} where fp16 is
-allowed. Outputs that hold whole numbers, or whose size depends on the image, need a --rule, and so do lists
-of keypoints, whose order may change with the precision:
+_BUNDLE_NOTES = """The golden answers are those of plain ONNX Runtime on the CPU without graph optimisation, in a
+process of its own, to pictures of six kinds (noise, black, white, blobs, checkerboard, stripes) and to your own.
+What the node would run has to give them too. Their tolerance: a floating-point output may differ by a share of its
+range over all of them, {fp32:.1%} where engines compute in fp32 only, {fp16:.1%} where fp16 is allowed, and by four
+steps of that arithmetic at least. Outputs that hold whole numbers, or whose size depends on the image, need a
+--rule, and so do lists of keypoints, whose order may change with the precision:
   --rule scores=allclose,rtol=0.01,atol=0.001
   --rule keypoints=matched_distance,max_distance=1.5,min_fraction=0.95
   --rule labels=set_overlap,min_iou=0.9,members=values        (members: nonzero, values, or top_k with k=N)
+  --rule boxes=default        (a rule of thumb without numbers, which holds for outputs that have no rule too)
 """.format(**TOLERANCES)
-
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -172,7 +174,8 @@ def _print_manifest(manifest: EngineManifest) -> None:
 
 
 def _told(spec: TensorSpec) -> str:
-    return f'{spec.name} {spec.dtype} {"x".join("?" if axis is None else str(axis) for axis in spec.axes)}'
+    shape = 'of any rank' if spec.shape is None else 'x'.join('?' if axis is None else str(axis) for axis in spec.shape)
+    return f'{spec.name} {spec.dtype} {shape}'
 
 
 def _print_field(name: str, value: str) -> None:
@@ -187,7 +190,7 @@ def _verify(options: argparse.Namespace) -> int:
     host = None if options.any_host else functools.lru_cache(maxsize=1)(local_host_profile)
     verdicts = []
     for path in options.paths:
-        for verdict in verify(path, host):
+        for verdict in verify(path, host, run_models=not options.digests_only):
             verdicts.append(verdict)
             if not options.json:
                 print(f'{"ok" if verdict.admitted else "REFUSED":<8} {verdict.kind:<9} {verdict.path}', flush=True)
@@ -277,6 +280,9 @@ def _bundle(options: argparse.Namespace) -> int:
             precision=options.precision,
             rules=options.rule,
             golden_input=options.golden_input,
+            golden_images=options.golden_image,
+            allow_non_finite=options.allow_non_finite,
+            force=options.force,
             preprocessing={name: value for name, value in given.items() if value is not None},
             seed=options.seed,
         )
@@ -293,8 +299,11 @@ def _bundle(options: argparse.Namespace) -> int:
     assert bundle.preprocessing is not None
     _print_field('pixels', ', '.join(f'{name} {value}' for name, value in bundle.preprocessing.to_json().items()))
     for rule in bundle.rules:
-        settings = ', '.join(f'{name} {value}' for name, value in rule_to_json(rule).items() if name != 'kind')
-        _print_field('rule', f'{rule.output}: {rule.kind}, {settings}')
+        settings = [f'{name} {value}' for name, value in rule_to_json(rule).items() if name != 'kind']
+        _print_field('rule', f'{rule.output}: {", ".join([rule.kind, *settings])}')
+    _print_field('golden', ', '.join(case.name for case in bundle.golden))
+    if bundle.allow_non_finite:
+        _print_field('not finite', ', '.join(bundle.allow_non_finite))
     for note in result.notes:
         _print_field('note', note)
     return 0
@@ -361,7 +370,8 @@ def _parser() -> argparse.ArgumentParser:
     check = command(
         'verify', _verify, 'verify engines, caches and bundles by their digests',
         'Take engines through the gate, ONNX Runtime caches through their listing, and bundles through all their\n'
-        'digests; one verdict for each. A directory is looked through one level deep. Changes and loads nothing.',
+        'digests; one verdict for each. The .onnx of a bundle answers the golden requests again, by plain ONNX\n'
+        'Runtime on the CPU in a process of its own. A directory is looked through one level deep. Changes nothing.',
     )  # fmt: skip
     check.add_argument(
         'paths', type=Path, nargs='+', metavar='PATH',
@@ -371,6 +381,9 @@ def _parser() -> argparse.ArgumentParser:
         '--any-host', action='store_true',
         help='look for damage and for others who could write there, not for whether engines run on this host',
     )  # fmt: skip
+    check.add_argument(
+        '--digests-only', action='store_true', help='do not run the model of a bundle to compare its golden answers'
+    )
 
     clean = command(
         'sweep', _sweep, 'remove engines from both caches by age, size or host',
@@ -412,9 +425,20 @@ def _parser() -> argparse.ArgumentParser:
     make.add_argument('--rule', type=_rule, action='append', default=[], metavar='OUTPUT=KIND,…', help='see below')
     make.add_argument(
         '--golden-input', type=Path, metavar='FILE.npz',
-        help='one request, one array for each input; default: a picture made from --seed',
+        help='one request more, one array for each input',
     )  # fmt: skip
-    make.add_argument('--seed', type=int, default=0, help='default: %(default)s')
+    make.add_argument(
+        '--golden-image', type=Path, nargs='+', action='extend', default=[], metavar='PICTURE',
+        help='JPEG or PNG to be answered too, pre-processed as the bundle says; best: what the camera will see',
+    )  # fmt: skip
+    make.add_argument(
+        '--allow-non-finite', action='append', default=[], metavar='OUTPUT',
+        help='NaN and infinities are meant in this output, as a mask or as "no detection"',
+    )  # fmt: skip
+    make.add_argument(
+        '--force', action='store_true', help='make the bundle also where its golden answers prove little'
+    )
+    make.add_argument('--seed', type=int, default=0, help='of the pictures of noise and blobs; default: %(default)s')
     pixels = make.add_argument_group('pre-processing', 'value = (pixel * scale - mean) / std, with pixels in 0..255')
     pixels.add_argument(
         '--resize', choices=[mode.value for mode in ResizeMode], help='of images of another size; default: stretch'

@@ -13,10 +13,17 @@ from typing import Any
 
 from gps_denied_c7.bundle import MODEL_JSON, Artefact, ModelBundle
 from gps_denied_c7.bundle_files import BundleFile
-from gps_denied_c7.errors import C7Error, EngineSchemaMismatchError, ModelBundleError, RuntimeUnavailableError
+from gps_denied_c7.errors import (
+    C7Error,
+    EngineSchemaMismatchError,
+    InferenceError,
+    ModelBundleError,
+    RuntimeUnavailableError,
+)
 from gps_denied_c7.gate import EngineGate, EngineName, HostProfile, manifest_path, read_manifest
 from gps_denied_c7.host_match import mismatches
 from gps_denied_c7.ort_cache import LISTING_NAME, BuiltFor, verify_cache
+from gps_denied_c7.reference import reference_answers
 from gps_denied_c7.runtimes.onnx_model import read_onnx
 from gps_denied_c7.torch_archive import read_torch_archive
 
@@ -34,7 +41,7 @@ class Verdict:
     """
     Say whether a file or directory is what it claims to be, and may be loaded here.
 
-    :param kind: ``engine``, ``ort_cache``, ``bundle``, ``artefact`` or ``golden``.
+    :param kind: ``engine``, ``ort_cache``, ``bundle``, ``artefact``, ``golden`` or ``answers``.
     :param refusal: what is wrong, empty where it was admitted.
     :param remedy: what to do about it.
     """
@@ -54,25 +61,27 @@ class Verdict:
         return {**dataclasses.asdict(self), 'path': str(self.path), 'admitted': self.admitted}
 
 
-def verify(path: Path, host: Host | None) -> Iterator[Verdict]:
+def verify(path: Path, host: Host | None, *, run_models: bool = True) -> Iterator[Verdict]:
     """
     Yield a verdict for each engine, ONNX Runtime cache and bundle at ``path``.
 
     A directory is looked through one level deep: for ``.engine`` files, for what ONNX Runtime's TensorRT provider
-    cached (one directory for each model), and for bundles. Nothing is loaded and nothing is changed.
+    cached (one directory for each model), and for bundles. Nothing is changed. No engine is loaded; the ``.onnx`` of a
+    bundle answers its golden requests in a process of its own.
 
     :param host: returns what engines must have been built for, or raises RuntimeUnavailableError; None to look
         for damage alone, so that engines of other hosts can be verified.
+    :param run_models: whether golden answers are computed again, which takes the model's own time.
     :raises ModelBundleError: there is nothing at ``path`` that could be verified.
     """
     # os.path: Path.is_file() and the like raise where a directory may not be read, and for a name that is too long.
     if path.name == MODEL_JSON or os.path.isfile(path / MODEL_JSON):
-        yield from _verify_bundle(path, host)
+        yield from _verify_bundle(path, host, run_models)
     elif path.suffix == '.engine' or (not os.path.isdir(path) and os.path.exists(manifest_path(path))):
         yield _verdict(path, 'engine', partial(_admit, path, host))
     elif os.path.isdir(path):
         found = False
-        for verdict in _verify_directory(path, host):
+        for verdict in _verify_directory(path, host, run_models):
             found = True
             yield verdict
         if not found:
@@ -82,7 +91,7 @@ def verify(path: Path, host: Host | None) -> Iterator[Verdict]:
         raise ModelBundleError(f'{path} {what}.', remedy='Correct the path.')
 
 
-def _verify_directory(path: Path, host: Host | None) -> Iterator[Verdict]:
+def _verify_directory(path: Path, host: Host | None, run_models: bool) -> Iterator[Verdict]:
     if _MODEL_DIGEST.fullmatch(path.name) or os.path.exists(path / LISTING_NAME):
         yield _verdict(path, 'ort_cache', partial(_check_cache, path, host))
         return
@@ -93,25 +102,59 @@ def _verify_directory(path: Path, host: Host | None) -> Iterator[Verdict]:
     for entry in entries:
         engine = entry.with_name(entry.name.removesuffix('.json'))
         if entry.suffix == '.engine':
-            yield from verify(entry, host)
+            yield from verify(entry, host, run_models=run_models)
         elif engine.suffix == '.engine' and engine != entry and not os.path.lexists(engine):
-            yield from verify(engine, host)
+            yield from verify(engine, host, run_models=run_models)
         elif os.path.isdir(entry) and (_MODEL_DIGEST.fullmatch(entry.name) or os.path.isfile(entry / MODEL_JSON)):
-            yield from verify(entry, host)
+            yield from verify(entry, host, run_models=run_models)
 
 
-def _verify_bundle(path: Path, host: Host | None) -> Iterator[Verdict]:
+def _verify_bundle(path: Path, host: Host | None, run_models: bool) -> Iterator[Verdict]:
     try:
         bundle = ModelBundle.load(path)
     except C7Error as error:
         yield Verdict(path, 'bundle', error.message, error.remedy)
         return
     yield Verdict(path, 'bundle')
+    whole = True
+    runnable = []
     for artefact in bundle.artefacts:
-        yield _verdict(artefact.path, 'artefact', partial(_check_artefact, bundle, artefact, host))
-    if bundle.golden is not None:
-        yield _verdict(bundle.golden.inputs.path, 'golden', bundle.golden_inputs)
-        yield _verdict(bundle.golden.outputs.path, 'golden', bundle.golden_outputs)
+        verdict = _verdict(artefact.path, 'artefact', partial(_check_artefact, bundle, artefact, host))
+        if verdict.admitted and artefact.path.suffix == '.onnx':
+            runnable.append(artefact)
+        yield verdict
+    for index, case in enumerate(bundle.golden):
+        for file, load in ((case.inputs, bundle.golden_inputs), (case.outputs, bundle.golden_outputs)):
+            verdict = _verdict(file.path, 'golden', partial(load, index))
+            whole = whole and verdict.admitted
+            yield verdict
+    if run_models and whole:
+        for artefact in runnable:
+            yield _verdict(artefact.path, 'answers', partial(_check_answers, bundle, artefact))
+
+
+def _check_answers(bundle: ModelBundle, artefact: Artefact) -> None:
+    """Compare the golden answers with those of plain session.run, which shares no code with what made them."""
+    requests = [
+        {artefact.own_name(name): array for name, array in bundle.golden_inputs(index).items()}
+        for index in range(len(bundle.golden))
+    ]
+    problems = []
+    source = read_onnx(artefact.path, artefact.sha256).source
+    for index, answer in enumerate(reference_answers(source, requests).answers):
+        if isinstance(answer, InferenceError):
+            problems.append(f'{bundle.golden[index].name!r}: {answer.message}')
+            continue
+        found = {artefact.canonical_name(name): array for name, array in (answer or {}).items()}
+        problems += [
+            f'{bundle.golden[index].name!r}: {problem}'
+            for problem in bundle.compare(found, bundle.golden_outputs(index))
+        ]
+    if problems:
+        raise ModelBundleError(
+            f'the golden answers are not those of plain session.run without optimisation: {" ".join(problems[:8])}',
+            remedy='Make the bundle again; look for what the two ONNX Runtimes have different.',
+        )
 
 
 def _verdict(path: Path, kind: str, check: Callable[[], object]) -> Verdict:
@@ -167,7 +210,11 @@ def _check_artefact(bundle: ModelBundle, artefact: Artefact, host: Host | None) 
     if artefact.path.suffix == '.engine':
         _admit(artefact.path, host, artefact.sha256)
     elif artefact.path.suffix == '.onnx':
-        read_onnx(artefact.path, artefact.sha256)
+        if random := read_onnx(artefact.path, artefact.sha256).random:
+            raise ModelBundleError(
+                f'the same image has other answers each time, because of {", ".join(random[:8])}.',
+                remedy='Export the model in evaluation mode, and make the bundle again.',
+            )
     elif artefact.path.suffix in _TORCH:
         read_torch_archive(artefact.path, artefact.sha256)
     else:

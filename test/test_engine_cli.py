@@ -15,21 +15,28 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import cv2
+import numpy as np
+import onnx
 import pytest
 from engine_cache_files import HOST, age, fake_plan, manifest_of, publish_engine, publish_ort_cache
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from onnx import helper
 from source_tree import REPOSITORY
-from test_bundle_maker import KERNEL, network, saved
+from test_bundle_maker import KERNEL, SHAPE, network, saved
 
 from gps_denied_c7 import engine_cli, host_match
-from gps_denied_c7.bundle import Artefact, ModelBundle
+from gps_denied_c7.bundle import Artefact, ModelBundle, file_sha256, write_bundle
+from gps_denied_c7.bundle_maker import noise_picture
 from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.decoding import Pixels
 from gps_denied_c7.engine_cache import EngineCache
 from gps_denied_c7.engine_cli import main
 from gps_denied_c7.engine_inspection import inspect_engine
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, RuntimeUnavailableError
 from gps_denied_c7.gate import EngineGate, HostProfile, manifest_path
+from gps_denied_c7.preprocessing import PreprocessingSpec, Preprocessor
 from gps_denied_c7.runtime import BuildConfig, BuildProgress, EngineCacheEntry
 from gps_denied_c7.runtimes import cuda
 
@@ -148,7 +155,7 @@ def test_g3_whole_way_as_processes_without_ros_or_gpu(tmp_path: Path) -> None:
     assert 'features: allclose, rtol 0.0, atol' in made.stdout
     checked = executed('verify', tmp_path / 'bundle')
     assert (checked.returncode, checked.stderr) == (0, '')
-    assert checked.stdout.endswith('4 verified, 0 refused\n')
+    assert checked.stdout.endswith(f'{3 + 2 * 6} verified, 0 refused\n')
     if not cuda.gpu_devices():
         built = executed('build', tmp_path / 'bundle', '--cache', tmp_path / 'cache')
         assert (built.returncode, built.stdout) == (1, '')
@@ -445,10 +452,10 @@ def bundle(tmp_path: Path, run: Run) -> Path:
     return tmp_path / 'bundle'
 
 
-@pytest.mark.parametrize('damaged', ['net.onnx', 'golden_inputs.npz', 'golden_outputs.npz', 'model.json'])
+@pytest.mark.parametrize('damaged', ['net.onnx', 'golden/noise_inputs.npz', 'golden/black_outputs.npz', 'model.json'])
 def test_m1_verify_checks_every_file_of_a_bundle(bundle: Path, run: Run, damaged: str) -> None:
     status, out, _ = run('verify', bundle, '--json')
-    assert (status, len(verdicts(out))) == (0, 4)
+    assert (status, len(verdicts(out))) == (0, 2 + 2 * 6)
     assert run('verify', bundle.parent)[0] == run('verify', bundle / 'model.json')[0] == 0
     # Among the weights, where a model still parses and runs.
     content = (bundle / damaged).read_bytes()
@@ -456,7 +463,7 @@ def test_m1_verify_checks_every_file_of_a_bundle(bundle: Path, run: Run, damaged
     status, out, _ = run('verify', bundle, '--json')
     assert status == 1
     refused = [name for name, admitted in verdicts(out).items() if not admitted]
-    assert refused == (['bundle'] if damaged == 'model.json' else [damaged])
+    assert refused == (['bundle'] if damaged == 'model.json' else [Path(damaged).name])
 
 
 def test_m1_verify_takes_a_bundle_s_engine_through_the_gate(bundle: Path, run: Run, here: HostProfile) -> None:
@@ -487,6 +494,61 @@ def test_m1_verify_tells_of_artefacts_of_other_weights(bundle: Path, run: Run) -
     status, out, _ = run('verify', bundle)
     assert status == 1
     assert 'no chain will use it' in out
+
+
+def test_m1_verify_names_the_answer_that_a_wrong_serving_path_once_gave(bundle: Path, run: Run) -> None:
+    """All digests hold and the file loads; only plain session.run knows that one answer to one picture is wrong."""
+    made = ModelBundle.load(bundle)
+    golden = {
+        case.name: (made.golden_inputs(index), made.golden_outputs(index)) for index, case in enumerate(made.golden)
+    }
+    golden['checkerboard'] = (golden['checkerboard'][0], golden['stripes'][1])
+    write_bundle(
+        bundle, name=made.name, weights_digest=made.weights_digest, inputs=made.inputs, outputs=made.outputs,
+        preprocessing=made.preprocessing, artefacts=made.artefacts, rules=made.rules, golden=golden,
+    )  # fmt: skip
+    status, out, _ = run('verify', bundle)
+    assert status == 1 and out.endswith('15 verified, 1 refused\n')
+    assert "'checkerboard': output 'features'" in out and "'stripes'" not in out
+    assert run('verify', '--digests-only', bundle)[0] == 0
+
+
+def test_m1_verify_names_the_dice_in_a_bundle(bundle: Path, run: Run) -> None:
+    model = onnx.load(bundle / 'net.onnx')
+    model.graph.node[0].output[0] = 'exact'
+    model.graph.node.append(helper.make_node('RandomNormalLike', ['exact'], ['noise'], name='dice', scale=1e-6))
+    model.graph.node.append(helper.make_node('Add', ['exact', 'noise'], ['features']))
+    (bundle / 'net.onnx').write_bytes(model.SerializeToString())
+    described = json.loads((bundle / 'model.json').read_text())
+    described['artefacts'][0]['sha256'] = file_sha256(bundle / 'net.onnx')
+    (bundle / 'model.json').write_text(json.dumps(described))
+    for options in ((), ('--digests-only',)):
+        status, out, _ = run('verify', *options, bundle)
+        assert status == 1 and "RandomNormalLike 'dice'" in out
+
+
+def test_m1_bundle_takes_pictures_of_the_user(tmp_path: Path, run: Run) -> None:
+    picture = noise_picture(100, 80, 4)
+    assert cv2.imwrite(str(tmp_path / 'over the field.png'), picture[:, :, ::-1])
+    status, out, _ = run('bundle', saved(tmp_path), '--output', tmp_path / 'bundle',
+                         '--golden-image', tmp_path / 'over the field.png', '--json')  # fmt: skip
+    assert status == 0
+    assert json.loads(out)['model']['golden'][0]['name'] == 'image1-over_the_field'
+    expected = np.zeros(SHAPE, np.float32)
+    Preprocessor(PreprocessingSpec(width=32, height=24)).run(Pixels(picture, 'rgb'), expected)
+    assert np.array_equal(ModelBundle.load(tmp_path / 'bundle').golden_inputs()['image'], expected)
+
+
+@pytest.mark.parametrize('content', [b'', b'GIF89a' + b'\0' * 50, b'\xff\xd8\xff\xd9', None])
+def test_m1_a_golden_picture_that_cannot_be_read_is_refused_by_name(
+    tmp_path: Path, run: Run, content: bytes | None
+) -> None:
+    if content is not None:
+        (tmp_path / 'field.jpg').write_bytes(content)
+    status, _, error = run('bundle', saved(tmp_path), '--output', tmp_path / 'bundle',
+                           '--golden-image', tmp_path / 'field.jpg')  # fmt: skip
+    assert status == 1 and 'field.jpg' in error and 'Traceback' not in error
+    assert not (tmp_path / 'bundle').exists()
 
 
 def test_r4_verify_looks_through_torch_archives(bundle: Path, run: Run) -> None:

@@ -1,0 +1,201 @@
+"""
+Answer requests by plain ``onnxruntime.InferenceSession.run``, in a process of its own (M-1).
+
+What proves the serving path shares no code with it: the process imports ONNX Runtime and NumPy, no runtime of this
+package. One CPU thread, no graph optimisation: the answer is that of the operators as the model file lists them.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gps_denied_c7.bundle_files import npz_bytes
+from gps_denied_c7.errors import InferenceError, ModelBundleError, RuntimeUnavailableError
+from gps_denied_c7.tensors import TensorSpec
+
+__all__ = ['Reference', 'reference_answers']
+
+Arrays = Mapping[str, NDArray]
+
+_KEPT_VARIABLES = ('PATH', 'LD_LIBRARY_PATH', 'HOME', 'TMPDIR', 'LANG', 'LC_ALL', 'TZ')
+_PACKAGES = 'Install the packages of requirements/runtime.txt.'
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """
+    Hold what a model answers.
+
+    :param outputs: as the file declares them; a size that the file leaves free, gives as 0, or gives other than an
+        answer has it is None, and so is the shape where the file does not say how many axes there are.
+    :param left_out: outputs that are no tensors of numbers.
+    :param answers: for each request: arrays by output name, an error where the model fails on it, None where it was
+        left out because those before it are large enough.
+    """
+
+    outputs: tuple[TensorSpec, ...]
+    left_out: tuple[str, ...]
+    answers: tuple[dict[str, NDArray] | InferenceError | None, ...]
+
+
+def reference_answers(
+    model: bytes | str, requests: Sequence[Arrays], *, limit_bytes: int | None = None
+) -> Reference:
+    """
+    Return the answers of a model to ``requests``.
+
+    :param model: content of an ``.onnx``, or its path where weights lie in files of their own.
+    :param limit_bytes: of all answers together; the first one counts, but is never left out.
+    :raises ModelBundleError: ONNX Runtime does not take the model, or its process died.
+    :raises RuntimeUnavailableError: there is no ONNX Runtime.
+    """
+    blobs = [model if isinstance(model, bytes) else b'', *(npz_bytes(request) for request in requests)]
+    path = model if isinstance(model, str) else None
+    head = {'path': path, 'sizes': [len(blob) for blob in blobs], 'limit': limit_bytes}
+    code, output, errors = _run_child(b''.join((json.dumps(head).encode(), b'\n', *blobs)))
+    if code != 0 or not output:
+        last = errors.decode(errors='replace').strip().splitlines()[-1:] or ['it said nothing']
+        raise ModelBundleError(
+            f'the process that computes the reference answers ended with {code}: {last[0][:500]}.',
+            remedy='Free memory, or run the model outside of this package and correct it.',
+        )
+    stream = io.BytesIO(output)
+    told: dict[str, Any] = json.loads(stream.readline())
+    if told['missing']:
+        raise RuntimeUnavailableError('plain session.run', told['missing'], remedy=_PACKAGES)
+    if told['refused']:
+        raise ModelBundleError(
+            f'ONNX Runtime does not take the model: {told["refused"]}', remedy='Export the model again.'
+        )
+    answers: list[dict[str, NDArray] | InferenceError | None] = []
+    for fault, size in told['answers']:
+        if size is not None:
+            with np.load(io.BytesIO(stream.read(size)), allow_pickle=False) as arrays:
+                answers.append(dict(arrays))
+        else:
+            answers.append(InferenceError(f'plain session.run fails: {fault}') if fault else None)
+    return Reference(
+        tuple(TensorSpec(name, dtype, _axes(shape)) for name, dtype, shape in told['outputs']),
+        tuple(told['left_out']),
+        tuple(answers),
+    )
+
+
+def _axes(shape: list[int | None] | None) -> Any:
+    return None if shape is None else tuple(shape)
+
+
+def _run_child(request: bytes) -> tuple[int, bytes, bytes]:
+    """Run :func:`main` in a Python process that looks for modules where this one does, but not where it was started."""
+    # An empty entry of PYTHONPATH stands here as the working directory.
+    home, here = str(Path(__file__).resolve().parents[1]), os.getcwd()
+    path = [entry for entry in sys.path if os.path.isabs(entry) and (entry != here or entry == home)]
+    code = f'import sys; sys.path[:] = {path!r}; from gps_denied_c7.reference import main; main()'
+    environment = {name: os.environ[name] for name in _KEPT_VARIABLES if os.environ.get(name)}
+    if libraries := environment.get('LD_LIBRARY_PATH'):
+        environment['LD_LIBRARY_PATH'] = ':'.join(entry for entry in libraries.split(':') if os.path.isabs(entry))
+    ended = subprocess.run(
+        [sys.executable, '-I', '-c', code],
+        input=request,
+        capture_output=True,
+        cwd='/',
+        env={**environment, 'ORT_DISABLE_TELEMETRY': '1', 'OMP_NUM_THREADS': '1'},
+        check=False,
+    )
+    return ended.returncode, ended.stdout, ended.stderr
+
+
+# --- in the process of its own --------------------------------------------------------------------
+
+
+def main() -> None:
+    """Read a request from standard input, write its answers to standard output."""
+    requests, out = sys.stdin.buffer, os.fdopen(os.dup(1), 'wb')
+    # What a library prints must not get between the answers.
+    os.dup2(2, 1)
+    try:
+        _serve(requests, out)
+    except ImportError as error:
+        _tell(out, missing=str(error))
+
+
+def _serve(requests: BinaryIO, out: BinaryIO) -> None:
+    import onnxruntime as ort
+
+    head = json.loads(requests.readline())
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    content = requests.read(head['sizes'][0])
+    try:
+        session = ort.InferenceSession(head['path'] or content, options, providers=['CPUExecutionProvider'])
+    except Exception as error:  # ONNX Runtime has no base class for its errors
+        _tell(out, refused=str(error))
+        return
+    del content
+    left: int | None = head['limit']
+    told: list[tuple[str | None, int | None]] = []
+    blobs: list[bytes] = []
+    outputs: dict[str, list[Any]] = {}
+    left_out: dict[str, None] = {}
+    for size in head['sizes'][1:]:
+        with np.load(io.BytesIO(requests.read(size)), allow_pickle=False) as arrays:
+            request = dict(arrays)
+        if left is not None and left < 0:
+            told.append((None, None))
+            continue
+        try:
+            values = session.run(None, request)
+        except Exception as error:  # as above
+            told.append((str(error), None))
+            continue
+        answer = {}
+        for output, value in zip(session.get_outputs(), values, strict=True):
+            if isinstance(value, np.ndarray) and value.dtype.kind in 'biuf':
+                answer[output.name] = value
+                seen = outputs.setdefault(output.name, [output.name, value.dtype.name, _declared(output.shape, value)])
+                seen[2] = _reconciled(seen[2], value.shape)
+            else:
+                left_out[output.name] = None
+        if left is not None:
+            left -= sum(value.nbytes for value in answer.values())
+            if left < 0 and blobs:
+                told.append((None, None))
+                continue
+        blobs.append(npz_bytes(answer))
+        told.append((None, len(blobs[-1])))
+    _tell(out, outputs=list(outputs.values()), left_out=list(left_out), answers=told)
+    for blob in blobs:
+        out.write(blob)
+    out.flush()
+
+
+def _declared(shape: Sequence[int | str | None], value: NDArray) -> list[int | None] | None:
+    # ONNX Runtime gives a scalar and an output of unknown rank the same shape, an empty one.
+    if len(shape) != value.ndim:
+        return None
+    return [axis if isinstance(axis, int) and axis > 0 else None for axis in shape]
+
+
+def _reconciled(shape: list[int | None] | None, found: Sequence[int]) -> list[int | None] | None:
+    if shape is None or len(shape) != len(found):
+        return None
+    return [axis if axis == size else None for axis, size in zip(shape, found, strict=True)]
+
+
+def _tell(out: BinaryIO, **values: Any) -> None:
+    told = {'missing': '', 'refused': '', 'outputs': [], 'left_out': [], 'answers': [], **values}
+    out.write(json.dumps(told).encode() + b'\n')
+    out.flush()
