@@ -28,7 +28,8 @@ _SMALLEST = 2.0**-24
 _MATCHED = 0.8
 """Share of the points of each side that have a partner on the other."""
 _FEW_COLUMNS, _MOST_COLUMNS = 16, 256
-_SAMPLE, _SLICED, _PAIRS = 32, 1 << 18, 1 << 25
+# What is looked at closely, so that a comparison costs tens of milliseconds: points, elements, coordinates of pairs.
+_SAMPLE, _ELEMENTS, _SLICED, _PAIRS = 32, 1 << 14, 1 << 16, 1 << 23
 
 
 def unlike(
@@ -192,7 +193,7 @@ def _middle(values: NDArray) -> float:
 
 
 def _sampled(values: NDArray) -> NDArray:
-    return values.reshape(-1)[:: -(-values.size // _SLICED) or 1]
+    return values.reshape(-1)[:: -(-values.size // _ELEMENTS) or 1]
 
 
 # --- rows in any order ----------------------------------------------------------------------------
