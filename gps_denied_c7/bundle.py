@@ -1,8 +1,8 @@
 """
 The model bundle: a directory whose ``model.json`` says what a network is and which files hold it.
 
-A whole ``model.json``; ``io_names``, ``allow_non_finite``, rules, and of the pre-processing what follows ``layout`` may be
-left out::
+A whole ``model.json``; ``io_names``, ``allow_non_finite``, rules, and of the pre-processing what follows ``layout``
+may be left out::
 
     {
       "schema_version": 1,

@@ -280,7 +280,7 @@ class BaseRuntime(ABC, Generic[EngineT]):
 
     def _non_finite(self, entry: EngineCacheEntry) -> frozenset[str]:
         """Return the canonical outputs in which NaN and infinity mean something."""
-        return frozenset(self._config.allow_non_finite)
+        return frozenset((*self._config.allow_non_finite, *entry.model.allow_non_finite))
 
     def _relax(self, bound: _Bound[EngineT]) -> None:
         """Have the outputs that surprised come in any shape."""
