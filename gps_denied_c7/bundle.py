@@ -1,8 +1,8 @@
 """
 The model bundle: a directory whose ``model.json`` says what a network is and which files hold it.
 
-A whole ``model.json``; ``io_names``, ``allow_non_finite``, rules, and of the pre-processing what follows ``layout``
-may be left out::
+A whole ``model.json``; ``io_names``, ``external_data``, ``allow_non_finite``, rules, and of the pre-processing what
+follows ``layout`` may be left out::
 
     {
       "schema_version": 1,
@@ -17,7 +17,8 @@ may be left out::
       },
       "artefacts": [{
         "strategy": "onnx_trt_ep", "path": "corners.onnx", "sha256": "<of the file>", "precision": "fp32",
-        "device": "any", "weights_digest": "sha256:<as above>", "io_names": {"input.1": "image"}
+        "device": "any", "weights_digest": "sha256:<as above>", "io_names": {"input.1": "image"},
+        "external_data": {"corners.onnx_data": "<of the file>"}
       }],
       "rules": {"keypoints": {"kind": "matched_distance", "max_distance": 1.0, "min_fraction": 0.95}},
       "allow_non_finite": ["keypoints"],
@@ -49,7 +50,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.bundle_files import BundleFile, file_sha256, npz_bytes, read_file, read_npz, write_atomically
+from gps_denied_c7.bundle_files import (
+    BundleFile,
+    file_sha256,
+    npz_bytes,
+    read_file,
+    read_npz,
+    require_hex,
+    write_atomically,
+)
 from gps_denied_c7.comparison import (
     Alike,
     AllClose,
@@ -62,6 +71,7 @@ from gps_denied_c7.comparison import (
 )
 from gps_denied_c7.config import RUNTIME_LABELS
 from gps_denied_c7.errors import C7Error, ConfigError, ModelBundleError
+from gps_denied_c7.external_data import check_location, content_sha256, onnx_digests
 from gps_denied_c7.json_fields import Fields, parse_json, require, require_digest, require_known
 from gps_denied_c7.preprocessing import PreprocessingSpec
 from gps_denied_c7.tensors import TensorSpec
@@ -116,6 +126,7 @@ class Artefact(BundleFile):
     :param device: where it runs: ``any``, ``cpu``, ``cuda`` or one GPU generation, as ``sm87``.
     :param weights_digest: of the source weights it was made from, ``sha256:<hex>``.
     :param io_names: its own tensor name → canonical name, where they differ.
+    :param external_data: hex digest of each file that an ``.onnx`` keeps weights in, by its name in the model.
     """
 
     strategy: str
@@ -123,6 +134,7 @@ class Artefact(BundleFile):
     device: str
     weights_digest: str
     io_names: Mapping[str, str] = field(default_factory=dict, hash=False)
+    external_data: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         # Explicit base: slots=True makes a new class, which breaks the zero-argument super().
@@ -135,6 +147,12 @@ class Artefact(BundleFile):
         require_digest('weights_digest', self.weights_digest)
         if len(set(self.io_names.values())) != len(self.io_names):
             raise ModelBundleError(f'io_names: {dict(self.io_names)} gives one canonical name twice.')
+        for location, sha256 in self.external_data.items():
+            try:
+                check_location(location)
+            except ModelBundleError as error:
+                raise ModelBundleError(f'external_data: {error.message}', remedy=error.remedy) from error
+            require_hex(f'external_data.{location}', sha256)
 
     @classmethod
     def of_file(
@@ -147,17 +165,24 @@ class Artefact(BundleFile):
         device: str = 'any',
         io_names: Mapping[str, str] | None = None,
     ) -> Artefact:
-        """Describe an existing file, hashing it."""
+        """Describe an existing file, hashing it and the files that it keeps weights in."""
         path = Path(path).absolute()
+        sha256, external_data = onnx_digests(path) if path.suffix == '.onnx' else (file_sha256(path), {})
         return cls(
             path=path,
-            sha256=file_sha256(path),
+            sha256=sha256,
             strategy=strategy,
             precision=precision,
             device=device,
             weights_digest=weights_digest,
             io_names=dict(io_names or {}),
+            external_data=external_data,
         )
+
+    @property
+    def content_sha256(self) -> str:
+        """The hex digest of the file with the weights that it keeps in others; without those it is ``sha256``."""
+        return content_sha256(self.sha256, self.external_data)
 
     def canonical_name(self, own: str) -> str:
         """Return the bundle's name for the tensor this file calls ``own``."""
@@ -235,7 +260,8 @@ class ModelBundle:
         """
         Read a bundle: a directory with a ``model.json``, that file, or a bare ``.onnx``.
 
-        Only the JSON is read (and a bare ``.onnx`` hashed); other files are checked when opened.
+        Only the JSON is read (and a bare ``.onnx`` hashed, with its external weights); other files are checked when
+        opened.
 
         :raises ModelBundleError: naming the file, the JSON key and the remedy.
         """
@@ -260,17 +286,17 @@ class ModelBundle:
 
     @classmethod
     def _bare(cls, path: Path) -> ModelBundle:
-        file_digest = file_sha256(path)
-        weights_digest = f'sha256:{file_digest}'
+        sha256, external_data = onnx_digests(path)
         artefact = Artefact(
             path=path,
-            sha256=file_digest,
+            sha256=sha256,
             strategy='onnx_trt_ep',
             precision='unknown',
             device='any',
-            weights_digest=weights_digest,
+            weights_digest=f'sha256:{content_sha256(sha256, external_data)}',
+            external_data=external_data,
         )
-        return cls(name=path.stem, root=path.parent, weights_digest=weights_digest, artefacts=(artefact,))
+        return cls(name=path.stem, root=path.parent, weights_digest=artefact.weights_digest, artefacts=(artefact,))
 
     def artefacts_for(self, strategy: str) -> tuple[Artefact, ...]:
         """
@@ -384,7 +410,8 @@ class ModelBundle:
             'device': artefact.device,
             'weights_digest': artefact.weights_digest,
         }
-        return {**values, 'io_names': dict(artefact.io_names)} if artefact.io_names else values
+        named = {'io_names': artefact.io_names, 'external_data': artefact.external_data}
+        return values | {key: dict(value) for key, value in named.items() if value}
 
     def _file_to_json(self, file: BundleFile) -> dict[str, str]:
         try:
@@ -588,7 +615,7 @@ def _preprocessing(fields: Fields) -> PreprocessingSpec:
 
 
 def _artefact(fields: Fields, root: Path) -> Artefact:
-    names = fields.object('io_names', default={})
+    names, external = fields.object('io_names', default={}), fields.object('external_data', default={})
     artefact = fields.build(
         Artefact,
         path=fields.file('path', root),
@@ -598,6 +625,7 @@ def _artefact(fields: Fields, root: Path) -> Artefact:
         device=fields.text('device'),
         weights_digest=fields.text('weights_digest'),
         io_names={own: names.text(own) for own in names.names()},
+        external_data={location: external.text(location) for location in external.names()},
     )
     fields.close()
     return artefact

@@ -21,7 +21,17 @@ from numpy.typing import NDArray
 from gps_denied_c7.errors import ModelBundleError
 from gps_denied_c7.json_fields import require
 
-__all__ = ['BundleFile', 'file_sha256', 'npz_bytes', 'read_file', 'read_npz', 'write_atomically']
+__all__ = [
+    'BundleFile',
+    'file_digest',
+    'file_sha256',
+    'npz_bytes',
+    'open_regular',
+    'read_file',
+    'read_npz',
+    'require_hex',
+    'write_atomically',
+]
 
 _HEX = re.compile(r'[0-9a-f]{64}')
 _CHUNK_BYTES = 1 << 20
@@ -35,11 +45,41 @@ def file_sha256(path: Path) -> str:
 
     :raises ModelBundleError: the file is missing or cannot be read.
     """
-    digest = hashlib.sha256()
-    with _reading(path) as file:
+    return file_digest(path)[0]
+
+
+def file_digest(path: Path, sought: bytes = b'') -> tuple[str, bool]:
+    """
+    Return the hex SHA-256 of a file, read once in pieces of 1 MiB, and whether ``sought`` lies in it.
+
+    :raises ModelBundleError: the file is missing or cannot be read.
+    """
+    digest, tail, found = hashlib.sha256(), b'', False
+    with open_regular(path) as file:
         while chunk := file.read(_CHUNK_BYTES):
             digest.update(chunk)
-    return digest.hexdigest()
+            found = found or sought in tail + chunk
+            tail = chunk[1 - len(sought) :] if len(sought) > 1 else b''
+    return digest.hexdigest(), found
+
+
+@contextmanager
+def open_regular(path: Path) -> Iterator[BinaryIO]:
+    """
+    Open a regular file for reading, without waiting for anything else that may lie there.
+
+    :raises ModelBundleError: the file is missing, no regular file, or cannot be read; also while it is read.
+    """
+    try:
+        # O_NONBLOCK: a FIFO named as a model would block its reader for ever.
+        with open(path, 'rb', opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                raise ModelBundleError(f'{path}: is no regular file.', remedy='Correct the path.')
+            yield file
+    except OSError as error:
+        raise ModelBundleError(f'{path}: {error.strerror}.', remedy='Copy it again, or correct the path.') from error
+    except ValueError as error:
+        raise ModelBundleError(f'{str(path)!r}: {error}.', remedy='Correct the path.') from error
 
 
 def read_file(path: Path, *, limit: int = _LIMIT_BYTES) -> bytes:
@@ -49,7 +89,7 @@ def read_file(path: Path, *, limit: int = _LIMIT_BYTES) -> bytes:
     :param limit: bytes that it may have at most.
     :raises ModelBundleError: the file is missing, unreadable, a directory or a device, or too large.
     """
-    with _reading(path) as file:
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise ModelBundleError(f'{path}: has {size} bytes, more than {limit}.', remedy='Copy it again.')
@@ -72,7 +112,7 @@ class BundleFile:
     sha256: str
 
     def __post_init__(self) -> None:
-        require(bool(_HEX.fullmatch(self.sha256)), 'sha256', f'{self.sha256!r} is not 64 lower-case hex digits.')
+        require_hex('sha256', self.sha256)
 
     def verify(self) -> None:
         """
@@ -155,18 +195,9 @@ def write_atomically(path: Path, content: bytes) -> None:
         raise ModelBundleError(f'{path}: cannot be written: {error.strerror}.') from error
 
 
-@contextmanager
-def _reading(path: Path) -> Iterator[BinaryIO]:
-    try:
-        # O_NONBLOCK: a FIFO named as a model would block its reader for ever.
-        with open(path, 'rb', opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ModelBundleError(f'{path}: is no regular file.', remedy='Correct the path.')
-            yield file
-    except OSError as error:
-        raise ModelBundleError(f'{path}: {error.strerror}.', remedy='Copy it again, or correct the path.') from error
-    except ValueError as error:
-        raise ModelBundleError(f'{str(path)!r}: {error}.', remedy='Correct the path.') from error
+def require_hex(key: str, value: str) -> None:
+    """Raise ModelBundleError naming ``key`` unless ``value`` is spelled as a hex SHA-256."""
+    require(bool(_HEX.fullmatch(value)), key, f'{value!r} is not 64 lower-case hex digits.')
 
 
 def _check_digest(path: Path, expected: str, found: str) -> None:

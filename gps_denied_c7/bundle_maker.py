@@ -8,6 +8,7 @@ the same answers before the bundle is there.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import shutil
@@ -38,12 +39,19 @@ from gps_denied_c7.comparison import compare_output
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.decoding import Pixels, decode_compressed
 from gps_denied_c7.engine_cache import engine_model_name
-from gps_denied_c7.errors import EngineSchemaMismatchError, ImageRejectedError, InferenceError, ModelBundleError
+from gps_denied_c7.errors import (
+    EngineDeserializeError,
+    EngineSchemaMismatchError,
+    ImageRejectedError,
+    InferenceError,
+    ModelBundleError,
+)
+from gps_denied_c7.external_data import find_external
 from gps_denied_c7.preprocessing import PreprocessingSpec, Preprocessor
 from gps_denied_c7.reference import reference_answers
 from gps_denied_c7.runtime import BuildConfig, ProviderSet
 from gps_denied_c7.runtimes import create_runtime
-from gps_denied_c7.runtimes.onnx_model import random_operators, read_onnx
+from gps_denied_c7.runtimes.onnx_model import OnnxModel, read_onnx
 from gps_denied_c7.tensors import TensorSpec, check_finite
 
 if TYPE_CHECKING:
@@ -78,7 +86,6 @@ _SMALLEST_NORMAL = {'fp16': 2.0**-14}
 
 _FLAT = ('black', 'white')
 _GOLDEN_LIMIT_BYTES = 256 << 20
-_PROTOBUF_LIMIT_BYTES = (1 << 31) - 1
 _QUANTISED = (
     *('QuantizeLinear', 'DequantizeLinear', 'DynamicQuantizeLinear'),
     *('QLinearConv', 'QLinearMatMul', 'ConvInteger', 'MatMulInteger'),
@@ -164,22 +171,29 @@ def make_bundle(request: BundleRequest) -> MadeBundle:
     name = request.name or engine_model_name(request.model.stem)
     if name != engine_model_name(name):
         raise ModelBundleError(f'name: {name!r} is no plain name.', remedy='Use A-Z a-z 0-9 . _ - only.')
-    source = _self_contained(request.model, notes)
-    _refuse_random(source)
+    model = _in_few_files(request.model, notes)
+    _refuse_random(model)
+    source = model.source
     arrays = _read_request(request.golden_input)
     inputs = _fixed_inputs(source, request, arrays)
     preprocessing = default_preprocessing(inputs).replace(**request.preprocessing)
     with _staged(request.output) as stage:
         path = stage / f'{name}.onnx'
-        model = _with_fixed_inputs(source, inputs, notes)
-        write_atomically(path, model)
+        for location in model.external_data:
+            _copy(find_external(request.model, location), stage / location)
+        content = _with_fixed_inputs(source, inputs, notes)
+        write_atomically(path, content)
         artefact = Artefact.of_file(
             path,
             strategy=STRATEGY,
-            weights_digest=f'sha256:{hashlib.sha256(source).hexdigest()}',
+            weights_digest=f'sha256:{model.content_sha256}',
             precision=_precision_of(source),
         )
-        outputs, cases = _answered(model, list(_cases(request, inputs, preprocessing, arrays)), request, notes)
+        if artefact.external_data.items() - model.external_data.items():
+            raise ModelBundleError(f'the weights of {request.model} changed meanwhile.', remedy='Make it once more.')
+        whole = str(path) if model.external_data else content
+        outputs, cases = _answered(whole, list(_cases(request, inputs, preprocessing, arrays)), request, notes)
+        outputs = _certain(outputs, model, inputs)
         rules = _rules(request, outputs, cases, artefact.precision, notes)
         cases = _stable(request, rules, cases, notes)
         _weigh(request, rules, cases, notes)
@@ -286,23 +300,31 @@ def noise_picture(width: int, height: int, seed: int) -> NDArray[np.uint8]:
     return ((total - low) * 255 // max(1, high - low)).astype(np.uint8)
 
 
-def _self_contained(path: Path, notes: list[str]) -> bytes:
-    """Return the model's bytes with its weights inside, so that one digest covers all of it."""
-    checked = read_onnx(path, None)
-    if isinstance(checked.source, bytes):
-        return checked.source
-    import onnx
+def _in_few_files(path: Path, notes: list[str]) -> OnnxModel:
+    """Return the model with its weights inside, so that one digest covers all of it, or with files of their own."""
+    model = read_onnx(path, None)
+    if not model.external_data:
+        return model
+    files = ', '.join(model.external_data)
+    try:
+        source = model.self_contained()
+    except EngineDeserializeError:
+        notes.append(f'The weights stay in {files}, under digests of their own: one ONNX file can have no 2 GiB.')
+        source, left = model.source, model.external_data
+    else:
+        notes.append(f'The weights in {files} were taken into the .onnx, under its digest.')
+        left = {}
+    return dataclasses.replace(
+        model, source=source, sha256=hashlib.sha256(source).hexdigest(), external_data=left, weights={}
+    )
 
-    real = path.resolve()
-    size = sum((real.parent / file).stat().st_size for file in checked.external_files)
-    if size > _PROTOBUF_LIMIT_BYTES - (1 << 24):
-        raise ModelBundleError(
-            f'{path} keeps {size} bytes of weights in other files, and one ONNX file can have no 2 GiB.',
-            remedy='Export the model in half precision, or split it.',
-        )
-    model = onnx.load(str(real))
-    notes.append(f'The weights in {", ".join(checked.external_files)} were taken into the .onnx, under its digest.')
-    return bytes(model.SerializeToString(deterministic=True))
+
+def _copy(source: Path, target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+    except OSError as error:
+        raise ModelBundleError(f'{source} cannot be copied to {target}: {error.strerror}.') from error
 
 
 @contextmanager
@@ -450,10 +472,8 @@ def _precision_of(model: bytes) -> str:
     return 'bf16' if onnx.TensorProto.BFLOAT16 in kinds else 'fp32'
 
 
-def _refuse_random(source: bytes) -> None:
-    import onnx
-
-    if random := random_operators(onnx.ModelProto.FromString(source)):
+def _refuse_random(model: OnnxModel) -> None:
+    if random := model.random:
         raise ModelBundleError(
             f'the model gives other answers to the same image each time, because of {", ".join(random[:8])}'
             f'{f" and {len(random) - 8} more" if len(random) > 8 else ""}.',
@@ -498,7 +518,7 @@ def _tensor(preprocessor: Preprocessor, pixels: Pixels) -> NDArray:
 
 
 def _answered(
-    model: bytes, cases: Sequence[_Case], request: BundleRequest, notes: list[str]
+    model: bytes | str, cases: Sequence[_Case], request: BundleRequest, notes: list[str]
 ) -> tuple[tuple[TensorSpec, ...], list[_Case]]:
     """Return the outputs, and the cases with their answers that can be used; the others are noted."""
     size = sum(array.nbytes for case in cases for array in case.inputs.values())
@@ -581,6 +601,20 @@ def _stable(
         _refuse(request, f'too few golden requests are left. {unstable[0]}', 'give wider rules', notes)
     notes += unstable
     return stable or list(cases)
+
+
+def _certain(
+    outputs: Sequence[TensorSpec], model: OnnxModel, inputs: Sequence[TensorSpec]
+) -> tuple[TensorSpec, ...]:
+    """Return the outputs as they were seen, but for sizes that depend on the data by what the operators say."""
+    inferred = model.output_shapes({spec.name: [size or 1 for size in spec.axes] for spec in inputs})
+    certain = []
+    for spec in outputs:
+        shape, seen = inferred.get(spec.name), spec.shape
+        if shape is not None and seen is not None and len(shape) == len(seen):
+            seen = tuple(size if size == other else None for size, other in zip(shape, seen, strict=True))
+        certain.append(dataclasses.replace(spec, shape=seen))
+    return tuple(certain)
 
 
 def _rules(

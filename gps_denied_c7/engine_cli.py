@@ -449,9 +449,9 @@ def _parser() -> argparse.ArgumentParser:
     pixels.add_argument('--scale', type=_number, help='default: 1/255, or 1 for a model that takes uint8')
     pixels.add_argument('--pad-value', type=_number, help='pixel value of the border of letterbox; default: 0')
     pixels.add_argument(
-        '--interpolation', choices=[mode.value for mode in Interpolation],
-        help="as in training: OpenCV's by name, or Pillow's (torchvision with antialiasing); default: halving_linear, "
-        'which averages where an image shrinks',
+        '--interpolation', choices=[mode.value for mode in Interpolation], metavar='NAME',
+        help=f'as in training, of {", ".join(mode.value for mode in Interpolation)}: OpenCV\'s by name, or Pillow\'s '
+        '(torchvision with antialiasing); default: halving_linear, which averages where an image shrinks',
     )  # fmt: skip
     pixels.add_argument('--letterbox-anchor', choices=LETTERBOX_ANCHORS, help='default: centre')
     pixels.add_argument(

@@ -140,7 +140,8 @@ def _check_answers(bundle: ModelBundle, artefact: Artefact) -> None:
         for index in range(len(bundle.golden))
     ]
     problems = []
-    source = read_onnx(artefact.path, artefact.sha256).source
+    model = read_onnx(artefact.path, artefact.sha256, artefact.external_data)
+    source = str(artefact.path) if model.external_data else model.source
     for index, answer in enumerate(reference_answers(source, requests).answers):
         if isinstance(answer, InferenceError):
             problems.append(f'{bundle.golden[index].name!r}: {answer.message}')
@@ -210,7 +211,7 @@ def _check_artefact(bundle: ModelBundle, artefact: Artefact, host: Host | None) 
     if artefact.path.suffix == '.engine':
         _admit(artefact.path, host, artefact.sha256)
     elif artefact.path.suffix == '.onnx':
-        if random := read_onnx(artefact.path, artefact.sha256).random:
+        if random := read_onnx(artefact.path, artefact.sha256, artefact.external_data).random:
             raise ModelBundleError(
                 f'the same image has other answers each time, because of {", ".join(random[:8])}.',
                 remedy='Export the model in evaluation mode, and make the bundle again.',

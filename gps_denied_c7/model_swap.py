@@ -372,7 +372,7 @@ class ModelSwapper:
 
 def _same_model(bundle: ModelBundle, other: ModelBundle) -> bool:
     def identity(model: ModelBundle) -> tuple[object, ...]:
-        return model.weights_digest, model.preprocessing, {artefact.sha256 for artefact in model.artefacts}
+        return model.weights_digest, model.preprocessing, {artefact.content_sha256 for artefact in model.artefacts}
 
     return identity(bundle) == identity(other)
 

@@ -179,6 +179,14 @@ class VerifiedCache:
         """Whether the provider finds its engines here by itself, and so builds none."""
         return all(file.name != WHOLE_ENGINE for file in self.listing.files)
 
+    def require_unchanged(self) -> None:
+        """
+        Read and hash each file once more, after the provider has opened it by its path.
+
+        :raises EngineSchemaMismatchError: one is not what it was.
+        """
+        _read_listed(self.directory, self.listing)
+
 
 class OrtEngineCache:
     """
@@ -375,15 +383,20 @@ def verify_cache(directory: Path, built_for: BuiltFor | None = None) -> Verified
     names = {file.name for file in listing.files}
     if names != set(os.listdir(real)) - {LISTING_NAME}:
         raise _mismatch('files', sorted(names), sorted(set(os.listdir(real)) - {LISTING_NAME}))
+    return VerifiedCache(real, listing, _read_listed(real, listing))
+
+
+def _read_listed(directory: Path, listing: CacheListing) -> bytes | None:
+    """Check the digest of each file that is listed, and return the engine that is the whole graph."""
     plan = None
     for file in listing.files:
-        content = read_trusted(real / file.name, file.size)
+        content = read_trusted(directory / file.name, file.size)
         digest = hashlib.sha256(content).hexdigest()
         if digest != file.sha256:
             raise _mismatch(f'sha256 of {file.name}', file.sha256, digest)
         if listing.whole_graph is not None and file.name == listing.whole_graph.engine:
             plan = content
-    return VerifiedCache(real, listing, plan)
+    return plan
 
 
 def _discard(directory: Path) -> str:

@@ -81,6 +81,8 @@ class EngineCacheEntry:
     :param build: what may be built while it loads.
     :param source: the bundle's artefact that the file was built from, whose tensor names it has; None for
         a file of the bundle itself.
+    :param external_data: hex digest of each file that an ``.onnx`` keeps weights in, by its name in the model; it must
+        name all of them where ``sha256`` is given.
     """
 
     path: Path
@@ -88,6 +90,7 @@ class EngineCacheEntry:
     model: ModelBundle
     build: BuildConfig = BuildConfig()
     source: Artefact | None = None
+    external_data: Mapping[str, str] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,15 +11,15 @@ import pickle
 import threading
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.bundle import ModelBundle
+from gps_denied_c7.bundle import Artefact, ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.errors import EngineDeserializeError, InferenceError, WorkerDiedError
+from gps_denied_c7.errors import EngineDeserializeError, InferenceError, ModelBundleError, WorkerDiedError
+from gps_denied_c7.external_data import find_external
 from gps_denied_c7.gpu_memory import GpuMemoryBudget, GpuMemoryClaim
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import BuildProgress, EngineFacts
@@ -325,7 +325,7 @@ class WorkerHost:
         self._claim = self._memory.claim(
             task.rung.name,
             key=(task.bundle.weights_digest, task.rung),
-            file_bytes=min((_file_bytes(artefact.path) for artefact in artefacts), default=0),
+            file_bytes=min((_file_bytes(artefact) for artefact in artefacts), default=0),
         )
         config = dataclasses.replace(task.config, gpu_memory_budget_bytes=self._claim.limit_bytes)
         return dataclasses.replace(task, config=config)
@@ -468,10 +468,11 @@ def worker_hosts(
     return make
 
 
-def _file_bytes(path: Path) -> int:
+def _file_bytes(artefact: Artefact) -> int:
     # One that is gone is the loader's to report.
-    with contextlib.suppress(OSError):
-        return path.stat().st_size
+    with contextlib.suppress(OSError, ModelBundleError):
+        files = [find_external(artefact.path, location) for location in artefact.external_data]
+        return sum(file.stat().st_size for file in (artefact.path, *files))
     return 0
 
 

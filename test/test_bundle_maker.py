@@ -32,9 +32,11 @@ from gps_denied_c7.bundle_maker import (
 from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.decoding import Pixels
+from gps_denied_c7.engine_verification import verify
 from gps_denied_c7.errors import C7Error, EngineDeserializeError, ModelBundleError
 from gps_denied_c7.hosts import in_process_hosts
 from gps_denied_c7.preprocessing import Preprocessor
+from gps_denied_c7.runtimes import onnx_model
 from gps_denied_c7.runtimes.onnx_model import random_operators, read_onnx
 from gps_denied_c7.thermal import UnknownThermalState
 
@@ -619,6 +621,42 @@ def test_m1_weights_in_other_files_come_under_the_digest(tmp_path: Path) -> None
     golden = result.bundle.golden_outputs()['features']
     np.testing.assert_allclose(golden, convolved(result.bundle.golden_inputs()['image']), atol=1e-5)
     assert 'net.weights' in result.notes[0]
+
+
+def test_m1_weights_too_large_for_one_file_stay_in_theirs_under_a_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = np.full((256, 32 * 24 * 3), 2.0, np.float32)
+    nodes = [
+        helper.make_node('Flatten', ['image'], ['flat']),
+        helper.make_node('Gemm', ['flat', 'w'], ['features'], transB=1),
+    ]
+    graph = helper.make_graph(
+        nodes, 'graph', [helper.make_tensor_value_info('image', TensorProto.FLOAT, [1, 3, 24, 32])],
+        [helper.make_tensor_value_info('features', TensorProto.FLOAT, [1, 256])],
+        [numpy_helper.from_array(weights, 'w')],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 17)], ir_version=8)
+    (tmp_path / 'source').mkdir()
+    path = tmp_path / 'source' / 'net.onnx'
+    onnx.save_model(model, path, save_as_external_data=True, location='net.weights', size_threshold=0)
+    monkeypatch.setattr(onnx_model, 'PROTOBUF_LIMIT_BYTES', 2 << 20)
+    result = make_bundle(BundleRequest(model=path, output=tmp_path / 'bundle'))
+    shutil.rmtree(path.parent)
+    digest = hashlib.sha256(weights.tobytes()).hexdigest()
+    assert result.bundle.artefacts[0].external_data == {'net.weights': digest}
+    assert json.loads((tmp_path / 'bundle' / 'model.json').read_text())['artefacts'][0]['external_data'] == {
+        'net.weights': digest
+    }
+    assert 'net.weights' in result.notes[0]
+    image = result.bundle.golden_inputs()['image']
+    expected = image.reshape(1, -1).astype(np.float64) @ weights.T
+    np.testing.assert_allclose(result.bundle.golden_outputs()['features'], expected, rtol=1e-5)
+    assert {verdict.refusal for verdict in verify(tmp_path / 'bundle', None)} == {''}
+    with (tmp_path / 'bundle' / 'net.weights').open('r+b') as file:
+        file.write(b'x')
+    refusals = [verdict.refusal for verdict in verify(tmp_path / 'bundle', None) if verdict.refusal]
+    assert len(refusals) == 1 and 'net.weights' in refusals[0]
 
 
 def test_m1_half_precision_models_say_so(tmp_path: Path) -> None:

@@ -222,7 +222,9 @@ class BaseRuntime(ABC, Generic[EngineT]):
                 f'model {model.name!r} has no artefact for it on {self._providers.value!r} providers.',
                 remedy=f'Add one to model.json, or take {self.label!r} out of runtime_chain.',
             )
-        return EngineCacheEntry(artefact.path, artefact.sha256, model, build_config)
+        return EngineCacheEntry(
+            artefact.path, artefact.sha256, model, build_config, external_data=artefact.external_data
+        )
 
     def _deserialize(self, entry: EngineCacheEntry) -> EngineHandle:
         start = time.monotonic()
@@ -425,8 +427,8 @@ def _relaxations(bound: _Bound[Any], entry: EngineCacheEntry) -> Iterator[str]:
         shape = promised.get(spec.name)
         if shape is not None and None in (spec.shape or (None,)) and None not in shape:
             yield (
-                f'Output {spec.name!r} has the shape {shape} in model.json, and its size depends on the data: '
-                'write null for what changes.'
+                f'Output {spec.name!r} has the shape {shape} in model.json, which does not follow from its operators: '
+                'any other is answered, too. Write null for what changes.'
             )
 
 

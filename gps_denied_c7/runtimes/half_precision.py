@@ -32,8 +32,7 @@ def to_half_precision(model: OnnxModel) -> bytes:
     with _unchanged_path():
         from onnxruntime.transformers.float16 import DEFAULT_OP_BLOCK_LIST, convert_float_to_float16
     try:
-        source = model.source
-        proto = onnx.load(source) if isinstance(source, str) else onnx.ModelProto.FromString(source)
+        proto = onnx.ModelProto.FromString(model.self_contained())
         converted = convert_float_to_float16(
             proto, keep_io_types=True, op_block_list=[*DEFAULT_OP_BLOCK_LIST, *_KEPT_IN_FLOAT]
         )

@@ -5,26 +5,37 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
+import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from gps_denied_c7.bundle_files import file_sha256, read_file
+from gps_denied_c7.bundle_files import read_file
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, ModelBundleError
+from gps_denied_c7.external_data import (
+    PROTOBUF_LIMIT_BYTES,
+    content_sha256,
+    external_locations,
+    find_external,
+    model_contents,
+    read_sealed,
+)
 from gps_denied_c7.tensors import TensorSpec
 
 if TYPE_CHECKING:
+    import mmap
+
     import onnx
 
 __all__ = ['OnnxModel', 'ep_context_model', 'random_operators', 'read_onnx']
 
-# A protobuf message ends at 2 GiB: such a model keeps its weights in external files.
-_PROTOBUF_LIMIT_BYTES = (1 << 31) - 1
-
 _log = logging.getLogger(__name__)
+
 _RANDOM_DOMAINS = ('', 'ai.onnx', 'com.microsoft', 'org.pytorch.aten', 'org.pytorch.prims', 'aten')
 _RANDOM = (
     *('RandomNormal', 'RandomNormalLike', 'RandomUniform', 'RandomUniformLike', 'Multinomial', 'Bernoulli'),
@@ -40,6 +51,24 @@ _COPY_AGAIN = 'Copy or export the model again.'
 
 # Tensors up to this size may be shapes that inference reads; larger ones are weights.
 _SHAPE_BYTES = 1024
+# Types by the bits of an element, as ONNX numbers them; strings are not kept in other files.
+_TYPES_OF_BITS = {
+    2: (25, 26),
+    4: (21, 22, 23),
+    8: (2, 3, 9, 17, 18, 19, 20, 24),
+    16: (4, 5, 10, 16),
+    32: (1, 6, 12),
+    64: (7, 11, 13, 14),
+    128: (15,),
+}
+_BITS = {kind: bits for bits, kinds in _TYPES_OF_BITS.items() for kind in kinds}
+# Those that every ONNX Runtime can be handed, from the first on; what has no name here is none of them.
+_NUMPY_TYPES = ('', 'float32', 'uint8', 'int8', 'uint16', 'int16', 'int32', 'int64', '', 'bool', 'float16', 'float64',
+                'uint32', 'uint64')  # fmt: skip
+_HANDED_BYTES = 1 << 16
+_PLACES_OF_DATA = ('data_location', 'external_data', 'float_data', 'int32_data', 'string_data', 'int64_data',
+                   'double_data', 'uint64_data')  # fmt: skip
+_NUMBER = re.compile(r'[0-9]{1,19}', re.ASCII)
 
 # Oldest versions that know EPContext and every later ONNX Runtime reads: 1.17 stops at IR 9, opset 20.
 _IR_VERSION = 8
@@ -49,23 +78,26 @@ _OPSET = 17
 @dataclass(frozen=True, slots=True)
 class OnnxModel:
     """
-    Hold a model file that was read and looked through.
+    Hold a model file that was read and looked through, with every byte that its digests cover.
 
-    :param source: what a session is made from: the very bytes whose digest was taken, or the path
-        where weights lie in external files, since only then can those be found.
+    :param source: what a session is made from: the very bytes whose digest was taken. Where weights lie in other
+        files, a copy of the model with all of them inside but ``weights``.
     :param sha256: hex digest of the model file.
     :param inputs: axes by input name; an int where fixed, a text where free and named, else None.
     :param dtypes: NumPy's name of the type of each input and output, but of those that NumPy lacks.
-    :param external_files: files beside the model with weights, which its digest does not cover.
+    :param external_data: hex digest of each external file with weights, by its name in the model.
+    :param weights: by name, weights of the main graph that a session has to be handed with ``source``: read-only
+        views of sealed copies of the external files.
     :param skeleton: the graph without its weights and without the shapes that the exporter declared for its outputs.
     :param random: operators that throw dice, as :func:`random_operators` names them.
     """
 
-    source: bytes | str = field(repr=False)
+    source: bytes = field(repr=False)
     sha256: str
     inputs: Mapping[str, tuple[int | str | None, ...]]
     dtypes: Mapping[str, str]
-    external_files: tuple[str, ...]
+    external_data: Mapping[str, str]
+    weights: Mapping[str, NDArray] = field(repr=False)
     skeleton: bytes = field(default=b'', repr=False)
     random: tuple[str, ...] = ()
 
@@ -94,29 +126,32 @@ class OnnxModel:
             value.name: None if value.name in passed_through else _known_shape(value) for value in model.graph.output
         }
 
+    @property
     def content_sha256(self) -> str:
-        """
-        Return a hex digest of the model with its external weights; without those it is the model file's own.
+        """The hex digest of the model with its external weights; without those it is the model file's own."""
+        return content_sha256(self.sha256, self.external_data)
 
-        :raises EngineDeserializeError: an external file cannot be read.
+    def self_contained(self) -> bytes:
         """
-        if not isinstance(self.source, str):
-            return self.sha256
-        digest = hashlib.sha256(self.sha256.encode())
-        for file in self.external_files:
-            try:
-                digest.update(f'\0{file}\0{file_sha256(Path(self.source).parent / file)}'.encode())
-            except ModelBundleError as error:
-                raise EngineDeserializeError(error.message, remedy=error.remedy) from error
-        return digest.hexdigest()
+        Return the model with all weights inside.
+
+        :raises EngineDeserializeError: it would be too large for a protobuf.
+        """
+        if not self.weights:
+            return self.source
+        import onnx
+
+        size = len(self.source) + sum(array.nbytes for array in self.weights.values())
+        _require_protobuf(size)
+        model = onnx.ModelProto.FromString(self.source)
+        for tensor in model.graph.initializer:
+            if tensor.name in self.weights:
+                _take_in(tensor, self.weights[tensor.name].tobytes())
+        return model.SerializeToString()
 
     def with_axes(self, sizes: Mapping[str, int]) -> OnnxModel:
-        """
-        Return the model with these axes fixed wherever its inputs and outputs name them.
-
-        A model whose weights lie in external files is returned as it is: it can be read by its path alone.
-        """
-        if not sizes or isinstance(self.source, str):
+        """Return the model with these axes fixed wherever its inputs and outputs name them."""
+        if not sizes:
             return self
         import onnx
 
@@ -150,30 +185,48 @@ class OnnxModel:
         return sizes
 
 
-def read_onnx(path: Path, sha256: str | None) -> OnnxModel:
+def read_onnx(path: Path, sha256: str | None, external_data: Mapping[str, str] | None = None) -> OnnxModel:
     """
-    Read an ``.onnx`` file once and check what it is before ONNX Runtime sees it.
+    Read an ``.onnx`` file and its external weights, each once, and check what they are before ONNX Runtime sees them.
 
     :param sha256: hex digest that the file must have, None where nobody promised one.
-    :raises EngineSchemaMismatchError: another digest.
+    :param external_data: hex digest that each external file must have, by its name in the model; only read where
+        ``sha256`` is given.
+    :raises EngineSchemaMismatchError: another digest, or other external files.
     :raises EngineDeserializeError: missing, unreadable, damaged, too large for a protobuf, with an engine inside,
-        or with external weights outside its own directory.
+        or with external weights that lie elsewhere or are not what the model says.
     """
     data = _read(path)
     found = hashlib.sha256(data).hexdigest()
     if sha256 is not None and found != sha256:
         raise EngineSchemaMismatchError('model_sha256', expected=sha256, found=found, remedy=_COPY_AGAIN)
     model = _parse(path, data)
-    nodes, tensors = _contents(model)
+    nodes, tensors = model_contents(model)
     if any(node.op_type == 'EPContext' for node in nodes):
         raise EngineDeserializeError(
             f'{path} carries a compiled engine (EPContext), which no gate has seen.',
             remedy='Name the .engine file itself, or the .onnx that it was built from.',
         )
-    real = path.resolve()
-    external = _external_files(real, tensors)
+    try:
+        locations = external_locations(path, tensors)
+        if sha256 is not None:
+            _require_promised(locations, external_data or {})
+        read = {location: read_sealed(find_external(path, location)) for location in locations}
+    except ModelBundleError as error:
+        raise EngineDeserializeError(error.message, remedy=error.remedy) from error
+    digests = {location: digest for location, (_, digest) in read.items()}
+    if sha256 is not None:
+        for location, expected in (external_data or {}).items():
+            if digests[location] != expected:
+                raise EngineSchemaMismatchError(
+                    f'sha256 of {location}', expected=expected, found=digests[location], remedy=_COPY_AGAIN
+                )
+    weights: dict[str, NDArray] = {}
+    if read:
+        weights = _satisfy(path, model, tensors, {location: content for location, (content, _) in read.items()})
+        data = model.SerializeToString()
     return OnnxModel(
-        source=str(real) if external else data,
+        source=data,
         sha256=found,
         inputs={
             value.name: tuple(
@@ -183,21 +236,20 @@ def read_onnx(path: Path, sha256: str | None) -> OnnxModel:
             for value in model.graph.input
         },
         dtypes=_dtypes((*model.graph.input, *model.graph.output)),
-        external_files=external,
+        external_data=digests,
+        weights=weights,
         random=_random_operators(model, nodes),
         skeleton=_skeleton(model),
     )
 
 
 def ep_context_model(
-    plan: bytes | str, *, name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], sm: int
+    plan: bytes, *, name: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], sm: int
 ) -> bytes:
     """
     Return an ONNX model of one EPContext node around an engine (G-4).
 
-    :param plan: the engine's bytes, which then lie inside the model (``embed_mode`` 1): what was hashed is what
-        is run. A text is the engine's path instead, relative to where the model will lie (``embed_mode`` 0),
-        which ONNX Runtime opens once more.
+    :param plan: the engine's bytes, which lie inside the model (``embed_mode`` 1): what was hashed is what is run.
     :param name: of the model.
     :param inputs: the engine's own input tensors.
     :param outputs: the engine's own output tensors.
@@ -206,7 +258,7 @@ def ep_context_model(
     """
     from onnx import helper
 
-    if len(plan) > _PROTOBUF_LIMIT_BYTES - (1 << 20):
+    if len(plan) > PROTOBUF_LIMIT_BYTES - (1 << 20):
         raise EngineDeserializeError(
             f'the engine of {name!r} has {len(plan)} bytes, and an ONNX model around it must stay below 2 GiB.',
             remedy='Load it with the tensorrt runtime, or fly the .onnx.',
@@ -218,7 +270,7 @@ def ep_context_model(
         domain='com.microsoft',
         name=name,
         main_context=1,
-        embed_mode=int(isinstance(plan, bytes)),
+        embed_mode=1,
         ep_cache_context=plan,
         source='TensorrtExecutionProvider',
         hardware_architecture=str(sm),
@@ -240,7 +292,7 @@ def ep_context_model(
 def _read(path: Path) -> bytes:
     try:
         size = path.stat().st_size
-        if size > _PROTOBUF_LIMIT_BYTES:
+        if size > PROTOBUF_LIMIT_BYTES:
             raise EngineDeserializeError(
                 f'{path} has {size} bytes, and no ONNX file can have 2 GiB.',
                 remedy='Export the model with its weights as external data.',
@@ -306,27 +358,103 @@ def _dtypes(values: Iterable[onnx.ValueInfoProto]) -> dict[str, str]:
     return types
 
 
-def _contents(model: onnx.ModelProto) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
-    """Return every node and every constant, those of subgraphs and functions included."""
-    nodes: list[onnx.NodeProto] = []
-    tensors: list[onnx.TensorProto] = []
-    graphs = [model.graph]
-    pending = [node for function in model.functions for node in function.node]
-    while graphs or pending:
-        for graph in graphs:
-            pending += graph.node
-            tensors += graph.initializer
-            for sparse in graph.sparse_initializer:
-                tensors += (sparse.values, sparse.indices)
-        graphs = []
-        for node in pending:
+def _require_promised(locations: Sequence[str], external_data: Mapping[str, str]) -> None:
+    if set(locations) != set(external_data):
+        raise EngineSchemaMismatchError(
+            'external_data',
+            expected=sorted(external_data),
+            found=list(locations),
+            remedy='Make the bundle again (c7_engine bundle), or write the SHA-256 of each of these files under '
+            'external_data of the artefact in model.json.',
+        )
+
+
+def _satisfy(
+    path: Path, model: onnx.ModelProto, tensors: Sequence[onnx.TensorProto], files: Mapping[str, mmap.mmap | bytes]
+) -> dict[str, NDArray]:
+    """
+    Take external weights into a model, but those that a session can be handed: large ones of its main graph.
+
+    :param tensors: every constant of the model, those of the main graph first.
+    :return: the ones left out, by name, as views of the files.
+    :raises EngineDeserializeError: a constant does not lie in its file as it says, or the rest is too large.
+    """
+    used = _names_used(model.graph)
+    weights: dict[str, NDArray] = {}
+    inside: list[tuple[onnx.TensorProto, memoryview]] = []
+    for index, tensor in enumerate(tensors):
+        if tensor.data_location != tensor.EXTERNAL:
+            continue
+        content = _bytes_of(path, tensor, files)
+        dtype = _NUMPY_TYPES[tensor.data_type] if tensor.data_type < len(_NUMPY_TYPES) else ''
+        # ONNX infers shapes from the values of small ones, and ONNX Runtime refuses to be handed what no node reads.
+        if index < len(model.graph.initializer) and dtype and len(content) >= _HANDED_BYTES and tensor.name in used:
+            array = np.frombuffer(content, dtype).reshape(tuple(tensor.dims))
+            weights[tensor.name] = np.require(array, requirements='A')
+        else:
+            inside.append((tensor, content))
+    size = model.ByteSize() + sum(len(content) for _, content in inside)
+    _require_protobuf(size)
+    for tensor, content in inside:
+        _take_in(tensor, bytes(content))
+    return weights
+
+
+def _bytes_of(path: Path, tensor: onnx.TensorProto, files: Mapping[str, mmap.mmap | bytes]) -> memoryview:
+    """Return the bytes of an external constant."""
+    entries = {entry.key: entry.value for entry in tensor.external_data}
+    content = memoryview(files[entries['location']])
+    numbers = []
+    for key in ('offset', 'length'):
+        text = entries.get(key, '0')
+        if not (isinstance(text, str) and _NUMBER.fullmatch(text)):
+            raise _misplaced(path, tensor, f'says {key} {text!r}')
+        numbers.append(int(text))
+    offset, length = numbers
+    bits = _BITS.get(tensor.data_type)
+    if bits is None or any(axis < 0 for axis in tensor.dims):
+        raise _misplaced(path, tensor, f'has data type {tensor.data_type} and shape {list(tensor.dims)}')
+    size = -(-math.prod(tensor.dims) * bits // 8)
+    # ONNX Runtime, too, takes a length of 0 as one that is not given.
+    if length not in (0, size):
+        raise _misplaced(path, tensor, f'says length {length}, where its shape {list(tensor.dims)} needs {size}')
+    if offset + size > len(content):
+        raise _misplaced(path, tensor, f'ends at byte {offset + size}, where the file has {len(content)}')
+    return content[offset : offset + size]
+
+
+def _misplaced(path: Path, tensor: onnx.TensorProto, problem: str) -> EngineDeserializeError:
+    return EngineDeserializeError(
+        f'{path}: the constant {str(tensor.name)[:200]!r} in an external file {problem}.'[:2000],
+        remedy='Export the model again, and copy all of its files.',
+    )
+
+
+def _take_in(tensor: onnx.TensorProto, content: bytes) -> None:
+    """Give a constant its bytes in place of where they lie."""
+    for field_name in _PLACES_OF_DATA:
+        tensor.ClearField(field_name)
+    tensor.raw_data = content
+
+
+def _require_protobuf(size: int) -> None:
+    if size > PROTOBUF_LIMIT_BYTES - (1 << 20):
+        raise EngineDeserializeError(
+            f'the model with its weights inside has {size} bytes, and no ONNX file can have 2 GiB.',
+            remedy='Export it in half precision, with its weights in the main graph, or load it with onnx_trt_ep.',
+        )
+
+
+def _names_used(graph: onnx.GraphProto) -> set[str]:
+    """Return the tensors that a graph gives or its nodes read, those of their subgraphs included."""
+    names = {value.name for value in graph.output}
+    graphs = [graph]
+    while graphs:
+        for node in graphs.pop().node:
+            names.update(node.input)
             for attribute in node.attribute:
-                tensors += (attribute.t, *attribute.tensors)
-                tensors += (attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
                 graphs += (attribute.g, *attribute.graphs)
-        nodes += pending
-        pending = []
-    return nodes, tensors
+    return names
 
 
 def random_operators(model: onnx.ModelProto) -> tuple[str, ...]:
@@ -335,7 +463,7 @@ def random_operators(model: onnx.ModelProto) -> tuple[str, ...]:
 
     Dropout counts in training mode, and where the mode is computed while the model runs.
     """
-    return _random_operators(model, _contents(model)[0])
+    return _random_operators(model, model_contents(model)[0])
 
 
 def _random_operators(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> tuple[str, ...]:
@@ -390,34 +518,3 @@ def _graphs(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> Iterable
     for node in nodes:
         for attribute in node.attribute:
             yield from (attribute.g, *attribute.graphs)
-
-
-def _external_files(model: Path, tensors: Sequence[onnx.TensorProto]) -> tuple[str, ...]:
-    """Return where external weights lie, refusing every file that is not inside the model's directory."""
-    files = {
-        entry.value
-        for tensor in tensors
-        if tensor.data_location == tensor.EXTERNAL
-        for entry in tensor.external_data
-        if entry.key == 'location'
-    }
-    for file in files:
-        try:
-            # Protobuf gives what is no UTF-8 as bytes.
-            target = model.parent / str(file)
-            inside = isinstance(file, str) and target.resolve().is_relative_to(model.parent)
-            there = inside and target.is_file()
-        except (OSError, RuntimeError, ValueError) as error:
-            raise EngineDeserializeError(
-                f'{model} keeps weights in {str(file)[:200]!r}, which cannot be followed: {error}.', remedy=_COPY_AGAIN
-            ) from error
-        if not inside:
-            raise EngineDeserializeError(
-                f'{model} keeps weights in {file!r}, outside its own directory.',
-                remedy='Put the weights beside the model and export it with relative names.',
-            )
-        if not there:
-            raise EngineDeserializeError(
-                f'{model} keeps weights in {file!r}, which is not there.', remedy='Copy that file beside the model.'
-            )
-    return tuple(sorted(files))

@@ -71,19 +71,25 @@ class _Attempt:
     """
     One way to make a session.
 
-    :param source: the model's bytes, or its path where it has external weights.
+    :param source: the model's bytes.
+    :param weights: what these leave out, by name.
     :param engine: the model is one TensorRT engine in an EPContext node.
     :param built: that engine's bytes where it was built just now, to be kept if this is the way that works.
     :param cache: where the TensorRT provider may read and write engines.
-    :param builds: the provider builds, for minutes and in silence.
+    :param warm: what that directory was found to hold, None where the provider builds, for minutes and in silence.
     """
 
     providers: tuple[str, ...]
-    source: bytes | str
+    source: bytes
+    weights: Mapping[str, NDArray] = dataclasses.field(default_factory=dict)
     engine: bool = False
     built: bytes | None = None
     cache: Path | None = None
-    builds: bool = False
+    warm: VerifiedCache | None = None
+
+    @property
+    def builds(self) -> bool:
+        return TENSORRT in self.providers and not self.engine and self.warm is None
 
     def __str__(self) -> str:
         return f'{list(self.providers)}{" around the engine" if self.engine else ""}'
@@ -218,7 +224,7 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
             request = self._engine_request(self._admit(entry))
             ort = self._import_onnxruntime()
         elif entry.path.suffix == '.onnx':
-            model = read_onnx(entry.path, entry.sha256)
+            model = read_onnx(entry.path, entry.sha256, entry.external_data)
             axes = model.dimension_overrides(own_input_shapes(entry, self.label))
             ort = self._import_onnxruntime()
             request = self._model_request(ort, entry, model, axes)
@@ -286,27 +292,23 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
     def _model_request(
         self, ort: ModuleType, entry: EngineCacheEntry, model: OnnxModel, axes: Mapping[str, int]
     ) -> _Request:
-        notes = [
-            f'Weights lie in {file}, which the digest of {entry.path.name} does not cover.'
-            for file in model.external_files
-        ]
+        notes: list[str] = []
         if model.random:
             notes.append(f'The same image has other answers each time, because of {", ".join(model.random[:8])}.')
-        digest, precision = model.sha256, entry.build.precision
+        digest, precision = model.content_sha256, entry.build.precision
         if self._providers is ProviderSet.CPU:
-            attempt = _Attempt((CPU,), model.source)
+            attempt = _Attempt((CPU,), model.source, model.weights)
             return _Request(entry.path, (attempt,), digest, precision, axes, notes=tuple(notes))
-        attempts = [_Attempt((CUDA, CPU), model.source)]
+        attempts = [_Attempt((CUDA, CPU), model.source, model.weights)]
         if self._providers is ProviderSet.ANY and not self._config.ort_disallow_cpu_fallback:
-            attempts.append(_Attempt((CPU,), model.source))
+            attempts.append(_Attempt((CPU,), model.source, model.weights))
         warm, build = None, None
         if TENSORRT in ort.get_available_providers():
-            digest = model.content_sha256()
             warm, build = self._engine_cache(ort, entry, digest, axes, notes)
         ready = warm if warm and warm.is_for_provider else None
         if ready or entry.build.allow_build:
             cache = ready.directory if ready else build.directory if build else None
-            attempts.insert(0, _Attempt(_GPU_FIRST, model.source, cache=cache, builds=ready is None))
+            attempts.insert(0, _Attempt(_GPU_FIRST, model.source, model.weights, cache=cache, warm=ready))
         elif warm is None:
             # The provider builds whatever its cache lacks, for minutes, and loads unread what lies there.
             notes.append(f'{TENSORRT} was not asked for: its cache is not verified and building is not allowed.')
@@ -482,6 +484,8 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
             came = session.get_providers()
             if attempt.engine and TENSORRT not in came:
                 raise EngineDeserializeError(f'{TENSORRT} did not come')
+            if attempt.warm is not None:
+                attempt.warm.require_unchanged()
         except BaseException:
             if profile is not None:
                 profile.cleanup()
@@ -527,6 +531,10 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
         options.add_session_config_entry('session.intra_op.allow_spinning', '0')
         if _reports_placement(ort.InferenceSession):
             options.add_session_config_entry('session.record_ep_graph_assignment_info', '1')
+        if attempt.weights:
+            # ONNX Runtime copies them while it makes the session, and reads no file.
+            values = [ort.OrtValue.ortvalue_from_numpy(array) for array in attempt.weights.values()]
+            options.add_external_initializers(list(attempt.weights), values)
         if attempt.engine:
             # One node leaves nothing to optimise, and every pass would copy the engine inside it.
             options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL

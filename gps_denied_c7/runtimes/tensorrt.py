@@ -105,7 +105,7 @@ class TensorrtRuntime(BaseRuntime['_Engine']):
         found = EngineCache.at(self._config.engine_cache_dir).find(
             gate.host,
             precision=build.precision,
-            source_sha256=source.sha256,
+            source_sha256=source.content_sha256,
             shapes=source_shapes(model, source),
         )
         if found is None:
@@ -113,7 +113,7 @@ class TensorrtRuntime(BaseRuntime['_Engine']):
         if build.allow_build:
             # Where an engine may be built, a damaged one is replaced instead of refused.
             try:
-                gate.admit(found.path, source_sha256=source.sha256)
+                gate.admit(found.path, source_sha256=source.content_sha256)
             except EngineSchemaMismatchError as error:
                 _log.warning('%s is built again: %s', found.path, error)
                 return None
@@ -133,7 +133,7 @@ class TensorrtRuntime(BaseRuntime['_Engine']):
             raise EngineDeserializeError(
                 f'{entry.path} is no .engine.', remedy='Correct the artefact in model.json, or take another runtime.'
             )
-        source_sha256 = entry.source.sha256 if entry.source else None
+        source_sha256 = entry.source.content_sha256 if entry.source else None
         admitted = self._require_gate().admit(entry.path, engine_sha256=entry.sha256, source_sha256=source_sha256)
         cuda = open_cuda(self.label)
         trt = import_tensorrt(self.label)

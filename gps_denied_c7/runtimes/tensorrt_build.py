@@ -119,7 +119,7 @@ def build_engine(
     # Before minutes are spent on an engine that cannot be kept.
     cache.writable_directory()
     source = source_artefact(model)
-    onnx_model = read_onnx(source.path, source.sha256)
+    onnx_model = read_onnx(source.path, source.sha256, source.external_data)
     trt = import_tensorrt(LABEL)
     request = PlanRequest(
         model=onnx_model,
@@ -137,7 +137,7 @@ def build_engine(
         manifest = _manifest(built, request, gate, cuda, trt)
         cached = cache.publish(built.plan, manifest)
         # An engine that this gate refuses now would be found out in flight.
-        gate.admit(cached.path, engine_sha256=manifest.engine_sha256, source_sha256=onnx_model.sha256)
+        gate.admit(cached.path, engine_sha256=manifest.engine_sha256, source_sha256=onnx_model.content_sha256)
     _log.info('built %s in %.1f s (%d bytes)', cached.path, time.monotonic() - started, len(built.plan))
     return EngineCacheEntry(cached.path, manifest.engine_sha256, model, build, source)
 
@@ -229,7 +229,7 @@ class _Builder:
         half = request.precision == 'fp16'
         convert = half and (not by_flag if request.convert is None else request.convert)
         self._watch.phase = 'reading the model'
-        content = to_half_precision(request.model) if convert else request.model.source
+        content = to_half_precision(request.model) if convert else request.model.self_contained()
         network = builder.create_network(_network_flags(trt))
         # The network's weights lie in the parser's memory: it lives as long as the build.
         parser = trt.OnnxParser(network, self._logger)
@@ -268,9 +268,8 @@ class _Builder:
         plan = Plan(bytes(serialised), inputs, outputs, tuple(flags))
         return plan, b'' if timings is None else bytes(timings.serialize())
 
-    def _parse(self, parser: Any, content: bytes | str, name: str) -> None:
-        parsed = parser.parse_from_file(content) if isinstance(content, str) else parser.parse(content)
-        if parsed:
+    def _parse(self, parser: Any, content: bytes, name: str) -> None:
+        if parser.parse(content):
             return
         operators = _operators(content)
         errors = [_parser_error(parser.get_error(index), operators) for index in range(parser.num_errors)]
@@ -449,12 +448,11 @@ def _spec(tensor: Any) -> TensorSpec:
     return TensorSpec(tensor.name, dtype, tuple(None if size < 0 else int(size) for size in tuple(tensor.shape)))
 
 
-def _operators(content: bytes | str) -> list[str]:
+def _operators(content: bytes) -> list[str]:
     """Return the operator of each node: TensorRT 8 names a node by its number alone."""
     import onnx
 
-    model = onnx.load(content, load_external_data=False) if isinstance(content, str) else onnx.load_from_string(content)
-    return [node.op_type for node in model.graph.node]
+    return [node.op_type for node in onnx.load_from_string(content).graph.node]
 
 
 def _parser_error(error: Any, operators: list[str]) -> str:
@@ -472,7 +470,7 @@ def _manifest(built: Plan, request: PlanRequest, gate: EngineGate, cuda: Cuda, t
         model=engine_model_name(request.name),
         engine_sha256=hashlib.sha256(built.plan).hexdigest(),
         engine_bytes=len(built.plan),
-        source_sha256=request.model.sha256,
+        source_sha256=request.model.content_sha256,
         precision=request.precision,
         gpu=host.gpu,
         sm=host.sm,

@@ -28,6 +28,8 @@ from gps_denied_c7.runtimes.onnx_model import read_onnx
 from gps_denied_c7.worker_host import worker_hosts
 
 CPU = Rung('onnx_trt_ep', ProviderSet.CPU)
+# Too large to be taken into the model.
+LARGE = np.ones(1 << 15, np.float32)
 CONFIG = C7InferenceConfig(cpu_threads=1, load_timeout_s=60.0)
 
 
@@ -136,6 +138,27 @@ def identity(name: str = 'x', shape: list[int | str | None] | None = None) -> on
     return model([helper.make_node('Identity', [name], ['y'])], shape=shape)
 
 
+def everywhere() -> onnx.ModelProto:
+    """Return y = x + m + c + b, with weights in one file each: of the main graph, of an attribute and of a branch."""
+    large = weights('large')
+    large.dims[:] = [1, LARGE.size]
+    constant, branch = (weights('inside', offset=str(offset), length='8') for offset in (0, 8))
+    for tensor in (constant, branch):
+        tensor.dims[:] = [2]
+    branch.name = 'v'
+    graph = helper.make_graph([helper.make_node('Identity', ['v'], ['b'])], 'branch', [], [value('b', [2])], [branch])
+    nodes = [
+        helper.make_node('Constant', [], ['k'], value=constant),
+        helper.make_node('If', ['c'], ['b'], then_branch=graph, else_branch=graph),
+        helper.make_node('Add', ['x', 'w'], ['h']),
+        helper.make_node('Concat', ['k', 'b'], ['t'], axis=0),
+        helper.make_node('ReduceSum', ['t'], ['s']),
+        helper.make_node('Add', ['h', 's'], ['y']),
+    ]
+    condition = helper.make_tensor('c', TensorProto.BOOL, [], [True])
+    return model(nodes, shape=[1, LARGE.size], initialisers=[large, condition])
+
+
 HOSTILE: dict[str, Callable[[], onnx.ModelProto | bytes]] = {
     'a huge input': lambda: identity(shape=[1 << 40, 1 << 20]),
     'an input of overflowing size': lambda: identity(shape=[1 << 62, 1 << 62]),
@@ -167,6 +190,12 @@ HOSTILE: dict[str, Callable[[], onnx.ModelProto | bytes]] = {
     'weights of a negative length': external('inside', offset='-8', length='-16'),
     'weights of a huge length': external('inside', length=str(1 << 62)),
     'weights of no number': external('inside', offset='x'),
+    'weights of a signed number': external('inside', offset='+0'),
+    'weights of half a length': external('inside', length='8'),
+    'weights in two files': lambda: _twice('inside'),
+    'weights in no file': lambda: add(weights('')),
+    'weights in a folder of theirs': external('large/inside'),
+    'weights larger than any memory': external('endless'),
     'an engine inside': lambda: model([helper.make_node('EPContext', ['x'], ['y'], domain='com.microsoft',
                                                         ep_cache_context=b'ftrt' * 9, embed_mode=1)]),
     'an operator that is no text': lambda: PLAIN.replace(b'Transpose', b'Trans\xff\xfese'),
@@ -177,6 +206,12 @@ HOSTILE: dict[str, Callable[[], onnx.ModelProto | bytes]] = {
     'groups in groups': lambda: b'\x0b' * 5000,
     'messages in messages': lambda: _messages_in_messages(400),
 }  # fmt: skip
+
+
+def _twice(location: str) -> onnx.ModelProto:
+    tensor = weights(location)
+    tensor.external_data.add(key='location', value='large')
+    return add(tensor)
 
 
 def _messages_in_messages(depth: int) -> bytes:
@@ -199,10 +234,13 @@ def place(directory: Path) -> Path:
     (inner / 'deep').mkdir(parents=True)
     (directory / 'secret').write_bytes(np.ones(4, np.float32).tobytes())
     (inner / 'inside').write_bytes(np.ones(4, np.float32).tobytes())
+    (inner / 'large').write_bytes(LARGE.tobytes())
     (inner / 'link').symlink_to('../secret')
     (inner / 'out').symlink_to('..')
     (inner / 'loop').symlink_to('loop')
     os.mkfifo(inner / 'pipe')
+    with (inner / 'endless').open('wb') as file:
+        file.truncate(1 << 43)
     return inner / 'net.onnx'
 
 
@@ -238,7 +276,7 @@ def read(file: Path, content: bytes) -> bool:
     file.write_bytes(content)
     try:
         found = read_onnx(file, None)
-        assert len(found.content_sha256()) == 64
+        assert len(found.content_sha256) == 64
         found.dimension_overrides({})
     except C7Error as error:
         assert isinstance(error, EngineDeserializeError)
@@ -250,6 +288,7 @@ def read(file: Path, content: bytes) -> bool:
 def test_f1_the_undamaged_model_answers(file: Path) -> None:
     assert load_in_worker(file, PLAIN) == 'answered'
     assert load_in_worker(file, add(weights('inside')).SerializeToString()) == 'answered'
+    assert load_in_worker(file, everywhere().SerializeToString()) == 'answered'
 
 
 def bytes_of(name: str) -> bytes:
@@ -260,7 +299,7 @@ def bytes_of(name: str) -> bytes:
 @pytest.mark.parametrize('name', HOSTILE)
 def test_r3_a_hostile_model_is_read_or_refused(file: Path, name: str) -> None:
     passes = read(file, bytes_of(name))
-    if name.startswith(('weights in', 'weights behind', 'a location', 'an engine')):
+    if name.startswith(('weights', 'a location', 'an engine')):
         assert not passes
 
 
@@ -279,7 +318,11 @@ def test_f4_a_model_that_never_answers_is_killed(file: Path) -> None:
     host.release()
 
 
-DAMAGED = damaged(PLAIN, tuple(bytes_of(name) for name in ('a cycle', 'an engine inside', 'weights in ..')))
+DAMAGED = damaged(
+    PLAIN,
+    (everywhere().SerializeToString(), *(bytes_of(name) for name in ('a cycle', 'an engine inside', 'weights in ..'))),
+)
+EVERYWHERE = damaged(everywhere().SerializeToString(), (PLAIN,))
 
 
 @fuzz(300)
@@ -301,3 +344,15 @@ def test_f1_a_model_with_one_wrong_bit_answers_or_is_a_typed_error(file: Path, s
     content = bytearray(PLAIN)
     content[random.Random(seed).randrange(len(content))] ^= 1 << seed % 8
     assert load_in_worker(file, bytes(content)) != 'late'
+
+
+@fuzz(300)
+@given(content=EVERYWHERE)
+def test_r3_damaged_weights_in_other_files_are_read_or_refused(file: Path, content: bytes) -> None:
+    read(file, content)
+
+
+@fuzz(12, share=0.25)
+@given(content=EVERYWHERE)
+def test_f1_damaged_weights_in_other_files_in_a_worker_answer_or_are_a_typed_error(file: Path, content: bytes) -> None:
+    assert load_in_worker(file, content) != 'late'

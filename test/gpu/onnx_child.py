@@ -214,7 +214,11 @@ def embed(task: Mapping[str, Any]) -> dict[str, Any]:
     else:
         private.mkdir(mode=0o700)
         (private / 'copy.engine').write_bytes(plan)
-        (private / 'model.onnx').write_bytes(ep_context_model('copy.engine', **shape))
+        import onnx
+
+        around = onnx.ModelProto.FromString(ep_context_model(b'copy.engine', **shape))
+        next(attribute for attribute in around.graph.node[0].attribute if attribute.name == 'embed_mode').i = 0
+        (private / 'model.onnx').write_bytes(around.SerializeToString())
         source = str(private / 'model.onnx')
     session = ort.InferenceSession(source, sess_options=options, providers=providers, enable_fallback=0)
     made_s = time.perf_counter() - start

@@ -206,7 +206,7 @@ def test_a_size_in_the_bundle_that_depends_on_the_data_is_said(tmp_path: Path) -
     host = in_process_hosts(bundle, CONFIG, UnknownThermalState())(CPU)
     notes = ' '.join(host.load().notes)
     host.release()
-    assert "'keypoints'" in notes and 'write null' in notes and "'scores'" not in notes
+    assert "'keypoints'" in notes and 'Write null' in notes and "'scores'" not in notes
 
 
 def test_an_output_that_nobody_writes_is_noticed_while_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -727,6 +727,38 @@ def test_r2_then_the_cached_engine_of_this_very_model(
     assert runtime_of(config).compile_engine(with_engine(model, engine_file(tmp_path, sm=87)), build).path == path
 
 
+def test_r2_a_cached_engine_of_the_same_graph_with_other_weights_is_not_taken(
+    trt: FakeTensorrtThisMachineCannotRun, config: C7InferenceConfig, model: ModelBundle
+) -> None:
+    """The .onnx may be the same to the last bit where its weights lie in other files."""
+    one, other = (replace(model.artefacts[0], external_data={'own.weights': digit * 64}) for digit in 'ab')
+    names = tuple(replace(spec, name=own) for spec, own in zip(INPUTS, ('l', 'r'), strict=True))
+    path = engine_file(config.engine_cache_dir, source_sha256=one.content_sha256, inputs=names)
+    build = BuildConfig(precision='fp32')
+    assert runtime_of(config).compile_engine(replace(model, artefacts=(one,)), build).path == path
+    with pytest.raises(RuntimeUnavailableError):
+        runtime_of(config).compile_engine(replace(model, artefacts=(other,)), build)
+
+
+def test_r2_an_engine_is_built_from_the_weights_that_were_hashed(
+    trt: FakeTensorrtThisMachineCannotRun, config: C7InferenceConfig, tmp_path: Path
+) -> None:
+    onnx = pytest.importorskip('onnx')
+    weights = np.full((256, 256), 2.0, np.float32)
+    graph = arithmetic()
+    graph.graph.initializer.append(onnx.numpy_helper.from_array(weights, 'w'))
+    graph.graph.node.append(onnx.helper.make_node('Identity', ['w'], ['kept']))
+    onnx.save_model(graph, tmp_path / 'own.onnx', save_as_external_data=True, location='own.weights', size_threshold=0)
+    bundle = bundle_around(tmp_path / 'own.onnx', 'onnx_trt_ep')
+    entry = runtime_of(config).compile_engine(bundle, BUILD)
+    held = onnx.ModelProto.FromString(trt.built['model']).graph.initializer[0]
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(held), weights)
+    (tmp_path / 'own.weights').write_bytes(bytes(weights.nbytes))
+    with pytest.raises(EngineSchemaMismatchError, match=r'own\.weights'):
+        runtime_of(config).compile_engine(bundle, replace(BUILD, precision='fp16'))
+    assert runtime_of(config).compile_engine(bundle, BUILD).path == entry.path
+
+
 def test_f5_nothing_is_built_unless_it_is_allowed(
     trt: FakeTensorrtThisMachineCannotRun, config: C7InferenceConfig, model: ModelBundle
 ) -> None:

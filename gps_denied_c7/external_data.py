@@ -1,0 +1,214 @@
+"""Weights that an ``.onnx`` keeps in other files: found near it, hashed, and read once into sealed memory."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import mmap
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from gps_denied_c7.bundle_files import file_digest, file_sha256, open_regular, read_file
+from gps_denied_c7.errors import ModelBundleError
+
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = [
+    'PROTOBUF_LIMIT_BYTES',
+    'check_location',
+    'content_sha256',
+    'external_locations',
+    'find_external',
+    'model_contents',
+    'onnx_digests',
+    'read_sealed',
+]
+
+# A protobuf message ends at 2 GiB: a larger model keeps its weights in external files.
+PROTOBUF_LIMIT_BYTES = (1 << 31) - 1
+
+# The key of an external file's name, as protobuf writes it: field 1, eight bytes. Only a model with it is parsed here.
+_LOCATION_KEY = b'\x0a\x08location'
+_CHUNK_BYTES = 1 << 20
+_SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
+_AVAILABLE = re.compile(r'^MemAvailable:\s*(\d+) kB$', re.MULTILINE)
+
+_NAME_AGAIN = 'Put the weights beside the model and export it with relative names.'
+
+
+def content_sha256(sha256: str, external_data: Mapping[str, str]) -> str:
+    """
+    Return a hex digest of a model with its external weights; without those it is the model file's own.
+
+    :param sha256: hex digest of the model file.
+    :param external_data: hex digest of each external file, by the name that the model gives it.
+    """
+    if not external_data:
+        return sha256
+    digest = hashlib.sha256(sha256.encode())
+    for location, found in sorted(external_data.items()):
+        digest.update(f'\0{location}\0{found}'.encode())
+    return digest.hexdigest()
+
+
+def onnx_digests(path: Path) -> tuple[str, dict[str, str]]:
+    """
+    Return the hex digest of an ``.onnx`` and that of each external file that it names; all are read (1 s per GB).
+
+    :raises ModelBundleError: a file is missing, cannot be read, or does not lie with the model.
+    """
+    sha256, external = file_digest(path, _LOCATION_KEY)
+    if not external:
+        return sha256, {}
+    content = read_file(path, limit=PROTOBUF_LIMIT_BYTES)
+    try:
+        import onnx
+        from google.protobuf.message import DecodeError
+    except ImportError as error:
+        raise ModelBundleError(
+            f'{path} keeps weights in other files, and onnx does not import: {error}.',
+            remedy='pip install -r requirements/runtime.txt',
+        ) from error
+    try:
+        _, tensors = model_contents(onnx.ModelProto.FromString(content))
+    except DecodeError:
+        # Its loader says what is wrong with it.
+        tensors = []
+    files = {location: find_external(path, location) for location in external_locations(path, tensors)}
+    for file in files.values():
+        with open_regular(file) as opened:
+            _require_memory(file, os.fstat(opened.fileno()).st_size)
+    found = {location: file_sha256(file) for location, file in files.items()}
+    return hashlib.sha256(content).hexdigest(), found
+
+
+def model_contents(model: onnx.ModelProto) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
+    """Return every node and every constant, those of subgraphs and functions too; the main graph's weights first."""
+    nodes: list[onnx.NodeProto] = []
+    tensors: list[onnx.TensorProto] = []
+    graphs = [model.graph]
+    pending = [node for function in model.functions for node in function.node]
+    while graphs or pending:
+        for graph in graphs:
+            pending += graph.node
+            tensors += graph.initializer
+            for sparse in graph.sparse_initializer:
+                tensors += (sparse.values, sparse.indices)
+        graphs = []
+        for node in pending:
+            for attribute in node.attribute:
+                tensors += (attribute.t, *attribute.tensors)
+                for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
+                    tensors += (sparse.values, sparse.indices)
+                graphs += (attribute.g, *attribute.graphs)
+        nodes += pending
+        pending = []
+    return nodes, tensors
+
+
+def external_locations(model: Path, tensors: Sequence[onnx.TensorProto]) -> list[str]:
+    """
+    Return the names of the external files that these constants of a model lie in.
+
+    :raises ModelBundleError: a constant names none or several, or one that could not lie with the model.
+    """
+    found = set()
+    for tensor in tensors:
+        if tensor.data_location != tensor.EXTERNAL:
+            continue
+        names = [entry.value for entry in tensor.external_data if entry.key == 'location']
+        # Protobuf gives what is no UTF-8 as bytes.
+        if len(names) != 1 or not isinstance(names[0], str):
+            raise ModelBundleError(
+                f'{model} keeps weights in {str(names)[:200]}, which is not the name of one file.', remedy=_NAME_AGAIN
+            )
+        try:
+            check_location(names[0])
+        except ModelBundleError as error:
+            raise ModelBundleError(f'{model} keeps weights in {error.message}', remedy=error.remedy) from error
+        found.add(names[0])
+    return sorted(found)
+
+
+def check_location(location: str) -> None:
+    """Refuse the name of an external file that could lead out of its model's directory, by ModelBundleError."""
+    parts = PurePosixPath(location).parts
+    if not parts or location.startswith('/') or '..' in parts or '\0' in location:
+        raise ModelBundleError(f'{location[:200]!r}, outside its own directory.', remedy=_NAME_AGAIN)
+
+
+def find_external(model: Path, location: str) -> Path:
+    """
+    Return the real path of an external file: beside the model as named, else beside the file that this is a link to.
+
+    Links are followed where they end in one of these two directories, as in the caches of model hubs, where the
+    model and its weights are links into one directory.
+
+    :raises ModelBundleError: it is not there, or lies elsewhere.
+    """
+    try:
+        places = [model.absolute().parent, model.resolve().parent]
+        target = next((place / location for place in places if os.path.lexists(place / location)), None)
+        real = target.resolve(strict=True) if target else None
+        inside = real is not None and any(real.is_relative_to(place.resolve()) for place in places)
+    except FileNotFoundError:
+        real = None
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ModelBundleError(
+            f'{model} keeps weights in {location[:200]!r}, which cannot be followed: {error}.',
+            remedy='Copy that file beside the model.',
+        ) from error
+    if real is None:
+        raise ModelBundleError(
+            f'{model} keeps weights in {location[:200]!r}, which is not there.',
+            remedy='Copy that file beside the model.',
+        )
+    if not inside:
+        raise ModelBundleError(
+            f'{model} keeps weights in {location!r}, a link to {real}, outside its own directory.',
+            remedy='Copy the file itself beside the model.',
+        )
+    return real
+
+
+def read_sealed(path: Path) -> tuple[mmap.mmap | bytes, str]:
+    """
+    Copy a file into memory that nobody can change any more, and return a read-only map of it with its hex digest.
+
+    The digest is that of the copy. The memory is given back with the last view of the map.
+
+    :raises ModelBundleError: the file is missing, unreadable, no regular file, or larger than the memory available.
+    """
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        size = left = os.fstat(file.fileno()).st_size
+        _require_memory(path, size)
+        descriptor = os.memfd_create('c7-weights', os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
+                digest.update(chunk)
+                view = memoryview(chunk)
+                while view:
+                    view = view[os.write(descriptor, view) :]
+                left -= len(chunk)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
+            # Private: before Linux 6.7, what is sealed against writing cannot be mapped as shared.
+            sealed = (
+                mmap.mmap(descriptor, size - left, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) if size > left else b''
+            )
+        finally:
+            os.close(descriptor)
+    return sealed, digest.hexdigest()
+
+
+def _require_memory(path: Path, size: int) -> None:
+    """Refuse a file that would not fit, before the kernel ends a process for it."""
+    available = _AVAILABLE.search(Path('/proc/meminfo').read_text())
+    if available is not None and size > int(available[1]) << 10:
+        raise ModelBundleError(
+            f'{path}: no memory for its {size} bytes.', remedy='Free some, or export the model in half precision.'
+        )
