@@ -90,7 +90,8 @@ class C7InferenceConfig:
             value = getattr(self, name)
             if str(value) in ('', '.'):
                 raise ConfigError(name, 'is empty.', remedy='Name a directory that this user may write.')
-            object.__setattr__(self, name, Path(value))
+            # A worker has another working directory.
+            object.__setattr__(self, name, Path(value).absolute())
         if self.gpu_memory_budget_bytes <= 0:
             raise ConfigError('gpu_memory_budget_bytes', f'{self.gpu_memory_budget_bytes} is not positive.')
         for name in (

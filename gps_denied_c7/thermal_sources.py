@@ -12,13 +12,13 @@ import logging
 import os
 import select
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from gps_denied_c7.python_child import SAFE_DIRECTORY, python_child, worker_environment
 from gps_denied_c7.thermal import (
     LatestReading,
     ThermalLevel,
@@ -216,20 +216,20 @@ class NvmlThermal:
     The helper is replaced, with growing pauses, when it ends or says nothing for ``hang_s``. It is killed, and left
     behind where that does not end it: a process inside a hung driver call may not die.
 
-    :param command: starts the helper, which writes one JSON object a line.
+    :param arguments: of :mod:`gps_denied_c7.nvml_helper`, which writes one JSON object a line.
     :param hang_s: seconds of silence that mean a hung call; also how long a reading holds.
     :param backoff_s: first and longest pause in seconds before a new helper.
     """
 
     def __init__(
         self,
-        command: Sequence[str] = (sys.executable, '-m', 'gps_denied_c7.nvml_helper'),
+        arguments: Sequence[str] = (),
         *,
         hang_s: float = _HANG_S,
         backoff_s: tuple[float, float] = _BACKOFF_S,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        self._command = tuple(command)
+        self._arguments = tuple(arguments)
         self._hang_s = hang_s
         self._backoff_s = backoff_s
         self._environment = environment
@@ -276,14 +276,17 @@ class NvmlThermal:
     def _listen(self) -> tuple[bool, bool]:
         """Run one helper to its end; return whether it gave a reading, and whether another would be of no use."""
         self.helpers_started += 1
+        inherited = worker_environment(os.environ) if self._environment is None else self._environment
+        command, environ = python_child('gps_denied_c7.nvml_helper', *self._arguments, environ=inherited)
         helper = subprocess.Popen(
-            self._command,
+            command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             # Away from the terminal's Ctrl-C, which is the node's to handle.
             start_new_session=True,
-            env=dict(self._environment) if self._environment is not None else None,
+            env=environ,
+            cwd=SAFE_DIRECTORY,
         )
         assert helper.stdout is not None
         try:

@@ -9,17 +9,17 @@ import queue
 import select
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from gps_denied_c7.errors import NO_THREADS_REMEDY, C7Error, EngineDeserializeError, WorkerDiedError
+from gps_denied_c7.python_child import SAFE_DIRECTORY, python_child, worker_environment
 from gps_denied_c7.worker import LOG_MARK
 from gps_denied_c7.worker_channel import Channel, ChannelClosedError
 
-__all__ = ['SpareWorker', 'WorkerProcess', 'worker_environment']
+__all__ = ['SpareWorker', 'WorkerProcess']
 
 # Its exit code comes a moment after its channel has closed; no frame waits for a driver to let go of it.
 _EXIT_CODE_S = 0.1
@@ -28,12 +28,6 @@ _EXPENDABLE = """
 { read -r score && echo $((score > 400 ? 1000 : score + 600)) >/proc/self/oom_score_adj; } </proc/self/oom_score_adj
 exec "$@"
 """
-# LD_PRELOAD: on Arm, libgomp has to be there first for vendor libraries to find room for their thread-local variables.
-_KEPT_VARIABLES = (
-    'PATH', 'LD_LIBRARY_PATH', 'LD_PRELOAD', 'HOME', 'USER', 'LANG', 'TZ', 'TMPDIR', '_ROS_WHEELS_BOOTSTRAP_COMPLETE',
-)  # fmt: skip
-_KEPT_PREFIXES = ('LC_', 'XDG_', 'PYTHON', 'VIRTUAL_ENV', 'MALLOC_', 'OMP_', 'CUDA_', 'NVIDIA_', 'ORT_', 'TORCH')
-
 _LINE_CHARACTERS = 4096
 
 _log = logging.getLogger(__name__)
@@ -126,15 +120,15 @@ class WorkerProcess:
                 log_read, log_write = os.pipe()
                 failed.callback(os.close, log_read)
                 handed_over.callback(os.close, log_write)
-                command = [
-                    '/bin/sh', '-c', _EXPENDABLE, 'sh',
-                    sys.executable, '-m', 'gps_denied_c7.worker',
-                    '--channel', str(theirs.fileno()), '--lifetime', str(read_end), *arguments,
-                ]  # fmt: skip
+                command, environ = python_child(
+                    'gps_denied_c7.worker', '--channel', str(theirs.fileno()), '--lifetime', str(read_end), *arguments,
+                    environ=worker_environment(os.environ),
+                )  # fmt: skip
                 process = _spawner.run(
                     lambda: subprocess.Popen(
-                        command,
-                        env=worker_environment(os.environ),
+                        ['/bin/sh', '-c', _EXPENDABLE, 'sh', *command],
+                        env=environ,
+                        cwd=SAFE_DIRECTORY,
                         pass_fds=(theirs.fileno(), read_end),
                         stdin=subprocess.DEVNULL,
                         stdout=log_write,
@@ -322,16 +316,6 @@ class SpareWorker:
         if process is not None:
             process.release()
             process.join(timeout_s)
-
-
-def worker_environment(environ: Mapping[str, str]) -> dict[str, str]:
-    """Return what a worker inherits: what vendor libraries and Python read, nothing of ROS."""
-    kept = {
-        name: value for name, value in environ.items() if name in _KEPT_VARIABLES or name.startswith(_KEPT_PREFIXES)
-    }
-    package = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    kept['PYTHONPATH'] = os.pathsep.join(filter(None, [package, kept.get('PYTHONPATH', '')]))
-    return kept
 
 
 def _forward_log(descriptor: int, worker: WorkerProcess) -> None:

@@ -264,8 +264,7 @@ def helper(tmp_path: Path) -> Iterator[Callable[..., NvmlThermal]]:
             **os.environ, 'FAKE_NVML': asked, 'FAKE_NVML_MARKER': str(tmp_path / 'asked'),
             'PYTHONPATH': os.pathsep.join([str(modules), str(REPOSITORY), os.environ.get('PYTHONPATH', '')]),
         }
-        command = (sys.executable, '-m', 'gps_denied_c7.nvml_helper', '--period', '0.05')
-        sources.append(NvmlThermal(command, environment=environment, **options))
+        sources.append(NvmlThermal(('--period', '0.05'), environment=environment, **options))
         sources[-1].start()
         return sources[-1]
 

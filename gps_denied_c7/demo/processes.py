@@ -8,7 +8,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 
 from gps_denied_c7.errors import C7Error
+from gps_denied_c7.python_child import SAFE_DIRECTORY, python_child
 from gps_denied_c7.ros.dds import SEGMENT_OVERHEAD, HostTransport, apply_profile, segment_size, write_profile
 
 __all__ = ['Child', 'DemoError', 'child_environment', 'free_domain_id', 'wait_for']
@@ -47,8 +47,9 @@ class Child:
         self.name = module.rpartition('.')[2]
         self.log = log
         with log.open('wb') if log else contextlib.nullcontext() as errors:
+            command, environment = python_child(module, *arguments, environ=environ)
             self.process = subprocess.Popen(
-                [*_DIES_WITH_PARENT, sys.executable, '-m', module, *arguments], env=dict(environ), text=True,
+                [*_DIES_WITH_PARENT, *command], env=environment, cwd=SAFE_DIRECTORY, text=True,
                 stdin=subprocess.PIPE if commands else subprocess.DEVNULL,
                 stdout=subprocess.PIPE if pipe else errors, stderr=errors,
                 # Ctrl-C goes to a whole foreground group; the demo ends its children itself, in order.
