@@ -6,8 +6,10 @@ import importlib.util
 import logging
 import os
 import tempfile
+from pathlib import Path
 
 import pytest
+from keep_apart import keep_apart
 
 # launch_testing's pytest plugin imports launch, whose logger class does not propagate: caplog would see nothing of the
 # loggers that our modules make.
@@ -15,6 +17,8 @@ logging.setLoggerClass(logging.Logger)
 
 # rcl and launch write their logs here; a test that looks at them names a folder of its own.
 os.environ.setdefault('ROS_LOG_DIR', tempfile.mkdtemp(prefix='c7-test-log-'))
+
+keep_apart()
 
 # What some tests use where it imports. Their skips name it again, with the reason.
 OPTIONAL = ('launch_testing', 'cv_bridge', 'rclpy', 'tensorrt', 'torch')
@@ -42,3 +46,14 @@ class ManualClock:
 @pytest.fixture
 def clock() -> ManualClock:
     return ManualClock()
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home directory, and nothing in the environment that keeps a vendor's library from writing there."""
+    home = tmp_path / 'home'
+    home.mkdir()
+    monkeypatch.setenv('HOME', str(home))
+    for name in ('CI', 'ORT_DISABLE_TELEMETRY', 'XDG_CACHE_HOME', 'XDG_CONFIG_HOME', 'XDG_DATA_HOME'):
+        monkeypatch.delenv(name, raising=False)
+    return home

@@ -38,9 +38,10 @@ from gps_denied_c7.bench.plots import draw_plots
 from gps_denied_c7.bench.report import BenchReport
 from gps_denied_c7.bench.resources import cpu_seconds, memory_mb
 from gps_denied_c7.cpu_latency import CpuLatencyRequest
-from gps_denied_c7.demo.processes import Child, DemoError, child_environment, free_domain_id
+from gps_denied_c7.demo.processes import Child, DemoError, child_environment, free_domain_id, free_ports
 from gps_denied_c7.errors import C7Error
 from gps_denied_c7.host import package_versions
+from gps_denied_c7.ros.dds import DdsPorts
 
 __all__ = ['BenchOptions', 'main', 'run_bench']
 
@@ -55,7 +56,6 @@ _MATCHED_S = 0.5
 _QUIET_S, _QUIET_SHARE, _QUIET_AT_LAST_S = 0.5, 0.03, 6.0
 _DIAGNOSTICS_S = 1.2
 _BARE_SHARE = 0.5
-_PROFILE_VARIABLES = ('FASTRTPS_DEFAULT_PROFILES_FILE', 'FASTDDS_DEFAULT_PROFILES_FILE')
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,15 +183,16 @@ def run_bench(options: BenchOptions, say: Callable[[str], None]) -> BenchReport:
             cores.hold(options.cpu_wakeup_latency_us)
             stack.callback(cores.drop)
         output = _claim(options.output)
-        domain_id = options.domain_id
+        domain_id, ports = options.domain_id, None
         if domain_id is None:
-            domain_id = stack.enter_context(free_domain_id())
+            ports = free_ports(os.environ)
+            domain_id = stack.enter_context(free_domain_id(ports))
         for number, case in enumerate(options.cases, 1):
             key = (case.channels, case.model_ms, case.dense_maps)
             if key not in models:
                 models[key] = calibrated_model(output, case.channels, case.model_ms, dense_maps=case.dense_maps)
             chosen = [contestants[name] for name in case.contestants if name in contestants]
-            environ = _environment(case, domain_id, output, len(chosen) + 2)
+            environ = _environment(case, domain_id, ports, output, len(chosen) + 2)
             measurement = _Measurement(
                 options, case, models[key], chosen, environ, output / case.name, with_idle=number == 1
             )
@@ -229,16 +230,14 @@ def _claim(output: Path) -> Path:
     return output
 
 
-def _environment(case: Case, domain_id: int, output: Path, processes: int) -> dict[str, str]:
-    environ = child_environment(domain_id, output, processes)
+def _environment(
+    case: Case, domain_id: int, ports: DdsPorts | None, output: Path, processes: int
+) -> dict[str, str]:
+    transports = 'DEFAULT' if case.transport == DEFAULT_TRANSPORT else ''
+    environ = child_environment(domain_id, output, processes, ports=ports, transports=transports)
     environ['ROS_LOG_DIR'] = str(output / 'ros_log')
     # Everybody runs on the CPU; what a GPU is worth, its own results tell.
     environ['CUDA_VISIBLE_DEVICES'] = ''
-    if case.transport == DEFAULT_TRANSPORT:
-        for name in _PROFILE_VARIABLES:
-            environ.pop(name, None)
-        # Naming the built-in transports keeps every process from choosing the profile itself.
-        environ['FASTDDS_BUILTIN_TRANSPORTS'] = 'DEFAULT'
     return environ
 
 
@@ -561,7 +560,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         '--cpu-wakeup-latency-us', type=_microseconds, metavar='US',
         help='have idle cores wake up within this, for everybody who is measured; default: as the system has it',
     )  # fmt: skip
-    parser.add_argument('--domain-id', type=int, metavar='N', help='ROS domain; default: a free one')
+    parser.add_argument('--domain-id', type=int, metavar='N', help='ROS domain; default: one of its own')
     parsed = parser.parse_args(arguments)
     cases, chosen = _form(parsed)
     cases = _only(cases, parsed.only)

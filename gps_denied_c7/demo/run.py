@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import signal
 import sys
@@ -20,7 +21,7 @@ import numpy as np
 from gps_denied_c7.demo.flight import Camera, Flight, write_flight
 from gps_denied_c7.demo.network import HEIGHT, WIDTH, write_demo_bundle
 from gps_denied_c7.demo.picture import Detections, compose, read_frame
-from gps_denied_c7.demo.processes import Child, DemoError, child_environment, free_domain_id, wait_for
+from gps_denied_c7.demo.processes import Child, DemoError, child_environment, free_domain_id, free_ports, wait_for
 from gps_denied_c7.demo.report import DemoReport, FrameCount, stage_percentiles
 from gps_denied_c7.errors import C7Error
 from gps_denied_c7.fdr import in_order
@@ -177,10 +178,11 @@ class _Run:
         output = self.output
         topics = [f'{camera.name}/image_raw' for camera in self.options.cameras]
         with ExitStack() as stack:
-            domain_id = self.options.domain_id
+            domain_id, ports = self.options.domain_id, None
             if domain_id is None:
-                domain_id = stack.enter_context(free_domain_id())
-            environ = child_environment(domain_id, output, processes=3)
+                ports = free_ports(os.environ)
+                domain_id = stack.enter_context(free_domain_id(ports))
+            environ = child_environment(domain_id, output, processes=3, ports=ports)
             environ['ROS_LOG_DIR'] = str(output / 'ros_log')
             tensors = output / 'tensors.npz'
             listening = ['--node', NODE, '--tensors', str(tensors)]
@@ -389,7 +391,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         '--hd-rate', type=float, default=defaults.hd_rate_hz, metavar='HZ',
         help='of the 1920x1080 camera; 0: none; default: %(default)g',
     )  # fmt: skip
-    parser.add_argument('--domain-id', type=int, metavar='N', help='ROS domain; default: a free one')
+    parser.add_argument(
+        '--domain-id', type=int, default=os.environ.get('ROS_DOMAIN_ID') or None, metavar='N',
+        help='ROS domain; default: ROS_DOMAIN_ID, or where that is not set one on ports of its own, which no other '
+        'program finds',
+    )  # fmt: skip
     parser.add_argument('--no-progress', action='store_true', help='draw no bars')
     parsed = parser.parse_args(arguments)
     options = DemoOptions(

@@ -15,18 +15,25 @@ from dataclasses import dataclass
 from pathlib import Path
 
 __all__ = [
+    'BUILTIN_TRANSPORTS',
     'HD_IMAGE_BYTES',
+    'OWN_PORTS',
     'PROFILE_NAME',
     'SEGMENT_OVERHEAD',
+    'DdsPorts',
     'HostTransport',
     'ProfileDecision',
     'SweptSegments',
     'apply_profile',
+    'named_profile',
+    'ports_in_force',
     'profile_path',
+    'profile_variable',
     'segment_size',
     'sweep_segments',
     'transport_warnings',
     'tune_allocator',
+    'uses_fast_dds',
     'write_profile',
 ]
 
@@ -35,7 +42,9 @@ HD_IMAGE_BYTES = 1920 * 1080 * 3
 
 # Kilted's Fast DDS 3 warns about the old name, Jazzy's Fast DDS 2 does not know the new one.
 _VARIABLES = ('FASTRTPS_DEFAULT_PROFILES_FILE', 'FASTDDS_DEFAULT_PROFILES_FILE')
-_BUILTIN_TRANSPORTS = 'FASTDDS_BUILTIN_TRANSPORTS'
+BUILTIN_TRANSPORTS = 'FASTDDS_BUILTIN_TRANSPORTS'
+# Fast DDS would read DEFAULT_FASTRTPS_PROFILES.xml in the working directory, whoever wrote it.
+_NO_PROFILE_OF_DIRECTORY = 'SKIP_DEFAULT_XML_FILE'
 _FAST_DDS = ('rmw_fastrtps_cpp', 'rmw_fastrtps_dynamic_cpp')
 _OLD_DISTRIBUTIONS = ('foxy', 'galactic', 'humble', 'iron', 'jazzy')
 _FRAMES_IN_FLIGHT = 4
@@ -45,6 +54,32 @@ _SETTLED_S = 10.0
 
 SEGMENT_OVERHEAD = 1.06
 """What a segment takes of /dev/shm for each byte asked for; 1.047 measured with Fast DDS 2.14."""
+
+
+@dataclass(frozen=True, slots=True)
+class DdsPorts:
+    """
+    Say which UDP ports, and shared-memory ports of the same numbers, the participants of a domain use.
+
+    Domain d has ``base + gain d`` and what follows (DDS-RTPS 2.2, 9.6.1): 0 and 1 for multicast, 10 + 2 p and 11 + 2 p
+    for participant p. Fast DDS takes ports for single endpoints from the 400 below ``base``.
+
+    :param domains: domains to choose from.
+    """
+
+    base: int
+    gain: int
+    domains: range
+
+    def of(self, domain: int) -> range:
+        """Return the ports of a domain."""
+        return range(self.base + self.gain * domain, self.base + self.gain * (domain + 1))
+
+
+# Up to domain 101 the ports lie below those that Linux gives out itself.
+_STANDARD_PORTS = DdsPorts(7400, 250, range(20, 102))
+OWN_PORTS = DdsPorts(1430, 80, range(20, 69))
+"""Ports 1030 to 6949: all below 7000, where those of plain participants begin, whatever their domain."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,30 +104,52 @@ def apply_profile(environ: MutableMapping[str, str]) -> ProfileDecision:
     Put the shipped shared-memory profile into ``environ`` unless the user chose otherwise.
 
     It must be there before the process creates its DDS participant, so call this before ``rclpy.init``. It is left
-    alone where another RMW is in use, or where the user named a profile or built-in transports.
+    alone where another RMW is in use, or where the user named a profile or built-in transports. A profile that lies in
+    the working directory is ignored by Fast DDS in any case, unless the user sets SKIP_DEFAULT_XML_FILE to 0.
 
     :param environ: changed in place, ``os.environ`` or the environment of a child process.
     """
-    rmw = environ.get('RMW_IMPLEMENTATION', '')
-    if rmw and rmw not in _FAST_DDS:
+    if not uses_fast_dds(environ):
+        rmw = environ['RMW_IMPLEMENTATION']
         return ProfileDecision(False, '', None, f'DDS profile not set: it is for Fast DDS, the RMW is {rmw}.')
-    for variable in _VARIABLES:
-        if value := environ.get(variable):
-            # A child of a process that applied the profile finds it set, which is no choice of the user's.
-            own = ' for large images' if Path(value) == profile_path() else ''
-            return ProfileDecision(False, variable, Path(value), f'DDS profile{own}, as {variable} names it: {value}.')
-    if builtin := environ.get(_BUILTIN_TRANSPORTS):
-        return ProfileDecision(False, '', None, f'DDS profile not set: {_BUILTIN_TRANSPORTS} is {builtin}.')
+    environ.setdefault(_NO_PROFILE_OF_DIRECTORY, '1')
+    if variable := named_profile(environ):
+        named = Path(environ[variable])
+        # A child of a process that applied the profile finds it set, which is no choice of the user's.
+        own = ' for large images' if named == profile_path() else ''
+        return ProfileDecision(False, variable, named, f'DDS profile{own}, as {variable} names it: {named}.')
+    if builtin := environ.get(BUILTIN_TRANSPORTS):
+        return ProfileDecision(False, '', None, f'DDS profile not set: {BUILTIN_TRANSPORTS} is {builtin}.')
     path = profile_path()
     if path is None:
         return ProfileDecision(
             False, '', None, f'DDS profile not set: {PROFILE_NAME} is not installed with the package; build it again.'
         )
-    variable = _variable(environ)
+    variable = profile_variable(environ)
     environ[variable] = str(path)
     return ProfileDecision(
         True, variable, path, f'DDS profile for large images set; publishers of images need it too: {variable}={path}'
     )
+
+
+def uses_fast_dds(environ: Mapping[str, str]) -> bool:
+    """Return whether the RMW of this environment is Fast DDS."""
+    return environ.get('RMW_IMPLEMENTATION', '') in ('', *_FAST_DDS)
+
+
+def named_profile(environ: Mapping[str, str]) -> str:
+    """Return the variable that names a profile, '' where none does."""
+    return next((name for name in _VARIABLES if environ.get(name)), '')
+
+
+def ports_in_force(environ: Mapping[str, str]) -> DdsPorts:
+    """Return the ports that a participant uses which is made in this environment."""
+    variable = named_profile(environ) if uses_fast_dds(environ) else ''
+    numbers = _numbers(Path(environ[variable]), ('portBase', 'domainIDGain')) if variable else {}
+    base = numbers.get('portBase', _STANDARD_PORTS.base)
+    gain = numbers.get('domainIDGain', _STANDARD_PORTS.gain)
+    own = (base, gain) == (OWN_PORTS.base, OWN_PORTS.gain)
+    return OWN_PORTS if own else DdsPorts(base, gain, _STANDARD_PORTS.domains)
 
 
 def profile_path() -> Path | None:
@@ -107,7 +164,7 @@ def profile_path() -> Path | None:
     return None
 
 
-def _variable(environ: Mapping[str, str]) -> str:
+def profile_variable(environ: Mapping[str, str]) -> str:
     """Return the name that the Fast DDS of this environment reads: Fast DDS 3 installs as ``fastdds``."""
     for prefix in filter(None, environ.get('AMENT_PREFIX_PATH', '').split(os.pathsep)):
         share = Path(prefix) / 'share'
@@ -119,27 +176,60 @@ def _variable(environ: Mapping[str, str]) -> str:
 
 def segment_size(profile: Path) -> int:
     """Return the bytes of the shared-memory segment that ``profile`` asks for, 0 where it asks for none."""
+    return _numbers(profile, ('segment_size',)).get('segment_size', 0)
+
+
+def _numbers(profile: Path, names: tuple[str, ...]) -> dict[str, int]:
+    """Return the largest number of each of the elements ``names`` that ``profile`` holds."""
     try:
         root = ElementTree.parse(profile).getroot()
     except (OSError, ElementTree.ParseError):
         # Fast DDS goes on without a file it cannot read; so does this judgement of it.
-        return 0
-    sizes = [element.text or '' for element in root.iter() if element.tag.rpartition('}')[2] == 'segment_size']
-    return max((int(text) for text in sizes if text.strip().isdigit()), default=0)
+        return {}
+    found: dict[str, int] = {}
+    for element in root.iter():
+        name, text = element.tag.rpartition('}')[2], (element.text or '').strip()
+        if name in names and text.isdigit():
+            found[name] = max(int(text), found.get(name, 0))
+    return found
 
 
-def write_profile(path: Path, segment_bytes: int) -> Path:
+_BARE_PROFILE = """<?xml version="1.0" encoding="UTF-8"?>
+<dds xmlns="http://www.eprosima.com">
+  <profiles>
+    <participant profile_name="c7_ports" is_default_profile="true">
+      <rtps>
+      </rtps>
+    </participant>
+  </profiles>
+</dds>
+"""
+
+
+def write_profile(
+    path: Path, *, segment_bytes: int | None = None, ports: DdsPorts | None = None, transports: bool = True
+) -> Path:
     """
-    Write the shipped profile with a segment of another size, for hosts with little shared memory.
+    Write the shipped profile with changes.
 
+    :param segment_bytes: size of the shared-memory segment, for hosts with little shared memory; None: as shipped.
+    :param ports: of the participant; None: the standard's.
+    :param transports: False leaves out all but the ports.
     :raises FileNotFoundError: the profile is not installed with the package.
     """
-    shipped = profile_path()
-    if shipped is None:
-        raise FileNotFoundError(PROFILE_NAME)
-    text = shipped.read_text(encoding='utf-8')
-    size = f'<segment_size>{segment_bytes}</segment_size>'
-    path.write_text(re.sub('<segment_size>[0-9]+</segment_size>', size, text), encoding='utf-8')
+    text = _BARE_PROFILE
+    if transports:
+        shipped = profile_path()
+        if shipped is None:
+            raise FileNotFoundError(PROFILE_NAME)
+        text = shipped.read_text(encoding='utf-8')
+    if segment_bytes is not None:
+        size = f'<segment_size>{segment_bytes}</segment_size>'
+        text = re.sub('<segment_size>[0-9]+</segment_size>', size, text)
+    if ports is not None:
+        own = f'<port><portBase>{ports.base}</portBase><domainIDGain>{ports.gain}</domainIDGain></port>'
+        text = text.replace('</rtps>', f'{own}</rtps>')
+    path.write_text(text, encoding='utf-8')
     return path
 
 
@@ -255,8 +345,7 @@ def transport_warnings(
     :param image_bytes: size of the largest image expected.
     :param host: what to judge, read from this process where None; it must have its DDS participant by then.
     """
-    rmw = environ.get('RMW_IMPLEMENTATION', '')
-    if (rmw and rmw not in _FAST_DDS) or environ.get(_BUILTIN_TRANSPORTS):
+    if not uses_fast_dds(environ) or environ.get(BUILTIN_TRANSPORTS):
         return ()
     host = HostTransport.read() if host is None else host
     needed = _FRAMES_IN_FLIGHT * image_bytes
@@ -288,12 +377,12 @@ _MORE_SHM = (
 
 def _why_no_segment(environ: Mapping[str, str], host: HostTransport, needed: int) -> str:
     what = f'Large images will be lost: {_FRAMES_IN_FLIGHT} of them take {_mb(needed)},'
-    variable = next((name for name in _VARIABLES if environ.get(name)), '')
+    variable = named_profile(environ)
     if not variable:
         shipped = profile_path()
         return (
             f'{what} the default shared memory of Fast DDS holds {_mb(host.segment_bytes or 1 << 19)}. '
-            f'Start this process with {_variable(environ)}={shipped or PROFILE_NAME}'
+            f'Start this process with {profile_variable(environ)}={shipped or PROFILE_NAME}'
         )
     profile = Path(environ[variable])
     asked = segment_size(profile)
@@ -305,8 +394,8 @@ def _why_no_segment(environ: Mapping[str, str], host: HostTransport, needed: int
         room = 'there is no /dev/shm' if free is None else f'/dev/shm has {_mb(free)} left'
         return f'{what} the DDS profile asks for {_mb(asked)}, and {room}. {_MORE_SHM}'
     return (
-        f'{what} and this process did not get the shared memory that {profile} asks for. Set {_variable(environ)} '
-        'before the process starts, and look for RTPS_TRANSPORT_SHM errors above.'
+        f'{what} and this process did not get the shared memory that {profile} asks for. Set '
+        f'{profile_variable(environ)} before the process starts, and look for RTPS_TRANSPORT_SHM errors above.'
     )
 
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
+import fcntl
 import importlib.util
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,6 +20,7 @@ import pytest
 from left_behind import processes_naming
 
 from gps_denied_c7.demo.processes import Child, DemoError, child_environment, free_domain_id, wait_for
+from gps_denied_c7.ros.dds import OWN_PORTS, ports_in_force
 
 cv2 = pytest.importorskip('cv2')
 
@@ -126,19 +131,44 @@ def test_a_child_that_ignores_signals_is_killed(tmp_path, monkeypatch):
 
 
 def test_domains_are_not_given_twice():
-    with free_domain_id() as one, free_domain_id() as other:
-        assert one != other and {one, other} <= set(range(20, 60))
+    with free_domain_id(OWN_PORTS) as one, free_domain_id(OWN_PORTS) as other:
+        assert one != other and {one, other} <= set(OWN_PORTS.domains)
 
 
-def test_a_domain_in_use_is_passed_over():
-    import socket
+@pytest.mark.parametrize('ports', [OWN_PORTS, ports_in_force({})])
+@pytest.mark.parametrize('offset', [0, 11, 60])
+def test_a_domain_in_use_is_passed_over(ports, offset):
+    """A socket of any participant, at any address."""
+    some = range(ports.domains[0], ports.domains[0] + 3)
+    ports = dataclasses.replace(ports, domains=some)
+    with contextlib.ExitStack() as taken:
+        for number in some[:2]:
+            with contextlib.suppress(OSError):
+                socket_of = taken.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+                socket_of.bind(('127.0.0.1', ports.of(number)[offset]))
+        for _ in range(4):
+            try:
+                with free_domain_id(ports) as number:
+                    assert number == some[2]
+            except DemoError:
+                # Something else on this machine has the last one.
+                pytest.skip('other programs have the domains that this test uses')
 
-    with free_domain_id() as free:
-        pass
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as taken:
-        taken.bind(('', 7400 + 250 * free + 10))
-        with free_domain_id() as other:
-            assert other != free
+
+def test_a_domain_whose_port_in_shared_memory_is_in_use_is_passed_over(tmp_path):
+    """Containers may share /dev/shm and nothing else."""
+    number = OWN_PORTS.domains[-1]
+    ports = dataclasses.replace(OWN_PORTS, domains=range(number, number + 1))
+    lock = Path(f'/dev/shm/fastdds_port{ports.of(number)[13]}_el')
+    try:
+        with lock.open('x') as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            with pytest.raises(DemoError, match='in use'), free_domain_id(ports):
+                pass
+    except FileExistsError:
+        pytest.skip('another program has the domain that this test uses')
+    finally:
+        lock.unlink(missing_ok=True)
 
 
 def test_children_stay_on_this_host(tmp_path, monkeypatch):

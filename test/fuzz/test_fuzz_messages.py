@@ -23,10 +23,9 @@ from std_msgs.msg import String
 
 from gps_denied_c7.decoding import RawImage
 from gps_denied_c7.demo.processes import free_domain_id
+from gps_denied_c7.ros.dds import ports_in_force
 from gps_denied_c7.ros.messages import taken_image
 from gps_denied_c7.ros.rcl import Rcl, UnreadableMessageError, Untaken
-
-os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
 
 QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
 LAST = 'the last one'
@@ -92,7 +91,7 @@ class Wire:
 @pytest.fixture(scope='module')
 def wires() -> Iterator[dict[type, Wire]]:
     context = rclpy.Context()
-    with free_domain_id() as number:
+    with free_domain_id(ports_in_force(os.environ)) as number:
         rclpy.init(context=context, domain_id=number)
         node = rclpy.create_node('fuzz', context=context, start_parameter_services=False, enable_rosout=False)
         yield {Image: Wire(node, Image, '/raw'), CompressedImage: Wire(node, CompressedImage, '/compressed')}

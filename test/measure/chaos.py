@@ -30,10 +30,12 @@ from pathlib import Path
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'ros'))
 
 from gps_denied_c7_msgs.msg import TensorList
 from harness import NodeProcess, Peer, image, running_node, wait_until
+from keep_apart import keep_apart
 from rclpy.publisher import Publisher
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
@@ -335,6 +337,7 @@ def main() -> int:
     )
     parser.add_argument('--seed', type=int, default=1)
     options = parser.parse_args()
+    keep_apart()
     with tempfile.TemporaryDirectory() as directory:
         account = run(
             Path(directory), deaths=options.deaths, hangs=options.hangs, rate_hz=options.rate,

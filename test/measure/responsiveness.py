@@ -25,10 +25,12 @@ from typing import Any
 
 import numpy as np
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'ros'))
 
 import rclpy
 from harness import ROOT, Peer, image, running_node, wait_until
+from keep_apart import keep_apart
 from lifecycle_msgs.srv import GetState
 from networks import slow, slow_to_load
 from rcl_interfaces.srv import GetParameters
@@ -239,6 +241,7 @@ def main() -> int:
     if options.camera is not None:
         run_camera(options.camera)
         return 0
+    keep_apart()
     report = Report()
     with tempfile.TemporaryDirectory() as directory:
         measure_overload(report, Path(directory), options.overload_s)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 import signal
 from collections.abc import Callable, Iterator
 
@@ -11,7 +10,6 @@ import pytest
 import rclpy
 from harness import NodeProcess, Peer, free_domain_id
 
-os.environ.setdefault('ROS_AUTOMATIC_DISCOVERY_RANGE', 'LOCALHOST')
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     # Under nohup a node under test would inherit this and leave SIGHUP alone; a handler is not inherited.
     signal.signal(signal.SIGHUP, lambda number, frame: None)

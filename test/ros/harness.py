@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import itertools
 import json
 import os
 import re
@@ -30,8 +28,9 @@ from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 
+from gps_denied_c7.demo import processes
 from gps_denied_c7.fdr import in_order
-from gps_denied_c7.ros.dds import apply_profile
+from gps_denied_c7.ros.dds import named_profile, ports_in_force
 from gps_denied_c7.ros.executor import PoolExecutor
 from gps_denied_c7.ros.flight_recorder import FDR_QOS
 from gps_denied_c7.ros.node import DEFAULT_NODE_NAME, TENSORS_QOS, C7InferenceNode
@@ -50,41 +49,21 @@ STEADY = ('unconfigured', 'inactive', 'active', 'finalized')
 LEVELS = {DiagnosticStatus.OK: 'OK', DiagnosticStatus.WARN: 'WARN', DiagnosticStatus.ERROR: 'ERROR'}
 
 
-_FIRST_DOMAIN, _DOMAINS = 60, 41
-_next_domain = itertools.count(os.getpid())
-
-
-@contextlib.contextmanager
-def free_domain_id() -> Iterator[int]:
-    """
-    Hold a ROS domain that no other test on this machine uses, by a lock that dies with its owner.
-
-    Each call begins with the next number: what an earlier test left in a domain, as entities of this
-    process that wait to be collected, is then not there to be found.
-    """
-    for _ in range(_DOMAINS):
-        number = _FIRST_DOMAIN + next(_next_domain) % _DOMAINS
-        lock = open(Path(tempfile.gettempdir()) / f'c7-test-domain-{number}.lock', 'w')  # noqa: SIM115
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            continue
-        with lock:
-            yield number
-        return
-    raise RuntimeError('every test domain is in use')
+def free_domain_id() -> contextlib.AbstractContextManager[int]:
+    """Hold a ROS domain in which there is nothing; each call begins with the next one."""
+    return processes.free_domain_id(ports_in_force(os.environ))
 
 
 @contextlib.contextmanager
 def eager_discovery() -> Iterator[None]:
-    """Let a participant of this process that is made meanwhile be found fast, unless somebody chose a profile."""
-    decision = apply_profile(dict(os.environ))
-    if decision.applied:
-        os.environ[decision.variable] = str(Path(__file__).with_name('eager_discovery.xml'))
+    """Let a participant of this process that is made meanwhile be found fast."""
+    variable = named_profile(os.environ)
+    before = os.environ.get(variable, '')
+    if before:
+        os.environ[variable] = str(Path(__file__).with_name('eager_discovery.xml'))
     yield
-    if decision.applied:
-        del os.environ[decision.variable]
+    if before:
+        os.environ[variable] = before
 
 
 def wait_until(condition: Callable[[], Any], what: str, timeout_s: float = 30.0) -> Any:

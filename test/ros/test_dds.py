@@ -27,6 +27,7 @@ from gps_denied_c7.ros.dds import (
 )
 
 OLD, NEW = 'FASTRTPS_DEFAULT_PROFILES_FILE', 'FASTDDS_DEFAULT_PROFILES_FILE'
+SKIP = 'SKIP_DEFAULT_XML_FILE'
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = HostTransport(shm_free_bytes=1 << 30, segment_bytes=70 << 20, rmem_max_bytes=1 << 26)
 BARE = HostTransport(shm_free_bytes=1 << 30, segment_bytes=549_408, rmem_max_bytes=212_992)
@@ -61,7 +62,7 @@ def test_leaves_what_the_user_chose(chosen):
     """§8: only when the user set neither."""
     environ = dict(chosen)
     decision = apply_profile(environ)
-    assert environ == chosen and not decision.applied
+    assert environ == {**chosen, SKIP: '1'} and not decision.applied
     assert next(iter(chosen.values())) in decision.reason
 
 
@@ -162,14 +163,21 @@ def test_names_a_profile_that_came_too_late():
 
 CHILD = """
 import json, os, sys
-from gps_denied_c7.ros.dds import HostTransport, apply_profile, transport_warnings
-environ = os.environ if sys.argv[1] == 'profile' else dict(os.environ)
+from pathlib import Path
+from gps_denied_c7.ros import dds
+from gps_denied_c7.ros.dds import OWN_PORTS, HostTransport, apply_profile, transport_warnings, write_profile
+asked = sys.argv[1] == 'profile'
+written = write_profile(Path(sys.argv[2]), ports=OWN_PORTS, transports=asked)
+dds.profile_path = lambda: written
+environ = os.environ if asked else dict(os.environ)
 decision = apply_profile(environ)
+judged = dict(os.environ)
+os.environ[decision.variable] = str(written)
 import rclpy
 rclpy.init()
 node = rclpy.create_node('probe')
 segment = HostTransport.read().segment_bytes
-print(json.dumps([decision.applied, segment, transport_warnings(os.environ)]))
+print(json.dumps([decision.applied, segment, transport_warnings(judged)]))
 node.destroy_node()
 rclpy.shutdown()
 """
@@ -180,13 +188,15 @@ def own_domain(monkeypatch, domain_id) -> None:
     monkeypatch.setenv('ROS_DOMAIN_ID', str(domain_id))
 
 
-def run_child(*arguments: str, unset: tuple[str, ...] = (), prefix: tuple[str, ...] = ()):
+def run_child(folder: Path, *arguments: str, prefix: tuple[str, ...] = ()):
+    """Make a participant with the shipped profile or without, in either case on the tests' ports."""
     pytest.importorskip('rclpy')
-    chosen = {OLD, NEW, 'FASTDDS_BUILTIN_TRANSPORTS', *unset}
+    chosen = {OLD, NEW, 'FASTDDS_BUILTIN_TRANSPORTS'}
     environ = {name: value for name, value in os.environ.items() if name not in chosen}
     run = subprocess.run(
-        [*prefix, sys.executable, '-c', CHILD, *arguments], capture_output=True, text=True, env=environ, timeout=60
-    )
+        [*prefix, sys.executable, '-c', CHILD, *arguments, str(folder / 'written.xml')], env=environ, timeout=60,
+        capture_output=True, text=True,
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
     return json.loads(run.stdout.splitlines()[-1]), run.stderr
 
@@ -265,23 +275,23 @@ def test_a_node_removes_what_a_killed_one_left(monkeypatch):
             living.close()
 
 
-def test_fast_dds_takes_the_profile():
+def test_fast_dds_takes_the_profile(tmp_path):
     """§8: with the real middleware the segment is there, and the check that looks for it finds it."""
-    (applied, segment, warnings), noise = run_child('profile')
+    (applied, segment, warnings), noise = run_child(tmp_path, 'profile')
     assert applied and segment >= 64 << 20 and warnings == []
     assert 'deprecated' not in noise and 'XMLPARSER' not in noise
-    (_, segment, warnings), _ = run_child('no profile')
+    (_, segment, warnings), _ = run_child(tmp_path, 'no profile')
     assert 0 < segment < 1 << 20
     assert 'DEFAULT_PROFILES_FILE=' in warnings[0]
 
 
 @needs_fast_dds
-def test_a_small_shared_memory_is_noticed_for_real():
+def test_a_small_shared_memory_is_noticed_for_real(tmp_path):
     """§8: in a container's 64 MiB Fast DDS silently goes on with UDP; the check says so."""
     unshare = ('unshare', '--mount', 'sh', '-c', 'mount -t tmpfs -o size=64m tmpfs /dev/shm && exec "$@"', 'sh')
     if not shutil.which('unshare') or subprocess.run([*unshare, 'true'], capture_output=True).returncode:
         pytest.skip('may not mount a small /dev/shm here; needs CAP_SYS_ADMIN')
-    (applied, segment, warnings), _ = run_child('profile', prefix=unshare)
+    (applied, segment, warnings), _ = run_child(tmp_path, 'profile', prefix=unshare)
     assert applied and segment < 1 << 20
     assert '--shm-size=1g' in warnings[0]
 

@@ -15,6 +15,7 @@ from rclpy.impl.implementation_singleton import rclpy_implementation
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 
+from gps_denied_c7.ros.dds import OWN_PORTS, profile_variable, write_profile
 from gps_denied_c7.ros.losses import MessagesLost, MissedMessages, SequenceGaps
 
 TOPIC = '/camera/image_raw'
@@ -278,13 +279,14 @@ print(json.dumps({'taken': taken, 'lost': lost.total, 'told': told, 'turns': tur
 """
 
 
-def test_what_does_not_fit_through_udp_is_counted_as_lost(ros_context, domain_id):
+def test_what_does_not_fit_through_udp_is_counted_as_lost(ros_context, domain_id, tmp_path):
     """Each image of 24 MB is lost or taken, between two small ones that arrive; nobody waits in vain afterwards."""
     large, small = 8, {'width': 8, 'height': 8}
     node = rclpy.create_node('sender', context=ros_context, start_parameter_services=False)
     quality = QoSProfile(depth=20, reliability=ReliabilityPolicy.BEST_EFFORT)
     publisher = node.create_publisher(Image, TOPIC, quality)
     environ = {**os.environ, 'ROS_DOMAIN_ID': str(domain_id), 'FASTDDS_BUILTIN_TRANSPORTS': 'UDPv4'}
+    environ[profile_variable(os.environ)] = str(write_profile(tmp_path / 'ports', ports=OWN_PORTS, transports=False))
     command = [sys.executable, '-c', _RECEIVER, TOPIC, str(large + 1)]
     with subprocess.Popen(command, env=environ, stdout=subprocess.PIPE, text=True) as receiver:
         # One that is sent while the ends still match may be lost, and nobody tells of those before the first.
