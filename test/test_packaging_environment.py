@@ -133,6 +133,17 @@ def test_changed_messages_build_anew_and_changed_modules_do_not(tool: ModuleType
     assert environment._build_digest() != before
 
 
+def test_what_only_tests_need_stops_no_set_up(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without root it says that they will be skipped, and what to run."""
+    monkeypatch.setattr(tool.shutil, 'which', lambda name, path=None: '/usr/bin/apt-get' if name == 'apt-get' else None)
+    monkeypatch.setattr(tool.os, 'geteuid', lambda: 1000)
+    tool.offer_test_tools()
+    said = capsys.readouterr().out
+    assert 'skipped' in said and 'sudo apt-get update && sudo apt-get install -y strace' in said
+
+
 def test_set_up_does_nothing_twice(
     tool: ModuleType, checkout: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -237,6 +248,18 @@ def test_an_interpreter_without_wheels_is_refused(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert '3.11, 3.12, 3.10, 3.13' in done.stderr
     assert 'C7_PYTHON' in done.stderr
+
+
+def test_interpreters_of_another_user_are_passed_over(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``su`` keeps PYENV_ROOT, which then names a folder that the new user may not open."""
+    def closed(*_: object) -> None:
+        raise PermissionError(13, 'Permission denied')
+
+    monkeypatch.setattr(tool.Path, 'glob', closed)
+    version = f'{sys.version_info[0]}.{sys.version_info[1]}'
+    folder = os.path.dirname(sys.executable)
+    found = list(tool.interpreters(version, {'PATH': folder, 'PYENV_ROOT': '/closed'}))
+    assert found and all(one['version'] == version for one in found)
 
 
 def test_the_preferred_interpreter_that_is_complete_is_taken(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:

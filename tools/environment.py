@@ -16,6 +16,7 @@ whose setup.bash is sourced for commands that are run).
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -41,6 +42,8 @@ PYTHONS = {
 # Tells a distribution where its ros_environment package is not installed.
 RCLPY_VERSIONS = {'3.3': 'humble', '7.1': 'jazzy', '9.1': 'kilted'}
 DEBIAN_PACKAGES = {'cmake': 'cmake', 'g++': 'g++', 'make': 'make'}
+# Some tests need them, and are skipped without.
+TEST_PACKAGES = {'strace': 'strace'}
 
 # Variables of a sourced ROS, which must not leak into an environment that has its own.
 ROS_VARIABLES = (
@@ -173,6 +176,17 @@ def require_build_tools() -> None:
         install_debian_packages(missing)
 
 
+def offer_test_tools() -> None:
+    """Install what some tests need where it is missing and we may."""
+    missing = [package for tool, package in TEST_PACKAGES.items() if shutil.which(tool) is None]
+    if not missing:
+        return
+    try:
+        install_debian_packages(missing)
+    except SetupError as error:
+        say(f'some tests will be skipped: {error}')
+
+
 DESCRIBE = """
 import importlib.util, json, os, sys, sysconfig
 print(json.dumps({
@@ -189,7 +203,8 @@ def interpreters(version: str, environment: dict[str, str]) -> Iterator[dict]:
     folders = environment.get('PATH', '').split(os.pathsep) + ['/usr/local/bin', '/usr/bin']
     candidates = [Path(folder) / name for folder in folders for name in (f'python{version}', 'python3')]
     pyenv = Path(environment.get('PYENV_ROOT') or Path.home() / '.pyenv') / 'versions'
-    candidates += sorted(pyenv.glob(f'{version}.*/bin/python3'), reverse=True)
+    with contextlib.suppress(PermissionError):  # another user's, kept in the environment by su
+        candidates += sorted(pyenv.glob(f'{version}.*/bin/python3'), reverse=True)
     if os.environ.get('C7_PYTHON'):
         candidates = [Path(shutil.which(os.environ['C7_PYTHON']) or os.environ['C7_PYTHON'])]
     seen = set()
@@ -297,6 +312,7 @@ class Environment:
 
     def _create(self) -> None:
         require_build_tools()
+        offer_test_tools()
         say(f'creating {self.venv.relative_to(REPOSITORY)} with {self.python}'
             + (f' on the sourced ROS 2 {self.distro.capitalize()}' if self.sourced else ''))
         for stale in (self.venv, self.build_base):
