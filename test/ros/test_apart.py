@@ -88,8 +88,8 @@ def foreign() -> Iterator[Foreign]:
             stack.callback(node.kill)
             nodes.append(node)
         found = Foreign(number, nodes[0])
-        wait_until(lambda: found.finds()['nodes'] == ['c7_inference', 'other'], 'the foreign nodes to find each other')
-        assert found.finds()['subscribers'] == 2
+        each_other = {'nodes': ['c7_inference', 'other'], 'heard': [], 'subscribers': 2}
+        wait_until(lambda: found.finds() == each_other, 'the foreign nodes to find each other')
         yield found
 
 
