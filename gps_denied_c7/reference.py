@@ -14,7 +14,6 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -22,13 +21,13 @@ from numpy.typing import NDArray
 
 from gps_denied_c7.bundle_files import npz_bytes
 from gps_denied_c7.errors import InferenceError, ModelBundleError, RuntimeUnavailableError
+from gps_denied_c7.python_child import SAFE_DIRECTORY, python_child, worker_environment
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = ['Reference', 'reference_answers']
 
 Arrays = Mapping[str, NDArray]
 
-_KEPT_VARIABLES = ('PATH', 'LD_LIBRARY_PATH', 'HOME', 'TMPDIR', 'LANG', 'LC_ALL', 'TZ')
 _PACKAGES = 'Install the packages of requirements/runtime.txt.'
 
 
@@ -97,20 +96,13 @@ def _axes(shape: list[int | None] | None) -> Any:
 
 
 def _run_child(request: bytes) -> tuple[int, bytes, bytes]:
-    """Run :func:`main` in a Python process that looks for modules where this one does, but not where it was started."""
-    # An empty entry of PYTHONPATH stands here as the working directory.
-    home, here = str(Path(__file__).resolve().parents[1]), os.getcwd()
-    path = [entry for entry in sys.path if os.path.isabs(entry) and (entry != here or entry == home)]
-    code = f'import sys; sys.path[:] = {path!r}; from gps_denied_c7.reference import main; main()'
-    environment = {name: os.environ[name] for name in _KEPT_VARIABLES if os.environ.get(name)}
-    if libraries := environment.get('LD_LIBRARY_PATH'):
-        environment['LD_LIBRARY_PATH'] = ':'.join(entry for entry in libraries.split(':') if os.path.isabs(entry))
+    command, environment = python_child('gps_denied_c7.reference', environ=worker_environment(os.environ))
     ended = subprocess.run(
-        [sys.executable, '-I', '-c', code],
+        command,
         input=request,
         capture_output=True,
-        cwd='/',
-        env={**environment, 'ORT_DISABLE_TELEMETRY': '1', 'OMP_NUM_THREADS': '1'},
+        cwd=SAFE_DIRECTORY,
+        env={**environment, 'OMP_NUM_THREADS': '1'},
         check=False,
     )
     return ended.returncode, ended.stdout, ended.stderr
@@ -199,3 +191,7 @@ def _tell(out: BinaryIO, **values: Any) -> None:
     told = {'missing': '', 'refused': '', 'outputs': [], 'left_out': [], 'answers': [], **values}
     out.write(json.dumps(told).encode() + b'\n')
     out.flush()
+
+
+if __name__ == '__main__':
+    main()
