@@ -46,8 +46,8 @@ class RandomNetwork:
 class _Builder:
     """Grow a graph output by output."""
 
-    def __init__(self, chance: np.random.Generator, *, exact: bool) -> None:
-        self.chance, self.exact = chance, exact
+    def __init__(self, chance: np.random.Generator, *, exact: bool, dense: bool) -> None:
+        self.chance, self.exact, self.only_dense = chance, exact, dense
         self.nodes: list[NodeProto] = []
         self.constants: list[TensorProto] = []
         self.outputs: list[ValueInfoProto] = []
@@ -57,6 +57,8 @@ class _Builder:
         self.height, self.width = (int(size) for size in chance.integers(9, 160 if large else 40, 2))
         self.shape = (1, self.channels, self.height, self.width)
         self.dtype = str(chance.choice(['float32', 'float32', 'uint8', 'float16', 'float64', 'int32']))
+        if dense:
+            self.dtype = 'float32'
         self.size = self.channels * self.height * self.width
         self.image = self.add('Cast', ['image'], to=FLOAT)
         if self.dtype in _FULL_SCALE and not exact:
@@ -120,7 +122,7 @@ class _Builder:
     # --- kinds of outputs -------------------------------------------------------------------------
 
     def dense(self) -> None:
-        dtype = self.any_type()
+        dtype = 'float32' if self.only_dense else self.any_type()
         if dtype in ('float32', 'float16', 'float64'):
             self.put_out(self.cast(self.features, dtype), dtype, list(self.features_shape))
         else:
@@ -215,7 +217,7 @@ class _Builder:
 
     def twice(self) -> None:
         """Two names for one tensor."""
-        if self.chance.random() < 0.5:
+        if self.only_dense or self.chance.random() < 0.5:
             value, dtype, shape = self.features, 'float32', list(self.features_shape)
         else:
             value, dtype, shape = self.add('NonZero', [self.found]), 'int64', [1, None]
@@ -236,11 +238,20 @@ class _Builder:
 
     def read_by_another(self) -> None:
         """An output that another output is computed from."""
-        free = self.chance.random() < 0.5
+        free = not self.only_dense and self.chance.random() < 0.5
         value = self.add('Compress', [self.flat, self.found], axis=0) if free else self.features
         shape = [None] if free else list(self.features_shape)
         self.put_out(value, 'float32', shape)
         self.put_out(self.add('Neg', [self.outputs[-1].name]), 'float32', shape)
+
+    def _needed(self) -> tuple[list[NodeProto], list[TensorProto]]:
+        """Return the nodes and constants that lead to an output."""
+        wanted, nodes = {output.name for output in self.outputs}, []
+        for node in reversed(self.nodes):
+            if wanted & set(node.output):
+                wanted |= set(node.input)
+                nodes.append(node)
+        return nodes[::-1], [constant for constant in self.constants if constant.name in wanted]
 
     def build(self) -> RandomNetwork:
         kinds = [
@@ -248,6 +259,8 @@ class _Builder:
             self.declared_as_the_example, self.declared_empty, self.of_unknown_rank, self.undeclared, self.empty,
             self.twice, self.the_input, self.a_constant, self.read_by_another,
         ]  # fmt: skip
+        if self.only_dense:
+            kinds = [self.dense, self.dense, self.twice, self.read_by_another]
         chosen = []
         for _ in range(int(self.chance.integers(1, 6))):
             kind = kinds[int(self.chance.integers(len(kinds)))]
@@ -256,21 +269,23 @@ class _Builder:
                 chosen.append(kind.__name__)
         order = self.chance.permutation(len(self.outputs))
         image = helper.make_tensor_value_info('image', _TYPES[self.dtype], list(self.shape))
+        nodes, constants = self._needed() if self.only_dense else (self.nodes, self.constants)
         graph = helper.make_graph(
-            self.nodes, 'random', [image], [self.outputs[int(index)] for index in order], self.constants
+            nodes, 'random', [image], [self.outputs[int(index)] for index in order], constants
         )
         # The oldest ONNX Runtime in use reads this.
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 17)], ir_version=8)
         return RandomNetwork(model.SerializeToString(), self.shape, self.dtype, tuple(chosen), self.exact)
 
 
-def random_network(seed: int, *, exact: bool = False) -> RandomNetwork:
+def random_network(seed: int, *, exact: bool = False, dense: bool = False) -> RandomNetwork:
     """
     Return the network of ``seed``, the same one each time.
 
     :param exact: small integers only, so that FP16, TF32 and any order of summation give one answer.
+    :param dense: float32 outputs of fixed size alone, which TensorRT takes.
     """
-    return _Builder(np.random.default_rng((seed, exact)), exact=exact).build()
+    return _Builder(np.random.default_rng((seed, exact)), exact=exact, dense=dense).build()
 
 
 def frames(network: RandomNetwork, seed: int, count: int) -> Iterator[Arrays]:

@@ -2,7 +2,8 @@
 The answer is the network's answer on a GPU: exact random networks on each provider, against ONNX Runtime on the CPU.
 
 Every value of these networks is an integer that FP16 and TF32 hold, so a right answer is bit-equal. C7_GPU_NETWORKS,
-C7_GPU_BUILT_NETWORKS and C7_GPU_FRAMES say how many; a network that TensorRT builds an engine of takes several seconds.
+C7_GPU_BUILT_NETWORKS and C7_GPU_FRAMES say how many, C7_GPU_FIRST the first seed; a network that TensorRT builds an
+engine of takes several seconds.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.worker_host import WorkerHost, worker_hosts
 
 NETWORKS = int(os.environ.get('C7_GPU_NETWORKS', '200'))
+FIRST = int(os.environ.get('C7_GPU_FIRST', '0'))
 BUILT_NETWORKS = int(os.environ.get('C7_GPU_BUILT_NETWORKS', '24'))
 FRAMES = int(os.environ.get('C7_GPU_FRAMES', '100'))
 # The first engine of a process that compiles kernels for a GPU newer than the library takes half a minute.
@@ -70,12 +72,15 @@ def described(path: Path) -> ModelBundle:
     return bundle_around(path, 'onnx_trt_ep', inputs=specs(session.get_inputs()), outputs=specs(session.get_outputs()))
 
 
-def judge(name: str, rung: Rung, settings: C7InferenceConfig, count: int, directory: Path, provider: str) -> None:
+def judge(
+    name: str, rung: Rung, settings: C7InferenceConfig, count: int, directory: Path, provider: str,
+    *, dense: bool = False,
+) -> None:  # fmt: skip
     """Run ``count`` networks on a rung, print how many it took, and why not the others, and fail for a wrong answer."""
     tally, accepted, why_not = Tally(), 0, Counter[str]()
     path = directory / 'network.onnx'
-    for seed in range(count):
-        network = random_network(seed, exact=True)
+    for seed in range(FIRST, FIRST + count):
+        network = random_network(seed, exact=True, dense=dense)
         path.write_bytes(network.model)
         session = plain_session(path, optimised=False)
         names = [output.name for output in session.get_outputs()]
@@ -125,7 +130,15 @@ def test_random_networks_on_the_tensorrt_provider_are_answered_as_on_the_cpu(tmp
     judge('TensorRT provider', rung, settings, BUILT_NETWORKS, tmp_path, 'TensorrtExecutionProvider')
 
 
+def test_dense_networks_on_the_tensorrt_provider_are_answered_as_on_the_cpu(tmp_path):
+    """Each becomes one engine."""
+    rung = Rung('onnx_trt_ep', ProviderSet.GPU)
+    settings = config(tmp_path, build=True)
+    judge('one engine', rung, settings, BUILT_NETWORKS, tmp_path, 'TensorrtExecutionProvider', dense=True)
+
+
 def test_random_networks_on_tensorrt_itself_are_answered_as_on_the_cpu(tmp_path):
     pytest.importorskip('tensorrt', reason='TensorRT for Python is not installed')
     rung = Rung('tensorrt', ProviderSet.GPU)
-    judge('TensorRT itself', rung, config(tmp_path, build=True), BUILT_NETWORKS, tmp_path, 'TensorRT')
+    settings = config(tmp_path, build=True)
+    judge('TensorRT itself', rung, settings, BUILT_NETWORKS, tmp_path, 'TensorRT', dense=True)
