@@ -361,7 +361,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         pipeline = FramePipeline(
             loaded.model,
             decode=functools.partial(decode_message, scratch=Scratch()),
-            publish=self._answers.publish,
+            publish=lambda result: self._answers.publish(result),
             on_refused=lambda frame, error: self._refuse(frame.topic, error),
             on_unanswered=self._report_unanswered,
             statistics=self._statistics,
