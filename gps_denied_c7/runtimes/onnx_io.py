@@ -270,7 +270,11 @@ class GpuIo(TensorIo):
             staged = self._inputs[name]
             self._binding.bind_input(name, *_GPU, staged.host.dtype.type, staged.host.shape, staged.address)
         self._bind_free()
+        # Binding only queues that copy, on a stream of ONNX Runtime's own.
+        self._wait_for_device()
         self._session.run_with_iobinding(self._binding)
+        # Nor does a run promise that copies from the CPU to bound outputs have ended.
+        self._wait_for_device()
         if self._check is not None:
             self._check.reset()
             self._check.enqueue()
@@ -296,6 +300,9 @@ class GpuIo(TensorIo):
 
     def _wait(self) -> None:
         self._cuda.call('cudaStreamSynchronize', self._stream)
+
+    def _wait_for_device(self) -> None:
+        self._cuda.call('cudaDeviceSynchronize')
 
     def _watch_outputs(self, finite: Collection[str]) -> None:
         """Have the GPU look for NaN and infinity, where it can."""

@@ -25,7 +25,8 @@ pytest.importorskip('onnxruntime')
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'differential'))
 
-from differential import NUMPY_TYPES, Tally, compare_host, plain_session
+import onnxruntime
+from differential import NUMPY_TYPES, Tally, compare_host, plain_session, wrong_outputs
 from onnx import load_from_string
 from random_networks import frames, random_network
 
@@ -72,6 +73,14 @@ def described(path: Path) -> ModelBundle:
     return bundle_around(path, 'onnx_trt_ep', inputs=specs(session.get_inputs()), outputs=specs(session.get_outputs()))
 
 
+def plain_wrong(path: Path, right: list[tuple[Any, Any]], provider: str) -> int:
+    """Return how many answers plain ``session.run`` gets wrong on a provider, bound to nothing of ours."""
+    session = onnxruntime.InferenceSession(str(path), providers=[provider, 'CPUExecutionProvider'])
+    names = [output.name for output in session.get_outputs()]
+    found = ((dict(zip(names, session.run(names, frame), strict=True)), expected) for frame, expected in right)
+    return sum(bool(wrong_outputs(answer, expected)) for answer, expected in found)
+
+
 def judge(
     name: str, rung: Rung, settings: C7InferenceConfig, count: int, directory: Path, provider: str,
     *, dense: bool = False,
@@ -108,6 +117,8 @@ def judge(
             requests = frames(network, seed, FRAMES)
             right = [(request, dict(zip(names, session.run(None, request), strict=True))) for request in requests]
             compare_host(host, right, tally, label)
+            if tally.wrong[label] and rung.strategy == 'onnx_trt_ep':
+                print(f'{label}: {plain_wrong(path, right, provider)} of plain session.run are wrong too', flush=True)
         finally:
             host.release()
     record(

@@ -302,3 +302,21 @@ def test_r3_gpu_tensors_of_any_shape_and_type_round_trip(
     for number in (1, 0, 1):
         x = np.full(shape, number, dtype)
         np.testing.assert_array_equal(io.run({'x': x})['y'], x)
+
+
+def test_r3_copies_that_onnx_runtime_has_queued_end_before_each_run_and_after_it(
+    cuda: HostMemoryInsteadOfCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Binding an input that the CPU reads, and a run whose outputs the CPU makes, queue copies and return."""
+    bind, run = onnxruntime.IOBinding.bind_input, onnxruntime.InferenceSession.run_with_iobinding
+    monkeypatch.setattr(onnxruntime.IOBinding, 'bind_input', lambda *given: (cuda.calls.append('bind'), bind(*given)))
+    monkeypatch.setattr(
+        onnxruntime.InferenceSession, 'run_with_iobinding', lambda *given: (cuda.calls.append('run'), run(*given))
+    )
+    io = GpuIo(cuda, session_on(arithmetic()), OUTPUTS, [spec.name for spec in OUTPUTS])
+    for request in requests():
+        cuda.calls.clear()
+        io.run(request)
+        order = [call for call in cuda.calls if call in ('bind', 'run', 'cudaDeviceSynchronize')]
+        assert order == ['bind', 'bind', 'cudaDeviceSynchronize', 'run', 'cudaDeviceSynchronize']
+    io.release()
