@@ -19,8 +19,8 @@ lint:  ## ruff and mypy
 	$(ENVIRONMENT) run ruff check .
 	$(ENVIRONMENT) run mypy
 
-test: lint  ## ruff, mypy and every test this machine can run; skips are listed with their reasons
-	$(ENVIRONMENT) run python3 -m pytest
+test: lint  ## ruff, mypy and every test this machine can run (TESTS="..." for some); skips are listed with their reasons
+	$(ENVIRONMENT) run python3 -m pytest $(TESTS)
 
 chaos:  ## kill, crash and stop the node's workers for minutes and account for every frame
 	$(ENVIRONMENT) run python3 test/measure/chaos.py
