@@ -146,7 +146,7 @@ class _Case:
     """
     One golden request and its answer.
 
-    :param given: by the user, who is to hear of it where it cannot be used.
+    :param given: the user gave it, and is told where it cannot be used.
     :param answer_to_rounded: to the same request in half precision, which is how the engines of a GPU see it.
     """
 

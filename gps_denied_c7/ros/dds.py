@@ -43,7 +43,7 @@ HD_IMAGE_BYTES = 1920 * 1080 * 3
 # Kilted's Fast DDS 3 warns about the old name, Jazzy's Fast DDS 2 does not know the new one.
 _VARIABLES = ('FASTRTPS_DEFAULT_PROFILES_FILE', 'FASTDDS_DEFAULT_PROFILES_FILE')
 BUILTIN_TRANSPORTS = 'FASTDDS_BUILTIN_TRANSPORTS'
-# Fast DDS would read DEFAULT_FASTRTPS_PROFILES.xml in the working directory, whoever wrote it.
+# Fast DDS would read DEFAULT_FASTRTPS_PROFILES.xml in the working directory, from any author.
 _NO_PROFILE_OF_DIRECTORY = 'SKIP_DEFAULT_XML_FILE'
 _FAST_DDS = ('rmw_fastrtps_cpp', 'rmw_fastrtps_dynamic_cpp')
 _OLD_DISTRIBUTIONS = ('foxy', 'galactic', 'humble', 'iron', 'jazzy')
