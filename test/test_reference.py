@@ -61,6 +61,16 @@ def test_outputs_that_are_no_numbers_are_left_out(tmp_path: Path) -> None:
     assert [spec.name for spec in found.outputs] == ['features'] and found.left_out == ('text',)
 
 
+@pytest.mark.parametrize('kind', ['BFLOAT16', 'FLOAT8E4M3FN'])
+def test_an_output_of_a_type_that_numpy_lacks_costs_itself_alone(kind: str) -> None:
+    nodes = [helper.make_node('Cast', ['features'], ['odd'], to=getattr(TensorProto, kind))]
+    outputs = {'odd': (getattr(TensorProto, kind), None), 'features': (TensorProto.FLOAT, None)}
+    model = network(nodes=nodes, outputs=outputs)
+    model.ir_version, model.opset_import[0].version = 9, 19
+    found = reference_answers(model.SerializeToString(), [{'image': IMAGES[0]}])
+    assert [spec.name for spec in found.outputs] == ['features'] and found.left_out == ('odd',)
+
+
 def test_a_request_that_the_model_fails_on_costs_itself_alone(tmp_path: Path) -> None:
     requests = [{'image': IMAGES[0]}, {'image': IMAGES[1][:, :2]}, {'image': IMAGES[2]}]
     answers = reference_answers(saved(tmp_path).read_bytes(), requests).answers
