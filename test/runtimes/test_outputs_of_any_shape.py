@@ -255,6 +255,22 @@ def test_a_network_that_throws_dice_is_served_and_said(tmp_path: Path) -> None:
     host.release()
 
 
+def test_a_network_whose_dice_show_the_same_twice_by_chance_is_served(tmp_path: Path) -> None:
+    """One coin: every other run is equal to the one before."""
+    coins = [helper.make_node('Bernoulli', ['halves'], [f'coin {number}'], seed=float(number)) for number in range(16)]
+    model = model_of(
+        [helper.make_node('Mul', ['image', 'zero'], ['nothing']), helper.make_node('Add', ['nothing', 'half'], ['all']),
+         helper.make_node('ReduceMean', ['all'], ['halves'], keepdims=0), *coins],
+        [image()],
+        [value(f'coin {number}', FLOAT, []) for number in range(16)],
+        [numpy_helper.from_array(np.float32(0), 'zero'), numpy_helper.from_array(np.float32(0.5), 'half')],
+    )  # fmt: skip
+    bundle = ModelBundle.load(write_model(tmp_path / 'model.onnx', model))
+    host = in_process_hosts(bundle, CONFIG, UnknownThermalState())(CPU)
+    assert 'differ from run to run' in ' '.join(host.load().notes)
+    host.release()
+
+
 def text_beside_scores() -> onnx.ModelProto:
     return model_of(
         [
