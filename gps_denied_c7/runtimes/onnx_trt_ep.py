@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import os
@@ -437,8 +438,9 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
             provider = self._landed(engine, notes)
             engine.inputs = _specs(engine.session.get_inputs())
             wanted = self._wanted(entry, [argument.name for argument in engine.session.get_outputs()])
+            given = own_input_shapes(entry, self.label)
             engine.random = model is not None and bool(model.random)
-            engine.outputs = _certain_outputs(engine, set(wanted.values()), model)
+            engine.outputs = _certain_outputs(engine, set(wanted.values()), model, given)
             finite = [own for name, own in wanted.items() if name not in self._non_finite(entry)]
             engine.io = self._bind_tensors(ort, engine, provider, finite, notes)
         except BaseException:
@@ -715,12 +717,24 @@ def _different(found: Mapping[str, NDArray], expected: Mapping[str, NDArray]) ->
     return {name for name, array in expected.items() if not nearly_equal(found[name], array, _SAME)}
 
 
-def _certain_outputs(engine: _Session, wanted: Collection[str], model: OnnxModel | None) -> tuple[TensorSpec, ...]:
-    """Return the wanted outputs, each size as far as operators and ONNX Runtime agree on it."""
+def _certain_outputs(
+    engine: _Session, wanted: Collection[str], model: OnnxModel | None, given: Mapping[str, Sequence[int | None]]
+) -> tuple[TensorSpec, ...]:
+    """
+    Return the wanted outputs, each size as far as operators and ONNX Runtime agree on it.
+
+    :param given: shapes that the bundle gives inputs, by name: the sizes of axes that are free and have no name.
+    """
     declared = _specs([argument for argument in engine.session.get_outputs() if argument.name in wanted])
     if engine.certain or model is None:
         return declared
-    fed = {spec.name: [size or 1 for size in spec.axes] for spec in engine.inputs}
+    fed = {
+        spec.name: [
+            own or wanted or 1
+            for own, wanted in itertools.zip_longest(spec.axes, given.get(spec.name, ())[: len(spec.axes)])
+        ]
+        for spec in engine.inputs
+    }
     inferred = model.output_shapes(fed)
     return tuple(dataclasses.replace(spec, shape=_certain_shape(spec, inferred.get(spec.name))) for spec in declared)
 

@@ -197,6 +197,25 @@ def test_sparse_frames_are_answered_also_where_the_bundle_has_the_exporters_size
             require_same(host.infer({'image': frame}), expected)
 
 
+@pytest.mark.parametrize('isolation', ['process', 'none'])
+@pytest.mark.parametrize('size', [None, 24])
+def test_axes_without_a_size_or_name_have_that_of_the_bundle(tmp_path: Path, isolation: str, size: int | None) -> None:
+    model = model_of(
+        [helper.make_node('Mul', ['image', 'image'], ['scores'])],
+        [image([1, 1, None, None])],  # type: ignore[list-item]
+        [value('scores', FLOAT, [1, 1, None, None])],
+    )
+    path = write_model(tmp_path / 'model.onnx', model)
+    bundle = bundle_around(
+        path, 'onnx_trt_ep', inputs=(TensorSpec('image', 'float32', SHAPE),),
+        outputs=(TensorSpec('scores', 'float32', (1, 1, size, 32)),),
+    )  # fmt: skip
+    with served(bundle, isolation) as host:
+        assert host.outputs[0].shape == SHAPE
+        for frame in frames(4):
+            require_same(host.infer({'image': frame}), {'scores': frame * frame})
+
+
 def test_a_size_in_the_bundle_that_depends_on_the_data_is_said(tmp_path: Path) -> None:
     path = write_model(tmp_path / 'model.onnx', sized_as_the_example())
     bundle = bundle_around(
