@@ -116,15 +116,19 @@ class OnnxModel:
         for value in model.graph.input:
             for axis, size in zip(value.type.tensor_type.shape.dim, inputs.get(value.name, ()), strict=False):
                 axis.dim_value = size
+        names = [value.name for value in model.graph.output]
+        passed_through = {value.name for value in (*model.graph.input, *model.graph.initializer)}
+        # As outputs, they have no shape, which would be taken for that of the input.
+        made = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in model.graph.output]
+        del model.graph.output[:]
+        model.graph.output.extend(value for value in made if value.name not in passed_through)
         try:
             model = onnx.shape_inference.infer_shapes(model, data_prop=True)
         except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
             # Each output is then allocated anew for each request, which is right for any shape.
             _log.info('shapes of the outputs cannot be inferred: %s', error)
-        passed_through = {value.name for value in (*model.graph.input, *model.graph.initializer)}
-        return {
-            value.name: None if value.name in passed_through else _known_shape(value) for value in model.graph.output
-        }
+        shapes = {value.name: _known_shape(value) for value in model.graph.output}
+        return {name: shapes.get(name) for name in names}
 
     @property
     def content_sha256(self) -> str:
@@ -330,6 +334,13 @@ def _skeleton(model: onnx.ModelProto) -> bytes:
         elif tensor.name not in given:
             # As an input, it has a type and a shape, and no values.
             graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
+    for index, node in reversed(list(enumerate(graph.node))):
+        # Some exporters keep weights in these.
+        if node.op_type == 'Constant' and node.attribute[:1] and node.ByteSize() > _SHAPE_BYTES:
+            tensor = node.attribute[0].t
+            if node.attribute[0].name == 'value' and node.output[:1] and node.domain in ('', 'ai.onnx'):
+                graph.input.append(helper.make_tensor_value_info(node.output[0], tensor.data_type, list(tensor.dims)))
+                del graph.node[index]
     kept = [type(tensor).FromString(tensor.SerializeToString()) for tensor in small]
     del graph.initializer[:], graph.value_info[:]
     graph.initializer.extend(kept)

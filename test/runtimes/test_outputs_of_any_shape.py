@@ -27,6 +27,7 @@ from gps_denied_c7.errors import EngineDeserializeError, InferenceError
 from gps_denied_c7.hosts import in_process_hosts
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import ProviderSet
+from gps_denied_c7.runtimes.onnx_model import read_onnx
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.thermal import UnknownThermalState
@@ -257,6 +258,28 @@ def test_an_engine_whose_runs_are_not_those_of_session_run_is_refused(
     host = in_process_hosts(ModelBundle.load(path), CONFIG, UnknownThermalState())(CPU)
     with pytest.raises(EngineDeserializeError, match='are not those of a plain one'):
         host.load()
+
+
+def test_weights_in_constant_nodes_are_not_carried_along_to_infer_shapes(tmp_path: Path) -> None:
+    weights = numpy_helper.from_array(np.ones((32, 1 << 14), np.float32), 'weights')
+    model = model_of(
+        [
+            helper.make_node('Constant', [], ['axis'], value=numpy_helper.from_array(np.array([-1, 32]))),
+            helper.make_node('Reshape', ['image', 'axis'], ['rows']),
+            helper.make_node('Constant', [], ['weights'], value=weights),
+            helper.make_node('MatMul', ['rows', 'weights'], ['y']),
+        ],
+        [image()],
+        [value('y', FLOAT, None), value('weights', FLOAT, None)],
+    )
+    path = write_model(tmp_path / 'model.onnx', model)
+    read = read_onnx(path, None)
+    assert len(read.skeleton) < 1000
+    assert read.output_shapes({'image': SHAPE}) == {'y': (24, 1 << 14), 'weights': None}
+    with served(ModelBundle.load(path), 'none') as host:
+        for frame in frames(2):
+            expected = dict(zip(('y', 'weights'), plain_session(path).run(None, {'image': frame}), strict=True))
+            require_same(host.infer({'image': frame}), expected)
 
 
 def test_a_network_that_throws_dice_is_served_and_said(tmp_path: Path) -> None:
