@@ -68,9 +68,11 @@ class Channel:
 
         :param block: wait where many packets lie unread at the other end.
         :raises ChannelClosedError: nobody is there to receive it.
-        :raises InferenceError: it would have to wait.
+        :raises InferenceError: it would have to wait, or is longer than the other end takes.
         """
         data = json.dumps(packet, separators=(',', ':')).encode()
+        if len(data) > _PACKET_BYTES:
+            raise InferenceError(f'a packet of {len(data)} bytes is longer than {_PACKET_BYTES}: {data!r:.100}')
         beside = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', descriptors))]
         try:
             # Not socket.send_fds, which drops its flags.

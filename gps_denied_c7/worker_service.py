@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 import pickle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn, cast
 
@@ -21,12 +21,15 @@ from gps_denied_c7.runtimes.gpu_usage import GpuMemoryWatch
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout, segment_bytes
 from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.thermal import UnknownThermalState
-from gps_denied_c7.worker_channel import Channel, error_to_json
+from gps_denied_c7.worker_channel import Channel, ChannelClosedError, error_to_json
 
 __all__ = ['EngineService', 'WorkerTask']
 
 # An output that grows up to here gets room for twice as much.
 _GENEROUS_BYTES = 1 << 26
+
+# Of remarks about a load, which have to fit into one packet with the names of all tensors.
+_NOTE_CHARACTERS, _MOST_NOTES = 1000, 16
 
 _log = logging.getLogger(__name__)
 
@@ -92,18 +95,20 @@ class EngineService:
             make = in_process_hosts(task.bundle, task.config, UnknownThermalState(), on_build=self._tell_progress)
             self._host = make(task.rung)
             facts = self._load_engine(task)
+            facts = dataclasses.replace(facts, notes=_brief(facts.notes))
+            self._channel.send(
+                {
+                    'say': 'loaded',
+                    'facts': dataclasses.asdict(facts),
+                    'inputs': [_spec(spec) for spec in self._host.inputs],
+                    'outputs': [_spec(spec) for spec in self._host.outputs],
+                }
+            )
+        except ChannelClosedError:
+            raise
         except Exception as error:
             _log.debug('loading failed', exc_info=True)
             self._channel.send({'say': 'failed', 'error': error_to_json(error)})
-            return
-        self._channel.send(
-            {
-                'say': 'loaded',
-                'facts': dataclasses.asdict(facts),
-                'inputs': [_spec(spec) for spec in self._host.inputs],
-                'outputs': [_spec(spec) for spec in self._host.outputs],
-            }
-        )
 
     def _load_engine(self, task: WorkerTask) -> EngineFacts:
         if not task.rung.on_gpu:
@@ -145,22 +150,24 @@ class EngineService:
             if place:
                 self._host.place(inputs=self._inputs)
             self._write(self._host.infer(self._inputs))
+            if not self._node_knows_layout:
+                self._channel.send(
+                    {
+                        'say': 'answered',
+                        'id': number,
+                        'ran_ns': self._host.ran_ns,
+                        'layout': self._layout.to_json(),
+                        'outputs': [_spec(spec) for spec in self._host.outputs if spec.shape is None],
+                    }
+                )
+                self._node_knows_layout = True
+                return
+        except ChannelClosedError:
+            raise
         except Exception as error:
             self._channel.send({'say': 'failed', 'id': number, 'error': error_to_json(error)})
             return
-        if self._node_knows_layout:
-            self._channel.send_numbers(number, *self._host.ran_ns)
-        else:
-            self._channel.send(
-                {
-                    'say': 'answered',
-                    'id': number,
-                    'ran_ns': self._host.ran_ns,
-                    'layout': self._layout.to_json(),
-                    'outputs': [_spec(spec) for spec in self._host.outputs],
-                }
-            )
-            self._node_knows_layout = True
+        self._channel.send_numbers(number, *self._host.ran_ns)
 
     def _write(self, outputs: dict[str, NDArray]) -> None:
         """Have ``outputs`` in the segment, copied unless they are there."""
@@ -198,6 +205,13 @@ class EngineService:
         received = self._channel.receive()
         assert received is not None and isinstance(received[0], dict)
         self._map(received[0], received[1])
+
+
+def _brief(notes: Sequence[str]) -> tuple[str, ...]:
+    """Return remarks that fit into a packet: there may be one for each output, and a vendor's may be pages long."""
+    if len(notes) > _MOST_NOTES:
+        notes = (*notes[: _MOST_NOTES - 1], f'{len(notes) - _MOST_NOTES + 1} more remarks are left out.')
+    return tuple(note if len(note) <= _NOTE_CHARACTERS else f'{note[:_NOTE_CHARACTERS]} ...' for note in notes)
 
 
 def _is_at(array: NDArray, other: NDArray) -> bool:

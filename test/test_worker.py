@@ -27,6 +27,9 @@ import pytest
 pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 
+import onnx
+from onnx import TensorProto, helper
+
 from gps_denied_c7 import worker_host, worker_process, worker_service
 from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import RuntimeChain
@@ -821,6 +824,37 @@ def test_f1_a_packet_that_is_too_long_says_so():
         channel.receive()
     channel.close()
     theirs.close()
+
+
+@pytest.mark.parametrize('count', [400, 4000])
+def test_f1_a_network_of_very_many_outputs_answers_or_says_why_not(tmp_path, count):
+    names = [f'/model/head/NonZero_output_{number}' for number in range(count)]
+    graph = helper.make_graph(
+        [helper.make_node('NonZero', ['image'], [name]) for name in names],
+        'many',
+        [helper.make_tensor_value_info('image', TensorProto.FLOAT, [2, 3])],
+        [helper.make_tensor_value_info(name, TensorProto.INT64, [2, 6]) for name in names],
+    )
+    path = tmp_path / 'many.onnx'
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid('', 17)], ir_version=8), path)
+    host = worker_hosts(ModelBundle.load(path), CONFIG)(CPU)
+    try:
+        if count == 4000:
+            with pytest.raises(C7Error, match='longer than 65536'):
+                host.load()
+            return
+        host.load()
+        for image in (np.ones((2, 3), np.float32), np.eye(2, 3, dtype=np.float32)):
+            found = host.infer({'image': image})
+            assert len(found) == count and all(np.array_equal(each, np.nonzero(image)) for each in found.values())
+    finally:
+        host.release()
+
+
+def test_f1_remarks_about_a_load_fit_into_a_packet():
+    kept = worker_service._brief(['x' * 100_000, *(f'remark {number}' for number in range(1000))])
+    assert sum(map(len, kept)) < 17_000 and kept[0].endswith(' ...') and kept[-1] == '986 more remarks are left out.'
+    assert worker_service._brief(['one', 'two']) == ('one', 'two')
 
 
 def test_f1_descriptors_beside_an_empty_packet_are_closed():
