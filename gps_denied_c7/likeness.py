@@ -28,6 +28,8 @@ _SMALLEST = 2.0**-24
 _MATCHED = 0.8
 """Share of the points of each side that have a partner on the other."""
 _FEW_COLUMNS, _MOST_COLUMNS = 16, 256
+_LIKE_NEIGHBOURS = 0.5
+"""Difference of neighbouring rows as a share of that of rows far apart, below which their order means something."""
 # What is looked at closely, so that a comparison costs tens of milliseconds: points, elements, coordinates of pairs.
 _SAMPLE, _ELEMENTS, _SLICED, _PAIRS = 32, 1 << 14, 1 << 16, 1 << 23
 
@@ -219,7 +221,24 @@ def _row_axis(found: NDArray, expected: NDArray, free_axis: int | None) -> int |
     if any(size != 1 for size in expected.shape[:-2]) or expected.ndim > 3:
         return None
     rows, columns = expected.shape[-2:]
-    return expected.ndim - 2 if rows > columns and columns <= _MOST_COLUMNS else None
+    is_list = rows > columns and columns <= _MOST_COLUMNS and not _is_picture(expected.reshape(rows, columns))
+    return expected.ndim - 2 if is_list else None
+
+
+def _is_picture(rows: NDArray) -> bool:
+    """Tell whether neighbouring rows are alike, as those of a mask or a map are and those of a list are not."""
+    if rows.shape[1] <= _FEW_COLUMNS:
+        return False
+    values = rows[:, :: -(-rows.size // _SLICED)].astype(np.float64)
+    values = np.nan_to_num(values, nan=0.0, posinf=0.0, neginf=0.0)
+    # Lists of a fixed length end in rows of padding.
+    filled = np.flatnonzero((values != values[-1]).any(axis=1))
+    values = values[: filled[-1] + 1 if filled.size else 0]
+    if len(values) < _FEW_COLUMNS:
+        return False
+    half = len(values) // 2
+    apart, neighbours = (float(np.abs(values[step:] - values[:-step]).mean()) for step in (half, 1))
+    return neighbours < _LIKE_NEIGHBOURS * apart
 
 
 def _points(found: NDArray, expected: NDArray, allow_non_finite: bool) -> str | None:

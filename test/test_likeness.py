@@ -220,3 +220,25 @@ def test_random_arrays_of_any_shape_and_type_never_raise() -> None:
             sides.append(array)
         unlike(*sides, allow_non_finite=bool(random.randint(2)))
         assert alike(sides[0], sides[0].copy(), allow_non_finite=True)
+
+
+@pytest.mark.parametrize('lead', [(), (1,)])
+@pytest.mark.parametrize('kind', ['float32', 'uint8', 'bool'])
+def test_a_tall_map_without_channels_is_no_list_of_its_rows(lead: tuple[int, ...], kind: str) -> None:
+    """As depth and masks often are: moved by a few rows or upside down, most rows are there, in another place."""
+    for seed in range(5):
+        cells = np.random.RandomState(seed).uniform(size=(30, 20)).repeat(8, axis=0).repeat(8, axis=1)
+        expected = (cells if kind == 'float32' else cells > 0.5).astype(kind).reshape(*lead, 240, 160)
+        assert alike(expected.copy(), expected)
+        assert not alike(np.roll(expected, 3, axis=-2), expected) and not alike(np.flip(expected, -2), expected)
+
+
+@pytest.mark.parametrize('padding', [0, 300, 480])
+def test_rows_of_many_columns_in_any_order_are_a_list_still(padding: int) -> None:
+    """Descriptors, and boxes with a score for each class; those of a fixed length end in zeros."""
+    random = np.random.RandomState(0)
+    boxes = np.concatenate([random.uniform(0, 640, (500, 4)), random.beta(0.3, 1, (500, 80))], 1)
+    for expected in (random.normal(size=(500, 128)).astype(np.float32), boxes.astype(np.float32)):
+        expected[500 - padding :] = 0
+        order = np.concatenate([random.permutation(500 - padding), np.arange(500 - padding, 500)])
+        assert alike(expected[order], expected)
