@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,13 @@ def why_not() -> str:
     """Return why nothing can be traced here, empty where it can."""
     if shutil.which('strace') is None:
         return 'strace is not installed: sudo apt-get install -y strace'
-    tried = subprocess.run([*_STRACE, '-o', '/dev/null', 'true'], capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as directory:
+        # Where strace cannot write, the program that it was to trace stands still.
+        command = [*_STRACE, '-o', f'{directory}/tried', 'true']
+        try:
+            tried = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20.0)
+        except subprocess.TimeoutExpired:
+            return 'strace may not trace here: the program that it was to trace stands still'
     return f'strace may not trace here: {tried.stderr.strip()}' if tried.returncode else ''
 
 
