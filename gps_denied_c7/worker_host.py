@@ -416,20 +416,28 @@ class WorkerHost:
 
     def _grow(self, packet: dict[str, Any]) -> None:
         size = packet.get('bytes')
-        if not isinstance(size, int) or not 0 <= size <= _LARGEST_ANSWER_BYTES:
+        if not isinstance(size, int) or size < 0:
             raise InferenceError(f'{self._name()} asks for an impossible segment of {size!r} bytes.')
         # Views of the segment before are no answer to anything that comes.
         self._outputs = {}
-        self._answers = self._replace(self._answers, 'answers', size)
+        try:
+            if size > _LARGEST_ANSWER_BYTES:
+                raise InferenceError(f'an answer of {size} bytes is larger than {_LARGEST_ANSWER_BYTES}.')
+            self._answers = self._replace(self._answers, 'answers', size)
+        except WorkerDiedError:
+            raise
+        except InferenceError as error:
+            # Its worker waits for the segment; told that there is none, it fails this request alone.
+            self._loaded().send({'do': 'refuse', 'why': error.message}, block=False)
 
     def _replace(self, before: SharedTensors | None, role: str, size: int) -> SharedTensors:
         process = self._loaded()
-        if before is not None:
-            before.close()
         try:
             segment = SharedTensors.create(size, writable=role == 'requests')
         except OSError as error:
             raise InferenceError(f'no memory for a segment of {size} bytes: {error}.') from error
+        if before is not None:
+            before.close()
         try:
             # A worker that reads nothing must not hold up this process.
             process.send({'do': 'map', 'segment': role}, [segment.descriptor], block=False)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.errors import InferenceError
 from gps_denied_c7.hosts import in_process_hosts
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import BuildProgress, EngineFacts
@@ -189,14 +190,15 @@ class EngineService:
 
     def _make_layout(self, outputs: Mapping[str, NDArray]) -> TensorLayout:
         """Return where ``outputs`` lie: each where its room is, in a new segment where one has outgrown its own."""
-        outgrown = [name for name, array in outputs.items() if array.nbytes > self._rooms.get(name, -1)]
+        rooms = {name: self._rooms.get(name, -1) for name in outputs}
+        outgrown = [name for name, array in outputs.items() if array.nbytes > rooms[name]]
         if outgrown or self._rooms.keys() != outputs.keys():
             for name in outgrown:
                 # What has grown once will grow again, as long as that is cheap.
-                size, grew = outputs[name].nbytes, name in self._rooms
-                self._rooms[name] = 2 * size if grew and size < _GENEROUS_BYTES else size
-            self._rooms = {name: self._rooms[name] for name in outputs}
-            self._grow(segment_bytes(self._rooms.values()))
+                size, grew = outputs[name].nbytes, rooms[name] >= 0
+                rooms[name] = 2 * size if grew and size < _GENEROUS_BYTES else size
+            self._grow(segment_bytes(rooms.values()))
+            self._rooms = rooms
         return TensorLayout.of(outputs, self._rooms)
 
     def _grow(self, size: int) -> None:
@@ -204,6 +206,8 @@ class EngineService:
         self._channel.send({'say': 'needs', 'bytes': size})
         received = self._channel.receive()
         assert received is not None and isinstance(received[0], dict)
+        if received[0]['do'] == 'refuse':
+            raise InferenceError(f'the node has no room for the answer: {received[0]["why"]}')
         self._map(received[0], received[1])
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from onnx_models import bundle_around, model_of, write_model
 
-from gps_denied_c7 import worker_service
+from gps_denied_c7 import worker_host, worker_service
 from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import EngineDeserializeError, InferenceError
@@ -215,6 +215,34 @@ def test_axes_without_a_size_or_name_have_that_of_the_bundle(tmp_path: Path, iso
         assert host.outputs[0].shape == SHAPE
         for frame in frames(4):
             require_same(host.infer({'image': frame}), {'scores': frame * frame})
+
+
+def test_an_answer_too_large_for_the_node_costs_itself_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where there is no memory for it: the worker, which waits for room, goes on with the next frame."""
+    path = write_model(tmp_path / 'model.onnx', free_before_fixed())
+    session = plain_session(path)
+    with served(ModelBundle.load(path), 'process') as host:
+        sparse, full = np.zeros(SHAPE, np.float32), np.ones(SHAPE, np.float32)
+        for limit in (8192, None, 8192):
+            monkeypatch.setattr(worker_host, '_LARGEST_ANSWER_BYTES', 1 << 30)
+            require_same(host.infer({'image': sparse}), answered(session, sparse))
+            if limit is None:
+                monkeypatch.setattr(SharedTensors, 'create', no_memory)
+            else:
+                monkeypatch.setattr(worker_host, '_LARGEST_ANSWER_BYTES', limit)
+            with pytest.raises(InferenceError, match='no room for the answer'):
+                host.infer({'image': full})
+            monkeypatch.undo()
+            require_same(host.infer({'image': sparse}), answered(session, sparse))
+        require_same(host.infer({'image': full}), answered(session, full))
+
+
+def no_memory(size: int, *, writable: bool) -> SharedTensors:
+    raise OSError(28, 'No space left on device')
+
+
+def answered(session: onnxruntime.InferenceSession, frame: NDArray) -> dict[str, NDArray]:
+    return dict(zip(('keypoints', 'scores'), session.run(None, {'image': frame}), strict=True))
 
 
 def test_a_size_in_the_bundle_that_depends_on_the_data_is_said(tmp_path: Path) -> None:
