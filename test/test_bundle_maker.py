@@ -37,7 +37,7 @@ from gps_denied_c7.errors import C7Error, EngineDeserializeError, ModelBundleErr
 from gps_denied_c7.hosts import in_process_hosts
 from gps_denied_c7.preprocessing import Preprocessor
 from gps_denied_c7.runtimes import onnx_model
-from gps_denied_c7.runtimes.onnx_model import random_operators, read_onnx
+from gps_denied_c7.runtimes.onnx_model import read_onnx
 from gps_denied_c7.thermal import UnknownThermalState
 
 SHAPE = (1, 3, 24, 32)
@@ -569,7 +569,7 @@ def random_networks() -> Mapping[str, onnx.ModelProto]:
 def test_m1_random_operators_are_named_wherever_they_lie(tmp_path: Path, kind: str) -> None:
     model = random_networks()[kind]
     assert kind.split()[0] in refused(tmp_path, model).message
-    assert read_onnx(tmp_path / 'net.onnx', None).random == random_operators(model) != ()
+    assert any(named.startswith(kind.split()[0]) for named in read_onnx(tmp_path / 'net.onnx', None).random)
 
 
 def test_m1_a_dropout_that_does_not_train_is_none(tmp_path: Path) -> None:
@@ -578,7 +578,7 @@ def test_m1_a_dropout_that_does_not_train_is_none(tmp_path: Path) -> None:
         model = network(nodes=[helper.make_node('Dropout', inputs, ['out'])], outputs=outputs)
         model.graph.initializer.append(numpy_helper.from_array(np.float32(0.5), 'ratio'))
         model.graph.initializer.append(numpy_helper.from_array(np.array(False), 'no'))
-        assert random_operators(model) == ()
+        assert read_onnx(saved(tmp_path, model), None).random == ()
     assert made(tmp_path, model).golden
 
 

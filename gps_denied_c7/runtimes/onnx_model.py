@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
     import onnx
 
-__all__ = ['OnnxModel', 'ep_context_model', 'random_operators', 'read_onnx']
+__all__ = ['OnnxModel', 'ep_context_model', 'read_onnx']
 
 _log = logging.getLogger(__name__)
 
@@ -89,7 +89,7 @@ class OnnxModel:
     :param weights: by name, weights of the main graph that a session has to be handed with ``source``: read-only
         views of sealed copies of the external files.
     :param skeleton: the graph without its weights and without the shapes that the exporter declared for its outputs.
-    :param random: operators that throw dice, as :func:`random_operators` names them.
+    :param random: operators that make the same request have other answers, as ``Dropout 'drop1'``.
     """
 
     source: bytes = field(repr=False)
@@ -468,16 +468,12 @@ def _names_used(graph: onnx.GraphProto) -> set[str]:
     return names
 
 
-def random_operators(model: onnx.ModelProto) -> tuple[str, ...]:
+def _random_operators(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> tuple[str, ...]:
     """
-    Name the operators that make the same request have other answers, as ``Dropout 'drop1'``; those inside too.
+    Name the random ones among ``nodes``, which are all of the model, subgraphs and functions included.
 
     Dropout counts in training mode, and where the mode is computed while the model runs.
     """
-    return _random_operators(model, model_contents(model)[0])
-
-
-def _random_operators(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> tuple[str, ...]:
     own = {(function.domain, function.name) for function in model.functions}
     # The oldest version decides: Dropout trained by default before 7, never from 7 to 11, by an input since 12.
     imports = (*model.opset_import, *(entry for function in model.functions for entry in function.opset_import))
