@@ -25,7 +25,8 @@ test: lint  ## ruff, mypy and every test this machine can run (TESTS="..." for s
 chaos:  ## kill, crash and stop the node's workers for minutes and account for every frame
 	$(ENVIRONMENT) run python3 test/measure/chaos.py
 
-soak:  ## compare the answers of random networks, and of a node under fire, with plain ONNX Runtime, 15 minutes
+soak:  ## new random examples for every property; random networks and a node under fire beside plain ONNX Runtime
+	$(ENVIRONMENT) run python3 -m pytest -m hypothesis --hypothesis-profile=random
 	C7_SOAK_NETWORKS=$${C7_SOAK_NETWORKS:-200} C7_SOAK_FRAMES=$${C7_SOAK_FRAMES:-100} \
 		$(ENVIRONMENT) run python3 -m pytest test/differential -s
 	$(ENVIRONMENT) run python3 test/measure/answers.py

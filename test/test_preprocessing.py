@@ -9,7 +9,7 @@ from fractions import Fraction
 import cv2
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -171,6 +171,7 @@ def test_section6_a_dot_found_by_the_network_maps_back_to_where_it_was_drawn(
     source=st.tuples(st.integers(40, 500), st.integers(40, 500)),
     network=st.tuples(st.integers(20, 200), st.integers(20, 200)),
 )
+@example(interpolation='nearest', source=(238, 40), network=(42, 20))
 def test_section6_each_network_pixel_shows_what_lies_where_it_maps_to(interpolation, source, network):
     """A ramp whose value is its column: what a pixel holds is where it came from, away from the edges."""
     spec = _spec(*network, interpolation=interpolation)
@@ -184,10 +185,14 @@ def test_section6_each_network_pixel_shows_what_lies_where_it_maps_to(interpolat
         inside = (mapped > reach) & (mapped < source[axis] - 1 - reach)
         if inside.sum() < 20:
             continue
-        difference = (shown - mapped)[inside]
-        # Where the place is a whole number, OpenCV's rounding may take the pixel before it.
+        difference = shown - mapped
+        if interpolation == 'nearest':
+            # Where the place counted from the edge is a whole number, OpenCV's rounding may take the pixel before it.
+            whole = np.arange(network[axis]) * source[axis] % network[axis] == 0
+            difference += whole & (difference < -0.5)
+        difference = difference[inside]
         assert np.quantile(np.abs(difference), 0.9) < 0.55
-        assert np.abs(difference).max() < (1.55 if interpolation in ('nearest', 'area') else 0.55)
+        assert np.abs(difference).max() < (1.55 if interpolation == 'area' else 0.55)
         assert abs(difference.mean()) < 0.2
 
 
