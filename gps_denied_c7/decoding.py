@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import dataclass
 from typing import Any
@@ -11,12 +12,17 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from gps_denied_c7.errors import ImageRejectedError
+from gps_denied_c7.jpeg import JPEG_START, decode_jpeg, import_simplejpeg
+from gps_denied_c7.png import PNG_SIGNATURE, decode_png
 from gps_denied_c7.scratch import Scratch
 
 __all__ = [
     'ENCODINGS',
     'MAX_PIXELS',
     'MAX_SIDE',
+    'ODDITIES',
+    'ORDERS',
+    'REASONS',
     'Pixels',
     'RawImage',
     'channel_order',
@@ -24,6 +30,8 @@ __all__ = [
     'check_image',
     'decode_compressed',
     'decode_image',
+    'decode_picture',
+    'import_decoders',
 ]
 
 MAX_SIDE = 16384
@@ -150,18 +158,20 @@ _TABLE = {**_MONO, **_COLOUR, **_BAYER, **_YUV, **_generic()}
 ENCODINGS = tuple(_TABLE)
 """Every raw encoding that can be decoded."""
 
-_JPEG_START = b'\xff\xd8'
-_EOI, _SOS = 0xD9, 0xDA
-_SOF = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-# FF 00 is a stuffed FF within a scan and FF FF is fill; FF 01 and the restart markers FF D0..D7 have no length.
-_JPEG_MARKER = re.compile(rb'\xff[^\x00\x01\xff\xd0-\xd7]')
-_PNG_SIGNATURE = b'\x89PNG\r\n\x1a\n'
-# What a file of any honest size needs, so that a garbage one cannot keep a callback busy.
-_MAX_JPEG_SEGMENTS = 1 << 12
-# A decoder goes over the whole image for each scan, also an empty one. Progressive files have about ten.
-_MAX_JPEG_SCANS = 32
-_MAX_PNG_CHUNKS = 1 << 16
+ORDERS = {'gray': 1, 'rgb': 3, 'bgr': 3, 'rgba': 4, 'bgra': 4}
+"""Channels of each order that :class:`Pixels` may have."""
 
+REASONS = ('encoding', 'size', 'data', 'message', 'decode_time', 'decode_memory', 'decoder')
+"""Why a compressed image may be refused."""
+
+ODDITIES = (
+    'no_end_mark', 'padding_before_end', 'bytes_after_end', 'bytes_between_segments', 'bytes_before_restart',
+    'scan_parameters', 'jfif_version', 'bad_checksum', 'bytes_after_data',
+)  # fmt: skip
+"""Faults of a file that are tolerated: its pixels are there and right."""
+
+# What the stock publishers write is shorter than 40.
+_MAX_FORMAT = 1024
 _MEASURED = re.compile(r'(8|16|32|64)[USF](C\d*)?')
 
 
@@ -307,19 +317,16 @@ def _buffer(data: Any) -> memoryview:
 
 def check_compressed(format: str, data: Any) -> None:
     """
-    Look for what makes a compressed image undecodable, without decoding it.
+    Look for what makes a compressed image undecodable, in a time that does not depend on it.
 
-    Reads the headers and finds the end mark: about 0.5 ms per MB of JPEG. What follows the end is
-    ignored; cameras pad there.
+    Reads the length and the first bytes; the rest may still be damaged.
 
     :param format: of the message, as ``jpeg`` or ``bgr8; png compressed bgr8``. The content says which of the two it
         is; the encoding before a semicolon says what the pixels mean.
-    :raises ImageRejectedError: ``encoding`` (neither JPEG nor PNG, or the encoding named cannot be had from it),
-        ``size`` (zero or too large, from the header, before anything is allocated) or ``data`` (damaged, or cut short).
+    :raises ImageRejectedError: ``encoding`` (neither JPEG nor PNG, or the encoding named cannot be had from it) or
+        ``data`` (no buffer, or not what ``format`` says).
     """
-    buffer = _buffer(data)
-    _compressed_size(format, buffer)
-    _content(format, buffer)
+    _content(format, _recognise(format, _buffer(data)))
 
 
 def decode_compressed(format: str, data: Any, scratch: Scratch | None = None) -> Pixels:
@@ -341,17 +348,55 @@ def decode_compressed(format: str, data: Any, scratch: Scratch | None = None) ->
     :raises ImageRejectedError: as :func:`check_compressed`, ``data`` also where the decoder gives up, or the file has
         other channels or another depth than the encoding named.
     """
+    return decode_picture(format, data, scratch)[0]
+
+
+def import_decoders() -> None:
+    """Import what :func:`decode_picture` uses, so that the first picture need not wait for it."""
     import cv2
 
-    buffer = _buffer(data)
-    width, height = _compressed_size(format, buffer)
+    cv2.setNumThreads(1)
+    with contextlib.suppress(ImageRejectedError):
+        # Each JPEG is told.
+        import_simplejpeg()
+
+
+def decode_picture(
+    format: str, data: Any, scratch: Scratch | None = None, memory_bytes: int | None = None
+) -> tuple[Pixels, tuple[str, ...]]:
+    """
+    Return what :func:`decode_compressed` returns, and which faults of the file were tolerated.
+
+    :param memory_bytes: refuse what needs more, before it is allocated; None for no limit.
+    :return: pixels, and some of :data:`ODDITIES`.
+    :raises ImageRejectedError: as :func:`decode_compressed`, and ``decode_memory``.
+    """
+    import cv2
+
+    buffer = _recognise(format, _buffer(data))
     named = _content(format, buffer)
+    scratch = scratch or Scratch()
+
+    def admit(width: int, height: int, size: int) -> None:
+        _check_size(width, height)
+        if memory_bytes is not None and size > memory_bytes:
+            raise ImageRejectedError(
+                'decode_memory',
+                f'{width}x{height} pixels take {size} bytes to decode, of {memory_bytes} that a picture may take.',
+                remedy='Send smaller pictures, or raise the memory limit.',
+            )
+
     try:
-        array = cv2.imdecode(np.frombuffer(buffer, np.uint8), cv2.IMREAD_UNCHANGED)
+        array, oddities = (
+            decode_jpeg(buffer, scratch, admit) if buffer[:2] == JPEG_START else decode_png(buffer, admit)
+        )
     except cv2.error as error:
+        if error.code == cv2.Error.StsNoMem:
+            raise MemoryError(str(error)) from error
         raise ImageRejectedError('data', f'OpenCV cannot decode it: {error}') from error
     if array is None:
-        raise ImageRejectedError('data', f'{width}x{height} {format!r} of {buffer.nbytes} bytes is damaged.')
+        raise ImageRejectedError('data', f'OpenCV cannot decode {format!r} of {buffer.nbytes} bytes.')
+    height, width = array.shape[:2]
     channels = array.shape[2] if array.ndim == 3 else 1
     found = _Encoding({1: 'gray', 3: 'bgr', 4: 'bgra'}[channels], array.itemsize, channels)
     encoding = named or found
@@ -369,7 +414,26 @@ def decode_compressed(format: str, data: Any, scratch: Scratch | None = None) ->
         raise ImageRejectedError('size', f'{width}x{height} is too small for {format!r}: it would come out black.')
     if from_8_bits:
         array = np.multiply(array, 256, dtype=np.uint16)
-    return _pixels(array, encoding, scratch or Scratch())
+    return _pixels(array, encoding, scratch), oddities
+
+
+def _recognise(format: str, data: memoryview) -> memoryview:
+    """Return ``data`` where it begins like a JPEG or PNG."""
+    if len(format) > _MAX_FORMAT:
+        raise ImageRejectedError('encoding', f'a compressed format of {len(format)} characters: {format!r:.100}.')
+    if 'compresseddepth' in format.lower():
+        raise ImageRejectedError(
+            'encoding', f'{format!r} is a depth image.', remedy='Subscribe to the camera, not to its depth stream.'
+        )
+    if data[:2] == JPEG_START or data[:8] == PNG_SIGNATURE:
+        return data
+    if any(name in format.lower() for name in ('jpeg', 'jpg', 'png')):
+        raise ImageRejectedError(
+            'data',
+            f'{data.nbytes} bytes said to be {format!r} are neither JPEG nor PNG.',
+            remedy='Look into the log of the publisher: it sends 0 bytes where it cannot compress an encoding.',
+        )
+    raise ImageRejectedError('encoding', f'compressed format {format!r} is unknown.', remedy='Publish JPEG or PNG.')
 
 
 def _content(format: str, data: memoryview) -> _Encoding | None:
@@ -379,7 +443,7 @@ def _content(format: str, data: memoryview) -> _Encoding | None:
         return None
     encoding = _encoding(name)
     bgr = 'compressed bgr' in compression
-    if name in _BAYER and data[:2] == _JPEG_START:
+    if name in _BAYER and data[:2] == JPEG_START:
         raise ImageRejectedError(
             'encoding',
             f'{format!r} is a mosaic in a JPEG, which mixes its colours.',
@@ -395,73 +459,3 @@ def _content(format: str, data: memoryview) -> _Encoding | None:
         # The publisher drops alpha, so that the file has three channels.
         return _Encoding('bgr' if bgr else 'rgb', encoding.depth, channels=3)
     return encoding
-
-
-def _compressed_size(format: str, data: memoryview) -> tuple[int, int]:
-    """Return (width, height) from the header of a file that is there to its end."""
-    if 'compresseddepth' in format.lower():
-        raise ImageRejectedError(
-            'encoding', f'{format!r} is a depth image.', remedy='Subscribe to the camera, not to its depth stream.'
-        )
-    if data[:2] == _JPEG_START:
-        width, height = _jpeg_size(data)
-    elif data[:8] == _PNG_SIGNATURE:
-        width, height = _png_size(data)
-    elif any(name in format.lower() for name in ('jpeg', 'jpg', 'png')):
-        raise ImageRejectedError(
-            'data',
-            f'{data.nbytes} bytes said to be {format!r} are neither JPEG nor PNG.',
-            remedy='Look into the log of the publisher: it sends 0 bytes where it cannot compress an encoding.',
-        )
-    else:
-        raise ImageRejectedError('encoding', f'compressed format {format!r} is unknown.', remedy='Publish JPEG or PNG.')
-    _check_size(width, height)
-    return width, height
-
-
-def _jpeg_size(data: memoryview) -> tuple[int, int]:
-    # Walked segment by segment: the end mark of a thumbnail inside APP1 is not the end of the image.
-    # ISO/IEC 10918-1, annex B.
-    size = None
-    scans = 0
-    position = 2
-    for _ in range(_MAX_JPEG_SEGMENTS):
-        found = _JPEG_MARKER.search(data, position)
-        if found is None:
-            break
-        marker, position = found[0][1], found.end()
-        if marker == _EOI:
-            if size is None or not scans:
-                raise ImageRejectedError('data', 'JPEG ends before its first scan.')
-            return size
-        if marker in _SOF:
-            if size is not None:
-                # Which of them the decoder would believe, and allocate for, is its own affair.
-                raise ImageRejectedError('data', 'JPEG has two frame headers.')
-            frame = data[position : position + 7]
-            size = (int.from_bytes(frame[5:7], 'big'), int.from_bytes(frame[3:5], 'big'))
-        scans += marker == _SOS
-        if scans > _MAX_JPEG_SCANS:
-            raise ImageRejectedError('data', f'JPEG has more than {_MAX_JPEG_SCANS} scans.')
-        position += int.from_bytes(data[position : position + 2], 'big')
-    raise ImageRejectedError(
-        'data', f'JPEG of {data.nbytes} bytes is cut short: no end mark.', remedy='Look for loss on the way here.'
-    )
-
-
-def _png_size(data: memoryview) -> tuple[int, int]:
-    # Chunk: length, type, content, CRC (libpng checks that). PNG specification, 5.3 and 11.2.
-    position = len(_PNG_SIGNATURE)
-    if data[position : position + 8].tobytes() != b'\x00\x00\x00\rIHDR':
-        raise ImageRejectedError('data', 'PNG does not begin with its header.')
-    size = (int.from_bytes(data[16:20], 'big'), int.from_bytes(data[20:24], 'big'))
-    for _ in range(_MAX_PNG_CHUNKS):
-        end = position + 12 + int.from_bytes(data[position : position + 4], 'big')
-        if end > data.nbytes:
-            break
-        if data[position + 4 : position + 8].tobytes() == b'IEND':
-            return size
-        position = end
-    raise ImageRejectedError(
-        'data', f'PNG of {data.nbytes} bytes is cut short: no end chunk.', remedy='Look for loss on the way here.'
-    )

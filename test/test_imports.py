@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from source_tree import PACKAGE, REPOSITORY, imports_of, modules, package_imports
 
-VENDOR = ('cuda', 'cv2', 'onnx', 'onnxruntime', 'pynvml', 'tensorrt', 'torch')
+VENDOR = ('cuda', 'cv2', 'onnx', 'onnxruntime', 'pynvml', 'simplejpeg', 'tensorrt', 'torch')
 ROS = (
     'ament_index_python', 'builtin_interfaces', 'cv_bridge', 'diagnostic_msgs', 'geometry_msgs', 'gps_denied_c7_msgs',
     'launch', 'launch_ros', 'lifecycle_msgs', 'rcl_interfaces', 'rclpy', 'rosgraph_msgs', 'sensor_msgs', 'std_msgs',
