@@ -20,7 +20,7 @@ import threading
 
 from gps_denied_c7.worker_channel import Channel, ChannelClosedError
 
-__all__ = ['LOG_MARK', 'SPARE_NAME', 'WORKER_NAME', 'die_with_parent', 'main']
+__all__ = ['LOG_MARK', 'SPARE_NAME', 'WORKER_NAME', 'begin_child', 'die_with_parent', 'main']
 
 LOG_MARK = '\x1e'
 """Begins each line on standard error that comes from :mod:`logging`: mark, level number, blank, text."""
@@ -41,6 +41,23 @@ def die_with_parent() -> None:
         os._exit(1)
 
 
+def begin_child(name: str, lifetime: int) -> None:
+    """
+    Make this process one that ends with the node, leaves no core and marks its log lines.
+
+    :param name: what the kernel calls it, 15 characters at most.
+    :param lifetime: descriptor that is closed when the node ends.
+    """
+    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _name_process(name)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Marked())
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    threading.Thread(target=_end_with, args=(lifetime,), name='c7-lifetime', daemon=True).start()
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Serve until the channel is closed from the other end."""
     parser = argparse.ArgumentParser(prog='gps_denied_c7.worker', description='Run one engine for a node.')
@@ -48,9 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument('--lifetime', type=int, required=True, help='descriptor that is closed when the node ends')
     parser.add_argument('--spare', metavar='STRATEGY', help='import what it needs, say so, and wait')
     options = parser.parse_args(arguments)
-    die_with_parent()
-    _set_up_process()
-    threading.Thread(target=_end_with, args=(options.lifetime,), name='c7-lifetime', daemon=True).start()
+    begin_child(WORKER_NAME, options.lifetime)
     channel = Channel(socket.socket(fileno=options.channel))
     if options.spare:
         _get_ready(options.spare, channel)
@@ -81,15 +96,6 @@ def _import_for(strategy: str) -> None:
     from gps_denied_c7.runtimes import import_strategy
 
     import_strategy(strategy)
-
-
-def _set_up_process() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _name_process(WORKER_NAME)
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(_Marked())
-    logging.basicConfig(level=logging.INFO, handlers=[handler])
 
 
 def _name_process(name: str) -> None:

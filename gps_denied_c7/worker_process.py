@@ -1,4 +1,4 @@
-"""A process for one engine, seen from the node: start it, talk to it, notice its death, end it (F-1)."""
+"""A child process, seen from the node: start it, talk to it, notice its death, end it (F-1)."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ _spawner = _Spawner()
 
 class WorkerProcess:
     """
-    Hold one process that runs :mod:`gps_denied_c7.worker`, its channel, and its end.
+    Hold one process that runs a module of this package, its channel, and its end.
 
     For one thread, except :meth:`kill`, :meth:`release` and :meth:`join`.
 
@@ -101,12 +101,15 @@ class WorkerProcess:
         self._poller.register(self._pidfd, select.POLLIN)
 
     @classmethod
-    def start(cls, name: str, arguments: Iterable[str] = ()) -> WorkerProcess:
+    def start(
+        cls, name: str, arguments: Iterable[str] = (), *, module: str = 'gps_denied_c7.worker'
+    ) -> WorkerProcess:
         """
-        Start a process that waits for what it is to load.
+        Start a process that waits for what it is to do.
 
         :param name: as above.
-        :param arguments: options of :mod:`gps_denied_c7.worker` besides its descriptors.
+        :param arguments: options of ``module`` besides its descriptors.
+        :param module: what it runs; takes ``--channel`` and ``--lifetime``.
         :raises EngineDeserializeError: there is no process or descriptor left for it.
         """
         try:
@@ -121,7 +124,7 @@ class WorkerProcess:
                 failed.callback(os.close, log_read)
                 handed_over.callback(os.close, log_write)
                 command, environ = python_child(
-                    'gps_denied_c7.worker', '--channel', str(theirs.fileno()), '--lifetime', str(read_end), *arguments,
+                    module, '--channel', str(theirs.fileno()), '--lifetime', str(read_end), *arguments,
                     environ=worker_environment(os.environ),
                 )  # fmt: skip
                 process = _spawner.run(

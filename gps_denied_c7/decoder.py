@@ -1,0 +1,60 @@
+"""
+Decode the pictures of one camera in a process of its own: ``python -m gps_denied_c7.decoder --channel FD``.
+
+Started by :mod:`gps_denied_c7.decoder_client` alone. What a picture does to the decoder, it does here. Until its
+parent's death is its own, it imports nothing large.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import resource
+import socket
+import sys
+
+from gps_denied_c7.worker import begin_child
+from gps_denied_c7.worker_channel import Channel, ChannelClosedError
+
+__all__ = ['DECODER_NAME', 'main']
+
+DECODER_NAME = 'c7-decoder'
+"""What the kernel calls the process (``ps -o comm``)."""
+
+# The inference thread and the engines' workers go first.
+_NICENESS = 5
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve until the channel is closed from the other end."""
+    parser = argparse.ArgumentParser(prog='gps_denied_c7.decoder', description='Decode images for a node.')
+    parser.add_argument('--channel', type=int, required=True, help='descriptor of the socket to the node')
+    parser.add_argument('--lifetime', type=int, required=True, help='descriptor that is closed when the node ends')
+    parser.add_argument('--memory', type=int, required=True, help='bytes that decoding may take')
+    options = parser.parse_args(arguments)
+    begin_child(DECODER_NAME, options.lifetime)
+    os.nice(_NICENESS)
+    # A camera has one core at most.
+    os.environ.update(OPENBLAS_NUM_THREADS='1', OMP_NUM_THREADS='1')
+    from gps_denied_c7.decoder_service import DecoderService
+
+    channel = Channel(socket.socket(fileno=options.channel))
+    service = DecoderService(channel, options.memory)
+    _limit_memory(options.memory)
+    with contextlib.suppress(ChannelClosedError):
+        service.run()
+    os._exit(0)
+
+
+def _limit_memory(size: int) -> None:
+    """Have allocations fail that would need more than ``size`` bytes beside what the libraries take."""
+    # Not RLIMIT_AS: it counts the segments too, which the node bounds.
+    with open('/proc/self/status', encoding='ascii') as status:
+        fields = dict(line.split(':', 1) for line in status)
+    limit = int(fields['VmData'].split()[0]) * 1024 + size
+    resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+if __name__ == '__main__':
+    sys.exit(main())

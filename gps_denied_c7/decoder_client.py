@@ -1,0 +1,419 @@
+"""A decoder process, seen from the node: give it pictures, get tensors, and notice its death."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gps_denied_c7.backoff import Backoff
+from gps_denied_c7.decoding import MAX_PIXELS, MAX_SIDE, ODDITIES, ORDERS, REASONS, Pixels, check_compressed
+from gps_denied_c7.errors import C7Error, ImageRejectedError, InferenceError
+from gps_denied_c7.preprocessing import PreprocessingSpec
+from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
+from gps_denied_c7.worker_channel import plain_text
+from gps_denied_c7.worker_process import WorkerProcess
+
+__all__ = ['DecodedImage', 'ImageDecoder']
+
+# To import NumPy, OpenCV and simplejpeg, on a machine that is busy with others.
+_START_S = 10.0
+# What fails again this soon after it has failed waits; of what fails later, the first failure costs no pause.
+_PAUSE_S = (0.25, 10.0)
+_LEAST_INPUT_BYTES = 1 << 20
+# One that the network reads, one that waits for it, one that is written; and one that a slow reader still has.
+_MOST_BUFFERS = 4
+# A picture has one answer, and nothing else is said with it.
+_MOST_PACKETS = 4
+_TEXT_CHARACTERS = 1000
+_END_S = 0.5
+
+_log = logging.getLogger(__name__)
+
+
+class _Buffer:
+    """
+    Hold a segment for one tensor.
+
+    :param number: by which the process knows it.
+    :param home: where those lie that are free.
+    """
+
+    def __init__(self, number: int, segment: SharedTensors, home: deque[_Buffer]) -> None:
+        self.number, self.segment, self.home = number, segment, home
+        self._lent: deque[None] = deque()
+
+    def lend(self) -> None:
+        self._lent.append(None)
+
+    def give_back(self) -> None:
+        try:
+            # Of two threads that give it back, one finds nothing.
+            self._lent.pop()
+        except IndexError:
+            return
+        self.home.append(self)
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedImage:
+    """
+    Hold what a decoder process made of one picture.
+
+    :param size: width and height of the decoded image in pixels.
+    :param tensor: the network's input, of the spec's ``tensor_shape`` and ``dtype``; a read-only view of shared memory,
+        valid until :meth:`release`.
+    :param pixels: of the decoded image, a copy; None where they were not asked for.
+    :param oddities: faults of the file that were tolerated, of :data:`gps_denied_c7.decoding.ODDITIES`.
+    :param cost_ns: CPU time that the process used for it, nanoseconds, as the kernel counts.
+    """
+
+    size: tuple[int, int]
+    tensor: NDArray
+    pixels: Pixels | None
+    oddities: tuple[str, ...]
+    cost_ns: int
+    _buffer: _Buffer = field(repr=False, compare=False)
+
+    def release(self) -> None:
+        """Give the tensor's memory back to the decoder; safe to repeat, from any thread."""
+        self._buffer.give_back()
+
+
+class ImageDecoder:
+    """
+    Decode the pictures of one camera in a process of its own, and pre-process them there.
+
+    Whatever a picture does to that process, this one gets an :class:`ImageRejectedError`. A process that dies, hangs or
+    says something impossible costs the picture that it had: the next one is started at once, after a pause where it was
+    short-lived too. :meth:`decode` is for one thread at a time, :meth:`close` and the properties for any.
+
+    :param name: of the camera, in logs and errors.
+    :param memory_bytes: what one picture may need beside the libraries: decoded image, work memory, and as much again
+        for the compressed file. Larger ones are refused.
+    :param timeout_s: how long one picture may take, from :meth:`decode` on; then the process is killed. Where it is
+        still starting, the time begins when it is ready.
+    """
+
+    def __init__(self, name: str, *, memory_bytes: int, timeout_s: float) -> None:
+        self._name = f'the decoder of {name}'
+        self._memory_bytes = memory_bytes
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._closed = False
+        self._process: WorkerProcess | None = None
+        self._ready = False
+        self._backoff = Backoff()
+        self._failed_at = -math.inf
+        self._cause = ''
+        self._number = 0
+        self._ended_cpu_ns = self._cpu_ns = 0
+        self._input: SharedTensors | None = None
+        self._data: NDArray | None = None
+        self._free: deque[_Buffer] = deque()
+        self._buffers: list[_Buffer] = []
+        self._spec: tuple[PreprocessingSpec, dict[str, Any]] | None = None
+        with self._lock:
+            self._start()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id of the decoder, None where none runs."""
+        process = self._process
+        return process.pid if process is not None and not self._closed else None
+
+    @property
+    def cpu_ns(self) -> int:
+        """
+        CPU time that the processes of this camera have used so far, nanoseconds.
+
+        Starts, refused pictures and those that were killed count too. Brought up to date by each :meth:`decode`.
+        """
+        return self._cpu_ns
+
+    def decode(self, format: str, data: memoryview, spec: PreprocessingSpec, *, pixels: bool = False) -> DecodedImage:
+        """
+        Return the network's input tensor of one JPEG or PNG; wait for it for ``timeout_s``.
+
+        The tensor is what :class:`Preprocessor` makes of the pixels that :func:`decode_compressed` returns.
+
+        :param format: of the message.
+        :param data: of the message; copied once, and not kept.
+        :param pixels: return a copy of the decoded pixels too.
+        :return: holds one of the decoder's few buffers until its ``release()``.
+        :raises ImageRejectedError: ``encoding``, ``size`` or ``data`` as :func:`decode_compressed`; ``decode_time``
+            (not ready in time, the process was killed), ``decode_memory`` (needs more than ``memory_bytes``),
+            ``decoder`` (the process died, cannot be started, waits after having died, or is closed).
+        """
+        check_compressed(format, data)
+        with self._lock:
+            process = self._running()
+            try:
+                self._wait_until_ready(process)
+                return self._decode(process, format, data, spec, pixels)
+            except TimeoutError as error:
+                self._replace(f'{error} It was killed.')
+                raise ImageRejectedError(
+                    'decode_time', str(error), remedy='Send smaller or simpler pictures, or raise the time limit.'
+                ) from None
+            except (OSError, MemoryError) as error:
+                raise ImageRejectedError('decode_memory', f'the node has no memory for a picture: {error}.') from error
+            except InferenceError as error:
+                self._replace(error.message)
+                if self._closed:
+                    raise self._unavailable('is closed.') from error
+                raise ImageRejectedError('decoder', error.message) from error
+            finally:
+                self._count_cpu()
+
+    def close(self) -> None:
+        """End the process, without waiting for a picture in hand, which is refused; safe to repeat, from any thread."""
+        self._closed = True
+        while not self._lock.acquire(timeout=0.05):
+            # Again and again: another may have been started meanwhile.
+            process = self._process
+            if process is not None:
+                process.kill()
+        try:
+            process = self._process
+            self._end()
+        finally:
+            self._lock.release()
+        if process is not None:
+            process.join(_END_S)
+
+    def _decode(
+        self, process: WorkerProcess, format: str, data: memoryview, spec: PreprocessingSpec, pixels: bool
+    ) -> DecodedImage:
+        deadline = time.monotonic() + self._timeout_s
+        before_ns = self._count_cpu()
+        file = np.frombuffer(data, np.uint8)
+        self._put(process, file)
+        buffer = self._take_buffer(process, spec)
+        try:
+            self._number += 1
+            request = {
+                'do': 'decode', 'id': self._number, 'format': format, 'bytes': file.nbytes,
+                'buffer': buffer.number, 'spec': self._spec_json(spec), 'pixels': pixels,
+            }  # fmt: skip
+            process.send(request, block=False)
+            answer = self._receive(process, deadline)
+            if answer.get('say') == 'refused':
+                raise self._refusal(answer)
+            shape, dtype, order, oddities = self._checked(answer)
+            copied = self._copy_pixels(process, shape, dtype, deadline) if pixels else None
+            tensor = buffer.segment.arrays(_layout('tensor', spec.dtype, spec.tensor_shape))['tensor']
+        except BaseException:
+            buffer.give_back()
+            raise
+        now_ns = self._count_cpu()
+        return DecodedImage(
+            size=(shape[1], shape[0]),
+            tensor=tensor,
+            pixels=None if copied is None else Pixels(copied, order),
+            oddities=oddities,
+            cost_ns=now_ns - before_ns,
+            _buffer=buffer,
+        )
+
+    def _put(self, process: WorkerProcess, data: NDArray) -> None:
+        """Copy a file to where the process reads it; the segment grows and shrinks with what comes."""
+        if data.nbytes > self._memory_bytes:
+            raise ImageRejectedError(
+                'decode_memory',
+                f'{data.nbytes} compressed bytes, where a picture may take {self._memory_bytes}.',
+                remedy='Send smaller pictures, or raise the memory limit.',
+            )
+        room = 0 if self._data is None else self._data.nbytes
+        if data.nbytes > room or room > max(_LEAST_INPUT_BYTES, 8 * data.nbytes):
+            size = max(_LEAST_INPUT_BYTES, 2 * data.nbytes)
+            self._drop_input()
+            self._input = SharedTensors.create(size, writable=True)
+            self._data = self._input.arrays(_layout('data', 'uint8', (size,)))['data']
+            process.send({'do': 'map', 'buffer': None}, [self._input.descriptor], block=False)
+        assert self._data is not None
+        self._data[: data.nbytes] = data
+
+    def _take_buffer(self, process: WorkerProcess, spec: PreprocessingSpec) -> _Buffer:
+        """Return a buffer with room for one tensor, which is lent from now on."""
+        size = math.prod(spec.tensor_shape) * np.dtype(spec.dtype).itemsize
+        while self._free:
+            buffer = self._free.popleft()
+            if size <= buffer.segment.size <= max(_LEAST_INPUT_BYTES, 2 * size):
+                buffer.lend()
+                return buffer
+            # For another network.
+            self._buffers.remove(buffer)
+            buffer.segment.close()
+        numbers = {buffer.number for buffer in self._buffers}
+        number = next((number for number in range(_MOST_BUFFERS) if number not in numbers), None)
+        if number is None:
+            raise self._unavailable(f'has no buffer left: {_MOST_BUFFERS} pictures were not released.')
+        buffer = _Buffer(number, SharedTensors.create(size, writable=False), self._free)
+        self._buffers.append(buffer)
+        buffer.lend()
+        process.send({'do': 'map', 'buffer': number}, [buffer.segment.descriptor], block=False)
+        return buffer
+
+    def _spec_json(self, spec: PreprocessingSpec) -> dict[str, Any]:
+        if self._spec is None or self._spec[0] is not spec:
+            self._spec = (spec, spec.to_json())
+        return self._spec[1]
+
+    def _receive(self, process: WorkerProcess, deadline: float) -> dict[str, Any]:
+        """Return what the process says about the request in hand."""
+        for _ in range(_MOST_PACKETS):
+            packet = process.receive(deadline)
+            if packet is None:
+                raise TimeoutError(f'{self._name} took more than {self._timeout_s:g} s for a picture.')
+            if isinstance(packet, dict) and packet.get('id') == self._number:
+                return packet
+        raise InferenceError(f'{self._name} says more than a picture needs.')
+
+    def _refusal(self, answer: Mapping[str, Any]) -> ImageRejectedError:
+        reason = answer.get('reason')
+        if reason not in REASONS:
+            raise InferenceError(f'{self._name} refuses a picture for no known reason: {answer!a:.200}')
+        message, remedy = (plain_text(answer.get(name, ''))[:_TEXT_CHARACTERS] for name in ('message', 'remedy'))
+        return ImageRejectedError(reason, message, remedy=remedy)
+
+    def _checked(self, answer: Mapping[str, Any]) -> tuple[tuple[int, ...], str, str, tuple[str, ...]]:
+        """
+        Return shape, type and channel order of the pixels, and the oddities, of an answer.
+
+        :raises InferenceError: it is none that a picture can have: the process may be under another's control.
+        """
+        shape, dtype, order, oddities = (answer.get(name) for name in ('shape', 'dtype', 'order', 'oddities'))
+        possible = (
+            answer.get('say') == 'decoded'
+            and isinstance(shape, list)
+            and len(shape) in (2, 3)
+            and all(type(axis) is int and 1 <= axis <= MAX_SIDE for axis in shape)
+            and shape[0] * shape[1] <= MAX_PIXELS
+            and dtype in ('uint8', 'uint16')
+            and isinstance(order, str)
+            and ORDERS.get(order) == (shape[2] if len(shape) == 3 else 1)
+            and isinstance(oddities, list)
+            and len(oddities) <= len(ODDITIES)
+            and all(oddity in ODDITIES for oddity in oddities)
+        )
+        if not possible:
+            raise InferenceError(f'{self._name} sent an invalid reply: {answer!a:.200}')
+        return tuple(shape), str(dtype), str(order), tuple(oddities)  # type: ignore[arg-type]
+
+    def _copy_pixels(
+        self, process: WorkerProcess, shape: tuple[int, ...], dtype: str, deadline: float
+    ) -> NDArray:
+        layout = _layout('pixels', dtype, shape)
+        segment = SharedTensors.create(layout.size, writable=False)
+        try:
+            process.send({'do': 'copy', 'id': self._number}, [segment.descriptor], block=False)
+            if self._receive(process, deadline).get('say') != 'copied':
+                raise InferenceError(f'{self._name} did not hand over its pixels.')
+            array = segment.arrays(layout)['pixels'].copy()
+        finally:
+            segment.close()
+        array.setflags(write=False)
+        return array
+
+    def _running(self) -> WorkerProcess:
+        """Return the process, started anew where the last one is gone and no pause is left."""
+        if self._closed:
+            raise self._unavailable('is closed.')
+        if self._process is not None and not self._process.alive:
+            self._replace(f'{self._name} ended while it had nothing to do.')
+        if self._process is None:
+            left_s = self._backoff.left_s(self._name)
+            if left_s:
+                raise self._unavailable(f'starts again in {left_s:.1f} s. {self._cause}')
+            self._start()
+        if self._process is None:
+            raise ImageRejectedError('decoder', self._cause)
+        return self._process
+
+    def _wait_until_ready(self, process: WorkerProcess) -> None:
+        if self._ready:
+            return
+        packet = process.receive(time.monotonic() + _START_S)
+        if packet is None:
+            raise TimeoutError(f'{self._name} did not start within {_START_S:g} s.')
+        if packet != {'say': 'ready'}:
+            raise InferenceError(f'{self._name} sent an invalid reply: {packet!a:.200}')
+        self._ready = True
+
+    def _start(self) -> None:
+        """Start a process, where nothing has been closed; it gets ready beside."""
+        if self._closed:
+            return
+        self._backoff.may_begin(self._name)
+        try:
+            self._process = WorkerProcess.start(
+                self._name, ('--memory', str(self._memory_bytes)), module='gps_denied_c7.decoder'
+            )
+        except C7Error as error:
+            _log.warning('%s cannot start: %s', self._name, error)
+            self._pause(f'It cannot start: {error}')
+
+    def _replace(self, cause: str) -> None:
+        """End the process, and start another one now or, where this was not the first to fail lately, later."""
+        self._end()
+        if self._closed:
+            return
+        first = time.monotonic() - self._failed_at > _PAUSE_S[1]
+        self._failed_at = time.monotonic()
+        _log.warning('%s It is started again%s.', cause, '' if first else ' later')
+        if first:
+            self._cause = cause
+            self._start()
+        else:
+            self._pause(cause)
+
+    def _pause(self, cause: str) -> None:
+        self._cause = cause
+        self._backoff.begin(self._name, _PAUSE_S)
+
+    def _end(self) -> None:
+        """End the process, and forget every segment: until it is gone it may still write to them."""
+        self._count_cpu()
+        process, self._process, self._ready = self._process, None, False
+        self._ended_cpu_ns = self._cpu_ns
+        if process is not None:
+            process.release()
+        self._drop_input()
+        for buffer in self._buffers:
+            buffer.segment.close()
+        self._buffers, self._free = [], deque()
+
+    def _drop_input(self) -> None:
+        self._data = None
+        if self._input is not None:
+            self._input.close()
+        self._input = None
+
+    def _count_cpu(self) -> int:
+        """Bring the CPU time up to date, and return it."""
+        process = self._process
+        if process is not None and process.alive:
+            try:
+                # The CPU clock of another process: clock_getcpuclockid(3), MAKE_PROCESS_CPUCLOCK of Linux.
+                used_ns = time.clock_gettime_ns((~process.pid << 3) | 2)
+            except OSError:
+                # It has ended meanwhile.
+                used_ns = 0
+            self._cpu_ns = max(self._cpu_ns, self._ended_cpu_ns + used_ns)
+        return self._cpu_ns
+
+    def _unavailable(self, what: str) -> ImageRejectedError:
+        return ImageRejectedError('decoder', f'{self._name} {what}')
+
+
+def _layout(name: str, dtype: str, shape: tuple[int, ...]) -> TensorLayout:
+    return TensorLayout(((name, dtype, shape, 0),))
