@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from gps_denied_c7.decoding import Pixels, decode_picture, import_decoders
+from gps_denied_c7.decoding import Pixels, decode_picture, import_decoders, is_out_of_memory
 from gps_denied_c7.errors import C7Error
 from gps_denied_c7.preprocessing import PreprocessingSpec, Preprocessor
 from gps_denied_c7.scratch import Scratch
@@ -76,15 +77,19 @@ class DecoderService:
 
     def _decode(self, packet: dict[str, Any], descriptors: list[int]) -> None:
         self._pixels = None
+        large = True
         try:
             answer = self._answer(packet)
+            large = self._pixels is not None and self._pixels.array.nbytes > _KEPT_BYTES
         except Exception as error:
             answer = _refusal(error)
+        if not packet['pixels']:
+            self._pixels = None
         self._channel.send({**answer, 'id': packet['id']})
-        if self._pixels is not None and self._pixels.array.nbytes > _KEPT_BYTES:
+        if large:
+            # Also what was refused may have left much.
             self._scratch, self._preprocessor, self._spec = Scratch(), None, None
-            if not packet['pixels']:
-                self._pixels = None
+            ctypes.CDLL(None).malloc_trim(0)
 
     def _answer(self, packet: dict[str, Any]) -> dict[str, Any]:
         data = self._data[: packet['bytes']]
@@ -126,8 +131,9 @@ def pixels_layout(shape: tuple[int, ...], dtype: str) -> TensorLayout:
 def _refusal(error: Exception) -> dict[str, Any]:
     if isinstance(error, ChannelClosedError):
         raise error
-    if isinstance(error, MemoryError):
-        reason, message, remedy = 'decode_memory', f'decoding needs more memory than is left for it: {error}', ''
+    if isinstance(error, MemoryError) or is_out_of_memory(error):
+        message = f'decoding needs more memory than is left for it: {" ".join(str(error).split())}'
+        reason, remedy = 'decode_memory', 'Send smaller pictures, or raise the memory limit.'
     elif isinstance(error, C7Error):
         reason, message, remedy = getattr(error, 'reason', 'decoder'), error.message, error.remedy
     else:

@@ -32,6 +32,7 @@ __all__ = [
     'decode_image',
     'decode_picture',
     'import_decoders',
+    'is_out_of_memory',
 ]
 
 MAX_SIDE = 16384
@@ -340,13 +341,15 @@ def decode_compressed(format: str, data: Any, scratch: Scratch | None = None) ->
     publishers put a grey picture there, and compression mixes the colours of a mosaic. YUV is BGR in a file that says
     ``compressed bgr``, and refused in others. A grey file is grey where three colours are named, as for cv_bridge.
 
-    A picture is not turned as its EXIF orientation says: neither of the two does so. The array is newly allocated,
-    except for a mosaic: OpenCV decodes into its own memory.
+    A picture is not turned as its EXIF orientation says: neither of the two does so. A damaged file is refused, where
+    the two may return half of it; docs/images.md says what is damage.
 
     :param format: of the message.
-    :param scratch: where a demosaiced picture is kept; the result is then valid until its next use.
-    :raises ImageRejectedError: as :func:`check_compressed`, ``data`` also where the decoder gives up, or the file has
-        other channels or another depth than the encoding named.
+    :param scratch: where a JPEG or a demosaiced picture is kept; the result is then valid until its next use.
+    :raises ImageRejectedError: as :func:`check_compressed`; ``size`` (zero or too large, from the header, before
+        anything is allocated); ``data`` also where the file is damaged or cut short, or has other channels or another
+        depth than the encoding named; ``decoder`` (simplejpeg is not installed).
+    :raises MemoryError: decoding needs more than there is.
     """
     return decode_picture(format, data, scratch)[0]
 
@@ -370,6 +373,7 @@ def decode_picture(
     :param memory_bytes: refuse what needs more, before it is allocated; None for no limit.
     :return: pixels, and some of :data:`ODDITIES`.
     :raises ImageRejectedError: as :func:`decode_compressed`, and ``decode_memory``.
+    :raises MemoryError: likewise.
     """
     import cv2
 
@@ -391,7 +395,7 @@ def decode_picture(
             decode_jpeg(buffer, scratch, admit) if buffer[:2] == JPEG_START else decode_png(buffer, admit)
         )
     except cv2.error as error:
-        if error.code == cv2.Error.StsNoMem:
+        if is_out_of_memory(error):
             raise MemoryError(str(error)) from error
         raise ImageRejectedError('data', f'OpenCV cannot decode it: {error}') from error
     if array is None:
@@ -415,6 +419,13 @@ def decode_picture(
     if from_8_bits:
         array = np.multiply(array, 256, dtype=np.uint16)
     return _pixels(array, encoding, scratch), oddities
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Return whether OpenCV found no memory; it raises ``cv2.error`` then."""
+    import cv2
+
+    return isinstance(error, cv2.error) and getattr(error, 'code', None) == cv2.Error.StsNoMem
 
 
 def _recognise(format: str, data: memoryview) -> memoryview:

@@ -29,7 +29,7 @@ _FRAMES = frozenset(range(0xC0, 0xD0)) - {_DHT, 0xC8, _DAC}
 _KEPT = _FRAMES | {_SOS, _DHT, _DQT, _DRI, _APP0, _APP14}
 # FF 00 is a stuffed FF within a scan and FF FF is fill; FF 01 and the restart markers FF D0..D7 have no length.
 _MARKER = re.compile(rb'\xff[^\x00\x01\xff\xd0-\xd7]')
-_RESTART = re.compile(rb'\xff+([\xd0-\xd7])')
+_RESTART = re.compile(rb'\xff([\xd0-\xd7])')
 # What a file of any honest size needs.
 _MAX_SEGMENTS = 1 << 12
 # A decoder goes over the whole image for each scan, also an empty one. Progressive files have about ten.
