@@ -234,7 +234,7 @@ class ImageDecoder:
             )
         room = 0 if self._data is None else self._data.nbytes
         if data.nbytes > room or room > max(_LEAST_INPUT_BYTES, 8 * data.nbytes):
-            size = max(_LEAST_INPUT_BYTES, 2 * data.nbytes)
+            size = max(_LEAST_INPUT_BYTES, min(2 * data.nbytes, self._memory_bytes))
             self._drop_input()
             self._input = SharedTensors.create(size, writable=True)
             self._data = self._input.arrays(_layout('data', 'uint8', (size,)))['data']
@@ -360,7 +360,7 @@ class ImageDecoder:
             )
         except C7Error as error:
             _log.warning('%s cannot start: %s', self._name, error)
-            self._pause(f'It cannot start: {error}')
+            self._pause(f'{self._name} cannot start: {error}')
 
     def _replace(self, cause: str) -> None:
         """End the process, and start another one now or, where this was not the first to fail lately, later."""

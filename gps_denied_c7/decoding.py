@@ -171,6 +171,7 @@ ODDITIES = (
 )  # fmt: skip
 """Faults of a file that are tolerated: its pixels are there and right."""
 
+_WRITE_AGAIN = 'Look whether other programs read the file, and have the publisher write another kind.'
 # What the stock publishers write is shorter than 40.
 _MAX_FORMAT = 1024
 _MEASURED = re.compile(r'(8|16|32|64)[USF](C\d*)?')
@@ -397,9 +398,11 @@ def decode_picture(
     except cv2.error as error:
         if is_out_of_memory(error):
             raise MemoryError(str(error)) from error
-        raise ImageRejectedError('data', f'OpenCV cannot decode it: {error}') from error
+        raise ImageRejectedError('data', f'OpenCV cannot decode it: {error}', remedy=_WRITE_AGAIN) from error
     if array is None:
-        raise ImageRejectedError('data', f'OpenCV cannot decode {format!r} of {buffer.nbytes} bytes.')
+        raise ImageRejectedError(
+            'data', f'OpenCV cannot decode {format!r} of {buffer.nbytes} bytes.', remedy=_WRITE_AGAIN
+        )
     height, width = array.shape[:2]
     channels = array.shape[2] if array.ndim == 3 else 1
     found = _Encoding({1: 'gray', 3: 'bgr', 4: 'bgra'}[channels], array.itemsize, channels)

@@ -181,6 +181,9 @@ def _check_intervals(file: _File) -> None:
     scan = file.scans[0]
     # No fill bytes: they would be taken for the data's.
     parts = re.split(rb'\xff+[\xd0-\xd7]', bytes(file.pieces[scan]))
+    if not parts[-1]:
+        # One more marker, as the decoder allows before the end.
+        parts.pop()
     if len(parts) != -(-units // file.interval):
         _refuse(f'{len(parts)} restart intervals, where {-(-units // file.interval)} make the picture.')
     decode = import_simplejpeg().decode_jpeg

@@ -8,7 +8,7 @@ pixels, with the data stored uncompressed.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NoReturn
 
@@ -24,7 +24,9 @@ PNG_SIGNATURE = b'\x89PNG\r\n\x1a\n'
 _MAX_CHUNKS = 1 << 16
 # Colour type to values of a pixel and the bits that each may have. PNG specification, 11.2.2.
 _KINDS = {0: (1, (1, 2, 4, 8, 16)), 2: (3, (8, 16)), 3: (1, (1, 2, 4, 8)), 4: (2, (8, 16)), 6: (4, (8, 16))}
-_PALETTE = 3
+_GREY, _PALETTE = 0, 3
+# Bytes of tRNS for each; kinds with alpha have none, and a palette's has one for some of its colours.
+_TRANSPARENT_BYTES = {0: 2, 2: 6}
 # First column and row, and steps, of the passes of an interlaced picture. PNG specification, 8.2.
 _PASSES = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 _FILTERS = 5
@@ -39,11 +41,20 @@ class _File:
     width: int
     height: int
     rows: list[tuple[int, int]]
-    values: int
     palette: bytes | None = None
     transparency: bytes | None = None
     data: list[memoryview] = field(default_factory=list)
     oddities: list[str] = field(default_factory=list)
+
+    @property
+    def bits(self) -> int:
+        """Bits of one value."""
+        return self.header[8]
+
+    @property
+    def colour(self) -> int:
+        """Colour type."""
+        return self.header[9]
 
     @property
     def size(self) -> int:
@@ -74,10 +85,13 @@ def decode_png(data: memoryview, admit: Callable[[int, int, int], None]) -> tupl
     _check_filters(file, inflated)
     stored = zlib.compress(inflated, 0)
     del inflated
-    chunks = [(b'IHDR', file.header), (b'PLTE', file.palette), (b'tRNS', file.transparency), (b'IDAT', stored)]
-    content = b''.join((PNG_SIGNATURE, *_written((*chunks, (b'IEND', b'')))))
-    del stored, chunks
-    return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED), tuple(file.oddities)
+    content = _written(
+        (b'IHDR', file.header), (b'PLTE', file.palette), (b'tRNS', file.transparency), (b'IDAT', stored)
+    )
+    array = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_UNCHANGED)
+    if array is not None and file.colour == _PALETTE:
+        _check_indices(file, stored)
+    return array, tuple(file.oddities)
 
 
 def _walk(data: memoryview, admit: Callable[[int, int, int], None]) -> _File:
@@ -102,8 +116,8 @@ def _walk(data: memoryview, admit: Callable[[int, int, int], None]) -> _File:
                 _refuse(f'the checksum of its {kind.decode()} chunk is wrong.')
             file.note('bad_checksum')
         if kind == b'IEND':
-            if not file.data:
-                _refuse('it has no data.')
+            if not file.data or (file.colour == _PALETTE and not file.palette):
+                _refuse('it has no data, or no palette.')
             if position < data.nbytes:
                 file.note('bytes_after_end')
             return file
@@ -118,8 +132,13 @@ def _walk(data: memoryview, admit: Callable[[int, int, int], None]) -> _File:
             if closed or known is not None:
                 _refuse(f'its {kind.decode()} chunk comes twice, or after the data.')
             if kind == b'PLTE':
+                if length % 3 or not 3 <= length <= 768:
+                    _refuse(f'its palette has {length} bytes.')
                 file.palette = bytes(content)
-            else:
+            elif file.colour in (_GREY, 2, _PALETTE):
+                colours = len(file.palette or b'') // 3
+                if length != _TRANSPARENT_BYTES.get(file.colour, min(length, colours)):
+                    _refuse(f'its tRNS chunk has {length} bytes.')
                 file.transparency = bytes(content)
         elif not kind.isalpha() or not kind[0] & 0x20:
             _refuse(f'chunk {kind!r} is none that a decoder may leave out.')
@@ -135,7 +154,7 @@ def _read_header(header: bytes, admit: Callable[[int, int, int], None]) -> _File
     passes = _PASSES if interlace else ((0, 0, 1, 1),)
     sizes = ((-(-(width - x) // across), -(-(height - y) // down)) for x, y, across, down in passes)
     rows = [(down, (across * values * bits + 7) // 8) for across, down in sizes if across > 0 and down > 0]
-    file = _File(header, width, height, rows, values)
+    file = _File(header, width, height, rows)
     # Palettes and transparency become colours of three or four values. Inflated and stored data exist side by side.
     channels = 4 if colour else 1
     admit(width, height, 2 * file.size + width * height * channels * (2 if bits == 16 else 1))
@@ -167,12 +186,27 @@ def _check_filters(file: _File, inflated: bytes) -> None:
         position = end
 
 
-def _written(chunks: tuple[tuple[bytes, bytes | None], ...]) -> Iterator[bytes]:
-    for kind, content in chunks:
+def _check_indices(file: _File, stored: bytes) -> None:
+    """Look for pixels whose colour the palette lacks; libpng makes them black."""
+    import cv2
+
+    colours, largest = len(file.palette or b'') // 3, (1 << file.bits) - 1
+    if colours > largest:
+        return
+    as_grey = _written((b'IHDR', file.header[:9] + bytes((_GREY,)) + file.header[10:]), (b'IDAT', stored))
+    # Grey of a few bits is spread over 0 to 255.
+    grey = cv2.imdecode(np.frombuffer(as_grey, np.uint8), cv2.IMREAD_UNCHANGED)
+    if grey is None or int(grey.max()) // (255 // largest) >= colours:
+        _refuse(f'a pixel has a colour that is not among the {colours} of the palette.')
+
+
+def _written(*chunks: tuple[bytes, bytes | None]) -> bytes:
+    pieces = [PNG_SIGNATURE]
+    for kind, content in (*chunks, (b'IEND', b'')):
         if content is not None:
-            yield len(content).to_bytes(4, 'big') + kind
-            yield content
-            yield zlib.crc32(content, zlib.crc32(kind)).to_bytes(4, 'big')
+            crc = zlib.crc32(content, zlib.crc32(kind))
+            pieces += [len(content).to_bytes(4, 'big'), kind, content, crc.to_bytes(4, 'big')]
+    return b''.join(pieces)
 
 
 def _refuse(what: str) -> NoReturn:
