@@ -167,7 +167,7 @@ REASONS = ('encoding', 'size', 'data', 'message', 'decode_time', 'decode_memory'
 
 ODDITIES = (
     'no_end_mark', 'padding_before_end', 'bytes_after_end', 'bytes_between_segments', 'bytes_before_restart',
-    'scan_parameters', 'jfif_version', 'bad_checksum', 'bytes_after_data',
+    'scan_parameters', 'jfif_version', 'bad_checksum',
 )  # fmt: skip
 """Faults of a file that are tolerated: its pixels are there and right."""
 

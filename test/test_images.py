@@ -223,6 +223,8 @@ PNGS = {
     'unknown critical chunk': (with_chunks((b'ABCD', b'')), COLOUR),
     'kind that does not exist': (png_of((b'IHDR', changed(HEADER[1], 9, b'\x05')), (b'IDAT', DATA), LAST), COLOUR),
     'two headers': (with_chunks(HEADER), COLOUR),
+    'two palettes': (with_chunks((b'PLTE', bytes(9)), (b'PLTE', bytes(9))), COLOUR),
+    'palette after the data': (png_of(HEADER, (b'IDAT', DATA), (b'PLTE', bytes(9)), LAST), COLOUR),
     'no palette': (png_of(*(part for part in chunks_of(INDEXED) if part[0] != b'PLTE')), INDEXED),
     'pixel outside of its palette': (replaced(INDEXED, b'PLTE', lambda content: (b'PLTE', content[:6])), INDEXED),
     'transparency of the wrong length': (with_chunks((b'tRNS', b'\0')), COLOUR),
