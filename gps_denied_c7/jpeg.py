@@ -37,6 +37,9 @@ _MAX_SCANS = 32
 # As USB cameras leave behind a scan or a restart interval whose blocks are all there. More that is no padding is what
 # a decoder leaves that has lost its way.
 _FEW_BYTES = 4
+# With most Huffman tables, zeros are codes of ever more small coefficients: no picture has as many.
+_ZEROS = bytes(32)
+_END_OF_BLOCK, _SIXTEEN_ZEROS = 0x00, 0xF0
 _COEFFICIENTS = (1 << 64) - 1
 _MAX_SIDE = 65535
 _EXTRANEOUS = re.compile(r'(\d+) extraneous bytes before marker 0x([0-9a-f]{2})')
@@ -50,6 +53,8 @@ class _File:
     :param pieces: of the file in order: segments with their markers, entropy-coded data of scans.
     :param scans: places of the entropy-coded data in ``pieces``.
     :param factors: horizontal and vertical sampling factor of each component.
+    :param zero_codes: by id of a Huffman table of AC coefficients, the symbol whose code is zeros alone.
+    :param no_zeros: whether the tables of the scan at hand make zeros implausible as data.
     :param missing: by id of a component, a bit for each coefficient that is not there to its last bit.
     """
 
@@ -62,14 +67,12 @@ class _File:
     scans: list[int] = field(default_factory=list)
     factors: list[tuple[int, int]] = field(default_factory=list)
     missing: dict[int, int] = field(default_factory=dict)
-    oddities: list[str] = field(default_factory=list)
+    zero_codes: dict[int, int] = field(default_factory=dict)
+    no_zeros: bool = False
+    oddities: set[str] = field(default_factory=set)
 
     def content(self) -> bytes:
         return b''.join((*self.pieces, _END))
-
-    def note(self, oddity: str) -> None:
-        if oddity not in self.oddities:
-            self.oddities.append(oddity)
 
 
 def import_simplejpeg() -> Any:
@@ -121,7 +124,7 @@ def decode_jpeg(
         if 'Insufficient memory' in str(error):
             raise MemoryError(str(error)) from error
         _refuse(f'{error}.')
-    return array if channels == 3 else array[:, :, 0], tuple(file.oddities)
+    return array if channels == 3 else array[:, :, 0], tuple(sorted(file.oddities))
 
 
 def _tidy(file: _File, decode: Callable[[bytes, bool], Any]) -> None:
@@ -136,13 +139,13 @@ def _tidy(file: _File, decode: Callable[[bytes, bool], Any]) -> None:
         if int(extraneous[2], 16) == _EOI:
             last = file.scans[-1]
             file.pieces[last] = _without_padding(bytes(file.pieces[last]), int(extraneous[1]))
-            file.note('padding_before_end')
+            file.oddities.add('padding_before_end')
             decode(file.content(), True)
             return
         if not file.interval or len(file.scans) != 1 or file.frame == _PROGRESSIVE:
             raise
     _check_intervals(file)
-    file.note('bytes_before_restart')
+    file.oddities.add('bytes_before_restart')
     decode(file.content(), False)
 
 
@@ -214,11 +217,11 @@ def _walk(data: memoryview) -> _File:
         if scan_start:
             _take_scan(file, data[scan_start:start])
         elif bytes(data[position:start]).strip(b'\xff'):
-            file.note('bytes_between_segments')
+            file.oddities.add('bytes_between_segments')
         if found is None:
             if not file.scans:
                 _refuse(f'cut short: {data.nbytes} bytes without a scan.')
-            file.note('no_end_mark')
+            file.oddities.add('no_end_mark')
             return file
         marker, position, scan_start = found[0][1], found.end(), 0
         if marker == _SOI:
@@ -227,7 +230,7 @@ def _walk(data: memoryview) -> _File:
             if not file.scans:
                 _refuse('it ends before its first scan.')
             if position < data.nbytes:
-                file.note('bytes_after_end')
+                file.oddities.add('bytes_after_end')
             return file
         length = int.from_bytes(data[position : position + 2], 'big')
         segment = data[position + 2 : position + length]
@@ -245,12 +248,14 @@ def _take_segment(file: _File, marker: int, segment: bytes) -> None:
         _take_frame(file, marker, segment)
     elif marker == _SOS:
         segment = _take_scan_header(file, segment)
+    elif marker == _DHT:
+        _take_tables(file, segment)
     elif marker == _DRI:
         file.interval = int.from_bytes(segment[:2], 'big')
     elif marker == _APP0 and segment[:5] == b'JFIF\0' and segment[5:6] not in (b'\1', b''):
         # The decoder warns of it, and reads it all the same.
         segment = segment[:5] + b'\1' + segment[6:]
-        file.note('jfif_version')
+        file.oddities.add('jfif_version')
     file.pieces.append(bytes((0xFF, marker)) + (len(segment) + 2).to_bytes(2, 'big') + segment)
 
 
@@ -275,6 +280,14 @@ def _take_frame(file: _File, marker: int, segment: bytes) -> None:
         file.missing[number] = _COEFFICIENTS
 
 
+def _take_tables(file: _File, segment: bytes) -> None:
+    while len(segment) > 17:
+        kind, symbols = segment[0], sum(segment[1:17])
+        if kind >> 4:
+            file.zero_codes[kind & 15] = segment[17] if symbols and len(segment) > 17 else 0
+        segment = segment[17 + symbols :]
+
+
 def _take_scan_header(file: _File, segment: bytes) -> bytes:
     """Note which coefficients a scan brings; return its header as the decoder wants it."""
     if not file.frame:
@@ -288,8 +301,12 @@ def _take_scan_header(file: _File, segment: bytes) -> bytes:
         # A sequential scan has all coefficients, whatever it says.
         first, last, bits = 0, 63, 0
         segment = segment[:-3] + bytes((first, last, bits))
-        file.note('scan_parameters')
+        file.oddities.add('scan_parameters')
     brought = ((1 << (last + 1)) - 1) & ~((1 << first) - 1) if first <= last < 64 and not bits & 15 else 0
+    # Without tables, those of the standard hold, where zeros are the code of a small coefficient.
+    file.no_zeros = file.frame != _PROGRESSIVE and any(
+        file.zero_codes.get(table & 15, 1) not in (_END_OF_BLOCK, _SIXTEEN_ZEROS) for table in segment[2:-3:2]
+    )
     for number in segment[1:-3:2]:
         if number in file.missing:
             file.missing[number] &= ~brought
@@ -302,6 +319,8 @@ def _take_scan(file: _File, scan: memoryview) -> None:
     while end and scan[end - 1] == 0xFF:
         end -= 1
     scan = scan[:end]
+    if file.no_zeros:
+        scan = _without_zeros(file, scan)
     file.scans.append(len(file.pieces))
     file.pieces.append(scan)
     for number, restart in enumerate(_RESTART.finditer(scan)):
@@ -309,6 +328,19 @@ def _take_scan(file: _File, scan: memoryview) -> None:
             _refuse('it has restart intervals that it did not announce.')
         if restart[1][0] != 0xD0 + number % 8:
             _refuse('a restart interval is missing, or one too many.')
+
+
+def _without_zeros(file: _File, scan: memoryview) -> memoryview:
+    """Leave zeros behind a scan out, of which the decoder might take some for blocks that are missing."""
+    data = bytes(scan)
+    end = len(data.rstrip(b'\0'))
+    if _ZEROS in data[:end]:
+        _refuse('a part of its scan is zeros.')
+    if len(data) - end <= 2:
+        return scan
+    file.oddities.add('padding_before_end')
+    # The last byte of the data itself may be zero.
+    return scan[: end + 1]
 
 
 def _memory(file: _File, channels: int) -> int:

@@ -42,7 +42,7 @@ class _File:
     header: bytes
     pieces: list[Any]
     colours: int = 0
-    oddities: list[str] = field(default_factory=list)
+    oddities: set[str] = field(default_factory=set)
 
     @property
     def bits(self) -> int:
@@ -53,10 +53,6 @@ class _File:
     def colour(self) -> int:
         """Colour type."""
         return self.header[9]
-
-    def note(self, oddity: str) -> None:
-        if oddity not in self.oddities:
-            self.oddities.append(oddity)
 
 
 def decode_png(data: memoryview, admit: Callable[[int, int, int], None]) -> tuple[NDArray | None, tuple[str, ...]]:
@@ -77,7 +73,7 @@ def decode_png(data: memoryview, admit: Callable[[int, int, int], None]) -> tupl
     array = _decode(file.pieces)
     if array is not None and 0 < file.colours < 1 << file.bits and file.colour == _PALETTE:
         _check_indices(file)
-    return array, tuple(file.oddities)
+    return array, tuple(sorted(file.oddities))
 
 
 def _decode(pieces: list[Any]) -> NDArray | None:
@@ -118,13 +114,13 @@ def _walk(data: memoryview, admit: Callable[[int, int, int], None]) -> _File:
             if b'IDAT' not in seen or (file.colour == _PALETTE and not file.colours):
                 _refuse('it has no data, or no palette.')
             if position < data.nbytes:
-                file.note('bytes_after_end')
+                file.oddities.add('bytes_after_end')
             return file
         elif kind not in _CHECKED:
             if not kind.isalpha() or not kind[0] & 0x20:
                 _refuse(f'chunk {kind!r} is none that a decoder may leave out.')
             if not whole:
-                file.note('bad_checksum')
+                file.oddities.add('bad_checksum')
         before = kind
         # A chunk that libpng would warn of, and ignore, is left out too.
         if kind in _CHECKED and not (kind == b'tRNS' and file.colour > _PALETTE):

@@ -11,6 +11,8 @@ import cv2
 import numpy as np
 import pytest
 import simplejpeg
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from source_tree import REPOSITORY
 
@@ -100,6 +102,7 @@ JPEGS = {
         BASELINE[:MIDDLE] + bytes(len(BASELINE) - MIDDLE - 2) + END, BASELINE
     ),
     'scan cut and filled with more zeros than its length': (BASELINE[:MIDDLE] + bytes(20000) + END, BASELINE),
+    'part of the scan filled with zeros': (changed(BASELINE, MIDDLE - 300, bytes(200)), BASELINE),
     'next picture begins within the scan': (BASELINE[:MIDDLE] + BASELINE, BASELINE),
     'cut within its headers': (BASELINE[: FRAME + 9], BASELINE),
     'no end mark': (BASELINE[:-2], BASELINE),
@@ -281,6 +284,33 @@ def test_a_jpeg_is_answered_whole_or_refused_as_the_document_says(kind):
 @pytest.mark.parametrize('kind', PNGS)
 def test_a_png_is_answered_whole_or_refused_as_the_document_says(kind):
     assert result_of(*PNGS[kind]) == rows_of('PNG')[kind]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    width=st.integers(64, 200),
+    height=st.integers(64, 200),
+    options=st.tuples(st.integers(5, 100), st.sampled_from([0, 0, 1, 20]), st.integers(0, 1)),
+    cut=st.floats(0, 1),
+    filler=st.sampled_from([b'', b'\xff', b'\0', END]),
+    count=st.integers(1, 20000),
+    end=st.sampled_from([b'', END]),
+)
+def test_a_scan_that_was_cut_is_never_answered(width, height, options, cut, filler, count, end):
+    """Whatever fills what is missing; the tables are those of the standard, as cameras have them, or progressive."""
+    quality, interval, progressive = options
+    file = encoded(
+        '.jpg', scene(width, height), cv2.IMWRITE_JPEG_QUALITY, quality, cv2.IMWRITE_JPEG_RST_INTERVAL, interval,
+        cv2.IMWRITE_JPEG_PROGRESSIVE, progressive,
+    )  # fmt: skip
+    start = at(file, 0xDA)[1]
+    # Of a progressive scan, zeros may be codes that say nothing.
+    filler = b'' if progressive and filler == b'\0' else filler
+    kept = int(cut * (len(file) - 3 - start))
+    # Zeros may stand for what is left of the last blocks.
+    kept = kept // 2 if filler == b'\0' else kept
+    damaged = file[: start + kept] + filler * count + end
+    assert result_of(damaged, file).startswith(('refused', 'answered'))
 
 
 def test_each_row_of_the_document_is_tested():
