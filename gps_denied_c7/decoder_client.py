@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
@@ -39,6 +40,7 @@ _END_S = 0.5
 _log = logging.getLogger(__name__)
 
 
+@dataclass(slots=True)
 class _Buffer:
     """
     Hold a segment for one tensor.
@@ -47,20 +49,17 @@ class _Buffer:
     :param home: where those lie that are free.
     """
 
-    def __init__(self, number: int, segment: SharedTensors, home: deque[_Buffer]) -> None:
-        self.number, self.segment, self.home = number, segment, home
-        self._lent: deque[None] = deque()
+    number: int
+    segment: SharedTensors
+    home: deque[_Buffer]
 
-    def lend(self) -> None:
-        self._lent.append(None)
 
-    def give_back(self) -> None:
-        try:
-            # Of two threads that give it back, one finds nothing.
-            self._lent.pop()
-        except IndexError:
-            return
-        self.home.append(self)
+def _give_back(loan: deque[_Buffer]) -> None:
+    """Put a buffer where the free ones lie, once; a loan is that of one image."""
+    # Of two threads that give it back, one finds nothing.
+    with contextlib.suppress(IndexError):
+        buffer = loan.pop()
+        buffer.home.append(buffer)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +80,11 @@ class DecodedImage:
     pixels: Pixels | None
     oddities: tuple[str, ...]
     cost_ns: int
-    _buffer: _Buffer = field(repr=False, compare=False)
+    _loan: deque[_Buffer] = field(repr=False, compare=False)
 
     def release(self) -> None:
         """Give the tensor's memory back to the decoder; safe to repeat, from any thread."""
-        self._buffer.give_back()
+        _give_back(self._loan)
 
 
 class ImageDecoder:
@@ -135,7 +134,8 @@ class ImageDecoder:
         """
         CPU time that the processes of this camera have used so far, nanoseconds.
 
-        Starts, refused pictures and those that were killed count too. Brought up to date by each :meth:`decode`.
+        Starts, refused pictures and those that were killed count too; of one at which the process died, all of the time
+        that was waited for it. Brought up to date by each :meth:`decode`.
         """
         return self._cpu_ns
 
@@ -156,6 +156,7 @@ class ImageDecoder:
         check_compressed(format, data)
         with self._lock:
             process = self._running()
+            begun_ns, before_ns = time.monotonic_ns(), self._count_cpu()
             try:
                 self._wait_until_ready(process)
                 return self._decode(process, format, data, spec, pixels)
@@ -167,10 +168,14 @@ class ImageDecoder:
             except (OSError, MemoryError) as error:
                 raise ImageRejectedError('decode_memory', f'the node has no memory for a picture: {error}.') from error
             except InferenceError as error:
+                # Of a process that is gone, nothing tells how much of this it ran.
+                self._cpu_ns = max(self._cpu_ns, before_ns + time.monotonic_ns() - begun_ns)
                 self._replace(error.message)
                 if self._closed:
                     raise self._unavailable('is closed.') from error
-                raise ImageRejectedError('decoder', error.message) from error
+                raise ImageRejectedError(
+                    'decoder', error.message, remedy='Look into the log for what it wrote last.'
+                ) from error
             finally:
                 self._count_cpu()
 
@@ -198,6 +203,7 @@ class ImageDecoder:
         file = np.frombuffer(data, np.uint8)
         self._put(process, file)
         buffer = self._take_buffer(process, spec)
+        loan = deque((buffer,))
         try:
             self._number += 1
             request = {
@@ -212,7 +218,7 @@ class ImageDecoder:
             copied = self._copy_pixels(process, shape, dtype, deadline) if pixels else None
             tensor = buffer.segment.arrays(_layout('tensor', spec.dtype, spec.tensor_shape))['tensor']
         except BaseException:
-            buffer.give_back()
+            _give_back(loan)
             raise
         now_ns = self._count_cpu()
         return DecodedImage(
@@ -221,7 +227,7 @@ class ImageDecoder:
             pixels=None if copied is None else Pixels(copied, order),
             oddities=oddities,
             cost_ns=now_ns - before_ns,
-            _buffer=buffer,
+            _loan=loan,
         )
 
     def _put(self, process: WorkerProcess, data: NDArray) -> None:
@@ -243,12 +249,11 @@ class ImageDecoder:
         self._data[: data.nbytes] = data
 
     def _take_buffer(self, process: WorkerProcess, spec: PreprocessingSpec) -> _Buffer:
-        """Return a buffer with room for one tensor, which is lent from now on."""
+        """Return a buffer with room for one tensor, which is no longer among the free ones."""
         size = math.prod(spec.tensor_shape) * np.dtype(spec.dtype).itemsize
         while self._free:
             buffer = self._free.popleft()
             if size <= buffer.segment.size <= max(_LEAST_INPUT_BYTES, 2 * size):
-                buffer.lend()
                 return buffer
             # For another network.
             self._buffers.remove(buffer)
@@ -259,7 +264,6 @@ class ImageDecoder:
             raise self._unavailable(f'has no buffer left: {_MOST_BUFFERS} pictures were not released.')
         buffer = _Buffer(number, SharedTensors.create(size, writable=False), self._free)
         self._buffers.append(buffer)
-        buffer.lend()
         process.send({'do': 'map', 'buffer': number}, [buffer.segment.descriptor], block=False)
         return buffer
 

@@ -226,8 +226,14 @@ def test_a_decoder_that_dies_again_and_again_waits_and_refuses_at_once(decoder):
     assert decoder.pid is None
     error = refused(decoder)
     assert error.reason == 'decoder' and 'starts again in' in str(error) and 'SIGKILL' in str(error)
-    wait_until(lambda: not decoder._backoff.left_s(decoder._name), 'the pause to end')
-    answers(decoder)
+    pauses = []
+    for _ in range(2):
+        pauses.append(decoder._backoff.left_s(decoder._name))
+        wait_until(lambda: not decoder._backoff.left_s(decoder._name), 'the pause to end')
+        answers(decoder)
+        kill(decoder.pid)
+        assert refused(decoder).reason == 'decoder'
+    assert pauses[0] <= decoder_client._PAUSE_S[0] < pauses[1]
 
 
 def test_close_is_quick_while_another_thread_waits_for_a_hung_decoder(decoder):
@@ -374,6 +380,15 @@ def test_the_next_picture_does_not_overwrite_one_that_is_read(decoder):
         image.release()
     for _ in range(5):
         answers(decoder)
+    # An image that was released long ago frees nothing of those that came after it.
+    images[:2] = [decoder.decode('', memoryview(file), SPEC) for file in files[:2]]
+    old = images[0]
+    old.release()
+    images[0] = decoder.decode('', memoryview(files[0]), SPEC)
+    old.release()
+    assert refused(decoder).reason == 'decoder'
+    for image, file in zip(images, files, strict=True):
+        np.testing.assert_array_equal(image.tensor, tensor_of(file))
     np.testing.assert_array_equal(images[3].tensor, tensor_of(files[3]))
 
 
@@ -396,6 +411,16 @@ def test_the_cpu_time_of_pictures_is_counted_refused_ones_too(decoder):
     damaged = encoded('.jpg', scene(2000, 2000))
     assert refused(decoder, damaged[:-500] + b'\xff\xd9').reason == 'data'
     assert decoder.cpu_ns > before
+
+
+def test_a_picture_at_which_the_decoder_dies_is_counted_as_well(decoder):
+    answers(decoder)
+    before = decoder.cpu_ns
+    stop(decoder.pid)
+    threading.Timer(0.3, os.kill, (decoder.pid, signal.SIGKILL)).start()
+    refused(decoder)
+    assert decoder.cpu_ns - before >= 0.2e9
+    answers(decoder)
 
 
 INVALID = [
