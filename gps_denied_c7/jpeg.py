@@ -63,7 +63,7 @@ class _File:
     frame: int = 0
     frame_piece: int = 0
     interval: int = 0
-    pieces: list[Any] = field(default_factory=lambda: [JPEG_START])
+    pieces: list[bytes] = field(default_factory=lambda: [JPEG_START])
     scans: list[int] = field(default_factory=list)
     factors: list[tuple[int, int]] = field(default_factory=list)
     missing: dict[int, int] = field(default_factory=dict)
@@ -123,6 +123,12 @@ def decode_jpeg(
     except ValueError as error:
         if 'Insufficient memory' in str(error):
             raise MemoryError(str(error)) from error
+        if 'subsampling' in str(error):
+            raise ImageRejectedError(
+                'encoding',
+                f'a JPEG whose colours are sampled like this is not decoded: {file.factors}.',
+                remedy='Have the publisher write 4:2:0, 4:2:2, 4:4:0, 4:1:1 or 4:4:4.',
+            ) from error
         _refuse(f'{error}.')
     return array if channels == 3 else array[:, :, 0], tuple(sorted(file.oddities))
 
@@ -138,7 +144,7 @@ def _tidy(file: _File, decode: Callable[[bytes, bool], Any]) -> None:
             raise
         if int(extraneous[2], 16) == _EOI:
             last = file.scans[-1]
-            file.pieces[last] = _without_padding(bytes(file.pieces[last]), int(extraneous[1]))
+            file.pieces[last] = _without_padding(file.pieces[last], int(extraneous[1]))
             file.oddities.add('padding_before_end')
             decode(file.content(), True)
             return
@@ -183,7 +189,7 @@ def _check_intervals(file: _File) -> None:
         _refuse(f'{file.interval} blocks in a restart interval are not checked one by one.')
     scan = file.scans[0]
     # No fill bytes: they would be taken for the data's.
-    parts = re.split(rb'\xff+[\xd0-\xd7]', bytes(file.pieces[scan]))
+    parts = re.split(rb'\xff+[\xd0-\xd7]', file.pieces[scan])
     if not parts[-1]:
         # One more marker, as the decoder allows before the end.
         parts.pop()
@@ -195,7 +201,7 @@ def _check_intervals(file: _File) -> None:
         small = _File(interval=file.interval, pieces=list(file.pieces[: scan + 1]), scans=[scan])
         frame = bytearray(small.pieces[file.frame_piece])
         frame[5:9] = down.to_bytes(2, 'big') + (blocks * across).to_bytes(2, 'big')
-        small.pieces[file.frame_piece] = frame
+        small.pieces[file.frame_piece] = bytes(frame)
         small.pieces[scan] = part
         try:
             decode(small.content(), 'GRAY')
@@ -284,7 +290,7 @@ def _take_tables(file: _File, segment: bytes) -> None:
     while len(segment) > 17:
         kind, symbols = segment[0], sum(segment[1:17])
         if kind >> 4:
-            file.zero_codes[kind & 15] = segment[17] if symbols and len(segment) > 17 else 0
+            file.zero_codes[kind & 15] = segment[17]
         segment = segment[17 + symbols :]
 
 
@@ -315,32 +321,28 @@ def _take_scan_header(file: _File, segment: bytes) -> bytes:
 
 def _take_scan(file: _File, scan: memoryview) -> None:
     # Fill bytes before the marker that ends it; of a file that is cut, half an end mark.
-    end = scan.nbytes
-    while end and scan[end - 1] == 0xFF:
-        end -= 1
-    scan = scan[:end]
+    data = bytes(scan).rstrip(b'\xff')
     if file.no_zeros:
-        scan = _without_zeros(file, scan)
+        data = _without_zeros(file, data)
     file.scans.append(len(file.pieces))
-    file.pieces.append(scan)
-    for number, restart in enumerate(_RESTART.finditer(scan)):
+    file.pieces.append(data)
+    for number, restart in enumerate(_RESTART.finditer(data)):
         if not file.interval:
             _refuse('it has restart intervals that it did not announce.')
         if restart[1][0] != 0xD0 + number % 8:
             _refuse('a restart interval is missing, or one too many.')
 
 
-def _without_zeros(file: _File, scan: memoryview) -> memoryview:
+def _without_zeros(file: _File, data: bytes) -> bytes:
     """Leave zeros behind a scan out, of which the decoder might take some for blocks that are missing."""
-    data = bytes(scan)
     end = len(data.rstrip(b'\0'))
-    if _ZEROS in data[:end]:
+    if data.find(_ZEROS, 0, end) >= 0:
         _refuse('a part of its scan is zeros.')
     if len(data) - end <= 2:
-        return scan
+        return data
     file.oddities.add('padding_before_end')
     # The last byte of the data itself may be zero.
-    return scan[: end + 1]
+    return data[: end + 1]
 
 
 def _memory(file: _File, channels: int) -> int:

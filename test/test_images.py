@@ -151,6 +151,7 @@ JPEGS = {
     'arithmetic coding': (changed(BASELINE, FRAME + 1, b'\xc9'), BASELINE),
     'lossless': (changed(BASELINE, FRAME + 1, b'\xc3'), BASELINE),
     '12 bits': (changed(changed(BASELINE, FRAME + 4, b'\x0c'), FRAME + 1, b'\xc1'), BASELINE),
+    'colours sampled in an unknown way': (changed(BASELINE, FRAME + 10, b'\1\x22\0\2\x21\1\3\x12\1'), BASELINE),
     'header of 65500x65500': (changed(BASELINE, FRAME + 5, struct.pack('>HH', 65500, 65500)), BASELINE),
 }
 
