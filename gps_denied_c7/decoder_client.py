@@ -163,7 +163,7 @@ class ImageDecoder:
             except TimeoutError as error:
                 self._replace(f'{error} It was killed.')
                 raise ImageRejectedError(
-                    'decode_time', str(error), remedy='Send smaller or simpler pictures, or raise the time limit.'
+                    'decode_time', str(error), remedy='Send smaller or simpler pictures, or raise decode_timeout_ms.'
                 ) from None
             except (OSError, MemoryError) as error:
                 raise ImageRejectedError('decode_memory', f'the node has no memory for a picture: {error}.') from error
@@ -236,7 +236,7 @@ class ImageDecoder:
             raise ImageRejectedError(
                 'decode_memory',
                 f'{data.nbytes} compressed bytes, where a picture may take {self._memory_bytes}.',
-                remedy='Send smaller pictures, or raise the memory limit.',
+                remedy='Send smaller pictures, or raise decoder_memory_mb.',
             )
         room = 0 if self._data is None else self._data.nbytes
         if data.nbytes > room or room > max(_LEAST_INPUT_BYTES, 8 * data.nbytes):

@@ -133,7 +133,7 @@ def _refusal(error: Exception) -> dict[str, Any]:
         raise error
     if isinstance(error, MemoryError) or is_out_of_memory(error):
         message = f'decoding needs more memory than is left for it: {" ".join(str(error).split())}'
-        reason, remedy = 'decode_memory', 'Send smaller pictures, or raise the memory limit.'
+        reason, remedy = 'decode_memory', 'Send smaller pictures, or raise decoder_memory_mb.'
     elif isinstance(error, C7Error):
         reason, message, remedy = getattr(error, 'reason', 'decoder'), error.message, error.remedy
     else:

@@ -388,7 +388,7 @@ def decode_picture(
             raise ImageRejectedError(
                 'decode_memory',
                 f'{width}x{height} pixels take {size} bytes to decode, of {memory_bytes} that a picture may take.',
-                remedy='Send smaller pictures, or raise the memory limit.',
+                remedy='Send smaller pictures, or raise decoder_memory_mb.',
             )
 
     try:
