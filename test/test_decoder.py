@@ -252,6 +252,20 @@ def test_close_is_quick_while_another_thread_waits_for_a_hung_decoder(decoder):
     decoder.close()
 
 
+def test_a_file_of_thousands_of_faults_does_not_fill_the_log(decoder, caplog):
+    """libpng and libjpeg write a line for each; 110 MB came of 15 s."""
+    caplog.set_level(logging.DEBUG)
+    faulty = PNG[:33] + b'\0\0\0\1tEXtx\0\0\0\0' * 5000 + PNG[33:]
+    for _ in range(10):
+        image = decoder.decode('', memoryview(faulty), SPEC)
+        assert image.oddities == ('bad_checksum',)
+        image.release()
+        refused(decoder, JPEG[:-300])
+    decoder.close()
+    wait_until(lambda: not threads('c7-reaper'), 'its end')
+    assert sum(len(record.getMessage()) for record in caplog.records) < 1000
+
+
 def test_a_decoder_is_closed_while_it_starts():
     for _ in range(3):
         decoder = make_decoder()
