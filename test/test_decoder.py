@@ -309,7 +309,7 @@ def threads(name):
     return sum(thread.name == name for thread in threading.enumerate())
 
 
-def test_a_decoder_does_not_outlive_its_node(tmp_path):
+def test_a_decoder_does_not_outlive_its_node_even_where_it_hangs(tmp_path):
     script = (
         'import sys, time\n'
         'from gps_denied_c7.decoder_client import ImageDecoder\n'
@@ -319,7 +319,10 @@ def test_a_decoder_does_not_outlive_its_node(tmp_path):
     environ = {**os.environ, 'XDG_CACHE_HOME': str(tmp_path), 'PYTHONPATH': os.pathsep.join(sys.path)}
     node = subprocess.Popen([sys.executable, '-c', script], env=environ, stdout=subprocess.PIPE)
     assert node.stdout is not None
-    assert int(node.stdout.readline()) in processes_naming(tmp_path)
+    pid = int(node.stdout.readline())
+    wait_until(lambda: Path(f'/proc/{pid}/comm').read_text().strip() == 'c7-decoder', 'it is set up')
+    assert pid in processes_naming(tmp_path)
+    os.kill(pid, signal.SIGSTOP)
     node.kill()
     node.wait()
     node.stdout.close()
