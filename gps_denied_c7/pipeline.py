@@ -17,7 +17,7 @@ from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import Answer, RuntimeChain
 from gps_denied_c7.decoding import Pixels
 from gps_denied_c7.errors import C7Error, ImageRejectedError
-from gps_denied_c7.preprocessing import Preprocessor
+from gps_denied_c7.preprocessing import PreprocessingSpec, Preprocessor
 from gps_denied_c7.slots import Frame, FrameSlots
 from gps_denied_c7.statistics import Statistics
 from gps_denied_c7.tensors import TensorSpec
@@ -78,13 +78,24 @@ class ServedModel:
 
         :raises ImageRejectedError: the image does not fit.
         """
-        name = self.image_input.name
-        # Where an engine reads its input from, or, before it has told, an array of our own.
-        tensor = self.chain.request_arrays().get(name)
-        if tensor is None or tensor.shape != self._own.shape:
-            tensor = self._own
+        tensor = self._input()
         self.preprocessor.run(pixels, tensor)
-        return {name: tensor}
+        return {self.image_input.name: tensor}
+
+    def request_of(self, prepared: NDArray) -> dict[str, NDArray]:
+        """
+        Return the request for one image that is pre-processed already, valid until the next call.
+
+        :param prepared: what :attr:`preprocessor` would write; copied.
+        """
+        tensor = self._input()
+        np.copyto(tensor, prepared)
+        return {self.image_input.name: tensor}
+
+    def _input(self) -> NDArray:
+        """Return where an engine reads its input from, or, before it has told, an array of our own."""
+        tensor = self.chain.request_arrays().get(self.image_input.name)
+        return self._own if tensor is None or tensor.shape != self._own.shape else tensor
 
 
 class FrameTap:
@@ -95,6 +106,11 @@ class FrameTap:
         self._pixels: Pixels | None = None
         self._arrived = threading.Event()
 
+    @property
+    def wanted(self) -> bool:
+        """Whether somebody waits for a frame."""
+        return self._wanted
+
     def take(self, timeout_s: float) -> Pixels | None:
         """Return the pixels of the next answered frame, owned by the caller; None where none came in time."""
         self._arrived.clear()
@@ -103,23 +119,43 @@ class FrameTap:
         self._wanted = False
         return self._pixels if arrived else None
 
-    def offer(self, pixels: Pixels) -> None:
-        """Copy ``pixels`` if somebody waits for them; nothing is done otherwise."""
-        if self._wanted:
+    def offer(self, pixels: Pixels | None) -> None:
+        """Copy ``pixels`` if somebody waits for them; nothing is done otherwise, or where there are none."""
+        if self._wanted and pixels is not None:
             self._wanted = False
             self._pixels = Pixels(pixels.array.copy(), pixels.order)
             self._arrived.set()
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """
+    Hold what the network gets of one image, and what became of it so far.
+
+    :param size: width and height of the image, pixels.
+    :param pixels: of the image, where they are at hand; valid until the next one is decoded.
+    """
+
+    request: dict[str, NDArray]
+    size: tuple[int, int]
+    pixels: Pixels | None
+    queue_ns: int
+    decode_ns: int
 
 
 class FramePipeline:
     """
     Answer frames one at a time, from one thread.
 
+    A frame that comes with what was made of its image is answered from that, if it was made for the model that answers
+    now; otherwise, after a swap, the image is decoded again.
+
     :param model: answers until :meth:`replace`.
     :param decode: takes an image message, returns its pixels; raises ImageRejectedError.
     :param publish: takes each result and hands it on before the next frame is touched.
     :param on_refused: told every image that cannot be decoded or does not fit.
     :param on_unanswered: told every accepted frame that no rung answered, and why.
+    :param charge: told the topic, and how many nanoseconds of CPU time this thread took to make an image ready.
     """
 
     def __init__(
@@ -131,6 +167,7 @@ class FramePipeline:
         on_refused: Callable[[Frame, ImageRejectedError], None],
         on_unanswered: Callable[[Frame, Exception], None],
         statistics: Statistics,
+        charge: Callable[[str, int], None] = lambda topic, cost_ns: None,
     ) -> None:
         self._model = model
         self._decode = decode
@@ -138,8 +175,14 @@ class FramePipeline:
         self._on_refused = on_refused
         self._on_unanswered = on_unanswered
         self._statistics = statistics
+        self._charge = charge
         self._next_seq: Counter[str] = Counter()
         self.answered = FrameTap()
+
+    @property
+    def preprocessing(self) -> PreprocessingSpec:
+        """What the model that answers now was trained with; from any thread."""
+        return self._model.preprocessor.spec
 
     def replace(self, model: ServedModel) -> None:
         """Have ``model`` answer from the next frame on; the frame numbers go on. From the thread of :meth:`process`."""
@@ -154,9 +197,8 @@ class FramePipeline:
         taken_ns = time.monotonic_ns()
         model = self._model
         try:
-            pixels = self._decode(frame.message)
-            decoded_ns = time.monotonic_ns()
-            request = model.request(pixels)
+            make = self._make_ready if frame.prepared is None else self._take_prepared
+            ready = make(frame, model, taken_ns)
         except ImageRejectedError as error:
             self._on_refused(frame, error)
             return
@@ -167,17 +209,16 @@ class FramePipeline:
         preprocessed_ns = time.monotonic_ns()
         seq = self._accept(frame)
         try:
-            answer = model.chain.infer(request)
+            answer = model.chain.infer(ready.request)
             inferred_ns = time.monotonic_ns()
             durations_ns = {
-                'queue': taken_ns - frame.received_ns,
-                'decode': decoded_ns - taken_ns,
-                'preprocess': preprocessed_ns - decoded_ns,
+                'queue': ready.queue_ns,
+                'decode': ready.decode_ns,
+                'preprocess': preprocessed_ns - frame.received_ns - ready.queue_ns - ready.decode_ns,
                 **_split_inference(preprocessed_ns, answer.ran_ns, inferred_ns),
             }
-            height, width = pixels.array.shape[:2]
-            matrix = model.preprocessor.network_to_image(width, height)
-            self._publish(FrameResult(frame, seq, (width, height), matrix, answer, durations_ns, model.published))
+            matrix = model.preprocessor.network_to_image(*ready.size)
+            self._publish(FrameResult(frame, seq, ready.size, matrix, answer, durations_ns, model.published))
         except Exception as error:  # an accepted frame is either answered or counted, whatever went wrong
             self._give_up(frame, error)
             return
@@ -186,7 +227,35 @@ class FramePipeline:
         self._statistics.observe(
             {**durations_ns, 'publish': published_ns - inferred_ns, 'total': published_ns - frame.received_ns}
         )
-        self.answered.offer(pixels)
+        self.answered.offer(ready.pixels)
+
+    def _make_ready(self, frame: Frame, model: ServedModel, taken_ns: int) -> _Ready:
+        """Decode and pre-process an image in this thread."""
+        began_ns = time.thread_time_ns()
+        try:
+            pixels = self._decode(frame.message)
+            decoded_ns = time.monotonic_ns()
+            request = model.request(pixels)
+        finally:
+            self._charge(frame.topic, time.thread_time_ns() - began_ns)
+        height, width = pixels.array.shape[:2]
+        return _Ready(request, (width, height), pixels, taken_ns - frame.received_ns, decoded_ns - taken_ns)
+
+    def _take_prepared(self, frame: Frame, model: ServedModel, taken_ns: int) -> _Ready:
+        """Copy what was made of an image, and give its memory back; or have it made for this model first."""
+        prepared = frame.prepared
+        assert prepared is not None
+        began_ns, ended_ns = prepared.decoding_ns
+        queue_ns, decode_ns = began_ns - frame.received_ns + taken_ns - ended_ns, ended_ns - began_ns
+        if prepared.spec != model.preprocessor.spec:
+            prepared.release()
+            prepared = prepared.again(model.preprocessor.spec)
+            decode_ns += time.monotonic_ns() - taken_ns
+        try:
+            request = model.request_of(prepared.tensor)
+        finally:
+            prepared.release()
+        return _Ready(request, prepared.size, prepared.pixels, queue_ns, decode_ns)
 
     def _accept(self, frame: Frame) -> int:
         self._statistics.count(frame.topic, 'accepted')
@@ -211,7 +280,8 @@ class InferenceThread:
     Serve the slots from one thread, the only one that runs the engine while the node is active.
 
     :param too_old: whether a frame just taken is to be dropped instead of answered.
-    :param shed: whether one that is not too old is to be left out because of heat.
+    :param shed: whether one that is not too old is to be left out because of heat; not asked for frames that come with
+        what was made of their image, of which a DecodeThread has asked.
     """
 
     def __init__(
@@ -288,12 +358,15 @@ class InferenceThread:
     def _serve(self, frame: Frame | None) -> None:
         if frame is None:
             return
-        if self._too_old(frame):
-            self._statistics.count(frame.topic, 'too_old')
-        elif self._shed(frame):
-            self._statistics.count(frame.topic, 'shed')
-        else:
-            self._pipeline.process(frame)
+        try:
+            if self._too_old(frame):
+                self._statistics.count(frame.topic, 'too_old')
+            elif frame.prepared is None and self._shed(frame):
+                self._statistics.count(frame.topic, 'shed')
+            else:
+                self._pipeline.process(frame)
+        finally:
+            frame.release()
 
     def _take_replacement(self) -> None:
         if self._replacement is None:

@@ -7,7 +7,35 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ['Frame', 'FrameSlots']
+from numpy.typing import NDArray
+
+from gps_denied_c7.decoding import Pixels
+from gps_denied_c7.preprocessing import PreprocessingSpec
+
+__all__ = ['Frame', 'FrameSlots', 'PreparedImage']
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedImage:
+    """
+    Hold what was made of an image before its turn: the network's input.
+
+    :param spec: what ``tensor`` was made with.
+    :param size: width and height of the decoded image, pixels.
+    :param tensor: of the spec's shape and dtype; valid until ``release``.
+    :param pixels: a copy of the decoded image, where one was asked for.
+    :param decoding_ns: steady clock when this began and ended, nanoseconds.
+    :param release: gives the memory of ``tensor`` back; safe to repeat.
+    :param again: returns the same image made with another spec, in the calling thread; raises ImageRejectedError.
+    """
+
+    spec: PreprocessingSpec
+    size: tuple[int, int]
+    tensor: NDArray
+    pixels: Pixels | None
+    decoding_ns: tuple[int, int]
+    release: Callable[[], None]
+    again: Callable[[PreprocessingSpec], PreparedImage]
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,20 +47,27 @@ class Frame:
     :param message: the image message; its buffer must stay untouched until the frame is answered.
     :param received_ns: steady clock at callback entry, nanoseconds.
     :param receive_stamp_ns: ROS time at callback entry, nanoseconds.
+    :param prepared: what was made of the image already; None where that is left to the inference thread.
     """
 
     topic: str
     message: Any
     received_ns: int
     receive_stamp_ns: int
+    prepared: PreparedImage | None = None
+
+    def release(self) -> None:
+        """Give back what was made of the image, once it is answered or dropped; safe to repeat."""
+        if self.prepared is not None:
+            self.prepared.release()
 
 
 class FrameSlots:
     """
-    Pass frames from image callbacks to one inference thread.
+    Pass frames from image callbacks to one thread, which releases those that it takes.
 
     :param topics: the topics, in the order in which they take turns.
-    :param on_replaced: told each frame that a newer one of its topic pushed out.
+    :param on_replaced: told each frame that a newer one of its topic pushed out, once it is released.
     """
 
     def __init__(self, topics: Iterable[str], *, on_replaced: Callable[[Frame], None]) -> None:
@@ -50,6 +85,7 @@ class FrameSlots:
             replaced, self._slots[frame.topic] = self._slots[frame.topic], frame
             self._ready.notify()
         if replaced is not None:
+            replaced.release()
             self._on_replaced(replaced)
         return True
 
@@ -72,10 +108,12 @@ class FrameSlots:
         return None
 
     def close(self) -> list[Frame]:
-        """Refuse further frames, wake the taker and return the frames still waiting."""
+        """Refuse further frames, wake the taker and return the frames still waiting, released."""
         with self._ready:
             self._closed = True
             waiting = [frame for frame in self._slots.values() if frame is not None]
             self._slots = dict.fromkeys(self._slots)
             self._ready.notify_all()
+        for frame in waiting:
+            frame.release()
         return waiting

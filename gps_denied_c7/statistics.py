@@ -21,13 +21,16 @@ class StreamCounters:
     """
     Count the frames of one topic since the node was configured.
 
-    ``received = refused + replaced + too_old + shed + closed + accepted + waiting`` and
-    ``accepted = refused after acceptance (undecodable) + answered + unanswered + in hand``.
+    ``received = refused + replaced + over_share + too_old + shed + closed + accepted + waiting``, where an image waits
+    while it is decoded beside the inference thread, and ``accepted = answered + unanswered + in hand``.
 
+    :param over_share: images left out since those of this topic cost more than their share of CPU time.
+    :param retyped: how often the topic was subscribed anew because its publisher has another message type.
     :param pushed_out: images that never were received, since newer ones pushed them out of the middleware's queue;
         None where nobody can tell.
     :param lost: messages lost before the node, None where nobody can tell.
     :param refused: images refused, by reason.
+    :param odd: images decoded in spite of a fault, by kind of fault; they are answered.
     """
 
     received: int = 0
@@ -37,15 +40,19 @@ class StreamCounters:
     replaced: int = 0
     too_old: int = 0
     shed: int = 0
+    over_share: int = 0
     closed: int = 0
+    retyped: int = 0
     pushed_out: int | None = None
     lost: int | None = None
     refused: Mapping[str, int] = field(default_factory=dict)
+    odd: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def dropped_by_policy(self) -> int:
-        """Frames that a newer one took the place of, too old, left out in heat, or waiting when the streams closed."""
-        return self.replaced + (self.pushed_out or 0) + self.too_old + self.shed + self.closed
+        """Frames that a newer one replaced, over the share, too old, left out in heat, or waiting at the close."""
+        dropped = self.replaced + self.over_share + self.too_old + self.shed + self.closed
+        return dropped + (self.pushed_out or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +81,7 @@ class Statistics:
         self._lock = threading.Lock()
         self._counts: dict[str, Counter[str]] = {}
         self._refused: dict[str, Counter[str]] = {}
+        self._odd: dict[str, Counter[str]] = {}
         self._missed: dict[str, tuple[int | None, int | None]] = {}
         self._stages: dict[str, deque[int]] = {stage: deque(maxlen=_WINDOW) for stage in STAGES}
         self._callback_failures: Counter[str] = Counter()
@@ -83,6 +91,7 @@ class Statistics:
         with self._lock:
             self._counts = {topic: Counter() for topic in topics}
             self._refused = {topic: Counter() for topic in topics}
+            self._odd = {topic: Counter() for topic in topics}
             self._missed = {}
             for window in self._stages.values():
                 window.clear()
@@ -98,6 +107,11 @@ class Statistics:
         """Count one refused image."""
         with self._lock:
             self._refused.setdefault(topic, Counter())[reason] += 1
+
+    def note_odd(self, topic: str, fault: str) -> None:
+        """Count one image that was decoded in spite of a fault."""
+        with self._lock:
+            self._odd.setdefault(topic, Counter())[fault] += 1
 
     def set_missed(self, topic: str, lost: int | None, pushed_out: int | None) -> None:
         """Set how many messages were lost before the node, and how many pushed out of its queue, None for unknown."""
@@ -130,6 +144,7 @@ class Statistics:
         with self._lock:
             counts = {topic: dict(counter) for topic, counter in self._counts.items()}
             refused = {topic: dict(counter) for topic, counter in self._refused.items()}
+            odd = {topic: dict(counter) for topic, counter in self._odd.items()}
             missed = dict(self._missed)
             windows = {stage: np.array(window, dtype=np.int64) for stage, window in self._stages.items() if window}
             failures = dict(self._callback_failures)
@@ -137,7 +152,7 @@ class Statistics:
         for topic, counter in counts.items():
             lost, pushed_out = missed.get(topic, (None, None))
             streams[topic] = StreamCounters(
-                **counter, refused=refused.get(topic, {}), lost=lost, pushed_out=pushed_out
+                **counter, refused=refused.get(topic, {}), odd=odd.get(topic, {}), lost=lost, pushed_out=pushed_out
             )
         return StatisticsSnapshot(
             streams=streams,

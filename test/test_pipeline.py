@@ -1,5 +1,6 @@
 """N-3: a frame that leaves its slot is answered once, refused, or counted as unanswered; F-2, F-7 below it."""
 
+import dataclasses
 import threading
 import time
 import weakref
@@ -18,7 +19,7 @@ from gps_denied_c7.pipeline import FramePipeline, InferenceThread, ServedModel
 from gps_denied_c7.preprocessing import PreprocessingSpec, Preprocessor
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import EngineFacts, ProviderSet
-from gps_denied_c7.slots import Frame, FrameSlots
+from gps_denied_c7.slots import Frame, FrameSlots, PreparedImage
 from gps_denied_c7.statistics import Statistics
 from gps_denied_c7.tensors import TensorSpec
 
@@ -387,3 +388,125 @@ def test_everything_that_was_put_is_accounted_for():
         assert messages == sorted(messages) and not any(message % 7 == 0 for message in messages)
     for result, output in bench.results:
         assert output.flat[0] == result.frame.message
+
+
+def prepared(bench, value, spec, *, again=None, decoding_ns=None):
+    """Return what a decoder beside the thread makes of a grey image, and how often it was given back."""
+    released = []
+    tensor = np.empty(spec.tensor_shape, spec.dtype)
+    picture = Pixels(np.full((4, 6), value, np.uint8), 'gray')
+    Preprocessor(spec).run(picture, tensor)
+
+    def release():
+        released.append(1)
+        tensor[...] = np.nan
+
+    now = time.monotonic_ns()
+    ready = PreparedImage(spec, (60, 40), tensor, picture, decoding_ns or (now, now), release, again)
+    return ready, released
+
+
+def test_a_frame_that_comes_decoded_is_answered_from_what_was_made_of_it(bench):
+    bench.decode = lambda message: pytest.fail('decoded once more')
+    received = time.monotonic_ns() - 100_000_000
+    ready, released = prepared(
+        bench, 9, bench.pipeline.preprocessing, decoding_ns=(received + 20_000_000, received + 70_000_000)
+    )
+    bench.pipeline.process(Frame('/a', 'message', received, 5, ready))
+    ((result, output),) = bench.results
+    np.testing.assert_array_equal(output, np.full((1, 1, 4, 6), 9, np.float32))
+    assert result.source_size == (60, 40) and released
+    np.testing.assert_array_equal(result.network_to_image, Preprocessor(ready.spec).network_to_image(60, 40))
+    durations = result.durations_ns
+    assert durations['decode'] == 50_000_000
+    assert durations['queue'] >= 20_000_000 + 30_000_000
+    stages = bench.statistics.snapshot().stages
+    assert sum(stages[stage].p50_ms for stage in stages if stage != 'total') == pytest.approx(stages['total'].p50_ms)
+
+
+def test_a_frame_that_was_made_for_the_model_before_is_made_anew(bench):
+    """A swap between decoding and inference: no answer with the wrong pre-processing, and no frame lost."""
+    spec = bench.pipeline.preprocessing
+    before, released_before = prepared(bench, 200, spec.replace(mean=(50.0,)), again=lambda asked: made(asked))
+    after = []
+
+    def made(asked):
+        assert released_before, 'its buffer may be the one that is needed'
+        after.append(prepared(bench, 200, asked))
+        time.sleep(0.003)
+        return after[-1][0]
+
+    frame = Frame('/a', 'message', time.monotonic_ns(), 5, before)
+    bench.pipeline.process(frame)
+    ((result, output),) = bench.results
+    np.testing.assert_array_equal(output, np.full((1, 1, 4, 6), 200, np.float32))
+    assert after[0][1], 'given back'
+    assert result.durations_ns['decode'] >= 3_000_000
+    stages = bench.statistics.snapshot().stages
+    assert sum(stages[stage].p50_ms for stage in stages if stage != 'total') == pytest.approx(stages['total'].p50_ms)
+
+
+def test_a_frame_that_cannot_be_made_anew_is_refused(bench):
+    def refuse(asked):
+        raise ImageRejectedError('decode_time', 'late.')
+
+    ready, released = prepared(bench, 1, bench.pipeline.preprocessing.replace(mean=(50.0,)), again=refuse)
+    frame = Frame('/a', 'message', time.monotonic_ns(), 5, ready)
+    bench.pipeline.process(frame)
+    assert [error.reason for _, error in bench.refused] == ['decode_time']
+    assert bench.results == [] and released
+
+
+@pytest.mark.parametrize('drop', ['too_old', 'replaced', 'closed', 'unanswered', 'shed'])
+def test_what_was_made_of_a_frame_is_given_back_whatever_becomes_of_it(drop):
+    bench = Bench(too_old=lambda frame: drop == 'too_old', shed=lambda frame: drop == 'shed')
+    if drop == 'unanswered':
+        bench.acts[GPU] = bench.acts[CPU] = lambda: (_ for _ in ()).throw(InferenceError('no'))
+    released = []
+    for number in range(2):
+        ready, given_back = prepared(bench, number, bench.pipeline.preprocessing)
+        released.append(given_back)
+        bench.slots.put(Frame('/a', 'message', time.monotonic_ns(), 5, ready))
+    if drop != 'closed':
+        bench.thread.start()
+        wait_until(lambda: len(released[1]) > 0)
+    bench.thread.stop(10.0)
+    assert all(released)
+    counted = bench.counters()
+    assert counted.replaced == 1
+    # What heat leaves out of it has been left out before it was decoded.
+    assert counted.shed == 0
+    if drop in ('too_old', 'closed', 'unanswered'):
+        assert getattr(counted, drop) == 1
+
+
+def test_time_for_an_image_in_this_thread_is_charged_to_its_topic():
+    charged = []
+    bench = Bench()
+    bench.pipeline._charge = lambda topic, cost_ns: charged.append((topic, cost_ns))
+    bench.pipeline.process(bench.frame(7, '/b'))
+
+    def refuse(message):
+        raise ImageRejectedError('data', 'no')
+
+    bench.decode = refuse
+    bench.pipeline.process(bench.frame(7, '/a'))
+    ready, _ = prepared(bench, 9, bench.pipeline.preprocessing)
+    bench.pipeline.process(Frame('/a', 'message', time.monotonic_ns(), 5, ready))
+    assert [topic for topic, _ in charged] == ['/b', '/a'], 'a refused one too; not what another thread has made'
+    assert all(cost_ns > 0 for _, cost_ns in charged)
+
+
+def test_pixels_of_frames_that_come_decoded_go_to_who_waits_for_them(bench):
+    taken = []
+    taker = threading.Thread(target=lambda: taken.append(bench.pipeline.answered.take(30.0)))
+    taker.start()
+    wait_until(lambda: bench.pipeline.answered.wanted)
+    ready, _ = prepared(bench, 9, bench.pipeline.preprocessing)
+    without = dataclasses.replace(ready, pixels=None)
+    for image in (without, ready):
+        assert bench.pipeline.answered.wanted
+        bench.pipeline.process(Frame('/a', 'message', time.monotonic_ns(), 5, image))
+    taker.join(30.0)
+    np.testing.assert_array_equal(taken[0].array, ready.pixels.array)
+    assert not bench.pipeline.answered.wanted

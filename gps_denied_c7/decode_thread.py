@@ -1,0 +1,273 @@
+"""Images made ready for the network beside the inference thread, one topic in each thread."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gps_denied_c7.decoding import Pixels
+from gps_denied_c7.errors import ImageRejectedError
+from gps_denied_c7.preprocessing import PreprocessingSpec, Preprocessor
+from gps_denied_c7.slots import Frame, FrameSlots, PreparedImage
+from gps_denied_c7.statistics import Statistics
+
+__all__ = ['Decoded', 'DecodeThread', 'Decoder', 'LocalDecoder']
+
+_IDLE_S = 0.5
+
+_log = logging.getLogger(__name__)
+
+
+class Decoded(Protocol):
+    """What a decoder gives for one image, as :class:`gps_denied_c7.decoder_client.DecodedImage`."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the decoded image, pixels."""
+        ...
+
+    @property
+    def tensor(self) -> NDArray:
+        """The network's input, valid until :meth:`release`."""
+        ...
+
+    @property
+    def pixels(self) -> Pixels | None:
+        """A copy of the decoded image, where one was asked for."""
+        ...
+
+    @property
+    def oddities(self) -> tuple[str, ...]:
+        """Faults in spite of which it was decoded."""
+        ...
+
+    def release(self) -> None:
+        """Give the memory of the tensor back; safe to repeat."""
+        ...
+
+
+class Decoder(Protocol):
+    """What decodes the images of one topic."""
+
+    @property
+    def cpu_ns(self) -> int:
+        """CPU time that it has taken so far, nanoseconds; as of the latest :meth:`decode`."""
+        ...
+
+    def decode(self, message: Any, spec: PreprocessingSpec, *, pixels: bool) -> Decoded:
+        """Return one image made ready; raise ImageRejectedError. From one thread at a time."""
+        ...
+
+    def close(self) -> None:
+        """End; a decode in progress returns with an error, and so does every later one. From any thread."""
+        ...
+
+
+class DecodeThread:
+    """
+    Decode and pre-process the images of one topic in a thread of its own, and hand them on to the inference thread.
+
+    The newest image waits for this thread in a slot, and what it has made of it waits in the inference thread's: newer
+    ones win at both places, and what is replaced is counted.
+
+    :param slots: the inference thread's.
+    :param spec: returns what the network that answers now was trained with.
+    :param pixels_wanted: returns whether somebody waits for a copy of an image's pixels.
+    :param charge: told the topic, and how many nanoseconds of CPU time the decoder took for each image, also a refused
+        one. What it takes to start is charged to the image that made it start anew, and the first time to none.
+    :param shed: whether an image is to be left out because of heat.
+    :param on_refused: told the topic and the error of every image that cannot be decoded or does not fit.
+    """
+
+    def __init__(
+        self,
+        topic: str,
+        decoder: Decoder,
+        *,
+        slots: FrameSlots,
+        spec: Callable[[], PreprocessingSpec],
+        pixels_wanted: Callable[[], bool],
+        charge: Callable[[str, int], None],
+        shed: Callable[[Frame], bool],
+        on_refused: Callable[[str, ImageRejectedError], None],
+        statistics: Statistics,
+    ) -> None:
+        self._topic = topic
+        self._decoder = decoder
+        self._slots = slots
+        self._spec = spec
+        self._pixels_wanted = pixels_wanted
+        self._charge = charge
+        self._shed = shed
+        self._on_refused = on_refused
+        self._statistics = statistics
+        self._waiting = FrameSlots([topic], on_replaced=lambda frame: self._count('replaced'))
+        self._stopping = False
+        self._turn = threading.Condition()
+        self._busy, self._overtaking = False, 0
+        self._charged_ns: int | None = None
+        # A daemon: a decoder that never returns must not keep the process from ending.
+        self._thread = threading.Thread(target=self._run, name=f'c7-decode {topic}', daemon=True)
+
+    def start(self) -> None:
+        """Begin decoding."""
+        self._thread.start()
+
+    def has(self, topic: str) -> bool:
+        """Return whether an image waits to be decoded."""
+        return self._waiting.has(topic)
+
+    def put(self, frame: Frame) -> bool:
+        """Have ``frame`` decoded next; False once closed."""
+        return self._waiting.put(frame)
+
+    def close(self) -> None:
+        """Decode no further; an image that waits or is being decoded is counted as closed. Does not wait."""
+        self._stopping = True
+        for _ in self._waiting.close():
+            self._count('closed')
+        self._decoder.close()
+
+    def join(self, timeout_s: float) -> bool:
+        """Return whether the thread has ended within ``timeout_s``, once closed."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                frame = self._waiting.take(_IDLE_S)
+                if frame is not None:
+                    self._serve(frame)
+                del frame
+            except Exception:
+                _log.exception('%s: decoding met an unexpected error and goes on', self._topic)
+
+    def _serve(self, frame: Frame) -> None:
+        if self._shed(frame):
+            self._count('shed')
+            return
+        try:
+            prepared = self._prepare(frame.message, self._spec(), pixels=self._pixels_wanted())
+        except ImageRejectedError as error:
+            self._refuse(error)
+            return
+        except Exception as error:  # a fault of the decoder's client, not of the image
+            _log.exception('%s: an image could not be decoded', self._topic)
+            self._refuse(ImageRejectedError('decoder', f'the decoder failed: {type(error).__name__}: {error}.'))
+            return
+        ready = dataclasses.replace(frame, prepared=prepared)
+        if not self._slots.put(ready):
+            ready.release()
+            self._count('closed')
+
+    def _refuse(self, error: ImageRejectedError) -> None:
+        if self._stopping:
+            self._count('closed')
+        else:
+            self._on_refused(self._topic, error)
+
+    def _prepare(
+        self, message: Any, spec: PreprocessingSpec, *, pixels: bool = False, overtake: bool = False
+    ) -> PreparedImage:
+        """
+        Decode one image.
+
+        :param overtake: before this thread decodes its next one: the inference thread waits for it.
+        """
+        began_ns = time.monotonic_ns()
+        with self._own_turn(overtake):
+            try:
+                decoded = self._decoder.decode(message, spec, pixels=pixels)
+            finally:
+                self._charge_decoder()
+        for fault in decoded.oddities:
+            self._statistics.note_odd(self._topic, fault)
+        return PreparedImage(
+            spec=spec,
+            size=decoded.size,
+            tensor=decoded.tensor,
+            pixels=decoded.pixels,
+            decoding_ns=(began_ns, time.monotonic_ns()),
+            release=decoded.release,
+            again=lambda other: self._prepare(message, other, overtake=True),
+        )
+
+    def _charge_decoder(self) -> None:
+        before_ns, self._charged_ns = self._charged_ns, self._decoder.cpu_ns
+        if before_ns is not None:
+            self._charge(self._topic, self._charged_ns - before_ns)
+
+    @contextmanager
+    def _own_turn(self, overtake: bool) -> Iterator[None]:
+        """Have the decoder to oneself: a lock would leave who waits for it waiting as long as images come."""
+        with self._turn:
+            self._overtaking += overtake
+            self._turn.wait_for(lambda: not self._busy and (overtake or not self._overtaking))
+            self._overtaking -= overtake
+            self._busy = True
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._busy = False
+                self._turn.notify_all()
+
+    def _count(self, event: str) -> None:
+        self._statistics.count(self._topic, event)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _LocallyDecoded:
+    size: tuple[int, int]
+    tensor: NDArray
+    pixels: Pixels | None
+    oddities: tuple[str, ...] = ()
+
+    def release(self) -> None:
+        """Do nothing: the tensor is nobody else's."""
+
+
+class LocalDecoder:
+    """
+    Decode images in the thread that asks, for a raw topic whose images would keep the inference thread too long.
+
+    :param decode: takes an image message, returns its pixels; raises ImageRejectedError.
+    """
+
+    def __init__(self, decode: Callable[[Any], Pixels]) -> None:
+        self._decode = decode
+        self._preprocessor: Preprocessor | None = None
+        self._cpu_ns = 0
+
+    @property
+    def cpu_ns(self) -> int:
+        """CPU time that all images together have taken, nanoseconds."""
+        return self._cpu_ns
+
+    def decode(self, message: Any, spec: PreprocessingSpec, *, pixels: bool) -> _LocallyDecoded:
+        """Return one image made ready; raises ImageRejectedError. From one thread at a time."""
+        began_ns = time.thread_time_ns()
+        try:
+            if self._preprocessor is None or self._preprocessor.spec != spec:
+                self._preprocessor = Preprocessor(spec)
+            decoded = self._decode(message)
+            tensor = np.empty(spec.tensor_shape, spec.dtype)
+            self._preprocessor.run(decoded, tensor)
+        finally:
+            self._cpu_ns += time.thread_time_ns() - began_ns
+        height, width = decoded.array.shape[:2]
+        kept = Pixels(decoded.array.copy(), decoded.order) if pixels else None
+        return _LocallyDecoded((width, height), tensor, kept)
+
+    def close(self) -> None:
+        """Do nothing: it holds nothing."""
