@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import socket
 from importlib import metadata
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import gps_denied_c7
 
-__all__ = ['describe_gpu', 'hardware_id', 'package_versions']
+__all__ = ['describe_gpu', 'hardware_id', 'package_versions', 'usable_cores']
 
 _PACKAGES = ('onnxruntime', 'onnxruntime-gpu', 'tensorrt', 'torch', 'numpy', 'opencv-python-headless')
 
@@ -47,3 +48,38 @@ def package_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def usable_cores(proc: Path = Path('/proc'), cgroups: Path = Path('/sys/fs/cgroup')) -> float:
+    """
+    Return how many cores this process may use at a time: those of its affinity, and no more than its control groups
+    allow (``cpu.max`` of version 2, ``cpu.cfs_quota_us`` of version 1), which may be part of a core.
+    """
+    cores = float(len(os.sched_getaffinity(0)))
+    try:
+        lines = (proc / 'self' / 'cgroup').read_text().splitlines()
+    except OSError:
+        return cores
+    for line in lines:
+        _, controllers, path = line.split(':', 2)
+        if controllers and 'cpu' not in controllers.split(','):
+            continue
+        # A container may show its own group as the root of all: every level that is there is looked at.
+        group = cgroups / ('cpu' if controllers else '') / path.lstrip('/')
+        for level in (group, *group.parents):
+            if not level.is_relative_to(cgroups):
+                break
+            cores = min(cores, _quota(level))
+    return cores
+
+
+def _quota(group: Path) -> float:
+    """Return the cores that one control group allows, infinity where it has no limit."""
+    for names in (('cpu.max',), ('cpu.cfs_quota_us', 'cpu.cfs_period_us')):
+        try:
+            quota, period = ' '.join((group / name).read_text() for name in names).split()
+        except (OSError, ValueError):
+            continue
+        if quota.isdigit() and period.isdigit() and int(quota) and int(period):
+            return int(quota) / int(period)
+    return float('inf')

@@ -1,0 +1,164 @@
+"""How much CPU time the images of each camera may take, and which of them are left out beyond that."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+__all__ = ['CameraCost', 'ImageShare']
+
+_BURST_S = 1.0
+_MEMORY_S = 3.0
+_CALM_S = 5.0
+_NEWEST = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class CameraCost:
+    """
+    Say what the images of one camera cost at one moment.
+
+    :param share_cores: CPU time per second that they may take, None for no limit.
+    :param image_ms: CPU time of one image in milliseconds, a mean of the latest; None before the first.
+    :param used_cores: CPU time per second that they took over the last seconds.
+    :param wanted_cores: CPU time per second that all that come would take.
+    :param slowed: whether images were left out in the last seconds.
+    """
+
+    topic: str
+    share_cores: float | None
+    image_ms: float | None
+    used_cores: float
+    wanted_cores: float
+    slowed: bool
+
+    def __str__(self) -> str:
+        """Return it as the end of a sentence, without a remedy."""
+        share = 'no limit' if self.share_cores is None else f'{self.share_cores:.2f}'
+        return (
+            f'one takes {self.image_ms or 0.0:.0f} ms of CPU time, all that come would take {self.wanted_cores:.2f} '
+            f'cores, the share of this camera is {share}'
+        )
+
+
+class _Rate:
+    """Measure an amount per second over the last seconds, of which older ones count less."""
+
+    def __init__(self) -> None:
+        self._sum = 0.0
+        self._at = -math.inf
+
+    def add(self, amount: float, now: float) -> None:
+        self._sum = self.read(now) * _MEMORY_S + amount
+        self._at = now
+
+    def read(self, now: float) -> float:
+        return self._sum * math.exp((self._at - now) / _MEMORY_S) / _MEMORY_S
+
+
+class _Camera:
+    """What is known of one camera: CPU seconds that it has left, and what it cost."""
+
+    def __init__(self, now: float) -> None:
+        # Full: whatever share there is, it is not beyond it.
+        self.left_s = math.inf
+        self.filled_at = now
+        self.image_s: float | None = None
+        self.arrivals, self.used = _Rate(), _Rate()
+        self.left_out_at = -math.inf
+        self.told_slowed = False
+
+
+class ImageShare:
+    """
+    Give the images of each camera an equal share of CPU time, and leave out what comes beyond it.
+
+    A token bucket per camera: it fills with its share of CPU time, to what a second brings, and each image takes out
+    what it has cost. That is known only afterwards, so that an image is let in as long as there is anything left, and
+    the debt that it leaves has to be filled up first. What one camera does not use is no other's: a share is what is
+    left for the others whatever one of them sends. Of one core or more it limits nothing: no camera uses more than
+    one thread. For any thread.
+
+    :param topics: of the cameras.
+    :param fraction: returns which part of ``cores`` all images together may take, 0 for no limit.
+    :param cores: that this process may use, as :func:`gps_denied_c7.host.usable_cores` says.
+    :param monotonic: steady clock in seconds.
+    """
+
+    def __init__(
+        self,
+        topics: Iterable[str],
+        *,
+        fraction: Callable[[], float],
+        cores: float,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._fraction = fraction
+        self._cores = cores
+        self._monotonic = monotonic
+        self._lock = threading.Lock()
+        self._cameras = {topic: _Camera(monotonic()) for topic in topics}
+
+    @property
+    def cores(self) -> float | None:
+        """CPU time per second of each camera, None for no limit."""
+        share = self._fraction() * self._cores / max(1, len(self._cameras))
+        return share if 0 < share < 1 else None
+
+    def admits(self, topic: str) -> bool:
+        """Return whether the image that has come now may cost anything; False where it is to be left out."""
+        with self._lock:
+            now, camera = self._monotonic(), self._cameras[topic]
+            camera.arrivals.add(1.0, now)
+            self._fill(camera, now)
+            if camera.left_s > 0:
+                return True
+            camera.left_out_at = now
+            return False
+
+    def charge(self, topic: str, cost_ns: int) -> None:
+        """Take what one image has cost, nanoseconds of CPU time, also of one that was refused."""
+        with self._lock:
+            now, camera, cost_s = self._monotonic(), self._cameras[topic], cost_ns / 1e9
+            self._fill(camera, now)
+            camera.left_s -= cost_s
+            camera.used.add(cost_s, now)
+            before = cost_s if camera.image_s is None else camera.image_s
+            camera.image_s = before + _NEWEST * (cost_s - before)
+
+    def cost(self, topic: str) -> CameraCost:
+        """Return what the images of one camera cost now."""
+        with self._lock:
+            return self._cost(topic, self._monotonic())
+
+    def changes(self) -> list[CameraCost]:
+        """Return the cameras that began to be slowed, or are no longer, since the last call; for one thread."""
+        with self._lock:
+            now = self._monotonic()
+            costs = [self._cost(topic, now) for topic in self._cameras]
+            changed = [cost for cost in costs if cost.slowed != self._cameras[cost.topic].told_slowed]
+            for cost in changed:
+                self._cameras[cost.topic].told_slowed = cost.slowed
+        return changed
+
+    def _fill(self, camera: _Camera, now: float) -> None:
+        share = self.cores
+        passed_s, camera.filled_at = now - camera.filled_at, now
+        if share is None:
+            camera.left_s = math.inf
+        else:
+            camera.left_s = min(share * _BURST_S, camera.left_s + share * passed_s)
+
+    def _cost(self, topic: str, now: float) -> CameraCost:
+        camera = self._cameras[topic]
+        return CameraCost(
+            topic=topic,
+            share_cores=self.cores,
+            image_ms=None if camera.image_s is None else 1e3 * camera.image_s,
+            used_cores=camera.used.read(now),
+            wanted_cores=camera.arrivals.read(now) * (camera.image_s or 0.0),
+            slowed=now - camera.left_out_at < _CALM_S,
+        )
