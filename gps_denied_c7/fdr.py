@@ -81,6 +81,9 @@ KINDS: Mapping[str, FdrKind] = {
         FdrKind('c7.frame_unanswered', Severity.ERROR, ('topic', 'reason'), 60.0, ('topic',)),
         FdrKind('c7.time_reset', Severity.WARN, ('topic', 'backwards_s'), 60.0, ('topic',)),
         FdrKind('c7.stream_overrun', Severity.WARN, ('topic', 'queue_depth', 'keeps_newest'), 60.0, ('topic',)),
+        FdrKind('c7.stream_retyped', Severity.INFO, ('topic', 'type', 'previous_type'), 60.0, ('topic', 'type')),
+        FdrKind('c7.camera_slowed', Severity.WARN, ('topic', 'image_ms', 'share_cores'), 60.0, ('topic',)),
+        FdrKind('c7.camera_no_longer_slowed', Severity.INFO, ('topic', 'image_ms', 'share_cores'), 60.0, ('topic',)),
         FdrKind('c7.callback_failed', Severity.ERROR, ('callback', 'error'), 60.0, ('callback', 'error')),
     )
 }

@@ -47,16 +47,21 @@ class CameraCost:
 class _Rate:
     """Measure an amount per second over the last seconds, of which older ones count less."""
 
-    def __init__(self) -> None:
+    def __init__(self, now: float) -> None:
         self._sum = 0.0
-        self._at = -math.inf
+        self._at = self._since = now
 
     def add(self, amount: float, now: float) -> None:
-        self._sum = self.read(now) * _MEMORY_S + amount
+        self._sum = self._left(now) + amount
         self._at = now
 
     def read(self, now: float) -> float:
-        return self._sum * math.exp((self._at - now) / _MEMORY_S) / _MEMORY_S
+        # As long as it has been measured for less than the memory reaches back, for that time.
+        passed_s = max(now - self._since, _BURST_S)
+        return self._left(now) / (_MEMORY_S * (1 - math.exp(-passed_s / _MEMORY_S)))
+
+    def _left(self, now: float) -> float:
+        return self._sum * math.exp((self._at - now) / _MEMORY_S)
 
 
 class _Camera:
@@ -67,7 +72,7 @@ class _Camera:
         self.left_s = math.inf
         self.filled_at = now
         self.image_s: float | None = None
-        self.arrivals, self.used = _Rate(), _Rate()
+        self.arrivals, self.used = _Rate(now), _Rate(now)
         self.left_out_at = -math.inf
         self.told_slowed = False
 

@@ -13,6 +13,7 @@ from rclpy.node import Node
 
 from gps_denied_c7.chain_status import ChainState, ChainStatus
 from gps_denied_c7.gpu_memory import GpuMemoryBudget
+from gps_denied_c7.image_share import CameraCost
 from gps_denied_c7.model_swap import SwapStatus
 from gps_denied_c7.runtime import BuildProgress
 from gps_denied_c7.statistics import Percentiles, StreamCounters
@@ -20,6 +21,7 @@ from gps_denied_c7.thermal import ThermalLevel, ThermalState
 from gps_denied_c7.thermal_policy import ThermalPolicy
 
 __all__ = [
+    'SHARE_REMEDY',
     'DiagnosticsPublisher',
     'Report',
     'StreamHealth',
@@ -59,6 +61,8 @@ class StreamHealth:
     :param too_old: images dropped for their header stamps' age since one was not.
     :param mismatches: publishers that cannot reach the subscription, and why.
     :param queue_depth: how many images the middleware keeps for the node; ``closed`` while the stream is.
+    :param message_type: with which the topic is subscribed, empty while it is not.
+    :param cost: of its images, None while the streams are closed.
     """
 
     topic: str
@@ -70,7 +74,15 @@ class StreamHealth:
     too_old: int
     mismatches: tuple[str, ...]
     queue_depth: str
+    message_type: str = ''
+    cost: CameraCost | None = None
 
+
+SHARE_REMEDY = (
+    'Lower the rate or size of its images, publish baseline JPEG in place of progressive JPEG or PNG, or raise '
+    'image_cpu_share.'
+)
+"""What to do about a camera that is slowed."""
 
 _SILENT_S = 2.0
 _TROUBLE_LASTS_S = 3.0
@@ -170,20 +182,34 @@ def stream_report(health: StreamHealth, *, active: bool) -> Report:
         'dropped_in_queue': _known(counters.pushed_out),
         'dropped_too_old': counters.too_old,
         'dropped_shed': counters.shed,
+        'dropped_over_share': counters.over_share,
         'dropped_at_close': counters.closed,
         'lost_before_node': _known(counters.lost),
+        'type': health.message_type or 'closed',
+        'type_changes': counters.retyped,
         'queue_depth': health.queue_depth,
         'silent_s': f'{health.silent_s:.1f}',
     }
+    cost = health.cost
+    if cost is not None:
+        values |= {
+            'image_cpu_ms': 'unknown' if cost.image_ms is None else f'{cost.image_ms:.1f}',
+            'image_cpu_cores': f'{cost.used_cores:.2f}',
+            'image_cpu_share_cores': 'no limit' if cost.share_cores is None else f'{cost.share_cores:.2f}',
+        }
     values |= {f'refused {reason}': count for reason, count in counters.refused.items()}
+    values |= {f'odd {fault}': count for fault, count in counters.odd.items()}
+    slowed = active and cost is not None and cost.slowed
     level, message = OK, 'images arrive' if active else 'closed'
     if active and health.mismatches:
         level, message = ERROR, f'publishers that cannot reach this node: {"; ".join(health.mismatches)}'
     elif active and _is_recent(health.unanswered_s):
         level, message = ERROR, f'images are left without an answer, so far {counters.unanswered}; the log says why'
-    elif active and _is_recent(health.refused_s):
+    elif slowed or (active and _is_recent(health.refused_s)):
         refused = ', '.join(f'{count} × {reason}' for reason, count in counters.refused.items())
-        level, message = WARN, f'images are being refused, so far {refused}'
+        reasons = [f'slowed, since its images cost more than its share: {cost}; {SHARE_REMEDY}'] if slowed else []
+        reasons += [f'images are being refused, so far {refused}'] if _is_recent(health.refused_s) else []
+        level, message = WARN, ' '.join(reasons)
     elif active and _is_recent(health.lost_s):
         level, message = WARN, f'images are lost on their way, so far {counters.lost}; {_LOSS_REMEDY}'
     elif active and health.silent_s > _SILENT_S:

@@ -26,14 +26,17 @@ from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.chain_status import ChainStatus
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.cpu_latency import CpuLatencyError, CpuLatencyRequest
+from gps_denied_c7.decode_thread import DecodeThread, LocalDecoder
 from gps_denied_c7.errors import C7Error, ConfigError, ImageRejectedError, InferenceError
 from gps_denied_c7.gpu_memory import GpuMemoryBudget
-from gps_denied_c7.host import describe_gpu, hardware_id, package_versions
+from gps_denied_c7.host import describe_gpu, hardware_id, package_versions, usable_cores
 from gps_denied_c7.hosts import in_process_hosts
+from gps_denied_c7.image_share import CameraCost, ImageShare
 from gps_denied_c7.model_swap import ModelSwapper, SwapStatus, fit_model
 from gps_denied_c7.pipeline import FramePipeline, InferenceThread, ServedModel
 from gps_denied_c7.ros.autostart import Autostart
 from gps_denied_c7.ros.diagnostics import (
+    SHARE_REMEDY,
     DiagnosticsPublisher,
     Report,
     StreamHealth,
@@ -48,7 +51,8 @@ from gps_denied_c7.ros.lifecycle import ResponsiveLifecycleNode
 from gps_denied_c7.ros.messages import decode_message, stamp_ns
 from gps_denied_c7.ros.parameters import WITH_MODEL, LiveSettings, NodeParameters, NodeSettings
 from gps_denied_c7.ros.rcl import load_rcl
-from gps_denied_c7.ros.streams import ImageStream, publisher_mismatches, queue_depth
+from gps_denied_c7.ros.stream_set import StreamSet, compressed_decoder
+from gps_denied_c7.ros.streams import ImageStream, queue_depth, type_name
 from gps_denied_c7.ros.tensor_publisher import TensorPublisher
 from gps_denied_c7.rungs import ORT_LABEL, Rung, RungHost
 from gps_denied_c7.runtime import BuildProgress
@@ -66,6 +70,7 @@ DEFAULT_NODE_NAME = 'c7_inference'
 TENSORS_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.RELIABLE)
 
 _FINISH_FRAME_S = 5.0
+_END_DECODING_S = 1.0
 _CANCEL_SWAP_S = 2.0
 _WARN_EVERY_S = 5.0
 _DRAIN_S = 0.5
@@ -105,7 +110,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         self._thermal_level = ThermalLevel.UNKNOWN
         self._shedding = FrameShedding()
         self._loaded: _Loaded | None = None
-        self._streams: tuple[ImageStream, ...] = ()
+        self._streams: StreamSet | None = None
         self._inference: InferenceThread | None = None
         self._swapper: ModelSwapper | None = None
         self._swap: SwapStatus | None = None
@@ -123,7 +128,6 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         self._cpu_latency = CpuLatencyRequest()
         self._cpu_latency_problem: tuple[str, ...] = ()
         self._cpu_latency_lock, self._cpu_latency_wanted = threading.Lock(), False
-        self._mismatches: dict[str, tuple[str, ...]] = {}
         self._recorder: FlightRecorder | None = None
         super().__init__(node_name, **kwargs)
         self._recorder = FlightRecorder(self)
@@ -306,7 +310,6 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         self._refused_ns.clear()
         self._unanswered_ns.clear()
         self._dropped_by_age.clear()
-        self._mismatches.clear()
         self._loaded = _Loaded(settings, topics, model)
 
     def _make_chain(self, bundle: ModelBundle, config: C7InferenceConfig) -> RuntimeChain:
@@ -358,6 +361,9 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         if super().on_activate(state) != TransitionCallbackReturn.SUCCESS:
             raise C7Error('the tensor publisher could not be activated.')
         slots = FrameSlots(loaded.topics, on_replaced=lambda frame: self._count(frame.topic, 'replaced'))
+        share = ImageShare(
+            loaded.topics, fraction=lambda: self._live.image_cpu_share, cores=usable_cores()
+        )
         pipeline = FramePipeline(
             loaded.model,
             decode=functools.partial(decode_message, scratch=Scratch()),
@@ -365,27 +371,45 @@ class C7InferenceNode(ResponsiveLifecycleNode):
             on_refused=lambda frame, error: self._refuse(frame.topic, error),
             on_unanswered=self._report_unanswered,
             statistics=self._statistics,
+            charge=share.charge,
         )
         self._inference = InferenceThread(
             slots, pipeline, too_old=self._too_old, shed=self._shed, statistics=self._statistics
         )
         self._inference.start()
         self._swapper = ModelSwapper(loaded.model, self._inference, self, loaded.settings)
-        # One by one, so that a topic that cannot be subscribed leaves no earlier one behind unseen.
-        for topic in loaded.topics:
-            stream = ImageStream(
+        self._streams = StreamSet(
+            self,
+            dict(zip(loaded.topics, loaded.settings.image_topic_types, strict=True)),
+            slots=slots,
+            share=share,
+            open_stream=functools.partial(
+                ImageStream,
                 self,
-                topic,
-                slots,
-                self._statistics,
+                statistics=self._statistics,
+                admits=share.admits,
                 rcl=self._rcl,
                 guard=self.guard,
                 live=lambda: self._live,
                 on_refused=self._refuse,
                 on_time_reset=self._report_time_reset,
                 on_overrun=self._report_overrun,
-            )
-            self._streams = (*self._streams, stream)
+            ),
+            make_decoder=functools.partial(compressed_decoder, settings=loaded.settings),
+            make_local_decoder=lambda: LocalDecoder(functools.partial(decode_message, scratch=Scratch())),
+            make_thread=functools.partial(
+                DecodeThread,
+                slots=slots,
+                spec=lambda: pipeline.preprocessing,
+                pixels_wanted=lambda: pipeline.answered.wanted,
+                charge=share.charge,
+                shed=self._shed,
+                on_refused=self._refuse,
+                statistics=self._statistics,
+            ),
+            on_retyped=self._report_retyped,
+        )
+        self._streams.open()
         self._ask_for_cores(wanted=True)
         self.get_logger().info(f'active, listening to {", ".join(loaded.topics)}')
 
@@ -398,11 +422,12 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         if swapper is not None and not swapper.stop(_CANCEL_SWAP_S):
             self._left_behind = True
         try:
-            # One by one, so that error processing closes what a failure has left.
-            while self._streams:
-                stream, *others = self._streams
-                self._streams = tuple(others)
-                stream.close()
+            streams = self._streams
+            if streams is not None and not streams.close(_END_DECODING_S):
+                self._left_behind = True
+                self.get_logger().error('an image is still being decoded after its decoder was ended; left behind')
+            # Not before: error processing closes what a failure has left.
+            self._streams = None
             inference, self._inference = self._inference, None
             if inference is not None and not inference.stop(_FINISH_FRAME_S):
                 self._left_behind = True
@@ -511,6 +536,32 @@ class C7InferenceNode(ResponsiveLifecycleNode):
             f'first. {remedy} Lower their rate or size.'
         )
 
+    def _report_retyped(self, topic: str, message_type: str, before: str) -> None:
+        self._count(topic, 'retyped')
+        self.record('c7.stream_retyped', topic=topic, type=message_type, previous_type=before)
+        held = self._warnings.pass_now((topic, 'retyped'))
+        if held is not None:
+            more = f' ({held} more changes since the last message)' if held else ''
+            self.get_logger().info(
+                f'{topic} is published as {message_type}, and no longer subscribed as {before}. Where images came '
+                f'before, image_topic_types says it from the start.{more}'
+            )
+
+    def _report_share(self, cost: CameraCost) -> None:
+        self.record(
+            'c7.camera_slowed' if cost.slowed else 'c7.camera_no_longer_slowed',
+            topic=cost.topic,
+            image_ms=round(cost.image_ms or 0.0, 1),
+            used_cores=round(cost.used_cores, 3),
+            share_cores=cost.share_cores,
+        )
+        if self._warnings.pass_now((cost.topic, 'share', cost.slowed)) is None:
+            return
+        if cost.slowed:
+            self.get_logger().warning(f'{cost.topic} is slowed: {cost}. {SHARE_REMEDY}')
+        else:
+            self.get_logger().info(f'{cost.topic} is no longer slowed: {cost}.')
+
     # --- model swap -------------------------------------------------------------------------------
 
     def make_chain(self, bundle: ModelBundle, settings: NodeSettings) -> RuntimeChain:
@@ -580,13 +631,15 @@ class C7InferenceNode(ResponsiveLifecycleNode):
     def _tick(self) -> None:
         self._flight_recorder().recorder.flush()
         self._note_thermal_level()
-        for stream in self._streams:
-            stream.count_missed()
-            problems = publisher_mismatches(self, stream.topic, stream.qos)
-            self._mismatches[stream.topic] = tuple(problems)
-            for problem in problems:
-                if self._warnings.pass_now((stream.topic, problem)) is not None:
-                    self.get_logger().warning(f'{stream.topic}: {problem}')
+        streams = self._streams
+        if streams is not None:
+            streams.look()
+            for stream in streams:
+                for problem in streams.mismatches(stream.topic):
+                    if self._warnings.pass_now((stream.topic, problem)) is not None:
+                        self.get_logger().warning(f'{stream.topic}: {problem}')
+            for cost in streams.share.changes():
+                self._report_share(cost)
         self._diagnostics.publish()
 
     def _note_thermal_level(self) -> None:
@@ -623,11 +676,11 @@ class C7InferenceNode(ResponsiveLifecycleNode):
                 self._gpu_memory,
             )
         ]
-        open_streams = {stream.topic: stream for stream in self._streams}
+        streams = self._streams
         now_ns = time.monotonic_ns()
         for topic in loaded.topics if loaded else ():
             counters = snapshot.streams.get(topic, StreamCounters())
-            stream = open_streams.get(topic)
+            stream = streams.stream(topic) if streams is not None else None
             since_ns = (stream.last_received_ns or stream.opened_ns) if stream else now_ns
             health = StreamHealth(
                 topic=topic,
@@ -637,10 +690,12 @@ class C7InferenceNode(ResponsiveLifecycleNode):
                 unanswered_s=_since_s(now_ns, self._unanswered_ns.get(topic)),
                 lost_s=_since_s(now_ns, stream.last_lost_ns) if stream else None,
                 too_old=self._dropped_by_age[topic],
-                mismatches=self._mismatches.get(topic, ()),
+                mismatches=streams.mismatches(topic) if streams is not None else (),
                 queue_depth=queue_depth(stream.qos) if stream else 'closed',
+                message_type=type_name(stream.message_type) if stream else '',
+                cost=streams.share.cost(topic) if streams is not None else None,
             )
-            reports.append(stream_report(health, active=stream is not None))
+            reports.append(stream_report(health, active=streams is not None))
         reports.append(latency_report(snapshot.stages, self._live.latency_warn_ms))
         state = self._thermal.thermal_state()
         reports.append(thermal_report(state, self._live.thermal_policy, 2**self._shedding.step))

@@ -6,7 +6,7 @@ import difflib
 import json
 import math
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ from gps_denied_c7.thermal_policy import ThermalPolicy
 
 __all__ = [
     'PARAMETERS',
+    'TOPIC_TYPES',
     'WITH_MODEL',
     'LiveSettings',
     'NodeParameters',
@@ -96,13 +97,30 @@ class ParameterDeclaration:
 
 
 _HOUR_MS = 3_600_000.0
+TOPIC_TYPES = ('auto', 'raw', 'compressed')
+"""What ``image_topic_types`` may say of a topic."""
 _STRATEGIES = f'Each of {", ".join(RUNTIME_LABELS)}, at most once.'
 
 PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ParameterDeclaration(
         'image_topics', Type.STRING_ARRAY, ['camera/image_raw'],
-        'Image topics to answer; sensor_msgs/CompressedImage where a name ends in /compressed.',
-        constraints='At least one, none twice.',
+        'Image topics to answer, sensor_msgs/Image or CompressedImage.', constraints='At least one, none twice.',
+    ),
+    ParameterDeclaration(
+        'image_topic_types', Type.STRING_ARRAY, ['auto'],
+        'Types of image_topics, in their order, or one for all of them. raw: Image; compressed: CompressedImage; auto: '
+        'what the publisher publishes, and as long as there is none, compressed where the name ends in /compressed.',
+        constraints=f'Each one of {", ".join(TOPIC_TYPES)}.',
+    ),
+    ParameterDeclaration(
+        'decoder_memory_mb', Type.INTEGER, 256,
+        'Memory that the process which decodes the images of a compressed topic may take for one image, MiB; one that '
+        'needs more is refused.', limits=(16, 65536),
+    ),
+    ParameterDeclaration(
+        'decode_timeout_ms', Type.DOUBLE, 1000.0,
+        'A compressed image that is not decoded within this is refused and its decoder started anew, milliseconds.',
+        limits=(10.0, 60_000.0),
     ),
     ParameterDeclaration(
         'model_path', Type.STRING, '',
@@ -215,6 +233,11 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
         'Threads of one CPU inference; 0 means all cores but one.', limits=(0, 256),
     ),
     ParameterDeclaration(
+        'image_cpu_share', Type.DOUBLE, 0.5,
+        'Part of the cores which decoding and pre-processing the images of all cameras may take, each camera an equal '
+        'part and one core at most; images beyond it are left out. 0: no limit.', live=True, limits=(0.0, 1.0),
+    ),
+    ParameterDeclaration(
         'max_queue_age_ms', Type.DOUBLE, 0.0,
         'Drop a frame that waited longer than this since its reception, milliseconds; 0 never does.',
         live=True, limits=(0.0, _HOUR_MS),
@@ -319,6 +342,7 @@ _CONFIG_FIELDS = (
 class LiveSettings:
     """Hold what may change while the node is active; units as in PARAMETERS."""
 
+    image_cpu_share: float
     max_queue_age_ms: float
     max_frame_age_ms: float
     max_stamp_ahead_s: float
@@ -334,10 +358,14 @@ class NodeSettings:
     Hold what one configure works with.
 
     :param image_topics: as given, not yet resolved.
+    :param image_topic_types: one of TOPIC_TYPES for each of them.
     :param preprocessing: overrides of the bundle's pre-processing, by PreprocessingSpec field.
     """
 
     image_topics: tuple[str, ...]
+    image_topic_types: tuple[str, ...]
+    decoder_memory_mb: int
+    decode_timeout_ms: float
     model_path: str
     config: C7InferenceConfig
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
@@ -413,10 +441,31 @@ def settings_from(values: Mapping[str, Any]) -> tuple[NodeSettings, LiveSettings
         output_tensors=_names('output_tensors', values),
         allow_non_finite=_names('allow_non_finite', values),
     )
-    settings = NodeSettings(topics, values['model_path'], config, overrides)
+    settings = NodeSettings(
+        topics,
+        _topic_types(values['image_topic_types'], len(topics)),
+        values['decoder_memory_mb'],
+        values['decode_timeout_ms'],
+        values['model_path'],
+        config,
+        overrides,
+    )
     # The bundle's own values are not known yet; any spec tells whether an override can be used at all.
     settings.preprocessing_for(PreprocessingSpec(width=64, height=64, colour='rgb'))
     return settings, live
+
+
+def _topic_types(given: Sequence[str], topics: int) -> tuple[str, ...]:
+    types = tuple(name for name in given if name) or ('auto',)
+    if unknown := sorted(set(types).difference(TOPIC_TYPES)):
+        raise ConfigError('image_topic_types', f'{unknown} unknown.', remedy=f'Known are {list(TOPIC_TYPES)}.')
+    if len(types) not in (1, topics):
+        raise ConfigError(
+            'image_topic_types',
+            f'has {len(types)} types for {topics} image_topics.',
+            remedy='Give one for each of image_topics, in their order, or one for all of them.',
+        )
+    return types * topics if len(types) == 1 else types
 
 
 def _names(parameter: str, values: Mapping[str, Any]) -> tuple[str, ...]:

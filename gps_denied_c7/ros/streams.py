@@ -7,8 +7,8 @@ import copy
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, Protocol
 
 from rclpy.exceptions import InvalidHandle
 from rclpy.node import Node
@@ -25,17 +25,16 @@ from gps_denied_c7.ros.messages import (
     ReceivedImage,
     check_message,
     check_stamp,
-    image_type,
     received_image,
     stamp_ns,
     taken_image,
 )
 from gps_denied_c7.ros.parameters import LiveSettings
 from gps_denied_c7.ros.rcl import Rcl, SubscriptionReady, UnreadableMessageError, Untaken
-from gps_denied_c7.slots import Frame, FrameSlots
+from gps_denied_c7.slots import Frame
 from gps_denied_c7.statistics import Statistics
 
-__all__ = ['DEFAULT_QOS', 'ImageStream', 'publisher_mismatches', 'queue_depth']
+__all__ = ['DEFAULT_QOS', 'FrameSink', 'ImageStream', 'publisher_mismatches', 'queue_depth', 'type_name']
 
 DEFAULT_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
 
@@ -45,6 +44,18 @@ _OVERRUNS, _OVERRUN_S = 10, 1.0
 
 # Humble's callbacks get the message alone: where rclpy takes the messages, loss is unknown there.
 _HAS_MESSAGE_INFO = hasattr(Subscription, 'CallbackType')
+
+
+class FrameSink(Protocol):
+    """Where the images of a topic wait for their turn: FrameSlots, or a DecodeThread."""
+
+    def has(self, topic: str) -> bool:
+        """Return whether one of ``topic`` waits."""
+        ...
+
+    def put(self, frame: Frame) -> bool:
+        """Have ``frame`` wait; False once closed."""
+        ...
 
 
 class _Queue:
@@ -96,12 +107,15 @@ class ImageStream:
     Subscribe to one image topic and fill its slot.
 
     The callback must return at once, since it shares the executor with the services: it looks at the
-    message's shape, not at its pixels, and leaves everything else to the inference thread.
+    message's shape, not at its pixels, and leaves everything else to the threads behind ``sink``.
 
     Of a queue of several images, the oldest is taken first, and each is copied out of it. Where a camera sends more
     than can be copied, what is answered is therefore that much older than need be: another subscription, whose queue
     holds the newest image alone, then takes the place of the first, unless another depth was asked for.
 
+    :param message_type: Image or CompressedImage.
+    :param sink: takes the images; may be exchanged at any time, see :attr:`sink`.
+    :param admits: whether an image that has come now may cost CPU time; otherwise it is left out.
     :param rcl: takes the messages, and knows their types; rclpy takes them, and copies them once more, where None.
     :param live: returns the live settings.
     :param on_refused: told the topic and every refused image's error.
@@ -114,9 +128,11 @@ class ImageStream:
         self,
         node: Node,
         topic: str,
-        slots: FrameSlots,
-        statistics: Statistics,
+        message_type: type[Image] | type[CompressedImage],
+        sink: FrameSink,
         *,
+        statistics: Statistics,
+        admits: Callable[[str], bool],
         rcl: Rcl | None,
         guard: CallbackGuard,
         live: Callable[[], LiveSettings],
@@ -126,8 +142,7 @@ class ImageStream:
     ) -> None:
         self._node = node
         self._rcl = rcl
-        self._type = image_type(topic)
-        self._slots = slots
+        self._admits = admits
         self._statistics = statistics
         self._guard = guard
         self._live = live
@@ -138,6 +153,8 @@ class ImageStream:
         self._missed = MissedMessages()
         self._last_stamp_ns: int | None = None
         self.topic = topic
+        self.message_type = message_type
+        self.sink = sink
         self.opened_ns = time.monotonic_ns()
         self.last_received_ns: int | None = None
         self.last_lost_ns: int | None = None
@@ -190,7 +207,7 @@ class ImageStream:
         name = f'image callback {self.topic}'
         on_message: Callable[..., None] = self._on_message_with_info if _HAS_MESSAGE_INFO else self._on_message
         subscription = self._node.create_subscription(
-            self._type,
+            self.message_type,
             self.topic,
             self._guard(name, on_message),
             qos,
@@ -232,7 +249,7 @@ class ImageStream:
             self._serve(queue)
         for _ in range(queue.backlog):
             # Where one still waits for its turn, others may have queued up behind this one, and the newest wins.
-            behind = self._slots.has(self.topic)
+            behind = self.sink.has(self.topic)
             if not self._take(queue) or not behind:
                 return
         # Of a queue of one, what is taken is the newest, however many were pushed out before.
@@ -262,7 +279,7 @@ class ImageStream:
         """Take one message; return whether there was one."""
         assert self._rcl is not None
         try:
-            taken = self._rcl.take_new(queue.subscription, self._type)
+            taken = self._rcl.take_new(queue.subscription, self.message_type)
         except InvalidHandle:  # closed while its message was waiting
             return False
         except UnreadableMessageError as error:
@@ -296,15 +313,21 @@ class ImageStream:
         except ImageRejectedError as error:
             self._on_refused(self.topic, error)
         else:
-            waiting = self._slots.has(self.topic)
-            if not self._slots.put(Frame(self.topic, message, received_ns, now_ns)):
-                self._statistics.count(self.topic, 'closed')
-            elif not waiting:
-                # Nobody answers by what follows, and the inference thread may have been woken.
-                give_way()
+            if self._admits(self.topic):
+                self._put(Frame(self.topic, message, received_ns, now_ns))
+            else:
+                self._statistics.count(self.topic, 'over_share')
             self._note_stamp(stamp_ns(message.header))
         if self._missed.note(info, self._publishers(info)):
             self.count_missed()
+
+    def _put(self, frame: Frame) -> None:
+        waiting = self.sink.has(self.topic)
+        if not self.sink.put(frame):
+            self._statistics.count(self.topic, 'closed')
+        elif not waiting:
+            # Nobody answers by what follows, and the thread that takes the frame may have been woken.
+            give_way()
 
     def _publishers(self, info: dict[str, Any] | None) -> int:
         """Return how many publishers a message may be of, 1 where it says so itself or nobody can tell."""
@@ -330,19 +353,27 @@ def queue_depth(qos: QoSProfile) -> str:
     return 'all' if qos.history == HistoryPolicy.KEEP_ALL else str(qos.depth)
 
 
-def publisher_mismatches(node: Node, topic: str, qos: QoSProfile) -> list[str]:
+def type_name(message_type: type) -> str:
+    """Return the name that the ROS graph has for an image message type."""
+    return f'sensor_msgs/msg/{message_type.__name__}'
+
+
+def publisher_mismatches(publishers: Iterable[Any], message_type: type, qos: QoSProfile) -> list[str]:
     """
-    Name every publisher of ``topic`` that cannot reach a subscription with ``qos``, and why.
+    Name every publisher that cannot reach a subscription, and why.
 
     DDS keeps such endpoints apart without a word to either side.
+
+    :param publishers: of the topic, as the graph has them.
+    :param message_type: of the subscription.
+    :param qos: likewise.
     """
-    wanted = image_type(topic)
-    type_name = f'sensor_msgs/msg/{wanted.__name__}'
+    wanted = type_name(message_type)
     problems = []
-    for publisher in node.get_publishers_info_by_topic(topic):
+    for publisher in publishers:
         name = f'{publisher.node_namespace.rstrip("/")}/{publisher.node_name}'
-        if publisher.topic_type != type_name:
-            problems.append(f'{name} publishes {publisher.topic_type}, not {type_name}')
+        if publisher.topic_type != wanted:
+            problems.append(f'{name} publishes {publisher.topic_type}, not {wanted}')
             continue
         compatibility, reason = qos_check_compatible(publisher.qos_profile, qos)
         if compatibility == QoSCompatibility.ERROR:

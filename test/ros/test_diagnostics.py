@@ -4,6 +4,7 @@ import pytest
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 
 from gps_denied_c7.chain_status import ChainState, ChainStatus
+from gps_denied_c7.image_share import CameraCost
 from gps_denied_c7.model_swap import SwapPhase, SwapStatus
 from gps_denied_c7.ros.diagnostics import (
     DiagnosticsPublisher,
@@ -120,6 +121,22 @@ def test_a_publisher_that_cannot_match_is_named():
     report = stream_report(stream(mismatches=('/camera offers best_effort',)), active=True)
     assert report.level == ERROR
     assert '/camera offers best_effort' in report.message
+
+
+def test_a_slowed_camera_is_named_with_what_it_costs_and_what_to_do():
+    cost = CameraCost('/camera', 0.5, 123.4, 0.49, 2.46, slowed=True)
+    counters = StreamCounters(over_share=30, replaced=2, refused={'decode_time': 4}, odd={'no_end_mark': 7})
+    report = stream_report(stream(cost=cost, refused_s=0.1, counters=counters), active=True)
+    assert report.level == WARN and report.name == 'Stream /camera'
+    for said in ('123 ms', '2.46 cores', '0.50', 'image_cpu_share', '4 × decode_time'):
+        assert said in report.message
+    values = report.values
+    assert (values['dropped_over_share'], values['dropped_by_policy'], values['odd no_end_mark']) == (30, 32, 7)
+    assert (values['image_cpu_ms'], values['image_cpu_share_cores']) == ('123.4', '0.50')
+    assert stream_report(stream(cost=cost), active=False).level == OK
+    calm = stream_report(stream(cost=CameraCost('/camera', None, None, 0.0, 0.0, slowed=False)), active=True)
+    assert calm.level == OK
+    assert (calm.values['image_cpu_ms'], calm.values['image_cpu_share_cores']) == ('unknown', 'no limit')
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,11 @@ def test_a_compressed_message_is_checked_and_decoded():
     check_message(received(message))
     np.testing.assert_array_equal(decode_message(received(message)).array, picture)
     message.data = message.data[:-8]
+    check_message(received(message))  # Nothing of a picture is walked here.
+    with pytest.raises(ImageRejectedError) as caught:
+        decode_message(received(message))
+    assert caught.value.reason == 'data'
+    message.data = b''
     with pytest.raises(ImageRejectedError) as caught:
         check_message(received(message))
     assert caught.value.reason == 'data'

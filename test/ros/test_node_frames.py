@@ -196,9 +196,11 @@ def test_n7_a_thousand_malformed_images_of_every_kind(active):
     for topic, reasons in expected.items():
         for reason, count in reasons.items():
             name = f'refused {reason}'
+            # What only a decoder can refuse waits for it, where a newer one may take its place.
+            names = (name, 'dropped_replaced') if (topic, reason) == (JPEG, 'data') else (name,)
             wait_until(
-                lambda topic=topic, name=name, count=count: (
-                    counters(active, topic).get(name, 0) - before[topic].get(name, 0) == count
+                lambda topic=topic, names=names, count=count: (
+                    sum(counters(active, topic).get(name, 0) - before[topic].get(name, 0) for name in names) == count
                 ),
                 f'{topic}: {count} × {name}, not {counters(active, topic)}',
             )

@@ -166,6 +166,21 @@ def test_a_start_value_of_no_parameter_is_told_with_what_was_meant(bench, capfd)
     assert told.endswith('ignored: promotion_backof_s (did you mean promotion_backoff_s?), xyzzy')
 
 
+def test_types_of_image_topics_are_one_for_each_or_one_for_all():
+    values = {**DEFAULTS, 'image_topics': ['a', '', 'b', 'c']}
+
+    def types(*given):
+        return settings_from({**values, 'image_topic_types': list(given)})[0].image_topic_types
+
+    assert types('auto') == types('') == types() == ('auto',) * 3
+    assert types('raw') == ('raw',) * 3
+    assert types('raw', 'compressed', 'auto') == ('raw', 'compressed', 'auto')
+    for wrong, said in ((['raw', 'raw'], '2 types for 3'), (['jpeg'], 'jpeg')):
+        with pytest.raises(ConfigError, match=said) as caught:
+            types(*wrong)
+        assert 'image_topic_types' in str(caught.value)
+
+
 WRONG_STARTS = {
     'image_topics': 'one string',
     'model_path': 5,
@@ -214,7 +229,7 @@ def test_a_live_parameter_takes_effect_in_any_state(bench, declaration):
     made = bench()
     made.why_fixed = 'cannot change while active.'
     values = {Parameter.Type.STRING: 'off', Parameter.Type.INTEGER: 7, Parameter.Type.DOUBLE: 7.0}
-    value = values[declaration.type]
+    value = {'image_cpu_share': 0.75}.get(declaration.name, values[declaration.type])
     assert made.set(**{declaration.name: value}).successful
     assert getattr(made.live[-1], declaration.name) == value
     assert getattr(made.parameters.live(), declaration.name) == value
@@ -235,7 +250,8 @@ def test_any_other_is_refused_with_the_reason_while_configured(bench, declaratio
         'preprocess.interpolation': 'area', 'preprocess.letterbox_anchor': 'top_left',
         'preprocess.letterbox_scaling': 'shrink', 'spare_worker': False,
         'promotion_backoff_s': [1.0, 2.0], 'restart_backoff_s': [1.0, 2.0],
-        'builder_optimization_level': 3,
+        'builder_optimization_level': 3, 'image_topic_types': ['raw'], 'decoder_memory_mb': 512,
+        'decode_timeout_ms': 100.0,
     }.get(declaration.name, value)  # fmt: skip
     made.why_fixed = 'cannot change while active; run the cleanup transition first.'
     refused = made.set(**{declaration.name: value})

@@ -32,15 +32,17 @@ def stream(ros_context, request):
     node = rclpy.create_node(
         'stream', context=ros_context, start_parameter_services=False, parameter_overrides=overrides
     )
-    statistics, refused, overruns = Statistics(), [], []
+    statistics, refused, overruns, admitting = Statistics(), [], [], [True]
     statistics.open_streams((TOPIC,))
     slots = FrameSlots([TOPIC], on_replaced=lambda frame: statistics.count(TOPIC, 'replaced'))
     opened = functools.partial(
         ImageStream,
         node,
         TOPIC,
+        Image,
         slots,
-        statistics,
+        statistics=statistics,
+        admits=lambda topic: admitting[0],
         rcl=Rcl(Image, CompressedImage),
         guard=lambda name, callback: callback,
         live=lambda: SimpleNamespace(max_stamp_ahead_s=0.0),
@@ -66,6 +68,7 @@ def stream(ros_context, request):
         counted=lambda: statistics.snapshot().streams[TOPIC],
         waiting=lambda: (frame := slots.take(0.0)) and frame.message.header.sec,
         refused=refused,
+        admitting=admitting,
         overruns=overruns,
     )
     made.close()
@@ -96,7 +99,7 @@ def test_an_image_nothing_waits_before_is_handed_on_at_once(stream):
 def test_who_answers_an_image_comes_before_what_is_noted_of_it(stream, monkeypatch):
     """The inference thread needs the interpreter, too; one that has an image before it was not woken."""
     order = []
-    monkeypatch.setattr(streams, 'give_way', lambda: order.append(f'gives way to {stream.made._slots.has(TOPIC)}'))
+    monkeypatch.setattr(streams, 'give_way', lambda: order.append(f'gives way to {stream.made.sink.has(TOPIC)}'))
     monkeypatch.setattr(stream.made, '_note_stamp', lambda stamp: order.append('notes'))
     for number, done in ((1, ['gives way to True', 'notes']), (2, ['notes'])):
         stream.publish(image(number))

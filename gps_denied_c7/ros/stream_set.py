@@ -1,0 +1,234 @@
+"""The image topics while the node is active: which type each has, who decodes its images, what they may cost."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from rclpy.node import Node
+from sensor_msgs.msg import CompressedImage, Image
+
+from gps_denied_c7.decode_thread import Decoded, Decoder, DecodeThread
+from gps_denied_c7.image_share import ImageShare
+from gps_denied_c7.preprocessing import PreprocessingSpec
+from gps_denied_c7.ros.messages import CompressedData, ReceivedImage, image_type
+from gps_denied_c7.ros.parameters import NodeSettings
+from gps_denied_c7.ros.streams import FrameSink, ImageStream, publisher_mismatches, type_name
+from gps_denied_c7.slots import FrameSlots
+
+__all__ = ['StreamSet', 'compressed_decoder']
+
+_TYPES: Mapping[str, type[Image] | type[CompressedImage]] = {'raw': Image, 'compressed': CompressedImage}
+
+# Beside a camera of 20 Hz, whose image of 50 ms ago is pushed out by the next.
+_LONG_MS = 20.0
+# A subscription ends when no executor waits for it any longer, and Fast DDS has no two types on one topic.
+_REOPEN_TRIES, _REOPEN_PAUSE_S = 15, 0.02
+_JOIN_S = 1.0
+
+_log = logging.getLogger(__name__)
+
+
+class _CompressedDecoder:
+    """Decode messages in the decoder process of one topic, which ends with :meth:`close`."""
+
+    def __init__(self, topic: str, *, memory_bytes: int, timeout_s: float) -> None:
+        # Only for nodes that have a compressed topic.
+        from gps_denied_c7.decoder_client import ImageDecoder
+
+        self._decoder = ImageDecoder(topic, memory_bytes=memory_bytes, timeout_s=timeout_s)
+
+    @property
+    def cpu_ns(self) -> int:
+        return self._decoder.cpu_ns
+
+    def decode(self, message: ReceivedImage, spec: PreprocessingSpec, *, pixels: bool) -> Decoded:
+        picture = message.picture
+        assert isinstance(picture, CompressedData)
+        return self._decoder.decode(picture.format, picture.data, spec, pixels=pixels)
+
+    def close(self) -> None:
+        self._decoder.close()
+
+
+def compressed_decoder(topic: str, *, settings: NodeSettings) -> Decoder:
+    """Start a process that decodes the images of one compressed topic."""
+    return _CompressedDecoder(
+        topic, memory_bytes=settings.decoder_memory_mb << 20, timeout_s=settings.decode_timeout_ms / 1e3
+    )
+
+
+class _Camera:
+    """
+    Hold one topic, whatever type it has at the moment.
+
+    :param fixed: its type where a setting says it.
+    """
+
+    def __init__(self, topic: str, fixed: type[Image] | type[CompressedImage] | None) -> None:
+        self.topic = topic
+        self.fixed = fixed
+        self.message_type = fixed or image_type(topic)
+        self.stream: ImageStream | None = None
+        self.decoding: DecodeThread | None = None
+        self.mismatches: tuple[str, ...] = ()
+
+
+class StreamSet:
+    """
+    Own the subscriptions of all image topics, and the threads that decode what the inference thread must not.
+
+    The type of a topic is that of the setting; otherwise that of its publisher, and until there is one, or where there
+    are some of both types, that of the naming rule of image_transport. Compressed topics have a decoder and a thread
+    that waits for it. So has a raw topic, from then on, whose images would keep the inference thread from those of
+    others.
+
+    :param types: what ``image_topic_types`` says of each topic, ``auto``, ``raw`` or ``compressed``.
+    :param slots: the inference thread's.
+    :param open_stream: subscribes to a topic with a message type and a sink.
+    :param make_decoder: makes what decodes the compressed images of a topic.
+    :param make_local_decoder: makes what decodes raw ones.
+    :param make_thread: makes the thread for a topic and its decoder.
+    :param on_retyped: told a topic, the type that it is subscribed with now, and the one before.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        types: Mapping[str, str],
+        *,
+        slots: FrameSlots,
+        share: ImageShare,
+        open_stream: Callable[[str, type[Image] | type[CompressedImage], FrameSink], ImageStream],
+        make_decoder: Callable[[str], Decoder],
+        make_local_decoder: Callable[[], Decoder],
+        make_thread: Callable[[str, Decoder], DecodeThread],
+        on_retyped: Callable[[str, str, str], None],
+    ) -> None:
+        self._node = node
+        self._slots = slots
+        self._open_stream = open_stream
+        self._make_decoder = make_decoder
+        self._make_local_decoder = make_local_decoder
+        self._make_thread = make_thread
+        self._on_retyped = on_retyped
+        # Held while a topic is subscribed or given up: the diagnostics timer and a transition may meet.
+        self._lock = threading.Lock()
+        self._closed = False
+        self._ending: list[DecodeThread] = []
+        self._cameras = {topic: _Camera(topic, _TYPES.get(setting)) for topic, setting in types.items()}
+        self.share = share
+
+    def __iter__(self) -> Iterator[ImageStream]:
+        """Iterate over the subscriptions that are open."""
+        return iter([camera.stream for camera in self._cameras.values() if camera.stream is not None])
+
+    def open(self) -> None:
+        """Subscribe to all topics; what a failure leaves open is closed by :meth:`close`."""
+        for camera in self._cameras.values():
+            camera.message_type = self._type_of(camera, self._publishers(camera))
+            with self._lock:
+                self._open(camera)
+
+    def stream(self, topic: str) -> ImageStream | None:
+        """Return the subscription of a topic, None where there is none at the moment."""
+        return self._cameras[topic].stream
+
+    def mismatches(self, topic: str) -> tuple[str, ...]:
+        """Return the publishers that cannot reach the subscription of a topic, and why, as of the last look."""
+        return self._cameras[topic].mismatches
+
+    def look(self) -> None:
+        """Follow the publishers and the cost of every topic; now and then, from one thread."""
+        for camera in self._cameras.values():
+            publishers = self._publishers(camera)
+            with self._lock:
+                if self._closed:
+                    return
+                self._follow_type(camera, publishers)
+                if camera.stream is not None:
+                    self._take_aside(camera)
+                    camera.stream.count_missed()
+                    camera.mismatches = tuple(
+                        publisher_mismatches(publishers, camera.message_type, camera.stream.qos)
+                    )
+
+    def close(self, timeout_s: float) -> bool:
+        """
+        End all subscriptions, decoders and threads; again where something failed.
+
+        :return: False where a thread still decodes after ``timeout_s``; it ends as soon as its decoder returns.
+        """
+        with self._lock:
+            self._closed = True
+            for camera in self._cameras.values():
+                self._shut(camera)
+            ending, self._ending = self._ending, []
+        deadline = time.monotonic() + timeout_s
+        return all(thread.join(max(0.0, deadline - time.monotonic())) for thread in ending)
+
+    def _publishers(self, camera: _Camera) -> list[Any]:
+        return list(self._node.get_publishers_info_by_topic(camera.topic))
+
+    def _type_of(self, camera: _Camera, publishers: list[Any]) -> type[Image] | type[CompressedImage]:
+        """Return the type that a topic is to be subscribed with now."""
+        if camera.fixed is not None:
+            return camera.fixed
+        published = {publisher.topic_type for publisher in publishers}
+        found = [message_type for message_type in _TYPES.values() if type_name(message_type) in published]
+        return found[0] if len(found) == 1 else camera.message_type
+
+    def _open(self, camera: _Camera) -> None:
+        sink: FrameSink = self._slots
+        if camera.message_type is CompressedImage:
+            sink = self._begin_decoding(camera, self._make_decoder(camera.topic))
+        camera.stream = self._open_stream(camera.topic, camera.message_type, sink)
+
+    def _begin_decoding(self, camera: _Camera, decoder: Decoder) -> DecodeThread:
+        thread = camera.decoding = self._make_thread(camera.topic, decoder)
+        thread.start()
+        return thread
+
+    def _shut(self, camera: _Camera) -> None:
+        stream, camera.stream = camera.stream, None
+        decoding, camera.decoding = camera.decoding, None
+        try:
+            if stream is not None:
+                stream.close()
+        finally:
+            if decoding is not None:
+                self._ending = [thread for thread in self._ending if not thread.join(0.0)] + [decoding]
+                decoding.close()
+
+    def _follow_type(self, camera: _Camera, publishers: list[Any]) -> None:
+        """Subscribe anew where the publishers that are there have another type."""
+        wanted = self._type_of(camera, publishers)
+        before = camera.message_type
+        if wanted is before and camera.stream is not None:
+            return
+        self._shut(camera)
+        camera.message_type = wanted
+        for left in reversed(range(_REOPEN_TRIES)):
+            try:
+                self._open(camera)
+                break
+            except Exception as error:  # rclpy's own, while the subscription before has not gone
+                self._shut(camera)
+                if not left:
+                    _log.warning('%s cannot be subscribed anew yet: %s', camera.topic, error)
+                    break
+                time.sleep(_REOPEN_PAUSE_S)
+        if wanted is not before:
+            self._on_retyped(camera.topic, type_name(wanted), type_name(before))
+
+    def _take_aside(self, camera: _Camera) -> None:
+        """Have a thread of its own decode raw images each of which takes so long that those of others would wait."""
+        cost = self.share.cost(camera.topic)
+        if camera.decoding is not None or len(self._cameras) == 1 or (cost.image_ms or 0.0) < _LONG_MS:
+            return
+        assert camera.stream is not None
+        camera.stream.sink = self._begin_decoding(camera, self._make_local_decoder())
+        _log.info('%s is decoded in a thread of its own: %s.', camera.topic, cost)
