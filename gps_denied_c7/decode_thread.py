@@ -209,7 +209,7 @@ class DecodeThread:
 
     @contextmanager
     def _own_turn(self, overtake: bool) -> Iterator[None]:
-        """Have the decoder to oneself: a lock would leave who waits for it waiting as long as images come."""
+        """Have the decoder to oneself. A plain lock would have this thread take it again before the one that waits."""
         with self._turn:
             self._overtaking += overtake
             self._turn.wait_for(lambda: not self._busy and (overtake or not self._overtaking))

@@ -23,8 +23,8 @@ __all__ = ['StreamSet', 'compressed_decoder']
 
 _TYPES: Mapping[str, type[Image] | type[CompressedImage]] = {'raw': Image, 'compressed': CompressedImage}
 
-# Beside a camera of 20 Hz, whose image of 50 ms ago is pushed out by the next.
-_LONG_MS = 20.0
+# Of CPU time of one thread; OpenCV has others help, and the images of others wait for all of it.
+_LONG_MS = 10.0
 # A subscription ends when no executor waits for it any longer, and Fast DDS has no two types on one topic.
 _REOPEN_TRIES, _REOPEN_PAUSE_S = 15, 0.02
 _JOIN_S = 1.0

@@ -346,8 +346,9 @@ def test_a1_raw_images_that_take_long_are_made_ready_beside_those_of_others(
         near_peer.wait_matched(FRONT)
         near_peer.wait_matched('/left/image')
         stream = local.node._streams.stream(FRONT)
-        before, number = stream.sink, 0
+        before, number, deadline = stream.sink, 0, time.monotonic() + 30.0
         while stream.sink is before or number < 40:
+            assert time.monotonic() < deadline
             number += 1
             answer = near_peer.ask(FRONT, raw(texture(number), number))
             assert (answer.header.stamp.sec, answer.frame_seq) == (number, number - 1)
