@@ -361,9 +361,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         if super().on_activate(state) != TransitionCallbackReturn.SUCCESS:
             raise C7Error('the tensor publisher could not be activated.')
         slots = FrameSlots(loaded.topics, on_replaced=lambda frame: self._count(frame.topic, 'replaced'))
-        share = ImageShare(
-            loaded.topics, fraction=lambda: self._live.image_cpu_share, cores=usable_cores()
-        )
+        share = ImageShare(loaded.topics, fraction=lambda: self._live.image_cpu_share, cores=usable_cores())
         pipeline = FramePipeline(
             loaded.model,
             decode=functools.partial(decode_message, scratch=Scratch()),
@@ -378,7 +376,15 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         )
         self._inference.start()
         self._swapper = ModelSwapper(loaded.model, self._inference, self, loaded.settings)
-        self._streams = StreamSet(
+        self._streams = self._make_streams(loaded, slots, share, pipeline)
+        self._streams.open()
+        self._ask_for_cores(wanted=True)
+        self.get_logger().info(f'active, listening to {", ".join(loaded.topics)}')
+
+    def _make_streams(
+        self, loaded: _Loaded, slots: FrameSlots, share: ImageShare, pipeline: FramePipeline
+    ) -> StreamSet:
+        return StreamSet(
             self,
             dict(zip(loaded.topics, loaded.settings.image_topic_types, strict=True)),
             slots=slots,
@@ -409,9 +415,6 @@ class C7InferenceNode(ResponsiveLifecycleNode):
             ),
             on_retyped=self._report_retyped,
         )
-        self._streams.open()
-        self._ask_for_cores(wanted=True)
-        self.get_logger().info(f'active, listening to {", ".join(loaded.topics)}')
 
     def _deactivate(self, state: LifecycleState) -> None:
         self._close_streams()
@@ -634,10 +637,10 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         streams = self._streams
         if streams is not None:
             streams.look()
-            for stream in streams:
-                for problem in streams.mismatches(stream.topic):
-                    if self._warnings.pass_now((stream.topic, problem)) is not None:
-                        self.get_logger().warning(f'{stream.topic}: {problem}')
+            for topic in streams.topics:
+                for problem in streams.mismatches(topic):
+                    if self._warnings.pass_now((topic, problem)) is not None:
+                        self.get_logger().warning(f'{topic}: {problem}')
             for cost in streams.share.changes():
                 self._report_share(cost)
         self._diagnostics.publish()

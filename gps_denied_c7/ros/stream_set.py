@@ -141,6 +141,11 @@ class StreamSet:
         """Return the publishers that cannot reach the subscription of a topic, and why, as of the last look."""
         return self._cameras[topic].mismatches
 
+    @property
+    def topics(self) -> tuple[str, ...]:
+        """All topics, subscribed or not."""
+        return tuple(self._cameras)
+
     def look(self) -> None:
         """Follow the publishers and the cost of every topic; now and then, from one thread."""
         for camera in self._cameras.values():
@@ -218,7 +223,7 @@ class StreamSet:
             except Exception as error:  # rclpy's own, while the subscription before has not gone
                 self._shut(camera)
                 if not left:
-                    _log.warning('%s cannot be subscribed anew yet: %s', camera.topic, error)
+                    camera.mismatches = (f'it cannot be subscribed as {type_name(wanted)}: {error}',)
                     break
                 time.sleep(_REOPEN_PAUSE_S)
         if wanted is not before:

@@ -176,7 +176,7 @@ def test_a_publisher_that_cannot_reach_the_node_is_named(tmp_path):
     """In log and diagnostics, instead of silence: QoS that does not match, and another type."""
     parameters = {
         'model_path': copying(tmp_path), 'autostart': True,
-        'image_topics': ['camera/image_raw', 'front/compressed'],
+        'image_topics': ['camera/image_raw', 'front/compressed'], 'image_topic_types': ['auto', 'compressed'],
         f'qos_overrides.{CAMERA}.subscription.reliability': 'reliable',
     }  # fmt: skip
     with running_node(parameters) as (process, peer):

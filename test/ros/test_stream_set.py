@@ -1,0 +1,119 @@
+"""B.8 where subscribing anew fails: the topic is tried again, the others go on, and the end finds nothing left."""
+
+from types import SimpleNamespace
+
+import pytest
+from sensor_msgs.msg import CompressedImage, Image
+
+from gps_denied_c7.image_share import ImageShare
+from gps_denied_c7.ros import stream_set
+from gps_denied_c7.ros.stream_set import StreamSet
+from gps_denied_c7.ros.streams import DEFAULT_QOS
+from gps_denied_c7.slots import FrameSlots
+
+FRONT, LEFT = '/front', '/left'
+
+
+class Bench:
+    """A stream set around subscriptions, decoders and publishers that the test makes up."""
+
+    def __init__(self, monkeypatch, **types):
+        monkeypatch.setattr(stream_set, '_REOPEN_PAUSE_S', 0.0)
+        self.published = {FRONT: [], LEFT: []}
+        self.open, self.decoding, self.retyped, self.fails, self.attempts = [], [], [], 0, 0
+        self.streams = StreamSet(
+            SimpleNamespace(get_publishers_info_by_topic=self.publishers),
+            {FRONT: 'auto', LEFT: 'auto', **types},
+            slots=FrameSlots([FRONT, LEFT], on_replaced=lambda frame: None),
+            share=ImageShare([FRONT, LEFT], fraction=lambda: 0.5, cores=2.0),
+            open_stream=self.open_stream,
+            make_decoder=lambda topic: topic,
+            make_local_decoder=lambda: None,
+            make_thread=self.make_thread,
+            on_retyped=lambda *told: self.retyped.append(told),
+        )
+
+    def publishers(self, topic):
+        names = [f'sensor_msgs/msg/{kind.__name__}' for kind in self.published[topic]]
+        return [
+            SimpleNamespace(topic_type=name, node_name='camera', node_namespace='/', qos_profile=DEFAULT_QOS)
+            for name in names
+        ]
+
+    def open_stream(self, topic, message_type, sink):
+        self.attempts += 1
+        if self.fails:
+            self.fails -= 1
+            raise RuntimeError('incompatible type')
+        self.open.append((topic, message_type))
+        close = lambda: self.open.remove((topic, message_type))  # noqa: E731
+        return SimpleNamespace(
+            topic=topic, message_type=message_type, sink=sink, qos=DEFAULT_QOS, close=close, count_missed=lambda: None
+        )
+
+    def make_thread(self, topic, decoder):
+        close = lambda: self.decoding.remove(topic)  # noqa: E731
+        return SimpleNamespace(
+            start=lambda: self.decoding.append(topic), close=close, join=lambda timeout_s: True, has=None, put=None
+        )
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    made = Bench(monkeypatch)
+    made.streams.open()
+    yield made
+    assert made.streams.close(1.0)
+    assert made.open == made.decoding == []
+
+
+def test_a_topic_that_cannot_be_subscribed_anew_at_once_is_tried_again(bench):
+    bench.published[FRONT] = [CompressedImage]
+    bench.fails = 3
+    bench.streams.look()
+    assert bench.open == [(LEFT, Image), (FRONT, CompressedImage)] and bench.decoding == [FRONT]
+    assert bench.retyped == [(FRONT, 'sensor_msgs/msg/CompressedImage', 'sensor_msgs/msg/Image')]
+
+
+def test_a_topic_that_cannot_be_subscribed_anew_for_long_leaves_the_others_alone_and_is_tried_with_every_look(bench):
+    bench.published[FRONT] = [CompressedImage]
+    bench.fails = 10_000
+    for _ in range(3):
+        before = bench.attempts
+        bench.streams.look()
+        assert bench.attempts > before
+        assert bench.open == [(LEFT, Image)] and bench.decoding == []
+        assert bench.streams.stream(FRONT) is None and [each.topic for each in bench.streams] == [LEFT]
+        (problem,) = bench.streams.mismatches(FRONT)
+        assert 'CompressedImage' in problem and 'incompatible type' in problem
+    bench.fails = 0
+    bench.streams.look()
+    assert bench.streams.mismatches(FRONT) == ()
+    assert bench.open == [(LEFT, Image), (FRONT, CompressedImage)]
+    assert len(bench.retyped) == 1, 'told once'
+
+
+def test_publishers_of_both_types_or_of_none_change_nothing(bench):
+    bench.published[LEFT] = [Image]
+    for published in ([Image, CompressedImage], [CompressedImage, Image], []):
+        bench.published[FRONT] = published
+        bench.streams.look()
+        assert bench.open == [(FRONT, Image), (LEFT, Image)] and bench.retyped == []
+        assert len(bench.streams.mismatches(FRONT)) == (CompressedImage in published)
+    bench.published[FRONT] = [CompressedImage]
+    bench.streams.look()
+    bench.published[FRONT] = [CompressedImage, Image]
+    bench.streams.look()
+    assert (FRONT, CompressedImage) in bench.open and len(bench.retyped) == 1
+
+
+def test_a_topic_that_cannot_be_subscribed_at_first_leaves_nothing_open(monkeypatch):
+    made = Bench(monkeypatch, **{FRONT: 'compressed'})
+    made.fails = 1
+    with pytest.raises(RuntimeError):
+        made.streams.open()
+    assert made.decoding == [FRONT]
+    assert made.streams.close(1.0) and made.streams.close(1.0)
+    assert made.open == made.decoding == []
+    made.streams.look()
+    assert made.open == [], 'not after its end'
