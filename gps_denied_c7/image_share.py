@@ -25,7 +25,8 @@ class CameraCost:
     :param image_ms: CPU time of one image in milliseconds, a mean of the latest; None before the first.
     :param used_cores: CPU time per second that they took over the last seconds.
     :param wanted_cores: CPU time per second that all that come would take.
-    :param slowed: whether images were left out in the last seconds.
+    :param slowed: whether in the last seconds images were left out, or more came than the share pays for: where the
+        machine is so busy that a decoder gets less than that, newer ones take their place.
     """
 
     topic: str
@@ -73,7 +74,7 @@ class _Camera:
         self.filled_at = now
         self.image_s: float | None = None
         self.arrivals, self.used = _Rate(now), _Rate(now)
-        self.left_out_at = -math.inf
+        self.beyond_at = -math.inf
         self.told_slowed = False
 
 
@@ -119,10 +120,10 @@ class ImageShare:
             now, camera = self._monotonic(), self._cameras[topic]
             camera.arrivals.add(1.0, now)
             self._fill(camera, now)
-            if camera.left_s > 0:
-                return True
-            camera.left_out_at = now
-            return False
+            admitted = camera.left_s > 0
+            if not admitted or self._wanted(camera, now) > (self.cores or math.inf):
+                camera.beyond_at = now
+            return admitted
 
     def charge(self, topic: str, cost_ns: int) -> None:
         """Take what one image has cost, nanoseconds of CPU time, also of one that was refused."""
@@ -164,6 +165,9 @@ class ImageShare:
             share_cores=self.cores,
             image_ms=None if camera.image_s is None else 1e3 * camera.image_s,
             used_cores=camera.used.read(now),
-            wanted_cores=camera.arrivals.read(now) * (camera.image_s or 0.0),
-            slowed=now - camera.left_out_at < _CALM_S,
+            wanted_cores=self._wanted(camera, now),
+            slowed=now - camera.beyond_at < _CALM_S,
         )
+
+    def _wanted(self, camera: _Camera, now: float) -> float:
+        return camera.arrivals.read(now) * (camera.image_s or 0.0)

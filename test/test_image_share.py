@@ -72,6 +72,18 @@ def test_whatever_cameras_send_none_takes_more_than_its_share_and_none_below_it_
             assert admitted[topic] * cost_ms / 1e3 <= 41.0 * share + cost_ms / 1e3
 
 
+def test_a_camera_whose_decoder_gets_too_little_of_a_busy_machine_is_named_too():
+    """Of twenty images a second one is decoded, the others are replaced: no more than its share, and yet slowed."""
+    bench = Bench('hog', 'plain')
+    for _ in range(10):
+        for _ in range(20):
+            bench.clock.now += 0.05
+            assert bench.share.admits('hog')
+        bench.share.charge('hog', 100 * MS)
+    cost = bench.share.cost('hog')
+    assert cost.slowed and cost.used_cores < 0.5 < cost.wanted_cores
+
+
 def test_a_share_of_a_core_or_more_limits_nothing():
     """A single camera on two cores: its decoder has one thread, and the engine the other core."""
     bench = Bench('only')
