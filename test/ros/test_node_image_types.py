@@ -80,7 +80,7 @@ def participant(peer) -> Iterator[Peer]:
         yield other
 
 
-def test_b8_the_type_is_that_of_the_publisher_or_of_a_setting_whatever_the_name_of_the_topic(tmp_path):
+def test_the_type_is_that_of_the_publisher_or_of_a_setting_whatever_the_name_of_the_topic(tmp_path):
     """Publishers come before the subscription and after it; each image is answered, those of no match are named."""
     model = copying(tmp_path)
     early, compressed_only, raw_only = '/early/image', '/fixed/image', '/fixed/image/compressed'
@@ -139,7 +139,7 @@ def test_b8_the_type_is_that_of_the_publisher_or_of_a_setting_whatever_the_name_
                     np.testing.assert_array_equal(tensor(answer, 'copy'), expected(model, texture(5)))
 
 
-def test_b8_another_publisher_of_the_other_type_takes_over_and_counters_go_on(tmp_path):
+def test_another_publisher_of_the_other_type_takes_over_and_counters_go_on(tmp_path):
     """What was pushed out of the middleware's queue before stays counted, and is not counted twice."""
     model = copying(tmp_path)
     parameters = {'model_path': model, 'image_topics': [FRONT], 'cpu_threads': 1, **AS_THEY_ARE}
@@ -223,7 +223,7 @@ def test_a_swap_to_a_model_of_another_size_answers_every_compressed_image_as_the
             np.testing.assert_array_equal(values, np.full_like(values, 255.0 * (answer.header.stamp.sec % 250)))
 
 
-def test_a1_a_decoder_that_dies_or_hangs_costs_its_image_and_holds_up_neither_others_nor_the_end(tmp_path):
+def test_a_decoder_that_dies_or_hangs_costs_its_image_and_holds_up_neither_others_nor_the_end(tmp_path):
     model = copying(tmp_path)
     parameters = {
         'model_path': model, 'image_topics': [NAMED, FRONT], 'cpu_threads': 1, 'decode_timeout_ms': 60_000.0,
@@ -268,7 +268,7 @@ def test_a1_a_decoder_that_dies_or_hangs_costs_its_image_and_holds_up_neither_ot
         assert not Path(f'/proc/{pid}').exists()
 
 
-def test_a1_a_camera_that_costs_more_than_its_share_is_slowed_and_named_and_the_other_keeps_all_of_its_images(tmp_path):
+def test_a_camera_that_costs_more_than_its_share_is_slowed_and_named_and_the_other_keeps_all_of_its_images(tmp_path):
     model = copying(tmp_path)
     parameters = {
         'model_path': model, 'image_topics': [NAMED, FRONT], 'cpu_threads': 1, 'image_cpu_share': 0.02, **AS_THEY_ARE,
@@ -331,7 +331,7 @@ def test_a1_a_camera_that_costs_more_than_its_share_is_slowed_and_named_and_the_
         assert peer.values(f'Stream {NAMED}')['image_cpu_share_cores'] == 'no limit'
 
 
-def test_a1_raw_images_that_take_long_are_made_ready_beside_those_of_others(
+def test_raw_images_that_take_long_are_made_ready_beside_those_of_others(
     ros_context, near_peer, tmp_path, monkeypatch
 ):
     """With the same answers, in order, and none lost on the way."""

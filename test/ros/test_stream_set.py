@@ -1,4 +1,4 @@
-"""B.8 where subscribing anew fails: the topic is tried again, the others go on, and the end finds nothing left."""
+"""Where subscribing anew fails: the topic is tried again, the others go on, and the end finds nothing left."""
 
 from types import SimpleNamespace
 
