@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 import threading
 import time
 import uuid
@@ -15,10 +16,33 @@ from typing import Any, TypeVar
 
 from gps_denied_c7.errors import FdrSchemaError
 from gps_denied_c7.json_fields import decode_json
+from gps_denied_c7.text import bounded
 
-__all__ = ['KINDS', 'SCHEMA_VERSION', 'FdrKind', 'FdrRecord', 'FdrRecorder', 'Severity', 'in_order', 'read_payload']
+__all__ = [
+    'KINDS',
+    'SCHEMA_VERSION',
+    'FdrKind',
+    'FdrRecord',
+    'FdrRecorder',
+    'Severity',
+    'cause_of',
+    'in_order',
+    'read_payload',
+]
 
 SCHEMA_VERSION = 1
+
+# Payload fields that hold sentences; in the others, as topics and names of rungs, a number tells one thing from another.
+_SENTENCES = frozenset({'reason', 'error', 'message'})
+# An address, a moment, a number of any form; not the 16 of fp16 or the 0 of input_0, which belong to a name.
+_NUMBER = re.compile(
+    r'0x[0-9a-f]+|\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d|(?<![\w.])(?=[0-9a-f]*\d)[0-9a-f]{8,16}(?!\w)'
+    r'|(?<!\w)\d+(?:[.,:]\d+)*(?:e[+-]?\d+)?',
+    re.IGNORECASE,
+)
+# Of one kind within its window; whatever else comes is counted as one more cause.
+_MOST_CAUSES = 32
+_OTHERS = '…'
 
 _log = logging.getLogger(__name__)
 
@@ -130,6 +154,15 @@ def _finite(value: Any) -> Any:
     return value
 
 
+def cause_of(text: str) -> str:
+    """
+    Return what two sentences have in common that tell of one cause.
+
+    Process ids and workers' numbers, addresses, times and durations are left out; they differ with each occurrence.
+    """
+    return _NUMBER.sub('#', text)
+
+
 def read_payload(text: str) -> dict[str, Any]:
     """
     Return the payload of a record written by any version of this package.
@@ -177,8 +210,8 @@ class FdrRecorder:
     Number, check and pace the records of one process.
 
     A repeating kind is written at once the first time; the same cause again within the kind's window
-    is counted, and written as one record with ``merged`` = the count by :meth:`flush`. Safe to call
-    from any thread.
+    is counted, and written as one record with ``merged`` = the count by :meth:`flush`. Sentences that differ
+    in numbers alone are one cause, see :func:`cause_of`. Safe to call from any thread.
 
     :param sink: takes each finished record; called from the emitting thread, in order of ``seq``.
     :param node: fully qualified node name.
@@ -208,6 +241,8 @@ class FdrRecorder:
         """
         Write one record, or count it where its cause was written moments ago.
 
+        The payload is written as :func:`bounded` makes it: 32,000 characters or so at most.
+
         :raises FdrSchemaError: an unknown kind or a missing field; a mistake of the caller.
         """
         declared = KINDS.get(kind)
@@ -215,6 +250,8 @@ class FdrRecorder:
             raise FdrSchemaError(f'unknown record kind {kind!r}.', remedy='Declare it in gps_denied_c7.fdr.KINDS.')
         if missing := [name for name in declared.required if name not in payload]:
             raise FdrSchemaError(f'record {kind!r} lacks {missing}.')
+        # Before anything of it is kept or compared: text from outside may be of any length.
+        payload = bounded(payload)
         with self._lock:
             if declared.repeating and self._merge(declared, payload):
                 return
@@ -231,9 +268,14 @@ class FdrRecorder:
                     self._merging[key] = _Merged(until=now + KINDS[key[0]].merge_s)
 
     def _merge(self, kind: FdrKind, payload: Mapping[str, Any]) -> bool:
-        key = (kind.name, *(str(payload[name]) for name in kind.key))
+        texts = ((name, str(payload[name])) for name in kind.key)
+        key = (kind.name, *(cause_of(text) if name in _SENTENCES else text for name, text in texts))
         now = self._monotonic_ns() / 1e9
         merged = self._merging.get(key)
+        if merged is None and sum(known[0] == kind.name for known in self._merging) >= _MOST_CAUSES:
+            # Texts from outside may differ each time; they must not fill the record, or the memory.
+            key = (kind.name, _OTHERS)
+            merged = self._merging.get(key)
         if merged is None:
             self._merging[key] = _Merged(until=now + kind.merge_s)
             return False
@@ -251,7 +293,7 @@ class FdrRecorder:
             session_id=self.session_id,
             seq=self._seq,
             node=self._node,
-            payload=dict(payload),
+            payload=payload,
         )
         self._seq += 1
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Callable, Mapping
@@ -17,6 +18,7 @@ from gps_denied_c7.image_share import CameraCost
 from gps_denied_c7.model_swap import SwapStatus
 from gps_denied_c7.runtime import BuildProgress
 from gps_denied_c7.statistics import Percentiles, StreamCounters
+from gps_denied_c7.text import plain
 from gps_denied_c7.thermal import ThermalLevel, ThermalState
 from gps_denied_c7.thermal_policy import ThermalPolicy
 
@@ -84,6 +86,7 @@ SHARE_REMEDY = (
 )
 """What to do about a camera that is slowed."""
 
+_MOST_VALUES = 256
 _SILENT_S = 2.0
 _TROUBLE_LASTS_S = 3.0
 _TOO_OLD_IN_A_ROW = 10
@@ -309,11 +312,14 @@ class DiagnosticsPublisher:
         message.header.stamp = self._node.get_clock().now().to_msg()
         message.status = [
             DiagnosticStatus(
-                name=f'{self._node.get_fully_qualified_name()}: {report.name}',
+                name=plain(f'{self._node.get_fully_qualified_name()}: {report.name}'),
                 level=report.level,
-                message=report.message,
-                hardware_id=self._hardware_id,
-                values=[KeyValue(key=key, value=str(value)) for key, value in report.values.items()],
+                message=plain(report.message),
+                hardware_id=plain(self._hardware_id),
+                values=[
+                    KeyValue(key=plain(key), value=plain(value))
+                    for key, value in itertools.islice(report.values.items(), _MOST_VALUES)
+                ],
             )
             for report in reports
         ]

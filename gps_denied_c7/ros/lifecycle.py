@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
-import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +14,8 @@ from rclpy.node import Node
 
 from gps_denied_c7.errors import C7Error
 from gps_denied_c7.ros.guard import CallbackGuard
+from gps_denied_c7.ros.plain_logger import PlainLogger
+from gps_denied_c7.text import with_traceback
 
 __all__ = ['ResponsiveLifecycleNode']
 
@@ -30,6 +32,10 @@ class ResponsiveLifecycleNode(LifecycleNodeMixin, Node):
     """
 
     def __init__(self, node_name: str, **kwargs: Any) -> None:
+        # Humble cannot change levels at run time.
+        if 'enable_logger_service' in inspect.signature(Node.__init__).parameters:
+            kwargs.setdefault('enable_logger_service', True)
+        self._plain_logger: PlainLogger | None = None
         Node.__init__(self, node_name, **kwargs)
         LifecycleNodeMixin.__init__(self, callback_group=ReentrantCallbackGroup())
         self.guard = CallbackGuard(self.report_callback_failure)
@@ -40,6 +46,12 @@ class ResponsiveLifecycleNode(LifecycleNodeMixin, Node):
             if service.srv_type is ChangeState:
                 callback = self._refusing(callback)
             service.callback = self.guard(f'service {service.srv_name.rpartition("/")[2]}', callback)
+
+    def get_logger(self) -> Any:
+        """Return the node's logger, which makes text from outside fit for a line of a log."""
+        if self._plain_logger is None:
+            self._plain_logger = PlainLogger(super().get_logger().name)
+        return self._plain_logger
 
     @property
     def lifecycle_state(self) -> str:
@@ -107,7 +119,7 @@ class ResponsiveLifecycleNode(LifecycleNodeMixin, Node):
 
     def _report_unexpected(self, label: str, error: Exception) -> None:
         self.report_callback_failure(f'transition {label}', error)
-        self.get_logger().error(''.join(traceback.format_exception(error)))
+        self.get_logger().error(with_traceback(f'{label} failed unexpectedly', error))
 
     def transition_failed(self, label: str, reason: str) -> None:
         """Note why a transition failed."""

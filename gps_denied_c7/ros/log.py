@@ -2,24 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import sys
 import tempfile
+import threading
 from collections.abc import Mapping
 from typing import Any
+
+from gps_denied_c7.text import plain, with_traceback
 
 __all__ = ['RosLogHandler', 'forward_to', 'log_files_problem']
 
 
 class RosLogHandler(logging.Handler):
-    """Hand records of Python's logging to one ROS logger at the level that fits."""
+    """
+    Hand records of Python's logging to one ROS logger at the level that fits.
+
+    A message becomes one line, whatever is in it; a traceback follows in lines that are indented.
+    """
 
     def __init__(self, logger: Any) -> None:
         super().__init__()
         self._logger = logger
+        self._emitting = threading.local()
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the text of one record."""
+        return with_traceback(record.getMessage(), record.exc_info[1] if record.exc_info else None)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Print what could not be forwarded, where somebody reads it."""
+        error = sys.exc_info()[1]
+        with contextlib.suppress(OSError, ValueError):
+            print(plain(f'{record.levelname}: {record.msg} {record.args or ""} (not forwarded: {error})'), file=sys.stderr)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Forward one record; a failure must not reach the code that logged."""
+        if getattr(self._emitting, 'now', False):
+            # What is logged while a record is put into words would be logged without end.
+            return
+        self._emitting.now = True
         try:
             text = self.format(record)
             # rclpy fixes the severity of a call site, so each level has a call of its own.
@@ -35,6 +59,8 @@ class RosLogHandler(logging.Handler):
                 self._logger.debug(text)
         except Exception:
             self.handleError(record)
+        finally:
+            self._emitting.now = False
 
 
 def forward_to(logger: Any) -> RosLogHandler:

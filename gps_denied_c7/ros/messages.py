@@ -45,6 +45,8 @@ __all__ = [
 ]
 
 _NS = 1_000_000_000
+# Of texts in an image's message, which are read in the thread that spins. No encoding or format is nearly as long.
+_ENCODING_BYTES, _FRAME_ID_BYTES = 256, 1024
 _TOLD_STAGES = ('queue', 'decode', 'preprocess', 'hand_off', 'engine', 'total')
 
 Outputs = Mapping[str, NDArray]
@@ -124,21 +126,22 @@ class ReceivedImage:
 
 
 def received_image(message: Image | CompressedImage) -> ReceivedImage:
-    """Return the image in a message; its pixels are not copied."""
-    return _image_in(message, memoryview(message.data), str)
+    """Return the image in a message; its pixels are not copied, and of its texts the beginning is."""
+    return _image_in(message, memoryview(message.data), lambda text, limit: str(text[:limit]))
 
 
 def taken_image(message: CMessage) -> ReceivedImage:
-    """Return the image in a C structure of Image or CompressedImage; its pixels are not copied, and keep it."""
+    """Return the image in a C structure of Image or CompressedImage as :func:`received_image`; its pixels keep it."""
     return _image_in(message.fields, message.view('data'), CString.text)
 
 
-def _image_in(fields: Any, data: memoryview, text: Callable[[Any], str]) -> ReceivedImage:
+def _image_in(fields: Any, data: memoryview, text: Callable[[Any, int], str]) -> ReceivedImage:
     stamp = fields.header.stamp
-    header = ImageHeader(stamp.sec, stamp.nanosec, text(fields.header.frame_id))
+    # One more, so that check_message sees that it is too long.
+    header = ImageHeader(stamp.sec, stamp.nanosec, text(fields.header.frame_id, _FRAME_ID_BYTES + 1))
     if hasattr(fields, 'format'):
-        return ReceivedImage(header, CompressedData(text(fields.format), data))
-    encoding, is_bigendian = text(fields.encoding), bool(fields.is_bigendian)
+        return ReceivedImage(header, CompressedData(text(fields.format, _ENCODING_BYTES), data))
+    encoding, is_bigendian = text(fields.encoding, _ENCODING_BYTES), bool(fields.is_bigendian)
     return ReceivedImage(
         header, RawImage(fields.width, fields.height, encoding, fields.step, is_bigendian, data)
     )
@@ -150,6 +153,11 @@ def check_message(image: ReceivedImage) -> None:
 
     :raises ImageRejectedError: with the reason under which it is counted.
     """
+    if len(image.header.frame_id) > _FRAME_ID_BYTES:
+        # Its answer has to carry it untouched, and the next image would cost as much again.
+        raise ImageRejectedError(
+            'message', f'frame_id is longer than {_FRAME_ID_BYTES} bytes.', remedy='Correct it in the driver.'
+        )
     if isinstance(image.picture, CompressedData):
         check_compressed(*image.picture)
     else:

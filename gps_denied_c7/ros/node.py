@@ -7,7 +7,6 @@ import dataclasses
 import functools
 import threading
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.cpu_latency import CpuLatencyError, CpuLatencyRequest
 from gps_denied_c7.decode_thread import DecodeThread, LocalDecoder
 from gps_denied_c7.errors import C7Error, ConfigError, ImageRejectedError, InferenceError
+from gps_denied_c7.fdr import cause_of
 from gps_denied_c7.gpu_memory import GpuMemoryBudget
 from gps_denied_c7.host import describe_gpu, hardware_id, package_versions, usable_cores
 from gps_denied_c7.hosts import in_process_hosts
@@ -59,6 +59,7 @@ from gps_denied_c7.runtime import BuildProgress
 from gps_denied_c7.scratch import Scratch
 from gps_denied_c7.slots import Frame, FrameSlots
 from gps_denied_c7.statistics import Statistics, StreamCounters
+from gps_denied_c7.text import with_traceback
 from gps_denied_c7.thermal import ThermalLevel, ThermalStatePublisher, UnknownThermalState
 from gps_denied_c7.thermal_policy import FrameShedding, ThermalPolicy
 from gps_denied_c7.worker_host import worker_hosts
@@ -235,7 +236,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
     def transition_failed(self, label: str, reason: str) -> None:
         """Keep the reason for diagnostics, and record each distinct one once."""
         self._start_problem = f'{label} failed: {reason}'
-        if label in ('configure', 'activate') and (key := f'{label} {reason}') not in self._start_reasons:
+        if label in ('configure', 'activate') and (key := f'{label} {cause_of(reason)}') not in self._start_reasons:
             self._start_reasons.add(key)
             self.record('c7.start_failed', transition=label, reason=reason)
         self._publish_changes()
@@ -513,8 +514,8 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         held = self._warnings.pass_now(('unanswered', type(error)))
         if held is not None:
             more = f' ({held} more since the last message)' if held else ''
-            trace = '' if isinstance(error, C7Error) else '\n' + ''.join(traceback.format_exception(error))
-            self.get_logger().error(f'{frame.topic}: a frame was not answered: {error}{more}{trace}')
+            text = f'{frame.topic}: a frame was not answered: {error}{more}'
+            self.get_logger().error(with_traceback(text, None if isinstance(error, C7Error) else error))
 
     def _report_time_reset(self, topic: str, backwards_s: float) -> None:
         self.record('c7.time_reset', topic=topic, backwards_s=backwards_s)
