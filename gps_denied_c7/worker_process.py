@@ -16,8 +16,8 @@ from typing import Any
 
 from gps_denied_c7.errors import NO_THREADS_REMEDY, C7Error, EngineDeserializeError, WorkerDiedError
 from gps_denied_c7.python_child import SAFE_DIRECTORY, python_child, worker_environment
-from gps_denied_c7.worker import LOG_MARK
 from gps_denied_c7.worker_channel import Channel, ChannelClosedError
+from gps_denied_c7.worker_log import WorkerLog
 
 __all__ = ['SpareWorker', 'WorkerProcess']
 
@@ -28,7 +28,6 @@ _EXPENDABLE = """
 { read -r score && echo $((score > 400 ? 1000 : score + 600)) >/proc/self/oom_score_adj; } </proc/self/oom_score_adj
 exec "$@"
 """
-_LINE_CHARACTERS = 4096
 
 _log = logging.getLogger(__name__)
 
@@ -143,9 +142,8 @@ class WorkerProcess:
                 failed.callback(process.kill)
                 worker = cls(name, process, ours, lifetime)
                 failed.callback(os.close, worker._pidfd)
-                forward = threading.Thread(
-                    target=_forward_log, args=(log_read, worker), name='c7-worker-log', daemon=True
-                )
+                log = WorkerLog(lambda: worker.name)
+                forward = threading.Thread(target=log.run, args=(log_read,), name='c7-worker-log', daemon=True)
                 forward.start()
                 failed.pop_all()
                 return worker
@@ -319,21 +317,6 @@ class SpareWorker:
         if process is not None:
             process.release()
             process.join(timeout_s)
-
-
-def _forward_log(descriptor: int, worker: WorkerProcess) -> None:
-    """Log what a worker writes, its own records with their level and vendors' lines as warnings."""
-    with open(descriptor, encoding='utf-8', errors='replace') as lines:
-        begins = True
-        while line := lines.readline(_LINE_CHARACTERS):
-            # The rest of a line without an end is read, and left out.
-            text, level = line.rstrip() if begins else '', logging.WARNING
-            begins = line.endswith('\n')
-            if text.startswith(LOG_MARK):
-                number, _, text = text[1:].partition(' ')
-                level = int(number) if number.isascii() and number.isdigit() else level
-            if text:
-                _log.log(level, '%s: %s%s', worker.name, text, '' if begins else ' ...')
 
 
 def _signal_name(number: int) -> str:

@@ -18,7 +18,6 @@ import sys
 import tempfile
 import threading
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +53,7 @@ from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.thermal import UnknownThermalState
 from gps_denied_c7.worker_channel import Channel, ChannelClosedError, error_from_json, error_to_json
 from gps_denied_c7.worker_host import WorkerHost, worker_hosts
+from gps_denied_c7.worker_log import WorkerLog
 from gps_denied_c7.worker_process import SpareWorker, WorkerProcess
 
 CPU = Rung('onnx_trt_ep', ProviderSet.CPU)
@@ -444,7 +444,7 @@ def test_n8_what_a_worker_says_is_logged_with_its_level(worker, bundle, caplog):
     os.write(write, b'\x1e40 from logging\nfrom a vendor\n\n')
     os.close(write)
     with caplog.at_level(logging.DEBUG, 'gps_denied_c7'):
-        worker_process._forward_log(read, types.SimpleNamespace(name='worker 1'))
+        WorkerLog(lambda: 'worker 1').run(read)
     assert [(record.levelno, record.message) for record in caplog.records] == [
         (logging.ERROR, 'worker 1: from logging'), (logging.WARNING, 'worker 1: from a vendor'),
     ]  # fmt: skip
@@ -452,7 +452,7 @@ def test_n8_what_a_worker_says_is_logged_with_its_level(worker, bundle, caplog):
 
 def test_f1_a_line_without_an_end_takes_no_memory_and_an_odd_level_is_none(caplog):
     read, write = os.pipe()
-    reader = threading.Thread(target=worker_process._forward_log, args=(read, types.SimpleNamespace(name='worker 1')))
+    reader = threading.Thread(target=WorkerLog(lambda: 'worker 1').run, args=(read,))
     with caplog.at_level(logging.DEBUG, 'gps_denied_c7'):
         reader.start()
         for _ in range(50):
@@ -461,7 +461,7 @@ def test_f1_a_line_without_an_end_takes_no_memory_and_an_odd_level_is_none(caplo
         os.close(write)
         reader.join(30)
     long, *others = [record.message for record in caplog.records]
-    assert len(long) < 5000 and long.endswith('x ...')
+    assert len(long) < 5000 and long.endswith('x …')
     assert others == ['worker 1: after it', 'worker 1: squared']
 
 

@@ -74,13 +74,13 @@ class CString(_Block):
         """Return a string of a buffer's bytes; it does not keep the buffer, which ends with a zero."""
         return cls(ctypes.addressof(text), len(text) - 1, len(text))
 
-    def text(self, limit: int) -> str:
+    def text(self, limit: int | None = None) -> str:
         """
         Return its text as rclpy does: up to the first zero, and with bytes that are no UTF-8 replaced.
 
-        :param limit: bytes that are looked at; whoever sent the message may have made it of any length.
+        :param limit: bytes that are looked at, None for all: the sender may have made it of any length.
         """
-        content = ctypes.string_at(self.data, min(self.size, limit)) if self.size else b''
+        content = ctypes.string_at(self.data, min(self.size, limit or self.size)) if self.size else b''
         return content.partition(b'\0')[0].decode('utf-8', 'replace')
 
 

@@ -46,7 +46,7 @@ __all__ = [
 
 _NS = 1_000_000_000
 # Of texts in an image's message, which are read in the thread that spins. No encoding or format is nearly as long.
-_ENCODING_BYTES, _FRAME_ID_BYTES = 256, 1024
+_ENCODING_BYTES, _FRAME_ID_CHARACTERS = 256, 256
 _TOLD_STAGES = ('queue', 'decode', 'preprocess', 'hand_off', 'engine', 'total')
 
 Outputs = Mapping[str, NDArray]
@@ -137,8 +137,8 @@ def taken_image(message: CMessage) -> ReceivedImage:
 
 def _image_in(fields: Any, data: memoryview, text: Callable[[Any, int], str]) -> ReceivedImage:
     stamp = fields.header.stamp
-    # One more, so that check_message sees that it is too long.
-    header = ImageHeader(stamp.sec, stamp.nanosec, text(fields.header.frame_id, _FRAME_ID_BYTES + 1))
+    # Whatever is longer has at least one character more than check_message allows: none has more than four bytes.
+    header = ImageHeader(stamp.sec, stamp.nanosec, text(fields.header.frame_id, 4 * (_FRAME_ID_CHARACTERS + 1)))
     if hasattr(fields, 'format'):
         return ReceivedImage(header, CompressedData(text(fields.format, _ENCODING_BYTES), data))
     encoding, is_bigendian = text(fields.encoding, _ENCODING_BYTES), bool(fields.is_bigendian)
@@ -153,10 +153,12 @@ def check_message(image: ReceivedImage) -> None:
 
     :raises ImageRejectedError: with the reason under which it is counted.
     """
-    if len(image.header.frame_id) > _FRAME_ID_BYTES:
-        # Its answer has to carry it untouched, and the next image would cost as much again.
+    if len(image.header.frame_id) > _FRAME_ID_CHARACTERS:
+        # The answer would have to carry it untouched.
         raise ImageRejectedError(
-            'message', f'frame_id is longer than {_FRAME_ID_BYTES} bytes.', remedy='Correct it in the driver.'
+            'message',
+            f'frame_id is longer than {_FRAME_ID_CHARACTERS} characters.',
+            remedy='Correct it in the camera driver.',
         )
     if isinstance(image.picture, CompressedData):
         check_compressed(*image.picture)
