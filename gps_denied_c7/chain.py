@@ -27,6 +27,7 @@ from gps_denied_c7.errors import (
     error_and_causes,
     join_reasons,
 )
+from gps_denied_c7.file_watch import FileWatch, bundle_files, cache_directories, fingerprint
 from gps_denied_c7.gpu_health import GpuHealth
 from gps_denied_c7.proof import Proof
 from gps_denied_c7.retiring import RetiringEngines
@@ -141,6 +142,7 @@ class RuntimeChain:
         self._loader = EngineLoader(
             config, host_factory, self._proof,
             attempts=self._attempts, given_up=lambda: self._closing, let_go=self._retiring.add,
+            files=FileWatch(lambda: fingerprint(bundle_files(bundle), cache_directories(config))),
             monotonic_ns=monotonic_ns,
         )  # fmt: skip
         self._announced: frozenset[str] = frozenset()
@@ -384,6 +386,7 @@ class RuntimeChain:
             self._closing = True
             self._drop_all()
             self._failures.clear()
+            self._loader.forget_refusals()
             self._backoff.clear()
             self._proof.forget()
             self._gpu.restore()
@@ -470,7 +473,7 @@ class RuntimeChain:
         self._drop_serving()
         end_ns = self._monotonic_ns() + int(self._config.configure_budget_s * 1e9)
         for position, rung in enumerate(candidates):
-            if not self._may_serve(rung):
+            if not self._may_serve(rung) or self._loader.refused(rung):
                 continue
             if self._closing:
                 break
@@ -806,8 +809,7 @@ class RuntimeChain:
     def _may_try(self, rung: Rung) -> bool:
         """Return whether loading ``rung`` beside the engine that serves may come to something."""
         allowed = self._may_take_over(rung) if self._is_better(rung) else self._may_serve(rung)
-        failure = self._failures.get(rung.name)
-        return allowed and not (isinstance(failure, C7Error) and failure.lasting)
+        return allowed and not self._loader.refused(rung)
 
     def _take_loads(self) -> None:
         for load in [load for load in self._loader.loads if load.done.is_set()]:
@@ -893,6 +895,8 @@ class RuntimeChain:
 
     def _restart(self, *, at_once: bool = False) -> None:
         before = self._status
+        if at_once:
+            self._loader.forget_refusals()
         if before.state is ChainState.EXHAUSTED and not at_once and not self._may_restart():
             raise self._exhausted()
         if before.state is ChainState.EXHAUSTED and not self._gpu_hangs():
@@ -903,8 +907,10 @@ class RuntimeChain:
             self._record_switch('none', 'the chain was exhausted', before.since_ns, frames_affected=0)
 
     def _may_restart(self) -> bool:
-        """Return whether an exhausted chain has an engine that was loaded meanwhile, or its pause is over."""
-        return self._standby is not None or self._backoff.may_begin(_RESTART)
+        """Return whether an exhausted chain has an engine that was loaded meanwhile, or one to try after its pause."""
+        if self._standby is not None:
+            return True
+        return not all(map(self._loader.refused, self._rungs)) and self._backoff.may_begin(_RESTART)
 
     def _fail_serving(self, error: Exception) -> Rung:
         rung = self._serving()

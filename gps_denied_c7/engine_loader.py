@@ -6,13 +6,14 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from numpy.typing import NDArray
 
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.errors import NO_THREADS_REMEDY, EngineDeserializeError, WorkerDiedError
+from gps_denied_c7.errors import NO_THREADS_REMEDY, C7Error, EngineDeserializeError, WorkerDiedError
+from gps_denied_c7.file_watch import FileWatch
 from gps_denied_c7.proof import Proof
 from gps_denied_c7.rungs import Rung, RungHost
 from gps_denied_c7.runtime import EngineFacts
@@ -93,6 +94,7 @@ class EngineLoader:
     :param attempts: how often a rung is loaded in a row while its workers die.
     :param given_up: whether no load is to be tried again.
     :param let_go: frees a host that came to nothing; called from several threads.
+    :param files: what tells whether the files that engines are made of have changed.
     :param monotonic_ns: steady clock in nanoseconds.
     """
 
@@ -105,6 +107,7 @@ class EngineLoader:
         attempts: Callable[[Rung], int],
         given_up: Callable[[], bool],
         let_go: Callable[[Rung, RungHost], None],
+        files: FileWatch,
         monotonic_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._config = config
@@ -114,6 +117,8 @@ class EngineLoader:
         self._attempts = attempts
         self._given_up = given_up
         self._let_go = let_go
+        self._files = files
+        self._refused: dict[Rung, Hashable] = {}
         self._monotonic_ns = monotonic_ns
         self._longest_s: dict[Rung, float] = {}
         self.loads: list[EngineLoad] = []
@@ -122,6 +127,14 @@ class EngineLoader:
     def longest_s(self) -> tuple[tuple[str, float], ...]:
         """Return by rung the seconds of the longest load, from the start of its worker to its last proof."""
         return tuple((rung.name, seconds) for rung, seconds in self._longest_s.copy().items())
+
+    def refused(self, rung: Rung) -> bool:
+        """Return whether loading ``rung`` has failed for what stays until a file changes, and none has; never waits."""
+        return rung in self._refused and self._files.latest() in (None, self._refused[rung])
+
+    def forget_refusals(self) -> None:
+        """Have every rung be worth another attempt."""
+        self._refused.clear()
 
     def start(self, rung: Rung) -> EngineLoad:
         """Begin to load an engine in a thread of its own."""
@@ -163,6 +176,7 @@ class EngineLoader:
         known_s = self._longest_s.get(load.rung)
         limit_s = self._config.load_timeout_s if known_s is None else max(_SHORTEST_LOAD_S, _LATE * known_s)
         attempts = self._attempts(load.rung)
+        files = self._files.latest()
         while True:
             attempts -= 1
             limit_s = min(limit_s, self._config.load_timeout_s)
@@ -171,12 +185,23 @@ class EngineLoader:
             try:
                 if known_s is not None and self._isolated:
                     watchdog.start()
-                return self._try(load)
+                engine = self._try(load)
+                self._refused.pop(load.rung, None)
+                return engine
             except WorkerDiedError as error:
+                if self._given_up() or load.cancelled:
+                    # It was ended on purpose.
+                    _log.debug('%s is not loaded any more: %s', load.rung.name, error)
+                    raise
                 _log.error('%s died while it was being loaded: %s', load.rung.name, error)
-                if not attempts or self._given_up() or load.cancelled:
+                if not attempts:
                     raise
                 limit_s *= 2
+            except C7Error as error:
+                if error.lasting:
+                    # Those of before the attempt: a change meanwhile is worth another one.
+                    self._refused[load.rung] = self._files.seen if files is None else files
+                raise
             finally:
                 watchdog.cancel()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable, Iterator
 
 __all__ = [
@@ -35,17 +36,24 @@ class C7Error(Exception):
     :param remedy: what the reader does next, a full sentence; shown after the message.
     """
 
-    lasting = False
-    """Whether no second attempt can change it while this process runs."""
+    is_lasting = False
+    """Whether an error of this kind stays until a file, a package or a parameter changes."""
 
     def __init__(self, message: str, *, remedy: str = '') -> None:
         super().__init__(f'{message} {remedy}' if remedy else message)
         self.message = message
         self.remedy = remedy
 
+    @property
+    def lasting(self) -> bool:
+        """Whether another attempt comes to the same until a file, a package or a parameter changes."""
+        return self.is_lasting and not any(_may_pass(link) for link in error_and_causes(self))
+
 
 class ConfigError(C7Error, ValueError):
     """A parameter or configuration value that cannot be used; ``name`` says which."""
+
+    is_lasting = True
 
     def __init__(self, name: str, message: str, *, remedy: str = '') -> None:
         super().__init__(f'{name}: {message}', remedy=remedy)
@@ -55,11 +63,13 @@ class ConfigError(C7Error, ValueError):
 class ModelBundleError(C7Error):
     """A model bundle that is damaged, incomplete or contradicts itself."""
 
+    is_lasting = True
+
 
 class RuntimeUnavailableError(C7Error):
     """A runtime strategy that this host cannot offer; ``label`` says which."""
 
-    lasting = True
+    is_lasting = True
 
     def __init__(self, label: str, message: str, *, remedy: str = '') -> None:
         super().__init__(f'runtime {label!r} is unavailable: {message}', remedy=remedy)
@@ -69,7 +79,7 @@ class RuntimeUnavailableError(C7Error):
 class GpuUnavailableError(RuntimeUnavailableError):
     """No GPU, or none that starts: other than a package, it may come, as a driver's device files do after boot."""
 
-    lasting = False
+    is_lasting = False
 
 
 class EngineSchemaMismatchError(C7Error):
@@ -79,7 +89,7 @@ class EngineSchemaMismatchError(C7Error):
     :param field: what was compared, as ``sm`` or ``engine_sha256``.
     """
 
-    lasting = True
+    is_lasting = True
 
     def __init__(self, field: str, *, expected: object, found: object, remedy: str = '') -> None:
         super().__init__(f'engine refused: {field}: expected {expected!r}, found {found!r}.', remedy=remedy)
@@ -131,6 +141,11 @@ class ChainExhaustedError(C7Error):
         super().__init__(f'no usable runtime ({tried})', remedy=remedy)
         self.causes = causes
 
+    @property
+    def lasting(self) -> bool:
+        """Whether every rung is out until a file, a package or a parameter changes."""
+        return bool(self.causes) and all(isinstance(cause, C7Error) and cause.lasting for _, cause in self.causes)
+
 
 class ImageRejectedError(C7Error, ValueError):
     """
@@ -146,6 +161,18 @@ class ImageRejectedError(C7Error, ValueError):
 
 class FdrSchemaError(C7Error, ValueError):
     """A flight record of an unknown kind, or one that lacks a required field."""
+
+
+# What a path that is wrong, or may not be read, comes to; other errors of a system pass, as a full disk or a stalled one.
+_LASTING_ERRNO = frozenset(
+    (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
+)
+
+
+def _may_pass(error: BaseException) -> bool:
+    if isinstance(error, OSError):
+        return error.errno is not None and error.errno not in _LASTING_ERRNO or isinstance(error, TimeoutError)
+    return isinstance(error, MemoryError)
 
 
 def join_reasons(reasons: Iterable[tuple[str, str]]) -> str:

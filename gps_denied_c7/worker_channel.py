@@ -164,6 +164,7 @@ def error_to_json(error: BaseException) -> dict[str, Any]:
         'message': error.message[:_TEXT_CHARACTERS],
         'remedy': error.remedy[:_TEXT_CHARACTERS],
         'fields': {name: str(value)[:_TEXT_CHARACTERS] for name, value in fields.items()},
+        'lasting': error.lasting,
     }
 
 
@@ -192,5 +193,6 @@ def error_from_json(value: Any) -> C7Error:
         error = InferenceError('')
     # The text was made where the error was met.
     error.message, error.remedy = message, remedy
+    error.is_lasting = value.get('lasting', error.is_lasting) is True
     error.args = (f'{message} {remedy}' if remedy else message,)
     return error

@@ -15,6 +15,7 @@ from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.demo.network import expected_outputs, write_demo_bundle
 from gps_denied_c7.engine_loader import EngineLoad, EngineLoader
 from gps_denied_c7.errors import EngineDeserializeError, InferenceError, WorkerDiedError
+from gps_denied_c7.file_watch import FileWatch
 from gps_denied_c7.proof import Proof
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import EngineFacts, ProviderSet
@@ -69,6 +70,7 @@ class Bench:
             C7InferenceConfig(), self.make, self.proof,
             attempts=lambda rung: self.attempts, given_up=lambda: self.given_up,
             let_go=lambda rung, host: self.freed.append(host),
+            files=FileWatch(lambda: 'unchanged'),
         )  # fmt: skip
 
     def make(self, rung):

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Hashable
 
 __all__ = ['Autostart']
+
+_LOOK_S = 1.0
 
 
 class Autostart:
     """
     Configure and activate from a thread of its own, with back-off between attempts.
 
-    It ends with the first success, and when somebody else takes the lifecycle over.
+    It ends with the first success, and when somebody else takes the lifecycle over. After an attempt that would fail
+    again with the same files and parameters, the next one waits until these have changed.
 
     :param state: returns the lifecycle state's label.
     :param transition: runs ``configure`` or ``activate`` and returns whether it succeeded.
+    :param lasting: whether the last attempt failed for what stays until ``conditions`` are others.
+    :param conditions: returns what is another as soon as a file or a parameter is.
+    :param on_wait: told that the next attempt waits for that.
     :param on_failure: told an exception that nobody expected; the next attempt comes all the same.
     :param backoff_s: first and longest pause in seconds.
     """
@@ -26,12 +33,18 @@ class Autostart:
         transition: Callable[[str], bool],
         *,
         on_pause: Callable[[float], object] = lambda pause_s: None,
+        lasting: Callable[[], bool] = lambda: False,
+        conditions: Callable[[], Hashable] = lambda: None,
+        on_wait: Callable[[], object] = lambda: None,
         on_failure: Callable[[Exception], None],
         backoff_s: tuple[float, float] = (1.0, 30.0),
     ) -> None:
         self._state = state
         self._transition = transition
         self._on_pause = on_pause
+        self._lasting = lasting
+        self._conditions = conditions
+        self._on_wait = on_wait
         self._on_failure = on_failure
         self._backoff_s = backoff_s
         self._stopped = threading.Event()
@@ -51,16 +64,34 @@ class Autostart:
         return self._thread.is_alive() and not self._stopped.is_set()
 
     def _run(self) -> None:
-        pause_s, longest_s = self._backoff_s
+        first_s, longest_s = self._backoff_s
+        pause_s = first_s
         while not self._stopped.is_set():
+            wait = False
             try:
+                # Before the attempt: what changes meanwhile is worth another one.
+                before = self._conditions()
                 if self._attempt():
                     return
+                wait = self._lasting()
             except Exception as error:
                 self._on_failure(error)
+            if wait:
+                self._on_wait()
+                changed_after_s = self._wait_for_change(before, pause_s)
+                pause_s = first_s if changed_after_s > longest_s else min(2 * pause_s, longest_s)
+                continue
             self._on_pause(pause_s)
             self._stopped.wait(pause_s)
             pause_s = min(2 * pause_s, longest_s)
+
+    def _wait_for_change(self, before: Hashable, least_s: float) -> float:
+        """Wait until the conditions are others, for ``least_s`` at least; return for how many seconds."""
+        began = time.monotonic()
+        self._stopped.wait(least_s)
+        while not self._stopped.is_set() and self._conditions() == before:
+            self._stopped.wait(_LOOK_S)
+        return time.monotonic() - began
 
     def _attempt(self) -> bool:
         if self._state() == 'unconfigured' and not self._transition('configure'):

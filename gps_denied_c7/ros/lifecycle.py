@@ -103,12 +103,12 @@ class ResponsiveLifecycleNode(LifecycleNodeMixin, Node):
             body()
             return TransitionCallbackReturn.SUCCESS
         except C7Error as error:
-            reason = str(error)
+            reason, lasting = str(error), error.lasting
             self.get_logger().error(f'{label} failed: {reason}')
         except Exception as error:
-            reason = f'{type(error).__name__}: {error}'
+            reason, lasting = f'{type(error).__name__}: {error}', False
             self._report_unexpected(label, error)
-        self.transition_failed(label, reason)
+        self.transition_failed(label, reason, lasting)
         if undo is not None:
             try:
                 undo()
@@ -121,8 +121,8 @@ class ResponsiveLifecycleNode(LifecycleNodeMixin, Node):
         self.report_callback_failure(f'transition {label}', error)
         self.get_logger().error(with_traceback(f'{label} failed unexpectedly', error))
 
-    def transition_failed(self, label: str, reason: str) -> None:
-        """Note why a transition failed."""
+    def transition_failed(self, label: str, reason: str, lasting: bool) -> None:
+        """Note why a transition failed, and whether it will again until a file, a package or a parameter changes."""
 
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Return to unconfigured; subclasses release first."""

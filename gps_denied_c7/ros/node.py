@@ -8,7 +8,7 @@ import functools
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +26,10 @@ from gps_denied_c7.chain_status import ChainStatus
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.cpu_latency import CpuLatencyError, CpuLatencyRequest
 from gps_denied_c7.decode_thread import DecodeThread, LocalDecoder
+from gps_denied_c7.engine_cache import fallback_directory
 from gps_denied_c7.errors import C7Error, ConfigError, ImageRejectedError, InferenceError
 from gps_denied_c7.fdr import cause_of
+from gps_denied_c7.file_watch import fingerprint, model_files
 from gps_denied_c7.gpu_memory import GpuMemoryBudget
 from gps_denied_c7.host import describe_gpu, hardware_id, package_versions, usable_cores
 from gps_denied_c7.hosts import in_process_hosts
@@ -120,7 +122,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         # As long-lived as this process: an engine that could not be ended still holds its part after a cleanup.
         self._gpu_memory = GpuMemoryBudget(C7InferenceConfig().gpu_memory_budget_bytes)
         self._spare: SpareWorker | None = None
-        self._start_problem = ''
+        self._start_problem, self._start_lasting = '', False
         self._start_reasons: set[str] = set()
         self._refused_ns: dict[str, int] = {}
         self._unanswered_ns: dict[str, int] = {}
@@ -155,6 +157,11 @@ class C7InferenceNode(ResponsiveLifecycleNode):
             lambda: self.lifecycle_state,
             self.transition,
             on_pause=lambda pause_s: self.get_logger().error(f'not active; next attempt in {pause_s:.0f} s'),
+            lasting=lambda: self._start_lasting,
+            conditions=self._start_conditions,
+            on_wait=lambda: self.get_logger().error(
+                'not active; next attempt when a parameter, the model or an engine file changes'
+            ),
             on_failure=lambda error: self.report_callback_failure('autostart', error),
         )
 
@@ -233,13 +240,20 @@ class C7InferenceNode(ResponsiveLifecycleNode):
             self.get_logger().info(f'{label} was asked for from outside: autostart ends')
         self._autostart.stop()
 
-    def transition_failed(self, label: str, reason: str) -> None:
+    def transition_failed(self, label: str, reason: str, lasting: bool) -> None:
         """Keep the reason for diagnostics, and record each distinct one once."""
-        self._start_problem = f'{label} failed: {reason}'
+        self._start_problem, self._start_lasting = f'{label} failed: {reason}', lasting
         if label in ('configure', 'activate') and (key := f'{label} {cause_of(reason)}') not in self._start_reasons:
             self._start_reasons.add(key)
             self.record('c7.start_failed', transition=label, reason=reason)
         self._publish_changes()
+
+    def _start_conditions(self) -> Hashable:
+        """Return what is another as soon as a parameter or a file is that a start depends on."""
+        values = self._settings.values()
+        files, directories = model_files(values['model_path'])
+        caches = [values['engine_cache_dir'], values['ort_trt_cache_dir']]
+        return repr(values), fingerprint(files, [*directories, *caches, *map(fallback_directory, map(Path, caches))])
 
     def report_callback_failure(self, callback: str, error: Exception) -> None:
         """Log, count and record an exception that a callback let out (N-5)."""

@@ -523,6 +523,11 @@ class NodeParameters:
                 raise ConfigError(name, problem, remedy=f'Correct the parameter file, or ros2 param set {name}.')
             return settings_from(self._values)[0]
 
+    def values(self) -> dict[str, Any]:
+        """Return the value of each parameter, whether it can be used or not."""
+        with self._lock:
+            return dict(self._values)
+
     def live(self) -> LiveSettings:
         """Return the live settings; the defaults' where the start values cannot be used together."""
         with self._lock:

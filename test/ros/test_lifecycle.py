@@ -38,7 +38,7 @@ class ScriptedNode(ResponsiveLifecycleNode):
         super().report_callback_failure(callback, error)
         self.reported.append((callback, str(error)))
 
-    def transition_failed(self, label, reason):
+    def transition_failed(self, label, reason, lasting):
         self.reasons.append((label, reason))
 
     def on_configure(self, state):

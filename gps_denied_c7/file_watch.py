@@ -1,0 +1,128 @@
+"""Tell whether files have changed since an attempt that failed because of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Hashable, Iterable
+from pathlib import Path
+
+from gps_denied_c7.bundle import MODEL_JSON, ModelBundle
+from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.engine_cache import fallback_directory
+
+__all__ = ['FileWatch', 'bundle_files', 'cache_directories', 'fingerprint', 'model_files']
+
+_MOST_ENTRIES = 4096
+_DEPTH = 2
+_LOOK_EVERY_S = 5.0
+
+
+def bundle_files(bundle: ModelBundle) -> tuple[Path, ...]:
+    """Return every file of a bundle, whether it is there or not."""
+    files = [Path(bundle.root) / MODEL_JSON]
+    for artefact in bundle.artefacts:
+        files += [artefact.path, *(artefact.path.parent / name for name in artefact.external_data)]
+        files.append(artefact.path.with_name(f'{artefact.path.name}.json'))
+    for case in bundle.golden:
+        files += [case.inputs.path, case.outputs.path]
+    return tuple(files)
+
+
+def model_files(path: str) -> tuple[list[Path], list[Path]]:
+    """Return which files and directories :func:`fingerprint` has to look at for a ``model_path`` of any kind."""
+    if not path:
+        return [], []
+    model = Path(path).absolute()
+    if os.path.isdir(model):
+        return [model], [model]
+    # Beside a bare model lie the files that it keeps weights in, named like it; which, only the model says.
+    names: list[str] = []
+    with contextlib.suppress(OSError, ValueError):
+        names = sorted(os.listdir(model.parent))[:_MOST_ENTRIES] if os.path.lexists(model) else []
+    return [model, *(model.parent / name for name in names if name.startswith(model.stem))], []
+
+
+def cache_directories(config: C7InferenceConfig) -> tuple[Path, ...]:
+    """Return where built engines may lie."""
+    configured = (Path(config.engine_cache_dir), Path(config.ort_trt_cache_dir))
+    return (*configured, *map(fallback_directory, configured))
+
+
+def fingerprint(files: Iterable[Path | str], directories: Iterable[Path | str] = ()) -> Hashable:
+    """
+    Return what is another as soon as a file is made, removed, replaced or written, or its permissions are changed.
+
+    Nothing is read but the entries of directories. It waits as long as a file system does.
+
+    :param directories: all below them counts, two levels deep. Where packages are installed is added.
+    """
+    files, directories = [Path(file) for file in files], list(directories)
+    parents = {parent for file in (*files, *map(Path, directories)) for parent in file.parents}
+    found = [(str(file), _state(file)) for file in files]
+    # Who may write where; what else is made there is no concern of ours.
+    found += [(str(parent), _state(parent)[:3]) for parent in sorted(parents)]
+    found += [(entry, _state(entry)) for entry in sys.path if entry.endswith('-packages')]
+    for directory in directories:
+        found += _below(str(directory), _DEPTH)
+    return tuple(found[:_MOST_ENTRIES])
+
+
+def _state(path: Path | str) -> tuple[int, ...]:
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError) as error:
+        return (getattr(error, 'errno', None) or -1,)
+    whose = status.st_mode, status.st_uid, status.st_gid
+    return *whose, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _below(directory: str, depth: int) -> list[tuple[str, tuple[int, ...]]]:
+    try:
+        with os.scandir(directory) as entries:
+            paths = sorted((entry.path, entry.is_dir()) for entry in entries)
+    except OSError:
+        return [(directory, _state(directory)[:3])]
+    found = []
+    for path, is_directory in paths[:_MOST_ENTRIES]:
+        # What a directory itself says changes with the files in it that come and go, as a lock does.
+        found += _below(path, depth - 1) if is_directory and depth > 1 else [(path, _state(path))]
+    return found
+
+
+class FileWatch:
+    """
+    Know the latest fingerprint without waiting for a file system, which may have stalled; for any thread.
+
+    :param look: returns a fingerprint; called from a thread of its own.
+    """
+
+    def __init__(self, look: Callable[[], Hashable]) -> None:
+        self._look = look
+        self._lock = threading.Lock()
+        self._looking = False
+        self._looked_at = float('-inf')
+        self.seen: Hashable = None
+        """What came of the last look, None before the first has ended."""
+
+    def latest(self) -> Hashable:
+        """Return what came of the last look, and have another one taken where that is some seconds ago."""
+        with self._lock:
+            due = not self._looking and time.monotonic() - self._looked_at > _LOOK_EVERY_S
+            self._looking = self._looking or due
+        if due:
+            try:
+                threading.Thread(target=self._run, name='c7-files', daemon=True).start()
+            except RuntimeError:  # no thread is left: another time
+                self._looking = False
+        return self.seen
+
+    def _run(self) -> None:
+        try:
+            self.seen = self._look()
+        finally:
+            self._looked_at = time.monotonic()
+            self._looking = False
