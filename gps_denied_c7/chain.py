@@ -345,6 +345,9 @@ class RuntimeChain:
         while no frame comes.
         """
         with self._turn:
+            if self._closing:
+                # What is ended now is ended on purpose.
+                return
             self._between_frames()
             engine = self._engine
             if engine is not None and not engine.host.alive:

@@ -355,7 +355,8 @@ class ModelSwapper:
                 self._owner.keep_model(swap.path)
             except C7Error as failure:
                 reason = f'{reason} {failure}'
-            _log.error('%s was not swapped in, %s goes on: %s', swap.path, swap.previous.bundle.name, reason)
+            level = logging.INFO if phase is SwapPhase.CANCELLED else logging.ERROR
+            _log.log(level, '%s was not swapped in, %s goes on: %s', swap.path, swap.previous.bundle.name, reason)
         else:
             _log.info('%s answers in place of %s.', swap.bundle.name, swap.previous.bundle.name)
         self._owner.swap_changed(SwapStatus(swap.path, phase, reason))

@@ -84,7 +84,7 @@ class WorkerHost:
         self._heard_at = 0.0
         self._packets = 0
         self._releasing = threading.Lock()
-        self._released = False
+        self._released = self._killed = False
         self._running = False
         self._ran_ns = (0, 0)
         self._input_specs: tuple[TensorSpec, ...] = ()
@@ -283,7 +283,8 @@ class WorkerHost:
         return self._asked_at is None or now - self._asked_at <= patience_s
 
     def kill(self) -> None:
-        """Begin to end the worker, without waiting for it; from any thread."""
+        """Begin to end the worker, without waiting for it, and start no other; from any thread."""
+        self._killed = True
         if (process := self._process) is not None:
             process.kill()
 
@@ -341,8 +342,10 @@ class WorkerHost:
                     return process
             except InferenceError as error:
                 # It has died, or says what cannot be read.
+                if self._killed or self._released:
+                    raise
                 _log.warning('%s', error)
-            _log.warning('%s was of no use; another one is started.', process.name)
+            _log.warning('%s did not take its task; another one is started.', process.name)
             process.release()
         process = WorkerProcess.start(f'worker {self._generation}')
         self._adopt(process)
@@ -353,9 +356,9 @@ class WorkerHost:
         process.name = f'worker {self._generation} ({self._task.rung.name}, pid {process.pid})'
         with self._releasing:
             self._process = process
-            if self._released:
+            if self._released or self._killed:
                 process.release()
-                raise WorkerDiedError(f'{process.name} was released while it was being started.')
+                raise WorkerDiedError(f'{process.name} was ended while it was being started.')
 
     def _hand_over(self, process: WorkerProcess, task: WorkerTask) -> None:
         descriptor = os.memfd_create('c7-task', os.MFD_CLOEXEC)

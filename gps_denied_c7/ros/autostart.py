@@ -76,6 +76,9 @@ class Autostart:
                 wait = self._lasting()
             except Exception as error:
                 self._on_failure(error)
+            if self._stopped.is_set():
+                # Stopped in the middle of the attempt: that it has not come to active is no failure.
+                return
             if wait:
                 self._on_wait()
                 changed_after_s = self._wait_for_change(before, pause_s)

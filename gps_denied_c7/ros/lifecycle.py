@@ -39,6 +39,8 @@ class ResponsiveLifecycleNode(LifecycleNodeMixin, Node):
         Node.__init__(self, node_name, **kwargs)
         LifecycleNodeMixin.__init__(self, callback_group=ReentrantCallbackGroup())
         self.guard = CallbackGuard(self.report_callback_failure)
+        self.ending = False
+        """Whether the process is about to end: what fails from then on fails because of that."""
         self._transition_running = threading.Lock()
         self._transition_name = ''
         for service in self.services:
@@ -104,7 +106,10 @@ class ResponsiveLifecycleNode(LifecycleNodeMixin, Node):
             return TransitionCallbackReturn.SUCCESS
         except C7Error as error:
             reason, lasting = str(error), error.lasting
-            self.get_logger().error(f'{label} failed: {reason}')
+            if self.ending:
+                self.get_logger().info(f'{label} was given up: {reason}')
+            else:
+                self.get_logger().error(f'{label} failed: {reason}')
         except Exception as error:
             reason, lasting = f'{type(error).__name__}: {error}', False
             self._report_unexpected(label, error)

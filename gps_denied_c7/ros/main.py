@@ -20,6 +20,7 @@ from gps_denied_c7.ros.executor import PoolExecutor
 from gps_denied_c7.ros.log import forward_to, log_files_problem
 from gps_denied_c7.ros.node import C7InferenceNode
 from gps_denied_c7.ros.signals import on_first_signal
+from gps_denied_c7.text import plain
 from gps_denied_c7.thermal import ThermalSource
 from gps_denied_c7.thermal_sources import find_thermal_source
 
@@ -84,12 +85,14 @@ def main(args: list[str] | None = None) -> int:
         thermal.start()
         node = C7InferenceNode(thermal=thermal)
     except Exception as error:
-        print(f'c7_inference_node cannot start: {error}', file=sys.stderr)
+        _say(f'c7_inference_node cannot start: {error}')
         return 2
     node.get_logger().info(profile.reason)
     if str(swept):
         node.get_logger().info(str(swept))
     notices = (*transport_warnings(os.environ), *filter(None, [no_log_files]))
+    # On Humble, a new one is the default after the shutdown of this one.
+    context = rclpy.get_default_context()
     left_behind = not _run(node, thermal, stop, notices)
     del node
     if not left_behind:
@@ -97,11 +100,11 @@ def main(args: list[str] | None = None) -> int:
         # Fast DDS reserved for it: 70 MB of /dev/shm for each process that leaves without.
         gc.collect()
         try:
-            rclpy.get_default_context().destroy()
+            context.destroy()
         except Exception as error:
-            print(f'c7_inference_node could not leave its DDS domain in order: {error}', file=sys.stderr)
+            _say(f'c7_inference_node could not leave its DDS domain in order: {error}')
     for stream in filter(None, (sys.stdout, sys.stderr)):
-        with contextlib.suppress(OSError, ValueError):  # whoever read them is gone
+        with contextlib.suppress(OSError, ValueError):  # its reader is gone
             stream.flush()
     # Everything has been told and freed; the exit code must not depend on the order in which vendor
     # libraries run their static destructors.
@@ -135,8 +138,19 @@ def _run(node: C7InferenceNode, thermal: ThermalSource, stop: _Stop, notices: tu
             rclpy.try_shutdown()
             return True
     except Exception as error:
-        node.report_callback_failure('shutdown', error)
+        try:
+            node.report_callback_failure('shutdown', error)
+        except Exception:  # there is nothing left to report it with
+            _say(f'c7_inference_node could not end in order: {type(error).__name__}: {error}')
     return False
+
+
+def _say(text: str) -> None:
+    """Print a line on standard error; where its reader is gone, neither that nor what is flushed later is a failure."""
+    try:
+        print(plain(text), file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        sys.stderr = None  # type: ignore[assignment]
 
 
 def _open_standard_streams() -> None:

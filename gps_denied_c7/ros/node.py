@@ -199,6 +199,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         :return: whether nothing was left behind.
         """
         deadline = time.monotonic() + timeout_s
+        self.ending = True
         self._autostart.stop()
         done = threading.Event()
 
@@ -242,6 +243,8 @@ class C7InferenceNode(ResponsiveLifecycleNode):
 
     def transition_failed(self, label: str, reason: str, lasting: bool) -> None:
         """Keep the reason for diagnostics, and record each distinct one once."""
+        if self.ending:
+            return
         self._start_problem, self._start_lasting = f'{label} failed: {reason}', lasting
         if label in ('configure', 'activate') and (key := f'{label} {cause_of(reason)}') not in self._start_reasons:
             self._start_reasons.add(key)
