@@ -280,16 +280,19 @@ class C7InferenceNode(ResponsiveLifecycleNode):
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Close the streams and finish the frame in hand."""
         return self._finish(
-            self.run_transition('deactivate', lambda: self._deactivate(state), failed=TransitionCallbackReturn.ERROR)
+            self.run_transition('deactivate', lambda: self._deactivate(state), failed=TransitionCallbackReturn.ERROR),
+            f'inactive, {self._answered()}; the streams are closed, the engines stay loaded',
         )
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Free everything that configure built."""
-        return self._finish(self.run_transition('cleanup', self._release, failed=TransitionCallbackReturn.ERROR))
+        outcome = self.run_transition('cleanup', self._release, failed=TransitionCallbackReturn.ERROR)
+        return self._finish(outcome, 'unconfigured; the engines are ended and their memory is free')
 
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Free everything, from any state."""
-        return self._finish(self.run_transition('shutdown', self._release, failed=TransitionCallbackReturn.ERROR))
+        outcome = self.run_transition('shutdown', self._release, failed=TransitionCallbackReturn.ERROR)
+        return self._finish(outcome, f'finalized, {self._answered()}; start the node again to go on')
 
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Free everything and return to unconfigured; why stays on diagnostics."""
@@ -297,11 +300,19 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         self._publish_changes()
         return TransitionCallbackReturn.SUCCESS
 
-    def _finish(self, outcome: TransitionCallbackReturn) -> TransitionCallbackReturn:
+    def _finish(self, outcome: TransitionCallbackReturn, done: str = '') -> TransitionCallbackReturn:
         if outcome == TransitionCallbackReturn.SUCCESS:
             self._start_problem = ''
+            if done:
+                left = ' except for what was left behind, see above' if self._left_behind else ''
+                self.get_logger().info(f'{done}{left}')
         self._publish_changes()
         return outcome
+
+    def _answered(self) -> str:
+        streams = self._statistics.snapshot().streams.values()
+        answered, received = (sum(getattr(each, name) for each in streams) for name in ('answered', 'received'))
+        return f'{answered} of {received} images answered since configure'
 
     def _configure(self) -> None:
         self._release()

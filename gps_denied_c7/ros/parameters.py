@@ -99,6 +99,8 @@ class ParameterDeclaration:
 _HOUR_MS = 3_600_000.0
 TOPIC_TYPES = ('auto', 'raw', 'compressed')
 """What ``image_topic_types`` may say of a topic."""
+# Not NaN, which `ros2 param load` cannot read back; no mean of any pixel values.
+_NO_MEAN = -1e6
 _STRATEGIES = f'Each of {", ".join(RUNTIME_LABELS)}, at most once.'
 
 PARAMETERS: tuple[ParameterDeclaration, ...] = (
@@ -306,8 +308,8 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
         constraints='One of gray, rgb, bgr.',
     ),
     ParameterDeclaration(
-        'preprocess.mean', Type.DOUBLE_ARRAY, [math.nan],
-        'Subtracted after scaling, one value or one per channel; [.nan]: from the model.',
+        'preprocess.mean', Type.DOUBLE_ARRAY, [_NO_MEAN],
+        'Subtracted after scaling, one value or one per channel; [-1000000.0], or [.nan]: from the model.',
     ),
     ParameterDeclaration(
         'preprocess.std', Type.DOUBLE_ARRAY, [0.0],
@@ -421,7 +423,7 @@ def settings_from(values: Mapping[str, Any]) -> tuple[NodeSettings, LiveSettings
     overrides = {
         name.removeprefix('preprocess.'): value
         for name, value in values.items()
-        if name.startswith('preprocess.') and not _same(value, _DECLARED[name])
+        if name.startswith('preprocess.') and not _same(value, _DECLARED[name]) and not _is_unset_mean(name, value)
     }
     for name, value in overrides.items():
         numbers = value if isinstance(value, list) else [value]
@@ -568,6 +570,9 @@ class NodeParameters:
             self._broken[declaration.name] = f'the start value cannot be used ({error}).'
             self._node.get_logger().error(f'parameter {declaration.name}: {self._broken[declaration.name]}')
             self._node.declare_parameter(declaration.name, value, descriptor, ignore_override=True)
+        if _is_unset_mean(declaration.name, self._value(declaration.name)):
+            # Of a file of before; in one that is dumped now, it could not be read back.
+            self._node.set_parameters([Parameter(declaration.name, value=value)])
 
     def _warn_of_strangers(self) -> None:
         """Say which start values name no parameter: ROS ignores them without a word, typing errors among them."""
@@ -627,7 +632,7 @@ def parameter_table() -> str:
     """Return every parameter as a Markdown table."""
     rows = ['| parameter | type | default | |', '|---|---|---|---|']
     for declaration in PARAMETERS:
-        default = f'`{json.dumps(declaration.default)}`'.replace('NaN', '.nan')
+        default = f'`{json.dumps(declaration.default)}`'
         text = ' '.join(filter(None, (declaration.description, declaration.constraints)))
         effect = ' *At once.*' if declaration.live else ' *Read-only.*' if declaration.read_only else ''
         effect = ' *In the background.*' if declaration.swapped else effect
@@ -643,6 +648,11 @@ def _usable(values: Mapping[str, Any]) -> bool:
     except ConfigError:
         return False
     return True
+
+
+def _is_unset_mean(name: str, value: Any) -> bool:
+    """Return whether a mean stands for the model's own as it did before its default could be read back."""
+    return name == 'preprocess.mean' and len(value) == 1 and math.isnan(value[0])
 
 
 def _same(value: Any, other: Any) -> bool:
