@@ -130,7 +130,13 @@ class EngineLoader:
 
     def refused(self, rung: Rung) -> bool:
         """Return whether loading ``rung`` has failed for what stays until a file changes, and none has; never waits."""
-        return rung in self._refused and self._files.latest() in (None, self._refused[rung])
+        if rung not in self._refused:
+            return False
+        latest = self._files.latest()
+        if self._refused[rung] is None:
+            # It failed before the first look had ended.
+            self._refused[rung] = latest
+        return latest in (None, self._refused[rung])
 
     def forget_refusals(self) -> None:
         """Have every rung be worth another attempt."""

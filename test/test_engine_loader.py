@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import threading
 import time
@@ -247,3 +248,19 @@ def test_f5_loads_that_hang_are_cancelled_in_the_time_of_one(bench, monkeypatch)
     loads = [EngineLoad(CPU, done=Hanging()) for _ in range(3)]
     bench.loader.cancel(loads)
     assert len(waited) == 3 and sum(waited) == pytest.approx(engine_loader._CANCEL_S)
+
+
+@pytest.mark.parametrize('how', ['cancelled', 'given up'])
+def test_f1_a_load_that_was_ended_on_purpose_is_no_error(bench, caplog, how):
+    caplog.set_level(logging.DEBUG)
+    bench.may_load.clear()
+    bench.faults = [WorkerDiedError('worker 1 was ended by SIGKILL.')] * 3
+    load = bench.loader.start(CPU)
+    if how == 'cancelled':
+        load.cancelled = True
+    else:
+        bench.given_up = True
+    bench.may_load.set()
+    assert load.done.wait(30)
+    assert isinstance(load.error, WorkerDiedError) and len(bench.hosts) == 1
+    assert [record.getMessage() for record in caplog.records if record.levelno > logging.INFO] == []

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gps_denied_c7 import file_watch
 from gps_denied_c7.bundle import AllClose, ModelBundle
 from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.chain_status import ChainState
@@ -988,6 +989,68 @@ def test_f6_a_gpu_that_is_there_later_is_taken_and_what_cannot_change_is_not_tri
         bench.now_ns += int(6e9)
         bench.settle()
     assert (bench.chain.status().active == GPU) is comes
+
+
+def counted_loads(bench):
+    """Return a list that grows with the rung of each attempt to load an engine."""
+    attempts, before = [], bench.before_load
+
+    def note(rung):
+        attempts.append(rung)
+        before(rung)
+
+    bench.before_load = note
+    return attempts
+
+
+def go_on(bench, rounds, ask=True):
+    """Let time pass, and the look at the files that each round orders end."""
+    for _ in range(rounds):
+        with contextlib.suppress(ChainExhaustedError):
+            if ask:
+                bench.ask()
+        bench.now_ns += int(60e9)
+        bench.settle()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize('change', ['another engine', 'permissions'])
+def test_f6_a_refused_engine_is_loaded_again_once_its_file_has_changed_and_not_before(change, tmp_path, monkeypatch):
+    monkeypatch.setattr(file_watch, '_LOOK_EVERY_S', 0.0)
+    file = tmp_path / 'net.engine'
+    file.write_bytes(b'of another host')
+    bench = Bench(GPU, CPU, engine_cache_dir=tmp_path)
+    bench.load_faults[GPU] = EngineSchemaMismatchError('sm', expected=87, found=90)
+    attempts = counted_loads(bench)
+    bench.ready()
+    go_on(bench, 20)
+    assert attempts.count(GPU) == 1, 'nothing has changed'
+    bench.load_faults.clear()
+    file.chmod(0o600) if change == 'permissions' else file.write_bytes(b'of this host')
+    go_on(bench, 20)
+    assert bench.chain.status().active == GPU
+
+
+def test_f7_a_chain_of_refused_engines_alone_is_not_restarted_for_ever(tmp_path, monkeypatch, caplog):
+    """One attempt for each change of a file, one line and one record for it; the next change brings it back."""
+    monkeypatch.setattr(file_watch, '_LOOK_EVERY_S', 0.0)
+    bench = Bench(GPU, CPU, engine_cache_dir=tmp_path)
+    attempts = counted_loads(bench)
+    bench.ready()
+    bench.load_faults |= {rung: EngineSchemaMismatchError('sha256', expected='a', found='b') for rung in (GPU, CPU)}
+    for worker in list(bench.workers):
+        worker.alive = False
+    before = len(attempts)
+    go_on(bench, 30)
+    assert bench.chain.status().state is ChainState.EXHAUSTED
+    # Each rung that died is loaded afresh where it serves, and once more where it would stand by.
+    assert len(attempts) - before <= 4
+    assert sum('is out' in record.getMessage() for record in caplog.records) <= 2
+    assert [kind for kind, _ in bench.records].count('c7.chain_exhausted') == 1
+    bench.load_faults.clear()
+    (tmp_path / 'net.engine').write_bytes(b'of this host')
+    go_on(bench, 10)
+    assert bench.chain.status().state is ChainState.READY
 
 
 def about_to_promote():
