@@ -163,7 +163,7 @@ class FdrSchemaError(C7Error, ValueError):
     """A flight record of an unknown kind, or one that lacks a required field."""
 
 
-# What a path that is wrong, or may not be read, comes to; other errors of a system pass, as a full disk or a stalled one.
+# What comes of a path that is wrong or may not be read. Other errors of a system pass, as that of a stalled disk.
 _LASTING_ERRNO = frozenset(
     (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
 )

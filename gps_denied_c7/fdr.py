@@ -32,7 +32,7 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 
-# Payload fields that hold sentences; in the others, as topics and names of rungs, a number tells one thing from another.
+# Payload fields that hold sentences; in the others, as topics and rungs, a number tells one thing from another.
 _SENTENCES = frozenset({'reason', 'error', 'message'})
 # An address, a moment, a number of any form; not the 16 of fp16 or the 0 of input_0, which belong to a name.
 _NUMBER = re.compile(

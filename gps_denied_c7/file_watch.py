@@ -60,9 +60,9 @@ def fingerprint(files: Iterable[Path | str], directories: Iterable[Path | str] =
 
     :param directories: all below them counts, two levels deep. Where packages are installed is added.
     """
-    files, directories = [Path(file) for file in files], list(directories)
-    parents = {parent for file in (*files, *map(Path, directories)) for parent in file.parents}
-    found = [(str(file), _state(file)) for file in files]
+    paths, directories = [Path(file) for file in files], list(directories)
+    parents = {parent for path in (*paths, *map(Path, directories)) for parent in path.parents}
+    found = [(str(path), _state(path)) for path in paths]
     # Who may write where; what else is made there is no concern of ours.
     found += [(str(parent), _state(parent)[:3]) for parent in sorted(parents)]
     found += [(entry, _state(entry)) for entry in sys.path if entry.endswith('-packages')]

@@ -1,9 +1,9 @@
 """
 What a worker writes on its standard streams, handed to the log at a rate that costs the node nothing (N-8).
 
-A vendor's library may write anything, 100 MB a second of it. The pipe is always emptied, so that no worker waits for the
-log, and what is more than a log can take is counted instead. Our own records in it have a level; errors among them have
-a share of their own, which no noise can use up.
+A vendor's library may write anything, 100 MB a second of it. The pipe is always emptied, so that no worker waits for
+the log, and what is more than a log can take is counted instead. Our own records in it have a level; errors among them
+have a share of their own, which no noise can use up.
 """
 
 from __future__ import annotations

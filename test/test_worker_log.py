@@ -54,13 +54,12 @@ def feed(log: WorkerLog, data: bytes, sizes: list[int] | None = None) -> None:
         feed(log, data)
 
 
-@pytest.mark.parametrize('block', ["b'a line of a vendor\\\\n' * 50", "b'x' * 65536", "bytes(65536)", "b'\\\\n' * 65536"])
+@pytest.mark.parametrize('block', [r"b'a vendor\n' * 99", "b'x' * 65536", 'bytes(65536)', r"b'\n' * 65536"])
 def test_a_worker_that_writes_without_end_never_waits_and_its_error_is_heard(block, said):
     """Lines, one line without an end, NUL bytes, empty lines; as fast as a process can write them."""
     read_end, write_end = os.pipe()
     thread = threading.Thread(target=WorkerLog(lambda: 'worker 1').run, args=(read_end,))
     thread.start()
-    block = block.replace('\\\\', '\\')
     writer = subprocess.Popen([sys.executable, '-c', WRITER, '1.0', block], stderr=write_end, stdout=subprocess.PIPE)
     os.close(write_end)
     written = int(writer.communicate(timeout=60)[0])
@@ -76,15 +75,15 @@ def test_what_is_left_out_is_counted_to_the_line(log, said):
     told = [line for line in said() if 'left out' in line]
     logged = said().count('worker 1: noise')
     assert 100 < logged < 400
-    assert told == [f'worker 1: left out {12_545 - logged:,} lines ({6 * (12_545 - logged):,} bytes) of its output within 0 s.']
+    out = 12_545 - logged
+    assert told == [f'worker 1: left out {out:,} lines ({6 * out:,} bytes) of its output within 0 s.']
 
 
 def test_errors_are_heard_through_any_noise_and_noise_of_our_own(log, said):
     feed(log, b'noise\n' * 5000 + own(20, 'told') * 5000)
     for number in range(50):
         feed(log, b'noise\n' * 100 + own(20, 'told') * 100 + own(40, f'error {number}') + own(20, 'told'))
-    heard = [line for line in said(logging.ERROR)]
-    assert heard == [f'worker 1: error {number}' for number in range(50)]
+    assert said(logging.ERROR) == [f'worker 1: error {number}' for number in range(50)]
 
 
 def test_errors_without_end_are_limited_too(log, said):
@@ -96,7 +95,7 @@ def test_lines_are_the_same_however_they_are_cut_into_chunks(said, caplog):
     """Random lines, marks among them, in random pieces: what is logged and what is counted does not change."""
     chooser = random.Random(18)
     for _ in range(30):
-        pieces = [b'', b'plain', b'x' * 1999, b'y' * 5000, b'\x1e', b'\x1e4', own(40, 'bad')[:-1], own(10, 'so')[:-1], b'\0\xff']
+        pieces = [b'', b'plain', b'x' * 1999, b'y' * 5000, b'\x1e', b'\x1e4', b'\0\xff', b'\x1e40 bad', b'\x1e10 so']
         data = b''.join(chooser.choice(pieces) + b'\n' for _ in range(400))
         results = []
         for sizes in ([len(data)], [chooser.choice([1, 2, 3, 700, 5000]) for _ in range(3000)]):
@@ -104,7 +103,8 @@ def test_lines_are_the_same_however_they_are_cut_into_chunks(said, caplog):
             log = WorkerLog(lambda: 'w', clock=lambda: 0.0)
             feed(log, data, sizes)
             log.finish()
-            results.append([(record.levelno, record.getMessage().partition(' bytes')[0].partition('(')[0]) for record in caplog.records])
+            # Of a line that is cut, how many bytes are counted as left out depends on the chunks.
+            results.append([(record.levelno, record.getMessage().partition('(')[0]) for record in caplog.records])
         assert results[0] == results[1]
 
 

@@ -36,7 +36,8 @@ class RosLogHandler(logging.Handler):
         """Print what could not be forwarded, where somebody reads it."""
         error = sys.exc_info()[1]
         with contextlib.suppress(OSError, ValueError):
-            print(plain(f'{record.levelname}: {record.msg} {record.args or ""} (not forwarded: {error})'), file=sys.stderr)
+            text = f'{record.levelname}: {record.msg} {record.args or ""} (not forwarded: {error})'
+            print(plain(text), file=sys.stderr)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Forward one record; a failure must not reach the code that logged."""

@@ -7,7 +7,6 @@ import re
 import signal
 import time
 
-import pytest
 import yaml
 from harness import Peer, image, running_node, wait_until
 from networks import copying
