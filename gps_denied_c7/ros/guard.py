@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 __all__ = ['CallbackGuard', 'RateLimiter']
 
+_MOST_KEYS = 1000
+
 Callback = TypeVar('Callback', bound=Callable[..., Any])
 
 
@@ -50,6 +52,9 @@ class RateLimiter:
     def pass_now(self, key: Any) -> int | None:
         """Return how many events of ``key`` were held back since the last that passed; None holds this one back."""
         now = time.monotonic()
+        if len(self._seen) > _MOST_KEYS:
+            # Keys may hold names from outside, of which there is no end.
+            self._seen = {key: seen for key, seen in self._seen.copy().items() if now - seen[0] < self._window_s}
         last, held = self._seen.get(key, (float('-inf'), 0))
         if now - last < self._window_s:
             self._seen[key] = (last, held + 1)

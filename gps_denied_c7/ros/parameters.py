@@ -25,6 +25,7 @@ from gps_denied_c7.preprocessing import (
     PreprocessingSpec,
     ResizeMode,
 )
+from gps_denied_c7.text import plain
 from gps_denied_c7.thermal_policy import ThermalPolicy
 
 __all__ = [
@@ -594,11 +595,11 @@ class NodeParameters:
         try:
             self._apply(parameters)
         except C7Error as error:
-            return SetParametersResult(successful=False, reason=str(error))
+            return SetParametersResult(successful=False, reason=plain(error))
         except Exception as error:
             # Let out, it would leave the asker without a result.
             self._on_failure('on-set-parameters callback', error)
-            return SetParametersResult(successful=False, reason=f'{type(error).__name__}: {error}')
+            return SetParametersResult(successful=False, reason=plain(f'{type(error).__name__}: {error}'))
         return SetParametersResult(successful=True)
 
     def _apply(self, parameters: list[Parameter]) -> None:

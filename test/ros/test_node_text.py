@@ -7,12 +7,14 @@ import re
 import signal
 import time
 
+import pytest
+import rclpy.parameter
 import yaml
 from harness import Peer, image, running_node, wait_until
 from networks import copying
-from rcl_interfaces.msg import Log, LoggerLevel
-from rcl_interfaces.srv import GetLoggerLevels, GetParameters, ListParameters, SetLoggerLevels
-from rclpy.parameter import Parameter, parameter_dict_from_yaml_file, parameter_value_to_python
+from rcl_interfaces.msg import Log
+from rcl_interfaces.srv import GetParameters, ListParameters
+from rclpy.parameter import Parameter, parameter_value_to_python
 from rclpy.qos import DurabilityPolicy, QoSProfile
 
 CAMERA = '/camera/image_raw'
@@ -80,6 +82,11 @@ def test_a_4_mib_encoding_makes_small_records_and_lines(tmp_path):
 
 def test_log_levels_change_at_run_time(tmp_path):
     """Node and library alike; a level given at the start holds, and deactivate, cleanup and shutdown leave a line."""
+    try:
+        from rcl_interfaces.msg import LoggerLevel
+        from rcl_interfaces.srv import GetLoggerLevels, SetLoggerLevels
+    except ImportError:
+        pytest.skip('this ROS has no services for log levels')
     arguments = ('--log-level', 'c7_inference:=warn')
     with running_node({'model_path': copying(tmp_path), 'cpu_threads': 1}, arguments) as (process, peer):
         peer.start()
@@ -102,6 +109,9 @@ def test_log_levels_change_at_run_time(tmp_path):
 
 def test_what_ros2_param_dump_prints_is_read_back_unchanged(domain_id, start_node, tmp_path):
     """By rclpy's own reader, which ``ros2 param load`` uses: it takes [.nan] for a text."""
+    read_file = getattr(rclpy.parameter, 'parameter_dict_from_yaml_file', None)
+    if read_file is None:
+        pytest.skip('this rclpy has no reader of parameter files')
     file = tmp_path / 'dumped.yaml'
     for arguments in ((), ('-p', 'preprocess.mean:=[.nan]')):
         node, peer = start_node(arguments=arguments), Peer(domain_id)
@@ -110,12 +120,11 @@ def test_what_ros2_param_dump_prints_is_read_back_unchanged(domain_id, start_nod
         plain = {name: parameter_value_to_python(value) for name, value in zip(names, told, strict=True)}
         plain = {name: list(value) if isinstance(value, array.array) else value for name, value in plain.items()}
         file.write_text(yaml.dump({'/c7_inference': {'ros__parameters': plain}}, default_flow_style=False))
-        read = {name: each.value for name, each in parameter_dict_from_yaml_file(str(file)).items()}
-        assert read == dict(zip(names, told, strict=True))
+        read = read_file(str(file))
+        assert {name: each.value for name, each in read.items()} == dict(zip(names, told, strict=True))
         for name in names:
             if name not in ('autostart', 'start_type_description_service', 'use_sim_time'):
-                assert peer.set_parameter(name, Parameter.from_parameter_msg(
-                    parameter_dict_from_yaml_file(str(file))[name]).value).successful
+                assert peer.set_parameter(name, Parameter.from_parameter_msg(read[name]).value).successful
         node.signal(signal.SIGTERM)
         assert node.wait() == 0
         peer.close()
