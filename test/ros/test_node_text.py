@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import importlib
 import re
 import signal
 import time
@@ -108,9 +109,8 @@ def test_log_levels_change_at_run_time(tmp_path):
 
 def test_what_ros2_param_dump_prints_is_read_back_unchanged(domain_id, start_node, tmp_path):
     """By rclpy's own reader, which ``ros2 param load`` uses: it takes [.nan] for a text."""
-    try:
-        from rclpy.parameter import parameter_dict_from_yaml_file as read_file
-    except ImportError:
+    read_file = getattr(importlib.import_module('rclpy.parameter'), 'parameter_dict_from_yaml_file', None)
+    if read_file is None:
         pytest.skip('this rclpy has no reader of parameter files')
     file = tmp_path / 'dumped.yaml'
     for arguments in ((), ('-p', 'preprocess.mean:=[.nan]')):
