@@ -46,7 +46,7 @@ __all__ = [
 
 _NS = 1_000_000_000
 # Of texts in an image's message, which are read in the thread that spins. No encoding or format is nearly as long.
-_ENCODING_BYTES, _FRAME_ID_CHARACTERS = 256, 256
+_ENCODING_BYTES, _FRAME_ID_CHARACTERS = 256, 1 << 14
 _TOLD_STAGES = ('queue', 'decode', 'preprocess', 'hand_off', 'engine', 'total')
 
 Outputs = Mapping[str, NDArray]
@@ -157,7 +157,7 @@ def check_message(image: ReceivedImage) -> None:
         # The answer would have to carry it untouched.
         raise ImageRejectedError(
             'message',
-            f'frame_id is longer than {_FRAME_ID_CHARACTERS} characters.',
+            f'frame_id is longer than {_FRAME_ID_CHARACTERS:,} characters.',
             remedy='Correct it in the camera driver.',
         )
     if isinstance(image.picture, CompressedData):
