@@ -144,7 +144,8 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ),
     ParameterDeclaration(
         'autostart', Type.BOOL, False,
-        'Configure and activate without being asked, and retry with back-off until it works.', read_only=True,
+        'Configure and activate without being asked, and retry until it works: with back-off, or when a file or '
+        'parameter has changed where nothing else can help.', read_only=True,
     ),
     ParameterDeclaration(
         'runtime_chain', Type.STRING_ARRAY, list(DEFAULT_CHAIN),
