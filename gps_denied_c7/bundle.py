@@ -51,8 +51,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gps_denied_c7.bundle_files import (
+    GOLDEN_LIMIT_BYTES,
     BundleFile,
     file_sha256,
+    file_size,
     npz_bytes,
     read_file,
     read_npz,
@@ -72,6 +74,7 @@ from gps_denied_c7.comparison import (
 from gps_denied_c7.config import RUNTIME_LABELS
 from gps_denied_c7.errors import C7Error, ConfigError, ModelBundleError
 from gps_denied_c7.external_data import check_location, content_sha256, onnx_digests
+from gps_denied_c7.host_memory import require_memory
 from gps_denied_c7.json_fields import Fields, parse_json, require, require_digest, require_known
 from gps_denied_c7.preprocessing import PreprocessingSpec
 from gps_denied_c7.tensors import TensorSpec
@@ -109,7 +112,8 @@ _DTYPES = (
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,127}')
 _DEVICE = re.compile(r'any|cpu|cuda|sm[0-9]{2,3}')
 _MAX_RANK = 8
-_MODEL_JSON_LIMIT_BYTES = 1 << 24
+# A usual one has a few kilobytes; parsed, JSON takes thirty times its size.
+_MODEL_JSON_LIMIT_BYTES = 1 << 20
 
 _logger = logging.getLogger(__name__)
 
@@ -341,6 +345,42 @@ class ModelBundle:
         """
         return self._load_golden('outputs', self.outputs, index)
 
+    def golden_case(self, index: int = 0) -> tuple[dict[str, NDArray], dict[str, NDArray]]:
+        """
+        Load a golden request and its answer, as :meth:`golden_inputs` and :meth:`golden_outputs` do one of them.
+
+        :raises ModelBundleError: also where both together are larger than ``GOLDEN_LIMIT_BYTES``, or where asking an
+            engine for the answer and comparing it would take more memory than there is.
+        """
+        inputs = self.golden_inputs(index)
+        left = GOLDEN_LIMIT_BYTES - sum(array.nbytes for array in inputs.values())
+        outputs = self._load_golden('outputs', self.outputs, index, left)
+        copies = {rule.output: rule.copies for rule in self.rules}
+        compared = max(array.nbytes * copies.get(name, Alike.copies) for name, array in outputs.items())
+        # Both lie in the memory shared with a worker too, and the answer in the worker's own.
+        handed = sum(array.nbytes for array in (*inputs.values(), *outputs.values(), *outputs.values()))
+        require_memory(
+            f'the comparison with {self.golden[index].outputs.path}',
+            compared + handed,
+            remedy='Free some, or make the bundle again with smaller golden requests.',
+        )
+        return inputs, outputs
+
+    def check_golden_sizes(self) -> None:
+        """
+        Look at the sizes of all golden files, and read none.
+
+        :raises ModelBundleError: one is missing, or together they are larger than ``GOLDEN_LIMIT_BYTES``.
+        """
+        sizes = {file.path: file_size(file.path) for case in self.golden for file in (case.inputs, case.outputs)}
+        if (total := sum(sizes.values())) > GOLDEN_LIMIT_BYTES:
+            largest = max(sizes, key=lambda path: sizes[path])
+            raise ModelBundleError(
+                f'{largest}: has {sizes[largest]} bytes; the golden files have {total} together, more than '
+                f'{GOLDEN_LIMIT_BYTES}.',
+                remedy='Make the bundle again with fewer or smaller golden requests, or copy it again.',
+            )
+
     def compare(
         self, outputs: Arrays, expected: Arrays | None = None, *, specs: Sequence[TensorSpec] = ()
     ) -> list[str]:
@@ -434,11 +474,13 @@ class ModelBundle:
             own_names = [artefact.own_name(spec.name) for spec in specs]
             require(len(set(own_names)) == len(own_names), key, f'{own_names} stands for two tensors at once.')
 
-    def _load_golden(self, which: str, specs: Sequence[TensorSpec], index: int) -> dict[str, NDArray]:
+    def _load_golden(
+        self, which: str, specs: Sequence[TensorSpec], index: int, limit: int = GOLDEN_LIMIT_BYTES
+    ) -> dict[str, NDArray]:
         if not self.golden:
             raise ModelBundleError(f'{self.name!r} has no golden {which}.', remedy='Only a model.json can name them.')
         file: BundleFile = getattr(self.golden[index], which)
-        arrays = read_npz(file)
+        arrays = read_npz(file, limit=limit)
         _check_golden(str(file.path), specs, arrays)
         return {spec.name: np.asarray(arrays[spec.name], order='C') for spec in specs}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import math
 import os
 import re
 import stat
@@ -19,16 +20,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gps_denied_c7.errors import ModelBundleError
+from gps_denied_c7.host_memory import require_memory
 from gps_denied_c7.json_fields import require
+from gps_denied_c7.stalling import note_progress
 
 __all__ = [
+    'GOLDEN_LIMIT_BYTES',
     'BundleFile',
     'file_digest',
     'file_sha256',
+    'file_size',
     'npz_bytes',
     'open_regular',
     'read_file',
     'read_npz',
+    'read_pieces',
     'require_hex',
     'write_atomically',
 ]
@@ -37,6 +43,14 @@ _HEX = re.compile(r'[0-9a-f]{64}')
 _CHUNK_BYTES = 1 << 20
 # What any reader here holds in memory as a whole: a protobuf ends at 2 GiB, a zip archive without extras at 4.
 _LIMIT_BYTES = 4 << 30
+
+GOLDEN_LIMIT_BYTES = 256 << 20
+"""Bytes of all golden tensors of a bundle together, which the node itself reads; tens of MB are usual."""
+
+# Of a golden file; each entry costs the reader half a kilobyte before anything is known of it.
+_MOST_ENTRIES = 1024
+_ENTRY_MARK = b'PK\x01\x02'
+_FREE_SOME = 'Free some, or use a smaller model.'
 
 
 def file_sha256(path: Path) -> str:
@@ -56,11 +70,33 @@ def file_digest(path: Path, sought: bytes = b'') -> tuple[str, bool]:
     """
     digest, tail, found = hashlib.sha256(), b'', False
     with open_regular(path) as file:
-        while chunk := file.read(_CHUNK_BYTES):
+        for chunk in read_pieces(path, file):
             digest.update(chunk)
             found = found or sought in tail + chunk
             tail = chunk[1 - len(sought) :] if len(sought) > 1 else b''
     return digest.hexdigest(), found
+
+
+def read_pieces(path: Path, file: BinaryIO) -> Iterator[bytes]:
+    """
+    Yield the bytes that an open file had when this began, in pieces of 1 MiB; notes progress (:mod:`stalling`).
+
+    :raises ModelBundleError: it became shorter or longer meanwhile.
+    """
+    size = left = os.fstat(file.fileno()).st_size
+    # One byte more than there is shows a file that grows.
+    while chunk := file.read(min(left + 1, _CHUNK_BYTES)):
+        left -= len(chunk)
+        if left < 0:
+            break
+        note_progress()
+        yield chunk
+    if left:
+        change = 'longer' if left < 0 else 'shorter'
+        raise ModelBundleError(
+            f'{path}: became {change} than its {size} bytes while it was read.',
+            remedy='Try again when whoever writes it has ended.',
+        )
 
 
 @contextmanager
@@ -82,6 +118,16 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
         raise ModelBundleError(f'{str(path)!r}: {error}.', remedy='Correct the path.') from error
 
 
+def file_size(path: Path) -> int:
+    """
+    Return the bytes of a regular file.
+
+    :raises ModelBundleError: the file is missing, unreadable, a directory or a device.
+    """
+    with open_regular(path) as file:
+        return os.fstat(file.fileno()).st_size
+
+
 def read_file(path: Path, *, limit: int = _LIMIT_BYTES) -> bytes:
     """
     Return the bytes of a regular file.
@@ -93,10 +139,15 @@ def read_file(path: Path, *, limit: int = _LIMIT_BYTES) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > limit:
             raise ModelBundleError(f'{path}: has {size} bytes, more than {limit}.', remedy='Copy it again.')
+        require_memory(path, size, remedy=_FREE_SOME)
         try:
-            return file.read()
+            # It hands out its own memory, where joined pieces would lie there twice.
+            content = io.BytesIO()
+            for chunk in read_pieces(path, file):
+                content.write(chunk)
+            return content.getvalue()
         except MemoryError as error:
-            raise ModelBundleError(f'{path}: no memory for its {size} bytes.', remedy='Free some.') from error
+            raise ModelBundleError(f'{path}: no memory for its {size} bytes.', remedy=_FREE_SOME) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,39 +173,63 @@ class BundleFile:
         """
         _check_digest(self.path, self.sha256, file_sha256(self.path))
 
-    def read_verified(self) -> bytes:
+    def read_verified(self, *, limit: int = _LIMIT_BYTES) -> bytes:
         """
         Return the file's bytes, which are the very bytes whose digest was checked.
 
-        :raises ModelBundleError: as :meth:`verify`.
+        :param limit: bytes that it may have at most.
+        :raises ModelBundleError: as :meth:`verify`, or it is too large.
         """
-        content = read_file(self.path)
+        content = read_file(self.path, limit=limit)
         _check_digest(self.path, self.sha256, hashlib.sha256(content).hexdigest())
         return content
 
 
-def read_npz(file: BundleFile, *, limit: int = 1 << 30) -> dict[str, NDArray]:
+def read_npz(file: BundleFile, *, limit: int = GOLDEN_LIMIT_BYTES) -> dict[str, NDArray]:
     """
     Return the arrays of an ``.npz``, read from the bytes whose digest was checked.
 
-    :param limit: bytes that they may unpack to: a few kilobytes of zip can hold gigabytes of zeros.
-    :raises ModelBundleError: the file is missing, not the one named, or holds anything but plain arrays.
+    :param limit: bytes that the file may have, and that its arrays may unpack to: a few kilobytes of zip can hold
+        gigabytes of zeros.
+    :raises ModelBundleError: the file is missing, not the one named, too large, or holds anything but plain arrays.
     """
-    content = file.read_verified()
+    content = file.read_verified(limit=limit)
     try:
-        with np.load(io.BytesIO(content), allow_pickle=False) as archive:
-            unpacked = sum(entry.file_size for entry in archive.zip.infolist())
+        if content.count(_ENTRY_MARK) > _MOST_ENTRIES:
+            raise ValueError(f'it has more than {_MOST_ENTRIES} entries')
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            entries = archive.infolist()
+            unpacked = sum(entry.file_size for entry in entries)
             if unpacked > limit:
                 raise ValueError(f'it unpacks to {unpacked} bytes, more than {limit}')
-            arrays = {name: archive[name] for name in archive.files}
-        # NumPy gives the bytes of an entry that is no array.
-        if strange := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
-            raise ValueError(f'{strange} are no arrays')
-        return arrays
+            require_memory(file.path, unpacked, remedy=_FREE_SOME)
+            if len({entry.filename for entry in entries}) != len(entries):
+                raise ValueError('it has two entries of one name')
+            return {entry.filename.removesuffix('.npy'): _array(archive, entry) for entry in entries}
+    except ModelBundleError:
+        raise
     except Exception as error:  # what NumPy, zipfile and zlib raise for a damaged file is theirs to choose
         raise ModelBundleError(
             f'{file.path}: no .npz of plain arrays: {error}.', remedy='Write the golden files again.'
         ) from error
+
+
+def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> NDArray:
+    """Return the array of one entry; NumPy itself would allocate whatever shape the entry names."""
+    with archive.open(entry) as stream:
+        try:
+            version = np.lib.format.read_magic(stream)
+        except ValueError as error:
+            raise ValueError(f'{entry.filename!r} is no array: {error}') from error
+        if version != (1, 0):
+            raise ValueError(f'{entry.filename!r} is no plain array')
+        shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
+        size, left = math.prod(shape) * dtype.itemsize, entry.file_size - stream.tell()
+        if dtype.hasobject or min(shape, default=0) < 0 or size != left:
+            raise ValueError(f'{entry.filename!r} says {dtype} {shape} and has {left} bytes')
+    with archive.open(entry) as stream:
+        array: NDArray = np.lib.format.read_array(stream, allow_pickle=False)
+    return array
 
 
 def npz_bytes(arrays: Mapping[str, NDArray]) -> bytes:

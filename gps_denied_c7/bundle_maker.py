@@ -34,7 +34,7 @@ from gps_denied_c7.bundle import (
     image_input,
     write_bundle,
 )
-from gps_denied_c7.bundle_files import read_file, read_npz, write_atomically
+from gps_denied_c7.bundle_files import GOLDEN_LIMIT_BYTES, read_file, read_npz, write_atomically
 from gps_denied_c7.comparison import compare_output
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.decoding import Pixels, decode_compressed
@@ -85,7 +85,6 @@ _SMALLEST_NORMAL = {'fp16': 2.0**-14}
 """Below it FP16 has fewer bits, and an engine may answer zero."""
 
 _FLAT = ('black', 'white')
-_GOLDEN_LIMIT_BYTES = 256 << 20
 _QUANTISED = (
     *('QuantizeLinear', 'DequantizeLinear', 'DynamicQuantizeLinear'),
     *('QLinearConv', 'QLinearMatMul', 'ConvInteger', 'MatMulInteger'),
@@ -523,7 +522,7 @@ def _answered(
     """Return the outputs, and the cases with their answers that can be used; the others are noted."""
     size = sum(array.nbytes for case in cases for array in case.inputs.values())
     requests = [each for case in cases for each in (case.inputs, _rounded(case.inputs))]
-    reference = reference_answers(model, requests, limit_bytes=max(0, 2 * (_GOLDEN_LIMIT_BYTES - size)))
+    reference = reference_answers(model, requests, limit_bytes=max(0, 2 * (GOLDEN_LIMIT_BYTES - size)))
     names = [spec.name for spec in reference.outputs]
     if names and (unknown := sorted(set(request.allow_non_finite) - set(names))):
         raise ModelBundleError(
@@ -537,7 +536,7 @@ def _answered(
                 if isinstance(answer, InferenceError):
                     raise answer
                 if answer is None:
-                    raise ModelBundleError(f'golden tensors of more than {_GOLDEN_LIMIT_BYTES >> 20} MB are not kept.')
+                    raise ModelBundleError(f'golden tensors of more than {GOLDEN_LIMIT_BYTES >> 20} MB are not kept.')
                 check_finite({name: value for name, value in answer.items() if name not in request.allow_non_finite})
                 both.append(answer)
         except (InferenceError, ModelBundleError) as error:

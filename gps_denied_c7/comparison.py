@@ -23,6 +23,11 @@ __all__ = [
     'rule_to_json',
 ]
 
+# Values compared at a time: as float64 with their errors they take some MB, whatever the size of an output.
+_BLOCK = 1 << 18
+# Coordinates of pairs of points looked at, some seconds: of more points, every second, third … one is.
+_PAIRS = 1 << 30
+
 
 @dataclass(frozen=True, slots=True)
 class AllClose:
@@ -34,6 +39,8 @@ class AllClose:
 
     kind: ClassVar[str] = 'allclose'
     any_shape: ClassVar[bool] = False
+    copies: ClassVar[int] = 0
+    """How often an output lies in memory once more while it is compared."""
 
     output: str
     rtol: float
@@ -46,6 +53,25 @@ class AllClose:
 
     def disagreement(self, found: NDArray, expected: NDArray, *, allow_non_finite: bool = False) -> str | None:
         """Say how ``found`` breaks this rule, or None where it holds; shapes are alike."""
+        wrong, worst, worst_error = 0, 0, -1.0
+        have, want = found.reshape(-1), expected.reshape(-1)
+        for start in range(0, want.size, _BLOCK):
+            bad, error = self._errors(have[start : start + _BLOCK], want[start : start + _BLOCK], allow_non_finite)
+            if bad.any():
+                wrong += int(bad.sum())
+                place = int(np.argmax(error))
+                if error[place] > worst_error:
+                    worst, worst_error = start + place, float(error[place])
+        if not wrong:
+            return None
+        index = [int(axis) for axis in np.unravel_index(worst, expected.shape)]
+        return (
+            f'{wrong} of {want.size} values differ by more than atol {self.atol:g} + rtol {self.rtol:g}; '
+            f'worst at {index}: {have[worst]!s} for {want[worst]!s}'
+        )
+
+    def _errors(self, found: NDArray, expected: NDArray, allow_non_finite: bool) -> tuple[NDArray, NDArray]:
+        """Return which values differ by more than is allowed, and by how much each differs, infinite for NaN."""
         want, have = expected.astype(np.float64), found.astype(np.float64)
         with np.errstate(invalid='ignore', over='ignore'):
             error = np.abs(have - want)
@@ -54,14 +80,7 @@ class AllClose:
             # An infinite bound allows anything, and the difference of two equal infinities is NaN.
             bad = np.where(np.isfinite(error), bad, ~agree_non_finite(have, want, allow_non_finite))
             error = np.where(bad, error, 0.0)
-        if not bad.any():
-            return None
-        worst = np.unravel_index(int(np.argmax(np.where(np.isnan(error), np.inf, error))), error.shape)
-        place = [int(index) for index in worst]
-        return (
-            f'{int(bad.sum())} of {bad.size} values differ by more than atol {self.atol:g} + rtol {self.rtol:g}; '
-            f'worst at {place}: {found[worst]!s} for {expected[worst]!s}'
-        )
+        return bad, np.where(np.isnan(error), np.inf, error)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +97,7 @@ class MatchedDistance:
 
     kind: ClassVar[str] = 'matched_distance'
     any_shape: ClassVar[bool] = True
+    copies: ClassVar[int] = 8
 
     output: str
     max_distance: float
@@ -99,7 +119,8 @@ class MatchedDistance:
             return None
         shares = []
         for points, others in ((left, right), (right, left)):
-            matched = nearest(points, others, allow_non_finite=allow_non_finite) <= self.max_distance
+            step = max(1, -(-points.size * len(others) // _PAIRS))
+            matched = nearest(points[::step], others, allow_non_finite=allow_non_finite) <= self.max_distance
             shares.append(float(matched.mean()) if matched.size else 0.0)
         if min(shares) >= self.min_fraction:
             return None
@@ -121,6 +142,7 @@ class SetOverlap:
     """
 
     kind: ClassVar[str] = 'set_overlap'
+    copies: ClassVar[int] = 8
 
     output: str
     min_iou: float
@@ -145,18 +167,21 @@ class SetOverlap:
         for side, array in (('found', found), ('expected', expected)):
             if array.dtype.kind == 'f' and not allow_non_finite and np.isnan(array).any():
                 return f'NaN among the values {side}, which has no place in a set'
-        left, right = self._set(found), self._set(expected)
-        # NumPy's intersection holds no NaN, its union one.
-        common = np.intersect1d(left, right).size + bool(_has_nan(left) and _has_nan(right))
-        together = left.size + right.size - common
+        if self.members == 'nonzero':
+            left, right = found != 0, expected != 0
+            sizes, common = (int(left.sum()), int(right.sum())), int((left & right).sum())
+        else:
+            left, right = self._set(found), self._set(expected)
+            # NumPy's intersection holds no NaN, its union one.
+            sizes = (left.size, right.size)
+            common = np.intersect1d(left, right).size + bool(_has_nan(left) and _has_nan(right))
+        together = sum(sizes) - common
         iou = common / together if together else 1.0
         if iou >= self.min_iou:
             return None
-        return f'{self.members} sets of {left.size} and {right.size} overlap by {iou:.3f}, {self.min_iou:g} is needed'
+        return f'{self.members} sets of {sizes[0]} and {sizes[1]} overlap by {iou:.3f}, {self.min_iou:g} is needed'
 
     def _set(self, array: NDArray) -> NDArray:
-        if self.members == 'nonzero':
-            return np.flatnonzero(array)
         if self.members == 'values':
             return np.unique(array)
         # Sorted in reverse so that of equal values the first is kept; negating would overflow integers.
@@ -177,6 +202,7 @@ class Alike:
 
     kind: ClassVar[str] = 'default'
     any_shape: ClassVar[bool] = True
+    copies: ClassVar[int] = 8
 
     output: str
     free_axis: int | None = field(default=None, compare=False)

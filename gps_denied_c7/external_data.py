@@ -6,13 +6,13 @@ import fcntl
 import hashlib
 import mmap
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from gps_denied_c7.bundle_files import file_digest, file_sha256, open_regular, read_file
+from gps_denied_c7.bundle_files import file_digest, file_sha256, file_size, open_regular, read_file, read_pieces
 from gps_denied_c7.errors import ModelBundleError
+from gps_denied_c7.host_memory import require_memory
 
 if TYPE_CHECKING:
     import onnx
@@ -26,6 +26,7 @@ __all__ = [
     'model_contents',
     'onnx_digests',
     'read_sealed',
+    'require_protobuf_size',
 ]
 
 # A protobuf message ends at 2 GiB: a larger model keeps its weights in external files.
@@ -33,9 +34,9 @@ PROTOBUF_LIMIT_BYTES = (1 << 31) - 1
 
 # The key of an external file's name, as protobuf writes it: field 1, eight bytes. Only a model with it is parsed here.
 _LOCATION_KEY = b'\x0a\x08location'
-_CHUNK_BYTES = 1 << 20
+# The node itself parses a model whose weights lie in other files: what is left in it is its graph.
+_GRAPH_LIMIT_BYTES = 256 << 20
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-_AVAILABLE = re.compile(r'^MemAvailable:\s*(\d+) kB$', re.MULTILINE)
 
 _NAME_AGAIN = 'Put the weights beside the model and export it with relative names.'
 
@@ -59,12 +60,18 @@ def onnx_digests(path: Path) -> tuple[str, dict[str, str]]:
     """
     Return the hex digest of an ``.onnx`` and that of each external file that it names; all are read (1 s per GB).
 
-    :raises ModelBundleError: a file is missing, cannot be read, or does not lie with the model.
+    :raises ModelBundleError: a file is missing, cannot be read, is too large, or does not lie with the model.
     """
+    require_protobuf_size(path, file_size(path))
     sha256, external = file_digest(path, _LOCATION_KEY)
     if not external:
         return sha256, {}
-    content = read_file(path, limit=PROTOBUF_LIMIT_BYTES)
+    if (size := file_size(path)) > _GRAPH_LIMIT_BYTES:
+        raise ModelBundleError(
+            f'{path}: has {size} bytes beside its weights in other files, more than {_GRAPH_LIMIT_BYTES}.',
+            remedy='Export it again with all weights in other files, or with all inside.',
+        )
+    content = read_file(path, limit=_GRAPH_LIMIT_BYTES)
     try:
         import onnx
         from google.protobuf.message import DecodeError
@@ -80,10 +87,18 @@ def onnx_digests(path: Path) -> tuple[str, dict[str, str]]:
         tensors = []
     files = {location: find_external(path, location) for location in external_locations(path, tensors)}
     for file in files.values():
-        with open_regular(file) as opened:
-            _require_memory(file, os.fstat(opened.fileno()).st_size)
+        _require_memory(file, file_size(file))
     found = {location: file_sha256(file) for location, file in files.items()}
     return hashlib.sha256(content).hexdigest(), found
+
+
+def require_protobuf_size(path: Path, size: int) -> None:
+    """Refuse a file that is too large for an ONNX model, by ModelBundleError."""
+    if size > PROTOBUF_LIMIT_BYTES:
+        raise ModelBundleError(
+            f'{path} has {size} bytes, and no ONNX file can have 2 GiB.',
+            remedy='Export the model with its weights as external data.',
+        )
 
 
 def model_contents(model: onnx.ModelProto) -> tuple[list[onnx.NodeProto], list[onnx.TensorProto]]:
@@ -185,30 +200,22 @@ def read_sealed(path: Path) -> tuple[mmap.mmap | bytes, str]:
     """
     digest = hashlib.sha256()
     with open_regular(path) as file:
-        size = left = os.fstat(file.fileno()).st_size
+        size = os.fstat(file.fileno()).st_size
         _require_memory(path, size)
         descriptor = os.memfd_create('c7-weights', os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            while left and (chunk := file.read(min(left, _CHUNK_BYTES))):
+            for chunk in read_pieces(path, file):
                 digest.update(chunk)
                 view = memoryview(chunk)
                 while view:
                     view = view[os.write(descriptor, view) :]
-                left -= len(chunk)
             fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, _SEALS)
             # Private: before Linux 6.7, what is sealed against writing cannot be mapped as shared.
-            sealed = (
-                mmap.mmap(descriptor, size - left, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) if size > left else b''
-            )
+            sealed = mmap.mmap(descriptor, 0, flags=mmap.MAP_PRIVATE, prot=mmap.PROT_READ) if size else b''
         finally:
             os.close(descriptor)
     return sealed, digest.hexdigest()
 
 
 def _require_memory(path: Path, size: int) -> None:
-    """Refuse a file that would not fit, before the kernel ends a process for it."""
-    available = _AVAILABLE.search(Path('/proc/meminfo').read_text())
-    if available is not None and size > int(available[1]) << 10:
-        raise ModelBundleError(
-            f'{path}: no memory for its {size} bytes.', remedy='Free some, or export the model in half precision.'
-        )
+    require_memory(path, size, remedy='Free some, or export the model in half precision.')

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gps_denied_c7.errors import EngineSchemaMismatchError, ModelBundleError
+from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, ModelBundleError
+from gps_denied_c7.host_memory import require_memory
 from gps_denied_c7.json_fields import Fields, parse_json
 from gps_denied_c7.tensors import TensorSpec
 
@@ -371,11 +372,12 @@ def read_trusted(path: Path, limit: int) -> bytes:
 
     :param limit: bytes that it may have at most.
     :raises EngineSchemaMismatchError: it is none, too large, or somebody else could have written it.
+    :raises EngineDeserializeError: there is no memory for it now.
     """
     try:
         # O_NONBLOCK matters to a FIFO only, whose open would wait for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
-        with open(descriptor, 'rb', buffering=0) as file:
+        with open(descriptor, 'rb') as file:
             info = os.fstat(descriptor)
             if not stat.S_ISREG(info.st_mode):
                 raise EngineSchemaMismatchError(
@@ -386,7 +388,11 @@ def read_trusted(path: Path, limit: int) -> bytes:
                 raise EngineSchemaMismatchError(
                     'file', expected=f'at most {limit} bytes', found=f'{info.st_size} bytes in {path}', remedy=_REBUILD
                 )
-            return file.readall()
+            require_memory(path, info.st_size, remedy='Free some, or use a smaller engine.')
+            # No more: it may have become longer since, up to whatever size.
+            return file.read(info.st_size)
+    except ModelBundleError as error:
+        raise EngineDeserializeError(error.message, remedy=error.remedy) from error
     except (OSError, ValueError) as error:
         raise EngineSchemaMismatchError('file', expected='a regular file', found=str(error), remedy=_REBUILD) from error
 

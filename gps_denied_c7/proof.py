@@ -9,9 +9,12 @@ from numpy.typing import NDArray
 from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.errors import InferenceError
 from gps_denied_c7.rungs import RungHost
+from gps_denied_c7.stalling import read_or_give_up
 from gps_denied_c7.tensors import noise_inputs
 
 __all__ = ['Proof']
+
+_READ_S = 60.0
 
 _Case = tuple[dict[str, NDArray], dict[str, NDArray]]
 
@@ -35,12 +38,12 @@ class Proof:
         :param limit_s: for each of them: a slow engine must not fail because there are many.
         :return: seconds that the longest took.
         :raises InferenceError: one fails, is not right, or is not answered in time; the host is killed then.
-        :raises ModelBundleError: a golden file cannot be read.
+        :raises ModelBundleError: a golden file cannot be read, or they take too much memory.
+        :raises StalledReadError: their disk or mount does not answer.
         """
         took_s = self.check(host, limit_s)
         for index in range(1, len(self._bundle.golden)):
-            case = (self._bundle.golden_inputs(index), self._bundle.golden_outputs(index))
-            took_s = max(took_s, self._prove(host, limit_s, index, case))
+            took_s = max(took_s, self._prove(host, limit_s, index, self._read(index)))
         return took_s
 
     def check(self, host: RungHost, limit_s: float) -> float:
@@ -57,8 +60,15 @@ class Proof:
 
     def _read_first(self) -> _Case | None:
         if self._bundle.golden and self._first is None:
-            self._first = (self._bundle.golden_inputs(), self._bundle.golden_outputs())
+            self._first = self._read(0)
         return self._first
+
+    def _read(self, index: int) -> _Case:
+        def read() -> _Case:
+            self._bundle.check_golden_sizes()
+            return self._bundle.golden_case(index)
+
+        return read_or_give_up(f'the golden files of {self._bundle.root}', read, limit_s=_READ_S)
 
     def _prove(
         self, host: RungHost, limit_s: float, index: int, case: _Case | None

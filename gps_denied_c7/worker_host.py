@@ -10,7 +10,7 @@ import os
 import pickle
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import BuildProgress, EngineFacts
 from gps_denied_c7.runtimes import require_strategy
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
+from gps_denied_c7.stalling import read_or_give_up
 from gps_denied_c7.tensors import TensorSpec, check_inputs, check_outputs
 from gps_denied_c7.worker_channel import error_from_json, plain_text
 from gps_denied_c7.worker_process import SpareWorker, WorkerProcess
@@ -326,7 +327,9 @@ class WorkerHost:
         self._claim = self._memory.claim(
             task.rung.name,
             key=(task.bundle.weights_digest, task.rung),
-            file_bytes=min((_file_bytes(artefact) for artefact in artefacts), default=0),
+            file_bytes=read_or_give_up(
+                f'the artefacts of {task.bundle.root}', lambda: _file_bytes(artefacts), limit_s=task.config.load_timeout_s
+            ),
         )
         config = dataclasses.replace(task.config, gpu_memory_budget_bytes=self._claim.limit_bytes)
         return dataclasses.replace(task, config=config)
@@ -479,12 +482,16 @@ def worker_hosts(
     return make
 
 
-def _file_bytes(artefact: Artefact) -> int:
-    # One that is gone is the loader's to report.
-    with contextlib.suppress(OSError, ModelBundleError):
-        files = [find_external(artefact.path, location) for location in artefact.external_data]
-        return sum(file.stat().st_size for file in (artefact.path, *files))
-    return 0
+def _file_bytes(artefacts: Sequence[Artefact]) -> int:
+    """Return the size of the smallest artefact with its weights; 0 where one is gone, which its loader reports."""
+    sizes = []
+    for artefact in artefacts:
+        try:
+            files = [find_external(artefact.path, location) for location in artefact.external_data]
+            sizes.append(sum(file.stat().st_size for file in (artefact.path, *files)))
+        except (OSError, ModelBundleError):
+            return 0
+    return min(sizes, default=0)
 
 
 def _progress(packet: Mapping[str, Any]) -> BuildProgress:

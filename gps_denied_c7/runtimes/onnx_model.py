@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.bundle_files import read_file
+from gps_denied_c7.bundle_files import file_size, read_file
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, ModelBundleError
 from gps_denied_c7.external_data import (
     PROTOBUF_LIMIT_BYTES,
@@ -24,7 +24,9 @@ from gps_denied_c7.external_data import (
     find_external,
     model_contents,
     read_sealed,
+    require_protobuf_size,
 )
+from gps_denied_c7.host_memory import require_memory
 from gps_denied_c7.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -295,15 +297,10 @@ def ep_context_model(
 
 def _read(path: Path) -> bytes:
     try:
-        size = path.stat().st_size
-        if size > PROTOBUF_LIMIT_BYTES:
-            raise EngineDeserializeError(
-                f'{path} has {size} bytes, and no ONNX file can have 2 GiB.',
-                remedy='Export the model with its weights as external data.',
-            )
+        require_protobuf_size(path, size := file_size(path))
+        # The file, the parsed model, and the copy that a session is made from.
+        require_memory(path, size, copies=2, remedy='Free some, or export the model in half precision.')
         return read_file(path)
-    except OSError as error:
-        raise EngineDeserializeError(f'{path}: {error.strerror}.', remedy=_COPY_AGAIN) from error
     except ModelBundleError as error:
         raise EngineDeserializeError(error.message, remedy=error.remedy) from error
 
