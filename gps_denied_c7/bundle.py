@@ -53,6 +53,7 @@ from numpy.typing import NDArray
 from gps_denied_c7.bundle_files import (
     GOLDEN_LIMIT_BYTES,
     BundleFile,
+    expand_home,
     file_sha256,
     file_size,
     npz_bytes,
@@ -76,13 +77,14 @@ from gps_denied_c7.errors import C7Error, ConfigError, ModelBundleError
 from gps_denied_c7.external_data import check_location, content_sha256, onnx_digests
 from gps_denied_c7.host_memory import require_memory
 from gps_denied_c7.json_fields import Fields, parse_json, require, require_digest, require_known
-from gps_denied_c7.preprocessing import PreprocessingSpec
+from gps_denied_c7.preprocessing import COLOURS, PreprocessingSpec
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = [
     'MODEL_JSON',
     'ONLY_GOLDEN',
     'SCHEMA_VERSION',
+    'SIZE_REMEDY',
     'Alike',
     'AllClose',
     'Artefact',
@@ -94,6 +96,7 @@ __all__ = [
     'SetOverlap',
     'default_preprocessing',
     'file_sha256',
+    'image_axes',
     'image_input',
     'write_bundle',
 ]
@@ -104,6 +107,12 @@ PRECISIONS = ('fp32', 'fp16', 'bf16', 'fp8', 'int8', 'unknown')
 
 ONLY_GOLDEN = 'golden'
 """Name of the golden request of a bundle that names none."""
+
+SIZE_REMEDY = (
+    'Where the model leaves the size of its image free, give it (node: preprocess.width, preprocess.height and, for '
+    'the channels, preprocess.colour; c7_engine: --input-size WIDTHxHEIGHT).'
+)
+"""What to do about a bare ``.onnx`` that takes images of any size."""
 
 _DTYPES = (
     *('bool', 'int8', 'int16', 'int32', 'int64', 'uint8', 'uint16', 'uint32', 'uint64'),
@@ -225,6 +234,8 @@ class ModelBundle:
     :param rules: one per output at most; :class:`Alike` holds for the others.
     :param golden: requests and their answers, the first one the most usual; none for a bare ``.onnx``.
     :param allow_non_finite: outputs in which NaN and infinities are meant.
+    :param image: of ``width``, ``height``, ``colour`` and ``layout`` what a bare ``.onnx`` that leaves its sizes free is
+        to be loaded for.
     :raises ModelBundleError: naming the key, where the parts contradict each other.
     """
 
@@ -238,6 +249,7 @@ class ModelBundle:
     rules: tuple[OutputRule, ...] = ()
     golden: tuple[Golden, ...] = ()
     allow_non_finite: tuple[str, ...] = ()
+    image: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         require_digest('weights_digest', self.weights_digest)
@@ -262,14 +274,14 @@ class ModelBundle:
     @classmethod
     def load(cls, path: Path | str) -> ModelBundle:
         """
-        Read a bundle: a directory with a ``model.json``, that file, or a bare ``.onnx``.
+        Read a bundle: a directory with a ``model.json``, that file, or a bare ``.onnx``; ``~`` is the home directory.
 
         Only the JSON is read (and a bare ``.onnx`` hashed, with its external weights); other files are checked when
         opened.
 
         :raises ModelBundleError: naming the file, the JSON key and the remedy.
         """
-        path = Path(path).absolute()
+        path = expand_home(path).absolute()
         if path.suffix == '.onnx':
             return cls._bare(path)
         # os.path: Path.is_dir() raises for a name that is too long.
@@ -505,6 +517,27 @@ def image_input(inputs: Sequence[TensorSpec], preprocessing: PreprocessingSpec) 
     return fits[0]
 
 
+def image_axes(
+    axes: Sequence[int | None],
+    *,
+    width: int | None = None,
+    height: int | None = None,
+    colour: str | None = None,
+    layout: str | None = None,
+) -> tuple[int | None, ...]:
+    """
+    Return the four axes of an image input with the sizes that it leaves free filled in, as far as they are given.
+
+    Channels first is the exporters' habit; only a last axis of 1 or 3 behind a second one that is neither says
+    otherwise.
+    """
+    if layout is None:
+        layout = 'nhwc' if axes[3] in (1, 3) and axes[1] not in (1, 3) else 'nchw'
+    channels = COLOURS[colour] if colour in COLOURS else None
+    given = (None, channels, height, width) if layout == 'nchw' else (None, height, width, channels)
+    return tuple(want if have is None else have for have, want in zip(axes, given, strict=True))
+
+
 def default_preprocessing(inputs: Sequence[TensorSpec]) -> PreprocessingSpec:
     """
     Return the pre-processing for a model that comes without any, from its one image input.
@@ -518,6 +551,8 @@ def default_preprocessing(inputs: Sequence[TensorSpec]) -> PreprocessingSpec:
     if len(inputs) != 1:
         raise ModelBundleError(f'{len(inputs)} inputs, where one image is needed.', remedy=remedy)
     tensor = inputs[0]
+    if len(tensor.axes) == 4 and None in tensor.axes[1:]:
+        remedy = f'{SIZE_REMEDY} {remedy}'
     fits = []
     if len(tensor.axes) == 4 and tensor.axes[0] in (1, None) and tensor.dtype in ('float32', 'float16', 'uint8'):
         _, second, third, fourth = tensor.axes

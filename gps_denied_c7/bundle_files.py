@@ -27,6 +27,7 @@ from gps_denied_c7.stalling import note_progress
 __all__ = [
     'GOLDEN_LIMIT_BYTES',
     'BundleFile',
+    'expand_home',
     'file_digest',
     'file_sha256',
     'file_size',
@@ -51,6 +52,18 @@ GOLDEN_LIMIT_BYTES = 256 << 20
 _MOST_ENTRIES = 1024
 _ENTRY_MARK = b'PK\x01\x02'
 _FREE_SOME = 'Free some, or use a smaller model.'
+
+
+def expand_home(path: Path | str) -> Path:
+    """
+    Return a path with ``~`` or ``~user`` at its beginning replaced by that user's home directory.
+
+    :raises ModelBundleError: there is no such user, or no home directory is known.
+    """
+    try:
+        return Path(path).expanduser()
+    except (RuntimeError, ValueError) as error:
+        raise ModelBundleError(f'{str(path)!r}: {error}', remedy='Write the whole path.') from error
 
 
 def file_sha256(path: Path) -> str:

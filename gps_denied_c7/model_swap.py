@@ -5,21 +5,19 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 from typing import Any, Protocol
 
-from gps_denied_c7.bundle import ModelBundle, default_preprocessing, image_input
+from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.decoding import Pixels
 from gps_denied_c7.errors import C7Error, ConfigError, InferenceError
 from gps_denied_c7.pipeline import ServedModel
-from gps_denied_c7.preprocessing import PreprocessingSpec, Preprocessor
-from gps_denied_c7.tensors import TensorSpec
+from gps_denied_c7.serving import ModelSettings, fit_bundle, fit_model, read_bundle
 
-__all__ = ['ModelSwapper', 'SwapPhase', 'SwapStatus', 'fit_model']
+__all__ = ['ModelSwapper', 'SwapPhase', 'SwapStatus']
 
 _SHADOWED_FRAMES = 3
 _NO_FRAME_S = 5.0
@@ -27,55 +25,11 @@ _ACCEPTED_S = 1.0
 _KILL_S = 0.4
 _LOOK_S = 0.02
 _FRAME_S = 0.1
+_READ_S = 60.0
+# Linux takes no longer one.
+_LONGEST_PATH = 4096
 
 _log = logging.getLogger(__name__)
-
-
-class ModelSettings(Protocol):
-    """What is asked of a model that is to answer frames."""
-
-    @property
-    def output_tensors(self) -> tuple[str, ...]:
-        """Names of the outputs that are published, all of them where empty."""
-        ...
-
-    @property
-    def allow_non_finite(self) -> tuple[str, ...]:
-        """Names of the outputs in which NaN and infinity mean something."""
-        ...
-
-    def preprocessing_for(self, spec: PreprocessingSpec) -> PreprocessingSpec:
-        """Return a bundle's own pre-processing with what is set otherwise; raise ConfigError where that cannot be."""
-        ...
-
-    def check_outputs(self, names: Collection[str]) -> None:
-        """Raise ConfigError where an output that is to be published is not among ``names``."""
-        ...
-
-
-def fit_model(bundle: ModelBundle, chain: RuntimeChain, settings: ModelSettings) -> ServedModel:
-    """
-    Return what a loaded chain needs to answer frames; refused here, what does not fit is not refused at every frame.
-
-    :raises C7Error: the pre-processing fills no input of the model, or not the only one; an output is missing.
-    """
-    spec, tensor = _fit_preprocessing(bundle, chain.inputs, settings)
-    settings.check_outputs([output.name for output in chain.outputs])
-    return ServedModel(bundle, chain, Preprocessor(spec), tensor, frozenset(settings.output_tensors))
-
-
-def _fit_preprocessing(
-    bundle: ModelBundle, inputs: Sequence[TensorSpec], settings: ModelSettings
-) -> tuple[PreprocessingSpec, TensorSpec]:
-    spec = settings.preprocessing_for(bundle.preprocessing or default_preprocessing(inputs))
-    tensor = image_input(inputs, spec)
-    if others := [other.name for other in inputs if other != tensor]:
-        raise ConfigError(
-            'model_path',
-            f'the model also takes {others}, and an image fills {tensor.name!r} alone.',
-            remedy='Export the model with a single image input.',
-        )
-    return spec, tensor
 
 
 class SwapPhase(str, Enum):
@@ -162,16 +116,18 @@ class _Swap:
     """
     One swap under way.
 
+    :param bundle: the new one, once it is read.
     :param chain: of the new model until it is handed over; another thread may release it to end its load.
     :param model: the new one, once it answers.
     """
 
     path: str
-    bundle: ModelBundle
     previous: ServedModel
     settings: ModelSettings
+    previous_settings: ModelSettings
     started: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
+    bundle: ModelBundle | None = None
     chain: RuntimeChain | None = None
     model: ServedModel | None = None
     concluded: bool = False
@@ -187,6 +143,8 @@ class ModelSwapper:
 
     :param served: the model that answers now.
     :param settings: what is asked of the model that answers now, and of those that come without settings.
+    :param no_frame_s: seconds to wait for a live frame.
+    :param read_s: seconds in which a model must have been read, its engines left out.
     """
 
     def __init__(
@@ -197,36 +155,33 @@ class ModelSwapper:
         settings: ModelSettings,
         *,
         no_frame_s: float = _NO_FRAME_S,
+        read_s: float = _READ_S,
     ) -> None:
         self._served = served
         self._inference = inference
         self._owner = owner
         self._settings = settings
         self._no_frame_s = no_frame_s
+        self._read_s = read_s
         self._lock = threading.Lock()
         self._swap: _Swap | None = None
         self._stopped = False
 
     def begin(self, path: str, settings: ModelSettings | None = None) -> None:
         """
-        Check the model at ``path`` as far as that is cheap, and have it swapped in.
+        Have the model at ``path`` swapped in; nothing is read here, since a disk or mount may not answer.
 
         :param settings: what is asked of it, None for what is asked of the model that answers now.
         :raises ConfigError: it is refused; nothing has been begun.
-        :raises ModelBundleError: it cannot be used; nothing has been begun.
         """
         if not path:
             raise ConfigError('model_path', 'is empty.', remedy='Name a model bundle or an .onnx file.')
-        self._require_free()
-        bundle, settings = ModelBundle.load(Path(path)), settings or self._settings
-        if _same_model(bundle, self._served.bundle) and _same_outputs(settings, self._settings):
-            raise ConfigError('model_path', f'{path} holds the model that serves already ({bundle.weights_digest}).')
-        if bundle.inputs:
-            _fit_preprocessing(bundle, bundle.inputs, settings)
-            settings.check_outputs([output.name for output in bundle.outputs])
+        if '\0' in path or len(path) > _LONGEST_PATH:
+            raise ConfigError('model_path', f'{path[:80]!r}… is no path.', remedy='Correct it.')
+        settings = settings or self._settings
         with self._lock:
             self._require_free()
-            swap = _Swap(path, bundle, self._served, settings)
+            swap = _Swap(path, self._served, settings, self._settings)
             swap.thread = threading.Thread(target=self._run, args=(swap,), name='c7-model-swap', daemon=True)
             self._swap = swap
             try:
@@ -291,12 +246,18 @@ class ModelSwapper:
     def _replace(self, swap: _Swap) -> None:
         self._show(swap, SwapPhase.LOADING)
         self._await_accepted(swap)
-        chain = self._owner.make_chain(swap.bundle, swap.settings)
+        bundle = swap.bundle = read_bundle(swap.path, limit_s=self._read_s, cancelled=swap.cancelled)
+        if _same_model(bundle, swap.previous.bundle) and _same_outputs(swap.settings, swap.previous_settings):
+            raise ConfigError(
+                'model_path', f'{swap.path} holds the model that serves already ({bundle.weights_digest}).'
+            )
+        bundle = swap.bundle = fit_bundle(bundle, swap.settings)
+        chain = self._owner.make_chain(bundle, swap.settings)
         with self._lock:
             swap.chain = chain
         _require_wanted(swap)
         chain.load(beside=swap.previous.chain)
-        model = fit_model(swap.bundle, chain, swap.settings)
+        model = fit_model(bundle, chain, swap.settings)
         self._show(swap, SwapPhase.SHADOWING)
         self._shadow(swap, model)
         self._show(swap, SwapPhase.HANDING_OVER)
@@ -348,6 +309,8 @@ class ModelSwapper:
                 return
             swap.concluded = True
         phase, reason = SwapPhase.SWAPPED, ''
+        # Where it was not even read, all that is known of it is its path.
+        name, digest = (swap.bundle.name, swap.bundle.weights_digest) if swap.bundle else ('', '')
         if swap.model is None:
             phase = SwapPhase.CANCELLED if swap.cancelled.is_set() else SwapPhase.FAILED
             reason = 'the streams were closed meanwhile.' if swap.cancelled.is_set() else _describe(error)
@@ -358,12 +321,13 @@ class ModelSwapper:
             level = logging.INFO if phase is SwapPhase.CANCELLED else logging.ERROR
             _log.log(level, '%s was not swapped in, %s goes on: %s', swap.path, swap.previous.bundle.name, reason)
         else:
-            _log.info('%s answers in place of %s.', swap.bundle.name, swap.previous.bundle.name)
+            _log.info('%s answers in place of %s.', name, swap.previous.bundle.name)
         self._owner.swap_changed(SwapStatus(swap.path, phase, reason))
         self._owner.record(
             'c7.model_swapped',
-            model_name=swap.bundle.name,
-            weights_digest=swap.bundle.weights_digest,
+            model_name=name,
+            model_path=swap.path,
+            weights_digest=digest,
             outcome=phase.value,
             previous_weights_digest=swap.previous.bundle.weights_digest,
             seconds=round(time.monotonic() - swap.started, 3),

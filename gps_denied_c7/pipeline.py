@@ -68,8 +68,8 @@ class ServedModel:
     _own: NDArray = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        # A dynamic batch axis runs at one: one frame, one request.
-        shape = [axis or 1 for axis in self.image_input.axes]
+        # Where the network leaves sizes free, the pre-processing has them; a free batch runs at one.
+        shape = self.preprocessor.spec.tensor_shape
         object.__setattr__(self, '_own', np.zeros(shape, self.image_input.dtype))
 
     def request(self, pixels: Pixels) -> dict[str, NDArray]:

@@ -18,6 +18,7 @@ from gps_denied_c7.errors import ConfigError, ImageRejectedError
 from gps_denied_c7.scratch import Scratch
 
 __all__ = [
+    'COLOURS',
     'LETTERBOX_ANCHORS',
     'LETTERBOX_SCALINGS',
     'Interpolation',
@@ -28,7 +29,8 @@ __all__ = [
 
 _PillowResize = Callable[[str, NDArray, tuple[int, int]], NDArray]
 
-_COLOURS = {'gray': 1, 'rgb': 3, 'bgr': 3}
+COLOURS = {'gray': 1, 'rgb': 3, 'bgr': 3}
+"""Channels of a network's input by what they hold."""
 _LAYOUTS = ('nchw', 'nhwc')
 _DTYPES = ('float32', 'float16', 'uint8')
 
@@ -124,7 +126,7 @@ class PreprocessingSpec:
         object.__setattr__(self, 'interpolation', Interpolation(self.interpolation))
         _check_choice('letterbox_anchor', self.letterbox_anchor, list(LETTERBOX_ANCHORS))
         _check_choice('letterbox_scaling', self.letterbox_scaling, list(LETTERBOX_SCALINGS))
-        _check_choice('colour', self.colour, list(_COLOURS))
+        _check_choice('colour', self.colour, list(COLOURS))
         _check_choice('layout', self.layout, list(_LAYOUTS))
         _check_choice('dtype', self.dtype, list(_DTYPES))
         for name in ('mean', 'std'):
@@ -142,7 +144,7 @@ class PreprocessingSpec:
     @property
     def channels(self) -> int:
         """Channels of the network's input, 1 or 3."""
-        return _COLOURS[self.colour]
+        return COLOURS[self.colour]
 
     @property
     def tensor_shape(self) -> tuple[int, int, int, int]:

@@ -74,7 +74,7 @@ def read_or_give_up(
     work: Callable[[], _T],
     *,
     limit_s: float,
-    stalled_s: float = STALLED_S,
+    stalled_s: float | None = None,
     cancelled: threading.Event | None = None,
 ) -> _T:
     """
@@ -83,7 +83,7 @@ def read_or_give_up(
     :param what: the file, for messages; where an earlier read of it was left behind and still hangs, no other begins.
     :param work: calls :func:`note_progress` after each piece.
     :param limit_s: seconds for all of it.
-    :param stalled_s: seconds without progress.
+    :param stalled_s: seconds without progress, None for ``STALLED_S``.
     :param cancelled: gives up at once when it is set.
     :raises StalledReadError: it stalls, takes too long, or was cancelled; its thread is left behind.
     """
@@ -92,8 +92,8 @@ def read_or_give_up(
             del _left_behind[name]
         before = _left_behind.get(what)
     if before is not None:
-        seconds = time.monotonic() - before.began_s
-        raise StalledReadError(f'{what}: a read that began {seconds:.0f} s ago still hangs.', remedy=_REMEDY)
+        raise StalledReadError(f'{what}: an earlier read that was given up still hangs.', remedy=_REMEDY)
+    stalled_s = STALLED_S if stalled_s is None else stalled_s
     read = _Read(what, work)
     try:
         read.thread.start()

@@ -12,10 +12,11 @@ from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.decoding import Pixels
 from gps_denied_c7.errors import C7Error, ConfigError, EngineDeserializeError, InferenceError, ModelBundleError
 from gps_denied_c7.hosts import SynchronousHost
-from gps_denied_c7.model_swap import ModelSwapper, SwapPhase, fit_model
+from gps_denied_c7.model_swap import ModelSwapper, SwapPhase
 from gps_denied_c7.pipeline import FramePipeline, InferenceThread
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import EngineFacts, ProviderSet
+from gps_denied_c7.serving import fit_model
 from gps_denied_c7.slots import Frame, FrameSlots
 from gps_denied_c7.statistics import Statistics
 from gps_denied_c7.tensors import TensorSpec, noise_inputs
@@ -111,6 +112,7 @@ class Bench:
         self.camera.start()
 
     output_tensors = allow_non_finite = ()
+    preprocessing = {}
 
     def preprocessing_for(self, spec):
         """Change nothing."""
@@ -265,18 +267,24 @@ def test_one_swap_after_another(bench):
     assert [bench.scripts[name].loaded for name in ('old', 'new', 'newer')] == [0, 0, 1]
 
 
-def test_what_can_be_told_at_once_is_refused_and_begins_nothing(bench):
+@pytest.mark.parametrize('path', ['', 'net\0.onnx', 'n' * 5000])
+def test_what_the_text_alone_tells_is_refused_and_begins_nothing(bench, path):
+    with pytest.raises(ConfigError, match='model_path: '):
+        bench.swapper.begin(path)
+    assert bench.statuses == [] and bench.swaps() == []
+
+
+def test_what_has_to_be_read_fails_in_the_background_and_the_parameter_goes_back(bench):
+    """A callback of a parameter reads nothing: whatever the disk says comes as a record."""
     copy = bench.directory / 'copy.onnx'
     copy.write_bytes(b'old')
-    for path, error, reason in (
-        ('', ConfigError, 'is empty'),
-        (str(bench.directory / 'none.onnx'), ModelBundleError, 'none.onnx'),
-        (bench.model('old'), ConfigError, 'serves already'),
-        (str(copy), ConfigError, 'serves already'),
-    ):
-        with pytest.raises(error, match=reason):
-            bench.swapper.begin(path)
-    assert bench.statuses == [] and bench.swaps() == []
+    paths = [(str(bench.directory / 'none.onnx'), 'none.onnx'), (str(copy), 'serves already')]
+    for number, (path, reason) in enumerate(paths, 1):
+        bench.swapper.begin(path)
+        record = bench.outcome()
+        assert (record['outcome'], record['model_path']) == ('failed', path) and reason in record['reason']
+        assert len(bench.kept) == len(bench.swaps()) == number
+    assert {phase for phase in bench.phases()} == {SwapPhase.LOADING, SwapPhase.FAILED}
 
 
 def test_a_second_swap_is_refused_while_one_is_under_way(bench):

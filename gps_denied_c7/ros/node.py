@@ -10,7 +10,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gps_denied_c7_msgs.msg import Tensor, TensorList
@@ -34,7 +33,7 @@ from gps_denied_c7.gpu_memory import GpuMemoryBudget
 from gps_denied_c7.host import describe_gpu, hardware_id, package_versions, usable_cores
 from gps_denied_c7.hosts import in_process_hosts
 from gps_denied_c7.image_share import CameraCost, ImageShare
-from gps_denied_c7.model_swap import ModelSwapper, SwapStatus, fit_model
+from gps_denied_c7.model_swap import ModelSwapper, SwapStatus
 from gps_denied_c7.pipeline import FramePipeline, InferenceThread, ServedModel
 from gps_denied_c7.ros.autostart import Autostart
 from gps_denied_c7.ros.diagnostics import (
@@ -59,6 +58,7 @@ from gps_denied_c7.ros.tensor_publisher import TensorPublisher
 from gps_denied_c7.rungs import ORT_LABEL, Rung, RungHost
 from gps_denied_c7.runtime import BuildProgress
 from gps_denied_c7.scratch import Scratch
+from gps_denied_c7.serving import fit_bundle, fit_model, read_bundle
 from gps_denied_c7.slots import Frame, FrameSlots
 from gps_denied_c7.statistics import Statistics, StreamCounters
 from gps_denied_c7.text import with_traceback
@@ -319,7 +319,8 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         settings = self._settings.settings()
         if not settings.model_path:
             raise ConfigError('model_path', 'is not set.', remedy='Name a model bundle or an .onnx file.')
-        bundle = ModelBundle.load(Path(settings.model_path))
+        bundle = read_bundle(settings.model_path, limit_s=settings.config.load_timeout_s)
+        bundle = fit_bundle(bundle, settings)
         topics = self._resolve_topics(settings.image_topics)
         self._gpu_memory.resize(settings.config.gpu_memory_budget_bytes)
         # ONNX Runtime has the last rung of every chain, and most engines that are loaded in flight.
@@ -404,7 +405,9 @@ class C7InferenceNode(ResponsiveLifecycleNode):
             slots, pipeline, too_old=self._too_old, shed=self._shed, statistics=self._statistics
         )
         self._inference.start()
-        self._swapper = ModelSwapper(loaded.model, self._inference, self, loaded.settings)
+        self._swapper = ModelSwapper(
+            loaded.model, self._inference, self, loaded.settings, read_s=loaded.settings.config.load_timeout_s
+        )
         self._streams = self._make_streams(loaded, slots, share, pipeline)
         self._streams.open()
         self._ask_for_cores(wanted=True)

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Generic, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.bundle import Artefact, ModelBundle
+from gps_denied_c7.bundle import SIZE_REMEDY, Artefact, ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import (
     C7Error,
@@ -32,6 +32,8 @@ from gps_denied_c7.thermal import ThermalState, ThermalStatePublisher, UnknownTh
 __all__ = ['BaseRuntime', 'LoadedEngine', 'own_input_shapes']
 
 EngineT = TypeVar('EngineT')
+
+_WARM_UP_REMEDY = 'Run the model outside of this package on noise in the range 0..1, and correct it.'
 
 _log = logging.getLogger(__name__)
 
@@ -240,7 +242,7 @@ class BaseRuntime(ABC, Generic[EngineT]):
             self._give_back(loaded.engine)
             raise EngineDeserializeError(
                 f'{entry.path} loaded, but its warm-up run failed: {error.message}',
-                remedy='Run the model outside of this package on noise in the range 0..1, and correct it.',
+                remedy=_WARM_UP_REMEDY if entry.model.inputs or entry.model.image else f'{SIZE_REMEDY} {_WARM_UP_REMEDY}',
             ) from (error.__cause__ or error)
         except Exception:
             self._give_back(loaded.engine)

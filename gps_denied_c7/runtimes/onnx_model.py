@@ -10,11 +10,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gps_denied_c7.bundle import image_axes
 from gps_denied_c7.bundle_files import file_size, read_file
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, ModelBundleError
 from gps_denied_c7.external_data import (
@@ -167,6 +168,37 @@ class OnnxModel:
                 if axis.dim_param in sizes:
                     axis.dim_value = sizes[axis.dim_param]
         return dataclasses.replace(self, source=model.SerializeToString())
+
+    def for_image(self, image: Mapping[str, Any]) -> tuple[OnnxModel, dict[str, tuple[int | None, ...]]]:
+        """
+        Return the model with a name for each free axis of its images, and the wanted shape of each by input name.
+
+        :param image: of ``width``, ``height``, ``colour`` and ``layout`` what is given.
+        """
+        import onnx
+
+        given = {name: image[name] for name in ('width', 'height', 'colour', 'layout') if name in image}
+        images = {name: axes for name, axes in self.inputs.items() if len(axes) == 4 and not all(map(_fixed, axes[1:]))}
+        if not given or not images:
+            return self, {}
+        model = onnx.ModelProto.FromString(self.source)
+        inputs = dict(self.inputs)
+        for value in model.graph.input:
+            if value.name not in images:
+                continue
+            for index, axis in enumerate(value.type.tensor_type.shape.dim):
+                # Only by a name can a session be told a size. Some exporters write a free axis as 0 or -1.
+                if not _fixed(images[value.name][index]) and not axis.dim_param:
+                    axis.dim_param = f'c7_{value.name}_{index}'
+            inputs[value.name] = tuple(
+                axis.dim_value if axis.HasField('dim_value') else axis.dim_param
+                for axis in value.type.tensor_type.shape.dim
+            )
+        shapes = {
+            name: image_axes([axis if _fixed(axis) else None for axis in axes], **given)  # type: ignore[misc]
+            for name, axes in images.items()
+        }
+        return dataclasses.replace(self, source=model.SerializeToString(), inputs=inputs), shapes
 
     def dimension_overrides(self, shapes: Mapping[str, Sequence[int | None]]) -> dict[str, int]:
         """
@@ -345,6 +377,10 @@ def _skeleton(model: onnx.ModelProto) -> bytes:
         if value.type.HasField('tensor_type'):
             value.type.tensor_type.ClearField('shape')
     return bytes(model.SerializeToString())
+
+
+def _fixed(axis: int | str | None) -> bool:
+    return isinstance(axis, int) and axis > 0
 
 
 def _known_shape(value: onnx.ValueInfoProto) -> tuple[int | None, ...] | None:

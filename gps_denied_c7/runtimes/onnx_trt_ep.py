@@ -228,7 +228,8 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
             ort = self._import_onnxruntime()
         elif entry.path.suffix == '.onnx':
             model = read_onnx(entry.path, entry.sha256, entry.external_data)
-            axes = model.dimension_overrides(own_input_shapes(entry, self.label))
+            model, shapes = _for_image(model, entry, self.label)
+            axes = model.dimension_overrides(shapes)
             ort = self._import_onnxruntime()
             request = self._model_request(ort, entry, model, axes)
         else:
@@ -367,7 +368,7 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
                 model=model.with_axes(built_for.axes),
                 name=entry.model.name,
                 precision=entry.build.precision,
-                shapes=own_input_shapes(entry, self.label),
+                shapes=_for_image(model, entry, self.label)[1],
                 workspace_bytes=workspace_bytes(self._config),
                 optimization_level=self._config.builder_optimization_level,
                 whole=True,
@@ -715,6 +716,14 @@ def _compare_runs(io: TensorIo, inputs: Mapping[str, NDArray], *, random: bool =
 
 def _different(found: Mapping[str, NDArray], expected: Mapping[str, NDArray]) -> set[str]:
     return {name for name, array in expected.items() if not nearly_equal(found[name], array, _SAME)}
+
+
+def _for_image(
+    model: OnnxModel, entry: EngineCacheEntry, label: str
+) -> tuple[OnnxModel, Mapping[str, tuple[int | None, ...]]]:
+    """Return the wanted input shapes by name, and the model with a name for each free axis that gets its size so."""
+    shapes = own_input_shapes(entry, label)
+    return (model, shapes) if shapes else model.for_image(entry.model.image)
 
 
 def _certain_outputs(

@@ -120,13 +120,16 @@ def build_engine(
     cache.writable_directory()
     source = source_artefact(model)
     onnx_model = read_onnx(source.path, source.sha256, source.external_data)
+    shapes = source_shapes(model, source)
+    if not shapes:
+        onnx_model, shapes = onnx_model.for_image(model.image)
     trt = import_tensorrt(LABEL)
     request = PlanRequest(
         model=onnx_model,
         name=model.name,
         precision=build.precision,
         convert=convert,
-        shapes=source_shapes(model, source),
+        shapes=shapes,
         workspace_bytes=workspace_bytes(config),
         optimization_level=config.builder_optimization_level,
     )

@@ -180,7 +180,7 @@ def test_n10_a_model_that_fails_leaves_the_old_one_and_the_parameter_goes_back(d
         assert 'the swap to' not in peer.message('Runtime')
 
 
-def test_n10_what_can_be_told_at_once_is_refused(demo_bundle, tmp_path):
+def test_n10_what_cannot_be_used_is_refused_at_once_or_in_the_background(demo_bundle, tmp_path):
     with running_node({'model_path': demo_bundle, 'cpu_threads': 1}) as (_, peer):
         peer.start('inactive')
         refused = peer.set_parameter('model_path', copying(tmp_path))
@@ -188,14 +188,17 @@ def test_n10_what_can_be_told_at_once_is_refused(demo_bundle, tmp_path):
         assert peer.change_state('activate')
         again = tmp_path / 'again'
         again.symlink_to(demo_bundle)
-        for path, reason in (
-            ('', 'is empty'), ('/no/such/model', 'does not exist'), (str(tmp_path), 'model.json'),
-            (str(again), 'serves already'),
-        ):  # fmt: skip
-            refused = peer.set_parameter('model_path', path)
-            assert not refused.successful and reason in refused.reason
-        assert peer.get_parameter('model_path').string_value == demo_bundle
-        assert peer.payloads('c7.model_swapped') == []
+        refused = peer.set_parameter('model_path', '')
+        assert not refused.successful and 'is empty' in refused.reason
+        # What the disk has to tell comes in the background.
+        for number, (path, reason) in enumerate(
+            (('/no/such/model', 'does not exist'), (str(tmp_path), 'model.json'), (str(again), 'serves already')), 1
+        ):
+            assert peer.set_parameter('model_path', path).successful
+            wait_until(lambda count=number: len(peer.payloads('c7.model_swapped')) == count, 'the outcome')
+            record = peer.payloads('c7.model_swapped')[-1]
+            assert record['outcome'] == 'failed' and reason in record['reason']
+            assert peer.get_parameter('model_path').string_value == demo_bundle
         assert not any('failures in' in name for name in peer.values('Runtime'))
 
 

@@ -1,0 +1,130 @@
+"""Files that are too large, or that a disk or mount never hands out, cost the node neither its life nor its answers."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import zipfile
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import pytest
+from harness import running_node, wait_until
+from stalled_mount import stalled_mount
+
+CAMERA = '/camera/image_raw'
+MIB = 1 << 20
+
+
+def sparse(path: Path, size: int) -> Path:
+    """Make a file of that size without a byte on the disk."""
+    path.touch()
+    os.truncate(path, size)
+    return path
+
+
+def peak_bytes(process) -> int:
+    """Return the most memory that the node process itself has had."""
+    return int(re.search(r'VmHWM:\s+(\d+)', Path(f'/proc/{process.process.pid}/status').read_text())[1]) << 10
+
+
+def test_n10_a_model_path_of_eight_terabytes_holds_up_nothing(demo_bundle, tmp_path):
+    """Its size alone refuses it, in the background, and the parameter goes back."""
+    folder = tmp_path / 'net'
+    folder.mkdir()
+    sparse(folder / 'model.json', 8 << 40)
+    with running_node({'model_path': demo_bundle, 'cpu_threads': 1}) as (process, peer):
+        peer.start()
+        for number, path in enumerate((str(sparse(tmp_path / 'net.onnx', 8 << 40)), str(folder)), 1):
+            assert peer.set_parameter('model_path', path).successful
+            assert peer.set_parameter('latency_warn_ms', float(number)).successful
+            wait_until(lambda count=number: len(peer.payloads('c7.model_swapped')) == count, 'the outcome')
+            record = peer.payloads('c7.model_swapped')[-1]
+            assert (record['outcome'], record['model_path']) == ('failed', path)
+            assert str(8 << 40) in record['reason'], 'the size'
+            assert peer.get_parameter('model_path').string_value == demo_bundle
+            wait_until(lambda: 'the swap to' in peer.message('Runtime'), 'the failure on diagnostics')
+        assert peer.change_state('deactivate') and peer.change_state('cleanup')
+        assert peer.set_parameter('model_path', str(folder)).successful
+        assert not peer.change_state('configure')
+        assert str(8 << 40) in peer.message('Runtime')
+        assert peer.set_parameter('model_path', demo_bundle).successful
+        assert peer.change_state('configure')
+
+
+def test_n10_a_model_on_a_mount_that_does_not_answer_holds_up_nothing(demo_bundle, tmp_path):
+    """While active as a swap, and at a configure, which fails in time; what is named next is served."""
+    parameters = {'model_path': demo_bundle, 'cpu_threads': 1, 'load_timeout_s': 4.0}
+    with stalled_mount(tmp_path / 'nfs') as mount, running_node(parameters) as (process, peer):
+        path = str(mount / 'net')
+        peer.start()
+        assert peer.set_parameter('model_path', path).successful
+        wait_until(lambda: peer.values('Runtime').get('model_swap') == 'loading', 'the swap under way')
+        assert 'under way' in peer.set_parameter('model_path', '/another').reason
+        assert peer.set_parameter('latency_warn_ms', 5.0).successful and peer.state() == 'active'
+        record = peer.wait_record('c7.model_swapped')
+        assert record['outcome'] == 'failed' and path in record['reason']
+        assert peer.get_parameter('model_path').string_value == demo_bundle
+        assert peer.change_state('deactivate') and peer.change_state('cleanup')
+
+        other = str(mount / 'other')
+        assert peer.set_parameter('model_path', other).successful
+        future = peer.ask_change_state('configure')
+        assert peer.state() == 'configuring'
+        assert peer.set_parameter('latency_warn_ms', 6.0).successful
+        assert peer.get_parameter('model_path').string_value == other
+        wait_until(future.done, 'the end of configure')
+        assert not future.result().success and other in peer.message('Runtime')
+        assert 'left behind' in process.output()
+        assert peer.set_parameter('model_path', demo_bundle).successful
+        assert peer.change_state('configure') and peer.change_state('activate') and peer.change_state('deactivate')
+
+
+def test_n8_a_signal_ends_a_node_whose_model_does_not_come(tmp_path):
+    with stalled_mount(tmp_path / 'nfs') as mount:
+        with running_node({'model_path': str(mount / 'net')}) as (process, peer):
+            peer.ask_change_state('configure')
+            process.signal(signal.SIGTERM)
+            assert process.wait() == 0
+            assert peer.wait_record('c7.session_ended')['lifecycle_state'] == 'configuring'
+
+
+def bomb(names: list[str]) -> bytes:
+    """Return an archive of less than a megabyte that unpacks to 640 of zeros, written by zipfile and NumPy."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, 'w', zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            with archive.open(f'{name}.npy', 'w', force_zip64=True) as entry:
+                header = {'descr': '<f4', 'fortran_order': False, 'shape': (160 * MIB,)}
+                np.lib.format.write_array_header_1_0(entry, header)
+                for _ in range(20):
+                    entry.write(bytes(32 * MIB))
+    return content.getvalue()
+
+
+@pytest.mark.parametrize('kind', ['sparse', 'bomb'])
+def test_m1_a_golden_file_of_gigabytes_does_not_kill_the_node(demo_bundle, tmp_path, kind):
+    root = tmp_path / 'net'
+    shutil.copytree(demo_bundle, root)
+    described = json.loads((root / 'model.json').read_text())
+    golden = described['golden'][0]['outputs']
+    file = root / golden['path']
+    if kind == 'sparse':
+        sparse(file, 2 << 30)
+    else:
+        file.write_bytes(bomb([output['name'] for output in described['outputs']][:1]))
+        golden['sha256'] = sha256(file.read_bytes()).hexdigest()
+        (root / 'model.json').write_text(json.dumps(described))
+    with running_node({'model_path': str(root), 'cpu_threads': 1}) as (process, peer):
+        assert not peer.change_state('configure')
+        message = peer.message('Runtime')
+        size = str(2 << 30) if kind == 'sparse' else f'unpacks to {640 * MIB + 128}'
+        assert str(file) in message and f'{size} bytes' in message and 'more than' in message
+        assert peak_bytes(process) < 400 * MIB
+        assert peer.set_parameter('model_path', demo_bundle).successful
+        assert peer.change_state('configure')
