@@ -98,6 +98,7 @@ __all__ = [
     'file_sha256',
     'image_axes',
     'image_input',
+    'image_layout',
     'write_bundle',
 ]
 
@@ -234,8 +235,8 @@ class ModelBundle:
     :param rules: one per output at most; :class:`Alike` holds for the others.
     :param golden: requests and their answers, the first one the most usual; none for a bare ``.onnx``.
     :param allow_non_finite: outputs in which NaN and infinities are meant.
-    :param image: of ``width``, ``height``, ``colour`` and ``layout`` what a bare ``.onnx`` that leaves its sizes free is
-        to be loaded for.
+    :param image: of ``width``, ``height``, ``colour`` and ``layout`` what a bare ``.onnx`` that leaves its sizes free
+        is to be loaded for.
     :raises ModelBundleError: naming the key, where the parts contradict each other.
     """
 
@@ -517,6 +518,16 @@ def image_input(inputs: Sequence[TensorSpec], preprocessing: PreprocessingSpec) 
     return fits[0]
 
 
+def image_layout(axes: Sequence[int | None]) -> str:
+    """
+    Return the layout of an image input with four axes.
+
+    Channels first is the exporters' habit; only a last axis of 1 or 3 behind a second one that is neither says
+    otherwise.
+    """
+    return 'nhwc' if axes[3] in (1, 3) and axes[1] not in (1, 3) else 'nchw'
+
+
 def image_axes(
     axes: Sequence[int | None],
     *,
@@ -528,12 +539,10 @@ def image_axes(
     """
     Return the four axes of an image input with the sizes that it leaves free filled in, as far as they are given.
 
-    Channels first is the exporters' habit; only a last axis of 1 or 3 behind a second one that is neither says
-    otherwise.
+    :param layout: :func:`image_layout` where None.
     """
-    if layout is None:
-        layout = 'nhwc' if axes[3] in (1, 3) and axes[1] not in (1, 3) else 'nchw'
-    channels = COLOURS[colour] if colour in COLOURS else None
+    layout = layout or image_layout(axes)
+    channels = COLOURS.get(colour or '')
     given = (None, channels, height, width) if layout == 'nchw' else (None, height, width, channels)
     return tuple(want if have is None else have for have, want in zip(axes, given, strict=True))
 

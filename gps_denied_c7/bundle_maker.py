@@ -13,7 +13,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -31,18 +31,19 @@ from gps_denied_c7.bundle import (
     OutputRule,
     default_preprocessing,
     file_sha256,
+    image_axes,
     image_input,
+    image_layout,
     write_bundle,
 )
-from gps_denied_c7.bundle_files import GOLDEN_LIMIT_BYTES, read_file, read_npz, write_atomically
+from gps_denied_c7.bundle_files import GOLDEN_LIMIT_BYTES, read_npz, write_atomically
 from gps_denied_c7.comparison import compare_output
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.decoding import Pixels, decode_compressed
+from gps_denied_c7.decoding import Pixels
 from gps_denied_c7.engine_cache import engine_model_name
 from gps_denied_c7.errors import (
     EngineDeserializeError,
     EngineSchemaMismatchError,
-    ImageRejectedError,
     InferenceError,
     ModelBundleError,
 )
@@ -52,7 +53,9 @@ from gps_denied_c7.reference import reference_answers
 from gps_denied_c7.runtime import BuildConfig, ProviderSet
 from gps_denied_c7.runtimes import create_runtime
 from gps_denied_c7.runtimes.onnx_model import OnnxModel, read_onnx
+from gps_denied_c7.serving import ImageSettings, fit_tensors
 from gps_denied_c7.tensors import TensorSpec, check_finite
+from gps_denied_c7.trial import read_picture
 
 if TYPE_CHECKING:
     import onnx
@@ -156,12 +159,13 @@ class _Case:
     answer_to_rounded: dict[str, NDArray] = field(default_factory=dict)
 
 
-def make_bundle(request: BundleRequest) -> MadeBundle:
+def make_bundle(request: BundleRequest, accept: Callable[[ModelBundle], None] = lambda bundle: None) -> MadeBundle:
     """
     Write the bundle and prove that what the node runs gives its golden answers; it appears whole or not at all.
 
     The same model, request and versions give the same bytes.
 
+    :param accept: told the bundle before it is in its place, raises a C7Error to refuse it.
     :raises C7Error: of whatever kind: the model is damaged, random, leaves sizes free that were not given, is not fed
         by one image, fails on a request that was given or on all others, is answered otherwise by the runtime, proves
         too little, needs a rule that was not given, or the directory cannot be written.
@@ -209,6 +213,7 @@ def make_bundle(request: BundleRequest) -> MadeBundle:
             allow_non_finite=request.allow_non_finite,
         )
         _prove(bundle)
+        accept(bundle)
     return MadeBundle(ModelBundle.load(request.output), tuple(notes))
 
 
@@ -375,17 +380,18 @@ def _fixed_inputs(
         if spec.name in request.shapes:
             shape = _agreed(spec, shape, request.shapes[spec.name], 'was given')
         if request.image_size is not None and len(shape) == 4:
-            shape = _agreed(spec, shape, _image_shape(shape, request.image_size), 'follows from the size given')
+            width, height = request.image_size
+            place = 2 if image_layout(shape) == 'nchw' else 1
+            wanted = (*shape[:place], height, width, *shape[place + 2 :])
+            shape = _agreed(spec, shape, wanted, 'follows from the size given')
         if spec.name in arrays:
             shape = _agreed(spec, shape, arrays[spec.name].shape, 'has the golden request')
+        if len(shape) == 4:
+            shape = image_axes(shape, colour=request.preprocessing.get('colour'))
         if shape[:1] == (None,):
             shape = (1, *shape[1:])
         if None in shape:
-            raise ModelBundleError(
-                f'input {spec.name!r} leaves sizes free: {_spelled(spec.axes)}.',
-                remedy='Give --input-size WIDTHxHEIGHT for an image, or '
-                f'--input-size {spec.name}=1x3x480x640 with every axis.',
-            )
+            raise _left_free(spec, shape)
         fixed.append(TensorSpec(spec.name, spec.dtype, tuple(shape)))
     return tuple(fixed)
 
@@ -434,12 +440,25 @@ def _with_fixed_inputs(model: bytes, inputs: Sequence[TensorSpec], notes: list[s
     return bytes(fixed.SerializeToString(deterministic=True))
 
 
-def _image_shape(shape: Shape, size: tuple[int, int]) -> Shape:
-    width, height = size
-    # Channels first is the exporters' habit; only a last axis of 1 or 3 behind a larger second one says otherwise.
-    if shape[3] in (1, 3) and shape[1] not in (1, 3):
-        return (shape[0], height, width, shape[3])
-    return (shape[0], shape[1], height, width)
+def _left_free(spec: TensorSpec, shape: Shape) -> ModelBundleError:
+    """Say which sizes of an input are still open, by what they mean where it may be an image."""
+    every = f'--input-size {spec.name}=1x3x480x640 with every axis'
+    if len(shape) != 4:
+        return ModelBundleError(
+            f'input {spec.name!r} ({_spelled(spec.axes)}) leaves sizes free.',
+            remedy=f'Give every axis, as --input-size {spec.name}={"x".join(str(axis or 1) for axis in shape)}.',
+        )
+    sides = ('height', 'width')
+    names = ('batch', 'channels', *sides) if image_layout(shape) == 'nchw' else ('batch', *sides, 'channels')
+    free = [name for name, axis in zip(names, shape, strict=True) if axis is None]
+    if free == ['channels']:
+        ways = f'--colour rgb (3 channels) or --colour gray (1 channel), or {every}'
+    else:
+        ways = f'--input-size WIDTHxHEIGHT{" and --colour rgb or gray" if "channels" in free else ""}, or {every}'
+    return ModelBundleError(
+        f'input {spec.name!r} ({_spelled(spec.axes)}) leaves its {" and its ".join(free)} free.',
+        remedy=f'Give {ways}.',
+    )
 
 
 def _agreed(spec: TensorSpec, have: Shape, given: Shape, how: str) -> tuple[int | None, ...]:
@@ -490,23 +509,13 @@ def _cases(
         yield _Case('request', given, given=True)
     image, preprocessor = image_input(inputs, preprocessing).name, Preprocessor(preprocessing)
     for number, path in enumerate(request.golden_images, 1):
-        tensor = _tensor(preprocessor, _read_picture(path))
+        tensor = _tensor(preprocessor, read_picture(path))
         yield _Case(f'image{number}-{engine_model_name(path.stem)[:80]}', {image: tensor}, given=True)
     if len(inputs) > 1:
         return
     pictures = golden_pictures(preprocessing.width, preprocessing.height, request.seed)
     for name, picture in pictures.items():
         yield _Case(name, {image: _tensor(preprocessor, Pixels(picture, 'rgb'))})
-
-
-def _read_picture(path: Path) -> Pixels:
-    content = read_file(path)
-    try:
-        return decode_compressed('png' if content[:4] == b'\x89PNG' else 'jpeg', content)
-    except ImageRejectedError as error:
-        raise ModelBundleError(
-            f'{path} cannot be used as a golden image: {error.message}', remedy='Save it as JPEG or PNG.'
-        ) from error
 
 
 def _tensor(preprocessor: Preprocessor, pixels: Pixels) -> NDArray:
@@ -712,6 +721,7 @@ def _prove(bundle: ModelBundle) -> None:
     except EngineSchemaMismatchError as error:
         raise ModelBundleError(f'the model contradicts itself: {error.message}', remedy=error.remedy) from error
     try:
+        fit_tensors(bundle, handle.inputs, handle.outputs, ImageSettings())
         # The first one twice: what an answer leaves behind must not reach the next.
         for index in (*range(len(bundle.golden)), 0):
             found = runtime.infer(handle, bundle.golden_inputs(index))

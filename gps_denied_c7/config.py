@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ class C7InferenceConfig:
 
     :param runtime_chain: strategies by preference, of RUNTIME_LABELS, each at most once, at least one.
     :param disabled_runtimes: strategies switched off; the chain goes on past them and says so.
-    :param engine_cache_dir: where engine files lie.
+    :param engine_cache_dir: where engine files lie; in each directory, ``~`` is the home directory.
     :param ort_trt_cache_dir: where ONNX Runtime's TensorRT provider keeps its engines; a sibling of
         ``engine_cache_dir``, so that one sweep cleans both.
     :param ort_disallow_cpu_fallback: refuse to fly on the CPU.
@@ -91,7 +92,7 @@ class C7InferenceConfig:
             if str(value) in ('', '.'):
                 raise ConfigError(name, 'is empty.', remedy='Name a directory that this user may write.')
             # A worker has another working directory.
-            object.__setattr__(self, name, Path(value).absolute())
+            object.__setattr__(self, name, _expand_home(name, Path(value)).absolute())
         if self.gpu_memory_budget_bytes <= 0:
             raise ConfigError('gpu_memory_budget_bytes', f'{self.gpu_memory_budget_bytes} is not positive.')
         for name in (
@@ -117,6 +118,16 @@ class C7InferenceConfig:
         values: dict[str, Any] = dataclasses.asdict(self)
         text = json.dumps(values, sort_keys=True, default=str)
         return f'sha256:{hashlib.sha256(text.encode()).hexdigest()}'
+
+
+def _expand_home(name: str, path: Path) -> Path:
+    # By the environment alone: other users' directories are known to a file, or to a server that may not answer.
+    if not path.parts[0].startswith('~'):
+        return path
+    home = os.environ.get('HOME', '')
+    if path.parts[0] != '~' or not home:
+        raise ConfigError(name, f'{str(path)!r} begins with no known home.', remedy='Write the whole path.')
+    return Path(home, *path.parts[1:])
 
 
 def _check_labels(name: str, labels: tuple[str, ...]) -> None:

@@ -8,21 +8,24 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gps_denied_c7.bundle import ModelBundle, OutputRule
 from gps_denied_c7.bundle_maker import TOLERANCES, BundleRequest, make_bundle
+from gps_denied_c7.command_line import one_line, path_argument
 from gps_denied_c7.comparison import rule_from_json, rule_to_json
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engine_cache import EngineCache, fallback_directory
 from gps_denied_c7.engine_inspection import EngineReport, inspect_engine
 from gps_denied_c7.engine_sweep import Caches, Criteria, SweepReport, sweep
-from gps_denied_c7.engine_verification import verify
+from gps_denied_c7.engine_verification import Checks, verify
 from gps_denied_c7.errors import C7Error, ModelBundleError
 from gps_denied_c7.gate import EngineManifest, read_manifest
 from gps_denied_c7.host_match import known_host
@@ -31,7 +34,9 @@ from gps_denied_c7.preprocessing import LETTERBOX_ANCHORS, LETTERBOX_SCALINGS, I
 from gps_denied_c7.runtime import BuildConfig, BuildProgress
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.tensorrt_build import PRECISIONS, build_engine
+from gps_denied_c7.serving import ImageSettings, fit_bundle
 from gps_denied_c7.tensors import TensorSpec
+from gps_denied_c7.trial import TrialRun, figures, read_picture, served_model
 
 __all__ = ['main']
 
@@ -42,24 +47,24 @@ _QUIET_PROGRESS_S = 10.0
 _ON_THE_GROUND = 3
 
 _EXIT_CODES = """exit status:
-  0  done; everything asked for holds
-  1  refused or failed; the reason and what to do about it stand on standard error
-  2  the command line is wrong
+  0    done; nothing was refused
+  1    refused or failed; the text says why and what to do
+  2    the command line is wrong
+  130  interrupted; what was unfinished is removed
 
 With --json, one JSON object goes to standard output, whatever the outcome; progress and errors go to standard
-error. More on one command: c7_engine COMMAND --help
+error. In every path, ~ is the home directory. More on one command: c7_engine COMMAND --help
 """
 
-_BUNDLE_NOTES = """The golden answers are those of plain ONNX Runtime on the CPU without graph optimisation, in a
-process of its own, to pictures of six kinds (noise, black, white, blobs, checkerboard, stripes) and to your own.
-What the node would run has to give them too. Their tolerance: a floating-point output may differ by a share of its
-range over all of them, {fp32:.1%} where engines compute in fp32 only, {fp16:.1%} where fp16 is allowed, and by four
-steps of that arithmetic at least. Outputs that hold whole numbers, or whose size depends on the image, need a
---rule, and so do lists of keypoints, whose order may change with the precision:
+_BUNDLE_NOTES = """Golden answers are computed by plain ONNX Runtime on the CPU, without optimisation, in a process
+of its own, for test images (noise, black, white, blobs, checkerboard, stripes) and yours. Every engine has
+to repeat them. A floating-point output may differ by a share of its range, {fp32:.1%} where engines compute in
+fp32 only, {fp16:.1%} where fp16 is allowed, and by four steps of that arithmetic at least. Give a --rule for an output
+that holds whole numbers, whose size depends on the image, or that lists keypoints (their order may change):
   --rule scores=allclose,rtol=0.01,atol=0.001
   --rule keypoints=matched_distance,max_distance=1.5,min_fraction=0.95
   --rule labels=set_overlap,min_iou=0.9,members=values        (members: nonzero, values, or top_k with k=N)
-  --rule boxes=default        (a rule of thumb without numbers, which holds for outputs that have no rule too)
+  --rule boxes=default        (compares by a rule of thumb, as for outputs without a rule)
 """.format(**TOLERANCES)
 
 
@@ -70,11 +75,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         level=logging.INFO if options.verbose else logging.WARNING, format='c7_engine: %(message)s', stream=sys.stderr
     )
     try:
-        status: int = options.run(options)
+        with _ended_in_order():
+            status: int = options.run(options)
         sys.stdout.flush()
         return status
     except C7Error as error:
-        print(f'c7_engine {options.command}: {error}', file=sys.stderr)
+        print(f'c7_engine {options.command}: {one_line(error)}', file=sys.stderr)
         if options.json:
             print(json.dumps({'error': {'message': error.message, 'remedy': error.remedy}}, indent=2))
         return 1
@@ -85,6 +91,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f'c7_engine {options.command}: interrupted', file=sys.stderr)
         return 130
+
+
+@contextmanager
+def _ended_in_order() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP end a command as Ctrl-C does, so that it removes what is unfinished."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {}
+    # Only the main thread may; a hang-up that is ignored, as below nohup, stays so.
+    with suppress(ValueError):
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is signal.SIG_DFL:
+                before[number] = signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 # --- build ----------------------------------------------------------------------------------------
@@ -99,13 +125,13 @@ def _build(options: argparse.Namespace) -> int:
     )
     build = BuildConfig(allow_build=True, precision=options.precision, progress=_Progress())
     started_s = time.monotonic()
-    entry = build_engine(ModelBundle.load(options.model), config, build)
+    entry = build_engine(fit_bundle(ModelBundle.load(options.model), _image_settings(options)), config, build)
     seconds = time.monotonic() - started_s
     manifest = read_manifest(entry.path)
     if options.json:
         _print_json(path=str(entry.path), seconds=round(seconds, 1), manifest=asdict(manifest))
     else:
-        print(entry.path)
+        print(one_line(entry.path))
         print(f'  built in {seconds:.1f} s')
         _print_manifest(manifest)
     return 0
@@ -140,11 +166,13 @@ def _inspect(options: argparse.Namespace) -> int:
         _print_json(**report.to_json(), host=asdict(host), unknown=list(unknown))
     else:
         _print_report(report, unknown)
-    return 0
+    if report.plan is None:
+        print(f'c7_engine inspect: {one_line(report.path)} is no TensorRT engine.', file=sys.stderr)
+    return 1 if report.plan is None else 0
 
 
 def _print_report(report: EngineReport, unknown: Sequence[str]) -> None:
-    print(report.path)
+    print(one_line(report.path))
     if report.manifest is not None:
         _print_manifest(report.manifest)
     elif report.name is not None:
@@ -179,7 +207,7 @@ def _told(spec: TensorSpec) -> str:
 
 
 def _print_field(name: str, value: str) -> None:
-    print(f'  {name:<10} {value}')
+    print(f'  {name:<10} {one_line(value)}')
 
 
 # --- verify ---------------------------------------------------------------------------------------
@@ -188,20 +216,58 @@ def _print_field(name: str, value: str) -> None:
 def _verify(options: argparse.Namespace) -> int:
     # Asked at most once, and only where an engine is met.
     host = None if options.any_host else functools.lru_cache(maxsize=1)(local_host_profile)
+    paths, picture = options.paths, options.run_picture
+    if not paths and isinstance(picture, Path):
+        # verify --run BUNDLE
+        paths, picture = [picture], True
+    if not paths:
+        options.error('the following arguments are required: PATH')
+    checks = Checks(
+        host,
+        run_models=not options.digests_only,
+        run=bool(picture),
+        picture=read_picture(picture) if isinstance(picture, Path) else None,
+        settings=_image_settings(options),
+    )
     verdicts = []
-    for path in options.paths:
-        for verdict in verify(path, host, run_models=not options.digests_only):
+    for path in paths:
+        for verdict in verify(path, checks):
             verdicts.append(verdict)
             if not options.json:
-                print(f'{"ok" if verdict.admitted else "REFUSED":<8} {verdict.kind:<9} {verdict.path}', flush=True)
+                mark = 'ok' if verdict.admitted else 'REFUSED'
+                print(f'{mark:<8} {verdict.kind:<9} {one_line(verdict.path)}', flush=True)
                 if not verdict.admitted:
-                    print(f'         {verdict.refusal} {verdict.remedy}'.rstrip(), flush=True)
+                    print(f'         {one_line(f"{verdict.refusal} {verdict.remedy}".rstrip())}', flush=True)
+                if verdict.run is not None:
+                    _print_run(verdict.run)
     refused = sum(not verdict.admitted for verdict in verdicts)
+    if checks.run and not refused and not any(verdict.run for verdict in verdicts):
+        raise ModelBundleError('there is no model to run at these paths.', remedy='Name a bundle or an .onnx.')
     if options.json:
         _print_json(verdicts=[verdict.to_json() for verdict in verdicts], refused=refused)
     else:
         print(f'{len(verdicts)} verified, {refused} refused')
     return 1 if refused else 0
+
+
+def _print_run(run: TrialRun) -> None:
+    width, height = run.source_size
+    print(f'         a picture of {width}x{height}: {run.seconds * 1e3:.1f} ms, {run.runtime} on {run.provider}')
+    for name, array in run.outputs.items():
+        told = figures(array)
+        numbers = [f'{key} {told[key]:.6g}' for key in ('min', 'mean', 'max') if key in told]
+        numbers += [f'{told["not_finite"]} not finite'] if told['not_finite'] else []
+        first = ' '.join(value if isinstance(value, str) else f'{value:.6g}' for value in told['first'])
+        numbers.append(f'first {first}' if first else 'empty')
+        size = 'x'.join(map(str, array.shape)) or 'a scalar'
+        print(f'           {one_line(name)} {array.dtype} {size}: {", ".join(numbers)}')
+
+
+def _image_settings(options: argparse.Namespace) -> ImageSettings:
+    given: dict[str, Any] = {} if options.colour is None else {'colour': options.colour}
+    if options.input_size is not None:
+        given['width'], given['height'] = options.input_size
+    return ImageSettings(given)
 
 
 # --- sweep ----------------------------------------------------------------------------------------
@@ -285,13 +351,14 @@ def _bundle(options: argparse.Namespace) -> int:
             force=options.force,
             preprocessing={name: value for name, value in given.items() if value is not None},
             seed=options.seed,
-        )
+        ),
+        accept=_serve,
     )
     bundle = result.bundle
     if options.json:
         _print_json(path=str(options.output), notes=list(result.notes), model=bundle.to_json())
         return 0
-    print(options.output)
+    print(one_line(options.output))
     _print_field('model', f'{bundle.name}, weights {bundle.weights_digest}')
     for role, specs in (('input', bundle.inputs), ('output', bundle.outputs)):
         for spec in specs:
@@ -309,14 +376,18 @@ def _bundle(options: argparse.Namespace) -> int:
     return 0
 
 
+def _serve(bundle: ModelBundle) -> None:
+    with served_model(bundle, ImageSettings()):
+        pass
+
+
 # --- command line ---------------------------------------------------------------------------------
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='c7_engine',
-        description='Build TensorRT engines for this host, look into them, verify and sweep the engine caches, '
-        'and make model bundles.',
+        description='Make and check what the inference node loads: model bundles and TensorRT engines.',
         epilog=_EXIT_CODES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -333,22 +404,24 @@ def _parser() -> argparse.ArgumentParser:
             epilog=f'{notes}\n{_EXIT_CODES.partition("With --json")[0].rstrip()}'.lstrip(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        added.set_defaults(run=run)
+        added.set_defaults(run=run, error=added.error)
         added.add_argument('--json', action='store_true', help='print one JSON object instead of text')
-        added.add_argument('--verbose', action='store_true', help='tell more on standard error')
+        added.add_argument('--verbose', action='store_true', help='say more on standard error')
         return added
 
     build = command(
-        'build', _build, 'build the TensorRT engine of a model for this host',
-        'Build the TensorRT engine of a model for this host, and publish it in the engine cache, where the node finds\n'
-        'it. Needs an NVIDIA GPU and TensorRT, and takes seconds to many minutes: do it on the ground.',
+        'build', _build, "build a model's TensorRT engine for this machine",
+        'Build the TensorRT engine of a model for this machine, and put it into the engine cache, where the node\n'
+        'finds it. Needs an NVIDIA GPU and TensorRT, and takes seconds to many minutes: do it on the ground.',
     )  # fmt: skip
-    build.add_argument('model', type=Path, metavar='MODEL', help='model bundle (directory) or .onnx file')
+    build.add_argument('model', type=path_argument, metavar='MODEL', help='model bundle (directory) or .onnx file')
     build.add_argument(
         '--precision', choices=PRECISIONS, default=PRECISIONS[0],
         help='what the engine computes in; default: %(default)s',
     )  # fmt: skip
-    build.add_argument('--cache', type=Path, metavar='DIR', help=f'engine cache; default: {defaults.engine_cache_dir}')
+    build.add_argument(
+        '--cache', type=path_argument, metavar='DIR', help=f'engine cache; default: {defaults.engine_cache_dir}'
+    )
     build.add_argument(
         '--workspace', type=_positive_bytes, default=defaults.gpu_memory_budget_bytes // 4, metavar='BYTES',
         help='GPU memory that the builder and the engine may use as scratch, as 512M or 2G; default: 1G',
@@ -360,85 +433,101 @@ def _parser() -> argparse.ArgumentParser:
         'some percent faster',
     )  # fmt: skip
 
+    _add_image_size(build)
+
     inspect = command(
-        'inspect', _inspect, 'tell what an engine file is, and what would be refused here',
-        'Tell what an engine file is by its name, manifest, header and digest, and which of these the gate of this\n'
-        'host would refuse. Loads nothing: works without a GPU and without TensorRT.',
+        'inspect', _inspect, 'show what an engine file is, and what this machine would refuse',
+        'Show what an engine file is by its name, its manifest (the .json beside it), its header and its digest, and\n'
+        'what of that this machine would refuse. Loads nothing: works without a GPU and without TensorRT.',
     )  # fmt: skip
-    inspect.add_argument('file', type=Path, metavar='FILE', help='.engine file')
+    inspect.add_argument('file', type=path_argument, metavar='FILE', help='.engine file')
 
     check = command(
-        'verify', _verify, 'verify engines, caches and bundles by their digests',
-        'Take engines through the gate, ONNX Runtime caches through their listing, and bundles through all their\n'
-        'digests; one verdict for each. The .onnx of a bundle answers the golden requests again, by plain ONNX\n'
-        'Runtime on the CPU in a process of its own. A directory is looked through one level deep. Changes nothing.',
+        'verify', _verify, 'check engines, caches and bundles, and whether the node would serve them here',
+        'Check that engines, caches and model bundles are whole, and that this machine can use them; one line for\n'
+        'each check. A bundle also has its golden answers computed again, and is loaded the way that the node would\n'
+        'load it ("served"). A directory is looked through one level deep. Changes nothing.',
     )  # fmt: skip
     check.add_argument(
-        'paths', type=Path, nargs='+', metavar='PATH',
-        help='.engine file, engine cache, ONNX Runtime cache (or one directory in it), model bundle',
+        'paths', type=path_argument, nargs='*', metavar='PATH',
+        help='model bundle (directory), .onnx or .engine file, engine cache, or cache of ONNX Runtime',
     )  # fmt: skip
+    check.add_argument(
+        '--run', type=path_argument, nargs='?', const=True, dest='run_picture', metavar='PICTURE',
+        help='have the model answer a JPEG or PNG on this machine, the way that the node would, and print its '
+        'outputs; without PICTURE: an image of noise. Write it after the paths',
+    )  # fmt: skip
+    _add_image_size(check)
     check.add_argument(
         '--any-host', action='store_true',
-        help='look for damage and for others who could write there, not for whether engines run on this host',
+        help='look for damage and for others who could write there, not for whether this machine can use it',
     )  # fmt: skip
     check.add_argument(
-        '--digests-only', action='store_true', help='do not run the model of a bundle to compare its golden answers'
+        '--digests-only', action='store_true', help='do not run the model of a bundle; look at its files alone'
     )
 
     clean = command(
-        'sweep', _sweep, 'remove engines from both caches by age, size or host',
-        'Remove engines from the engine cache and from the cache of ONNX Runtime. What meets any of the conditions\n'
-        'goes; without a condition only what interrupted builds left over (older than an hour). Files that are not\n'
-        "the caches' own are left alone.",
+        'sweep', _sweep, 'remove engines from both caches by age, size or machine',
+        'Remove engines from the engine cache and from the cache of ONNX Runtime, where they meet one of the\n'
+        'conditions given. Without a condition, only what interrupted builds have left is removed (older than an\n'
+        'hour). Files that no cache has written are left alone.',
     )  # fmt: skip
-    clean.add_argument('--older-than', type=_not_negative, metavar='DAYS', help='written longer ago than this')
     clean.add_argument(
-        '--max-size', type=_bytes, metavar='BYTES', help='oldest first, until all is within this, as 500M or 20G'
+        '--older-than', type=_not_negative, metavar='DAYS', help='that were written longer ago than this'
     )
     clean.add_argument(
-        '--not-for-this-host', action='store_true', help='built for another GPU, TensorRT or platform; needs the GPU'
+        '--max-size', type=_bytes, metavar='BYTES', help='the oldest, until the rest is within this, as 500M or 20G'
     )
-    clean.add_argument('--dry-run', action='store_true', help='tell what would go, remove nothing')
+    clean.add_argument(
+        '--not-for-this-host', action='store_true',
+        help='that were built for another GPU, TensorRT or platform; needs the GPU',
+    )  # fmt: skip
+    clean.add_argument('--dry-run', action='store_true', help='say what would be removed, remove nothing')
     where = f"default: {{}}, and the user's own cache that stands in for it ({fallback_directory(Path('…')).parent})"
-    clean.add_argument('--cache', type=Path, metavar='DIR', help=where.format(defaults.engine_cache_dir))
-    clean.add_argument('--ort-cache', type=Path, metavar='DIR', help=where.format(defaults.ort_trt_cache_dir))
+    clean.add_argument('--cache', type=path_argument, metavar='DIR', help=where.format(defaults.engine_cache_dir))
+    clean.add_argument('--ort-cache', type=path_argument, metavar='DIR', help=where.format(defaults.ort_trt_cache_dir))
 
     make = command(
         'bundle', _bundle, 'make a model bundle from an .onnx',
-        'Make a model bundle from an .onnx: a directory with the model, model.json and one golden request with its\n'
-        'answer, all under digests. The directory appears whole or not at all.',
+        'Make a model bundle from an .onnx: a directory with the model, a model.json that says how images are\n'
+        'prepared for it, and golden requests (test images with the answers that every engine has to give). It is\n'
+        'loaded the way that the node would load it; the directory appears whole or not at all.',
         _BUNDLE_NOTES,
     )  # fmt: skip
-    make.add_argument('model', type=Path, metavar='MODEL.onnx')
+    make.add_argument('model', type=path_argument, metavar='MODEL.onnx', help='the exported network')
     make.add_argument(
-        '--output', type=Path, required=True, metavar='DIR', help='directory to make; must not exist, or be empty'
-    )
-    make.add_argument('--name', help="the network's name, as it is published; default: that of the file")
+        '--output', type=path_argument, required=True, metavar='DIR',
+        help='directory to make; must not exist, or be empty',
+    )  # fmt: skip
+    make.add_argument('--name', help="the network's name in messages and logs; default: that of the file")
     make.add_argument(
-        '--input-size', type=_input_size, action='append', default=[], metavar='[NAME=]SIZE',
-        help='for a model that leaves sizes free: WIDTHxHEIGHT of the image, or NAME=1x3x480x640 with every axis',
+        '--input-size', type=_input_size, action='append', default=[], metavar='[INPUT=]SIZE',
+        help='for a model that leaves sizes free: WIDTHxHEIGHT of the image, or INPUT=1x3x480x640 with every axis',
     )  # fmt: skip
     make.add_argument(
         '--precision', choices=sorted(TOLERANCES), default='fp16',
-        help='coarsest that engines of this bundle may compute in: decides the tolerance; default: %(default)s',
-    )  # fmt: skip
-    make.add_argument('--rule', type=_rule, action='append', default=[], metavar='OUTPUT=KIND,…', help='see below')
-    make.add_argument(
-        '--golden-input', type=Path, metavar='FILE.npz',
-        help='one request more, one array for each input',
+        help='the coarsest that engines may compute in, which decides the tolerance; default: %(default)s',
     )  # fmt: skip
     make.add_argument(
-        '--golden-image', type=Path, nargs='+', action='extend', default=[], metavar='PICTURE',
-        help='JPEG or PNG to be answered too, pre-processed as the bundle says; best: what the camera will see',
+        '--rule', type=_rule, action='append', default=[], metavar='OUTPUT=KIND,…',
+        help='how answers of an output are compared; see below',
+    )  # fmt: skip
+    make.add_argument(
+        '--golden-input', type=path_argument, metavar='FILE.npz',
+        help='a golden request of your own, one array for each input',
+    )  # fmt: skip
+    make.add_argument(
+        '--golden-image', type=path_argument, nargs='+', action='extend', default=[], metavar='PICTURE',
+        help='JPEG or PNG files for further golden requests; best: what the camera will see',
     )  # fmt: skip
     make.add_argument(
         '--allow-non-finite', action='append', default=[], metavar='OUTPUT',
-        help='NaN and infinities are meant in this output, as a mask or as "no detection"',
+        help='NaN and infinity mean something in this output, as a mask or "no detection"',
     )  # fmt: skip
     make.add_argument(
-        '--force', action='store_true', help='make the bundle also where its golden answers prove little'
+        '--force', action='store_true', help='make the bundle even if its golden answers prove little'
     )
-    make.add_argument('--seed', type=int, default=0, help='of the pictures of noise and blobs; default: %(default)s')
+    make.add_argument('--seed', type=int, default=0, help='of the random test images; default: %(default)s')
     pixels = make.add_argument_group('pre-processing', 'value = (pixel * scale - mean) / std, with pixels in 0..255')
     pixels.add_argument(
         '--resize', choices=[mode.value for mode in ResizeMode], help='of images of another size; default: stretch'
@@ -459,6 +548,14 @@ def _parser() -> argparse.ArgumentParser:
         help='fit enlarges a smaller image, shrink does not; default: fit',
     )  # fmt: skip
     return parser
+
+
+def _add_image_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        '--input-size', type=_image_size, metavar='WIDTHxHEIGHT',
+        help='size of the image for an .onnx that takes any, as preprocess.width and preprocess.height of the node',
+    )  # fmt: skip
+    parser.add_argument('--colour', choices=('gray', 'rgb', 'bgr'), help='likewise, where the channels are free')
 
 
 def _number(text: str) -> float:
@@ -502,6 +599,13 @@ def _input_size(text: str) -> tuple[str, tuple[int, ...]]:
     if not name and len(shape) != 2:
         raise argparse.ArgumentTypeError(f'{text} names no input: write NAME={size}')
     return name, shape
+
+
+def _image_size(text: str) -> tuple[int, int]:
+    name, shape = _input_size(text)
+    if name or len(shape) != 2:
+        raise argparse.ArgumentTypeError(f'{text} is not WIDTHxHEIGHT')
+    return shape[0], shape[1]
 
 
 def _rule(text: str) -> OutputRule:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gps_denied_c7.bundle_files import read_file
+from gps_denied_c7.bundle_files import open_regular, read_file
 from gps_denied_c7.errors import EngineSchemaMismatchError, ModelBundleError
 from gps_denied_c7.gate import (
     EngineManifest,
@@ -28,6 +29,16 @@ __all__ = ['EngineReport', 'Refusal', 'inspect_engine']
 
 _NO_LIMIT = 1 << 62
 _REMEDY = 'Build the engine again on this host, or fly the .onnx.'
+
+_HEADER_BYTES = 512
+_MANIFEST_LIMIT_BYTES = 1 << 20
+_KINDS = {
+    b'\xff\xd8\xff': 'a JPEG picture',
+    b'\x89PNG': 'a PNG picture',
+    b'PK\x03\x04': 'a zip archive',
+    b'\x7fELF': 'a program or library',
+    b'SQLite format 3': 'a SQLite database',
+}
 
 _T = TypeVar('_T')
 
@@ -82,8 +93,11 @@ def inspect_engine(path: Path, host: HostProfile) -> EngineReport:
     Read an engine file and its manifest, and compare them with each other and with ``host``; loads nothing.
 
     :param host: its parts empty (``sm`` 0) where they are not known, which are then not compared.
-    :raises ModelBundleError: the file cannot be read at all.
+    :raises ModelBundleError: the file cannot be read at all, or has nothing of an engine: neither a plan's header nor a
+        manifest nor the name.
+    :raises EngineDeserializeError: it is larger than the memory that is left.
     """
+    _refuse_foreign(path)
     refusals: list[Refusal] = []
 
     def checked(step: Callable[[], _T]) -> _T | None:
@@ -125,9 +139,30 @@ def inspect_engine(path: Path, host: HostProfile) -> EngineReport:
     return EngineReport(path, name, manifest, len(content), sha256, version, tuple(refusals))
 
 
+def _refuse_foreign(path: Path) -> None:
+    """Refuse what is plainly something else, before all of it is read."""
+    if os.path.isdir(path):
+        raise ModelBundleError(f'{path} is a directory.', remedy='Name a file in it, or run c7_engine verify.')
+    with open_regular(path) as file:
+        begin = file.read(_HEADER_BYTES)
+    if path.suffix == '.engine' or plan_version(begin) is not None or os.path.lexists(manifest_path(path)):
+        return
+    kind = next((kind for magic, kind in _KINDS.items() if begin.startswith(magic)), 'of no kind that is known here')
+    if not begin:
+        kind = 'empty'
+    elif path.suffix == '.onnx':
+        kind = 'called an ONNX model'
+    elif begin.isascii() and begin.strip(b'\0'):
+        kind = 'text'
+    raise ModelBundleError(
+        f'{path} is no TensorRT engine; it is {kind}.',
+        remedy='Name an .engine file; c7_engine verify looks at models and bundles.',
+    )
+
+
 def _untrusted_manifest(engine: Path) -> EngineManifest | None:
     try:
-        return EngineManifest.from_json(read_file(manifest_path(engine)))
+        return EngineManifest.from_json(read_file(manifest_path(engine), limit=_MANIFEST_LIMIT_BYTES))
     except (EngineSchemaMismatchError, ModelBundleError):
         return None
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gps_denied_c7.bundle import MODEL_JSON, Artefact, ModelBundle
 from gps_denied_c7.bundle_files import BundleFile
+from gps_denied_c7.bundle_maker import noise_picture
+from gps_denied_c7.decoding import Pixels
 from gps_denied_c7.errors import (
     C7Error,
     EngineSchemaMismatchError,
@@ -25,9 +26,11 @@ from gps_denied_c7.host_match import mismatches
 from gps_denied_c7.ort_cache import LISTING_NAME, BuiltFor, verify_cache
 from gps_denied_c7.reference import reference_answers
 from gps_denied_c7.runtimes.onnx_model import read_onnx
+from gps_denied_c7.serving import ImageSettings, fit_bundle
 from gps_denied_c7.torch_archive import read_torch_archive
+from gps_denied_c7.trial import TrialRun, run_picture, served_model
 
-__all__ = ['Verdict', 'verify']
+__all__ = ['Checks', 'Verdict', 'verify']
 
 _MODEL_DIGEST = re.compile(r'[0-9a-f]{64}')
 _REBUILD = 'Build it again on this host.'
@@ -41,15 +44,18 @@ class Verdict:
     """
     Say whether a file or directory is what it claims to be, and may be loaded here.
 
-    :param kind: ``engine``, ``ort_cache``, ``bundle``, ``artefact``, ``golden`` or ``answers``.
+    :param kind: ``engine``, ``ort_cache``, ``bundle``, ``artefact``, ``golden``, ``answers`` or ``served``, which says
+        whether the node would serve the bundle.
     :param refusal: what is wrong, empty where it was admitted.
     :param remedy: what to do about it.
+    :param run: what the model answered, where that was asked for.
     """
 
     path: Path
     kind: str
     refusal: str = ''
     remedy: str = ''
+    run: TrialRun | None = None
 
     @property
     def admitted(self) -> bool:
@@ -58,42 +64,64 @@ class Verdict:
 
     def to_json(self) -> dict[str, Any]:
         """Return the verdict as JSON can hold it."""
-        return {**dataclasses.asdict(self), 'path': str(self.path), 'admitted': self.admitted}
+        values = {name: getattr(self, name) for name in ('kind', 'refusal', 'remedy', 'admitted')}
+        run = {'run': self.run.to_json()} if self.run is not None else {}
+        return {**values, 'path': str(self.path), **run}
 
 
-def verify(path: Path, host: Host | None, *, run_models: bool = True) -> Iterator[Verdict]:
+@dataclass(frozen=True, slots=True)
+class Checks:
+    """
+    Say how far a verification goes.
+
+    :param host: returns what engines must have been built for, or raises RuntimeUnavailableError; None to look
+        for damage alone, so that engines of other hosts can be verified.
+    :param run_models: whether golden answers are computed again, and the model loaded as the node would, which takes
+        the model's own time.
+    :param run: have the model answer :attr:`picture`.
+    :param picture: None for noise of the model's own size.
+    :param settings: sizes for a bare ``.onnx`` that leaves them free.
+    """
+
+    host: Host | None
+    run_models: bool = True
+    run: bool = False
+    picture: Pixels | None = None
+    settings: ImageSettings = field(default_factory=ImageSettings)
+
+
+def verify(path: Path, checks: Checks) -> Iterator[Verdict]:
     """
     Yield a verdict for each engine, ONNX Runtime cache and bundle at ``path``.
 
     A directory is looked through one level deep: for ``.engine`` files, for what ONNX Runtime's TensorRT provider
-    cached (one directory for each model), and for bundles. Nothing is changed. No engine is loaded; the ``.onnx`` of a
-    bundle answers its golden requests in a process of its own.
+    cached (one directory for each model), and for bundles; a bare ``.onnx`` only where it is named. Nothing is changed.
+    No engine is loaded but by the workers that serve a bundle; its ``.onnx`` answers its golden requests in a process
+    of its own.
 
-    :param host: returns what engines must have been built for, or raises RuntimeUnavailableError; None to look
-        for damage alone, so that engines of other hosts can be verified.
-    :param run_models: whether golden answers are computed again, which takes the model's own time.
     :raises ModelBundleError: there is nothing at ``path`` that could be verified.
     """
     # os.path: Path.is_file() and the like raise where a directory may not be read, and for a name that is too long.
-    if path.name == MODEL_JSON or os.path.isfile(path / MODEL_JSON):
-        yield from _verify_bundle(path, host, run_models)
+    bare = path.suffix == '.onnx' and not os.path.isdir(path)
+    if bare or path.name == MODEL_JSON or os.path.lexists(path / MODEL_JSON):
+        yield from _verify_bundle(path, checks)
     elif path.suffix == '.engine' or (not os.path.isdir(path) and os.path.exists(manifest_path(path))):
-        yield _verdict(path, 'engine', partial(_admit, path, host))
+        yield _verdict(path, 'engine', partial(_admit, path, checks.host))
     elif os.path.isdir(path):
         found = False
-        for verdict in _verify_directory(path, host, run_models):
+        for verdict in _verify_directory(path, checks):
             found = True
             yield verdict
         if not found:
             raise ModelBundleError(f'{path} holds no engine, cache or bundle.', remedy='Correct the path.')
     else:
-        what = 'is neither an .engine, a cache nor a bundle' if os.path.lexists(path) else 'does not exist'
+        what = 'is neither an .engine, an .onnx, a cache nor a bundle' if os.path.lexists(path) else 'does not exist'
         raise ModelBundleError(f'{path} {what}.', remedy='Correct the path.')
 
 
-def _verify_directory(path: Path, host: Host | None, run_models: bool) -> Iterator[Verdict]:
+def _verify_directory(path: Path, checks: Checks) -> Iterator[Verdict]:
     if _MODEL_DIGEST.fullmatch(path.name) or os.path.exists(path / LISTING_NAME):
-        yield _verdict(path, 'ort_cache', partial(_check_cache, path, host))
+        yield _verdict(path, 'ort_cache', partial(_check_cache, path, checks.host))
         return
     try:
         entries = sorted(path.iterdir())
@@ -102,14 +130,14 @@ def _verify_directory(path: Path, host: Host | None, run_models: bool) -> Iterat
     for entry in entries:
         engine = entry.with_name(entry.name.removesuffix('.json'))
         if entry.suffix == '.engine':
-            yield from verify(entry, host, run_models=run_models)
+            yield from verify(entry, checks)
         elif engine.suffix == '.engine' and engine != entry and not os.path.lexists(engine):
-            yield from verify(engine, host, run_models=run_models)
+            yield from verify(engine, checks)
         elif os.path.isdir(entry) and (_MODEL_DIGEST.fullmatch(entry.name) or os.path.isfile(entry / MODEL_JSON)):
-            yield from verify(entry, host, run_models=run_models)
+            yield from verify(entry, checks)
 
 
-def _verify_bundle(path: Path, host: Host | None, run_models: bool) -> Iterator[Verdict]:
+def _verify_bundle(path: Path, checks: Checks) -> Iterator[Verdict]:
     try:
         bundle = ModelBundle.load(path)
     except C7Error as error:
@@ -117,20 +145,48 @@ def _verify_bundle(path: Path, host: Host | None, run_models: bool) -> Iterator[
         return
     yield Verdict(path, 'bundle')
     whole = True
-    runnable = []
     for artefact in bundle.artefacts:
-        verdict = _verdict(artefact.path, 'artefact', partial(_check_artefact, bundle, artefact, host))
-        if verdict.admitted and artefact.path.suffix == '.onnx':
-            runnable.append(artefact)
+        verdict = _verdict(artefact.path, 'artefact', partial(_check_artefact, bundle, artefact, checks.host))
+        whole = whole and verdict.admitted
         yield verdict
+    for file, load in _golden_files(bundle):
+        verdict = _verdict(file.path, 'golden', load)
+        whole = whole and verdict.admitted
+        yield verdict
+    if checks.run_models and whole:
+        for artefact in bundle.artefacts if bundle.golden else ():
+            if artefact.path.suffix == '.onnx':
+                verdict = _verdict(artefact.path, 'answers', partial(_check_answers, bundle, artefact))
+                whole = whole and verdict.admitted
+                yield verdict
+    if whole:
+        yield _served(path, bundle, checks)
+
+
+def _golden_files(bundle: ModelBundle) -> Iterator[tuple[BundleFile, Callable[[], object]]]:
     for index, case in enumerate(bundle.golden):
-        for file, load in ((case.inputs, bundle.golden_inputs), (case.outputs, bundle.golden_outputs)):
-            verdict = _verdict(file.path, 'golden', partial(load, index))
-            whole = whole and verdict.admitted
-            yield verdict
-    if run_models and whole:
-        for artefact in runnable:
-            yield _verdict(artefact.path, 'answers', partial(_check_answers, bundle, artefact))
+        yield case.inputs, partial(bundle.golden_inputs, index)
+        yield case.outputs, partial(bundle.golden_outputs, index)
+
+
+def _served(path: Path, bundle: ModelBundle, checks: Checks) -> Verdict:
+    """Ask what a configure of the node asks: on this host with its engines, else as far as model.json tells."""
+    run: TrialRun | None = None
+    try:
+        if checks.run or (checks.run_models and checks.host is not None):
+            with served_model(bundle, checks.settings) as model:
+                spec = model.preprocessor.spec
+                if checks.run:
+                    picture = checks.picture or Pixels(noise_picture(spec.width, spec.height, 0), 'rgb')
+                    run = run_picture(model, picture)
+        else:
+            fit_bundle(bundle, checks.settings)
+            bundle.check_golden_sizes()
+            for index in range(len(bundle.golden)):
+                bundle.golden_case(index)
+    except C7Error as error:
+        return Verdict(path, 'served', error.message, error.remedy)
+    return Verdict(path, 'served', run=run)
 
 
 def _check_answers(bundle: ModelBundle, artefact: Artefact) -> None:

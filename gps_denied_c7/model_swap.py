@@ -7,7 +7,6 @@ import threading
 import time
 from dataclasses import dataclass, field
 from enum import Enum
-from pathlib import Path
 from typing import Any, Protocol
 
 from gps_denied_c7.bundle import ModelBundle

@@ -22,6 +22,8 @@ STALLED_S = 10.0
 _LOOK_S = 0.1
 _REMEDY = 'Look at the disk or network mount that it lies on, or name a file elsewhere.'
 
+_SLOW_REMEDY = f'{_REMEDY} Where it is only slow, raise load_timeout_s.'
+
 _T = TypeVar('_T')
 _log = logging.getLogger(__name__)
 _current = threading.local()
@@ -106,7 +108,7 @@ def read_or_give_up(
         elif now_s - read.last_s > stalled_s:
             why, remedy = f'nothing came of it for {stalled_s:g} s', _REMEDY
         elif now_s - read.began_s > limit_s:
-            why, remedy = f'it was not read within {limit_s:g} s', 'Name a file on a faster disk, or raise load_timeout_s.'
+            why, remedy = f'it was not read within {limit_s:g} s', _SLOW_REMEDY
         else:
             continue
         read.given_up = True

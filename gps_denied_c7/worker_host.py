@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import math
@@ -328,7 +327,9 @@ class WorkerHost:
             task.rung.name,
             key=(task.bundle.weights_digest, task.rung),
             file_bytes=read_or_give_up(
-                f'the artefacts of {task.bundle.root}', lambda: _file_bytes(artefacts), limit_s=task.config.load_timeout_s
+                f'the artefacts of {task.bundle.root}',
+                lambda: _file_bytes(artefacts),
+                limit_s=task.config.load_timeout_s,
             ),
         )
         config = dataclasses.replace(task.config, gpu_memory_budget_bytes=self._claim.limit_bytes)

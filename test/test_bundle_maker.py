@@ -32,7 +32,7 @@ from gps_denied_c7.bundle_maker import (
 from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.decoding import Pixels
-from gps_denied_c7.engine_verification import verify
+from gps_denied_c7.engine_verification import Checks, verify
 from gps_denied_c7.errors import C7Error, EngineDeserializeError, ModelBundleError
 from gps_denied_c7.hosts import in_process_hosts
 from gps_denied_c7.preprocessing import Preprocessor
@@ -652,10 +652,10 @@ def test_m1_weights_too_large_for_one_file_stay_in_theirs_under_a_digest(
     image = result.bundle.golden_inputs()['image']
     expected = image.reshape(1, -1).astype(np.float64) @ weights.T
     np.testing.assert_allclose(result.bundle.golden_outputs()['features'], expected, rtol=1e-5)
-    assert {verdict.refusal for verdict in verify(tmp_path / 'bundle', None)} == {''}
+    assert {verdict.refusal for verdict in verify(tmp_path / 'bundle', Checks(None))} == {''}
     with (tmp_path / 'bundle' / 'net.weights').open('r+b') as file:
         file.write(b'x')
-    refusals = [verdict.refusal for verdict in verify(tmp_path / 'bundle', None) if verdict.refusal]
+    refusals = [verdict.refusal for verdict in verify(tmp_path / 'bundle', Checks(None)) if verdict.refusal]
     assert len(refusals) == 1 and 'net.weights' in refusals[0]
 
 

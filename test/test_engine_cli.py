@@ -317,8 +317,8 @@ def test_g3_inspect_lists_everything_that_would_be_refused(tmp_path: Path, run: 
 def test_g3_inspect_tells_what_it_can_of_anything(tmp_path: Path, run: Run, here: HostProfile) -> None:
     path = tmp_path / 'superpoint.engine'
     path.write_bytes(b'no plan')
-    status, out, _ = run('inspect', path)
-    assert status == 0
+    status, out, errors = run('inspect', path)
+    assert status == 1 and 'is no TensorRT engine' in errors
     for field in ('file_name', 'plan_header', 'none of a TensorRT plan', '7 bytes'):
         assert field in out
     lone = publish_engine(tmp_path)

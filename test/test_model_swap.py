@@ -10,7 +10,7 @@ from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.decoding import Pixels
-from gps_denied_c7.errors import C7Error, ConfigError, EngineDeserializeError, InferenceError, ModelBundleError
+from gps_denied_c7.errors import C7Error, ConfigError, EngineDeserializeError, InferenceError
 from gps_denied_c7.hosts import SynchronousHost
 from gps_denied_c7.model_swap import ModelSwapper, SwapPhase
 from gps_denied_c7.pipeline import FramePipeline, InferenceThread
@@ -284,7 +284,7 @@ def test_what_has_to_be_read_fails_in_the_background_and_the_parameter_goes_back
         record = bench.outcome()
         assert (record['outcome'], record['model_path']) == ('failed', path) and reason in record['reason']
         assert len(bench.kept) == len(bench.swaps()) == number
-    assert {phase for phase in bench.phases()} == {SwapPhase.LOADING, SwapPhase.FAILED}
+    assert set(bench.phases()) == {SwapPhase.LOADING, SwapPhase.FAILED}
 
 
 def test_a_second_swap_is_refused_while_one_is_under_way(bench):

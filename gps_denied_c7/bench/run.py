@@ -37,6 +37,7 @@ from gps_denied_c7.bench.models import BenchModel, calibrated_model
 from gps_denied_c7.bench.plots import draw_plots
 from gps_denied_c7.bench.report import BenchReport
 from gps_denied_c7.bench.resources import cpu_seconds, memory_mb
+from gps_denied_c7.command_line import path_argument
 from gps_denied_c7.cpu_latency import CpuLatencyRequest
 from gps_denied_c7.demo.processes import Child, DemoError, child_environment, free_domain_id, free_ports
 from gps_denied_c7.errors import C7Error
@@ -542,7 +543,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help='how latency and throughput grow with image size, cameras and outputs, about ten minutes',
     )  # fmt: skip
     parser.add_argument(
-        '--output', type=Path, default=Path('bench_output'), metavar='DIR',
+        '--output', type=path_argument, default=Path('bench_output'), metavar='DIR',
         help='made where missing; replaces what an earlier run left there; default: %(default)s',
     )  # fmt: skip
     parser.add_argument(

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from gps_denied_c7.bundle import ONLY_GOLDEN, AllClose, Artefact, MatchedDistance, write_bundle
 from gps_denied_c7.bundle_files import write_atomically
+from gps_denied_c7.command_line import path_argument
 from gps_denied_c7.demo.terrain import paint_terrain
 from gps_denied_c7.errors import C7Error
 from gps_denied_c7.preprocessing import PreprocessingSpec, ResizeMode
@@ -319,7 +320,7 @@ def write_demo_bundle(directory: Path | str) -> Path:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog='c7_demo_network', description='Write the demo network as a model bundle.')
-    parser.add_argument('directory', type=Path)
+    parser.add_argument('directory', type=path_argument)
     options = parser.parse_args(arguments)
     try:
         print(write_demo_bundle(options.directory))

@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from gps_denied_c7.command_line import path_argument
 from gps_denied_c7.demo.flight import Camera, Flight, write_flight
 from gps_denied_c7.demo.network import HEIGHT, WIDTH, write_demo_bundle
 from gps_denied_c7.demo.picture import Detections, compose, read_frame
@@ -378,7 +379,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog='c7_demo', description='Fly, replay over DDS through the node, and account for every frame.'
     )
     parser.add_argument(
-        '--output', type=Path, default=defaults.output, metavar='DIR',
+        '--output', type=path_argument, default=defaults.output, metavar='DIR',
         help='made where missing; replaces what an earlier demo left there; default: %(default)s',
     )  # fmt: skip
     parser.add_argument(

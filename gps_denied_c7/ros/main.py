@@ -18,7 +18,7 @@ from rclpy.signals import SignalHandlerOptions
 from gps_denied_c7.ros.dds import apply_profile, sweep_segments, transport_warnings, tune_allocator
 from gps_denied_c7.ros.executor import PoolExecutor
 from gps_denied_c7.ros.log import forward_to, log_files_problem
-from gps_denied_c7.ros.node import C7InferenceNode
+from gps_denied_c7.ros.node import DEFAULT_NODE_NAME, C7InferenceNode
 from gps_denied_c7.ros.signals import on_first_signal
 from gps_denied_c7.text import plain
 from gps_denied_c7.thermal import ThermalSource
@@ -29,6 +29,28 @@ __all__ = ['main']
 _END_S = 3.0
 _GIVE_UP_S = 3.6
 _THREADS = 4
+
+_HELP = f"""usage: c7_inference_node [-h] [--ros-args ...]
+
+Answer camera images with the tensors of a neural network: a ROS 2 lifecycle node, /{DEFAULT_NODE_NAME}.
+
+  ros2 run gps_denied_c7 c7_inference_node --ros-args -p model_path:=/path/to/bundle -p autostart:=true
+  ros2 launch gps_denied_c7 c7_inference.launch.py
+
+model_path names a model bundle (c7_engine bundle makes one) or an .onnx file. Without autostart the node waits:
+  ros2 lifecycle set /{DEFAULT_NODE_NAME} configure
+  ros2 lifecycle set /{DEFAULT_NODE_NAME} activate
+
+options:
+  -h, --help    show this help and exit
+  --ros-args    what follows is for ROS 2: -p NAME:=VALUE, --params-file FILE, -r FROM:=TO, --log-level LEVEL
+
+parameters:
+  config/c7_inference.yaml, installed with the package, has all of them with their defaults, and the README explains
+  them. Of a running node: ros2 param list /{DEFAULT_NODE_NAME}, ros2 param describe /{DEFAULT_NODE_NAME} NAME
+
+It ends with SIGINT (Ctrl-C) or SIGTERM, and exits with 0; with 2 where the command line cannot be used.
+"""
 
 
 class _Stop:
@@ -65,9 +87,13 @@ def main(args: list[str] | None = None) -> int:
     rclpy's own handlers invalidate the context first, after which nothing can be published; so they
     are not installed. The executor spins in a thread of its own and the main thread waits for signals.
 
-    :return: the exit code 2 for a command line that cannot be used; after a signal the process ends with 0 in here.
+    :return: the exit code 0 after --help, 2 for a command line that cannot be used; after a signal the process ends
+        with 0 in here.
     """
     _open_standard_streams()
+    if _asks_for_help(sys.argv[1:] if args is None else args):
+        print(_HELP, end='')
+        return 0
     _wait_for_no_reader()
     # Nothing here multiplies matrices. OpenCV's copy of OpenBLAS would start a thread for each core and, where it may
     # not, send this process a SIGINT.
@@ -109,6 +135,11 @@ def main(args: list[str] | None = None) -> int:
     # Everything has been told and freed; the exit code must not depend on the order in which vendor
     # libraries run their static destructors.
     os._exit(0)
+
+
+def _asks_for_help(arguments: list[str]) -> bool:
+    own = arguments[: arguments.index('--ros-args')] if '--ros-args' in arguments else arguments
+    return bool({'-h', '--help'}.intersection(own))
 
 
 def _run(node: C7InferenceNode, thermal: ThermalSource, stop: _Stop, notices: tuple[str, ...]) -> bool:

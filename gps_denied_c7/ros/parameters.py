@@ -127,8 +127,9 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ),
     ParameterDeclaration(
         'model_path', Type.STRING, '',
-        'Model bundle (a directory with model.json) or a bare .onnx file. While active, another one is loaded and '
-        'proven beside the one that serves and then takes over; where it fails, the value goes back.', swapped=True,
+        'Model bundle (a directory with model.json) or a bare .onnx file; ~ is the home directory. While active, '
+        'another one is read, loaded and proven beside the one that serves and then takes over; where it fails, the '
+        'value goes back.', swapped=True,
     ),
     ParameterDeclaration(
         'output_tensors', Type.STRING_ARRAY, [''],
@@ -168,11 +169,13 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
         'some percent faster. An engine that is there already is taken, whatever its level.', limits=(0, 5),
     ),
     ParameterDeclaration(
-        'engine_cache_dir', Type.STRING, str(_DEFAULTS.engine_cache_dir), 'Directory of the engine files.',
+        'engine_cache_dir', Type.STRING, str(_DEFAULTS.engine_cache_dir),
+        'Directory of the engine files; ~ is the home directory.',
     ),
     ParameterDeclaration(
         'ort_trt_cache_dir', Type.STRING, str(_DEFAULTS.ort_trt_cache_dir),
-        'Directory where ONNX Runtime keeps the engines of its TensorRT provider.', constraints='Not empty.',
+        'Directory where ONNX Runtime keeps the engines of its TensorRT provider; ~ is the home directory.',
+        constraints='Not empty.',
     ),
     ParameterDeclaration(
         'gpu_memory_budget_bytes', Type.INTEGER, _DEFAULTS.gpu_memory_budget_bytes,
@@ -280,11 +283,13 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
         live=True, limits=(0.1, 1000.0),
     ),
     ParameterDeclaration(
-        'preprocess.width', Type.INTEGER, 0, 'Width of the network input, pixels; 0: from the model.',
+        'preprocess.width', Type.INTEGER, 0,
+        'Width of the network input, pixels; a bare .onnx that takes any size needs it; 0: from the model.',
         limits=(0, 16384),
     ),
     ParameterDeclaration(
-        'preprocess.height', Type.INTEGER, 0, 'Height of the network input, pixels; 0: from the model.',
+        'preprocess.height', Type.INTEGER, 0,
+        'Height of the network input, pixels; a bare .onnx that takes any size needs it; 0: from the model.',
         limits=(0, 16384),
     ),
     ParameterDeclaration(

@@ -29,11 +29,9 @@ from gps_denied_c7.runtime import BuildConfig, EngineCacheEntry, EngineFacts, En
 from gps_denied_c7.tensors import TensorSpec, check_finite, check_inputs, check_outputs, noise_inputs, probe_inputs
 from gps_denied_c7.thermal import ThermalState, ThermalStatePublisher, UnknownThermalState
 
-__all__ = ['BaseRuntime', 'LoadedEngine', 'own_input_shapes']
+__all__ = ['BaseRuntime', 'LoadedEngine', 'fix_shapes', 'own_input_shapes']
 
 EngineT = TypeVar('EngineT')
-
-_WARM_UP_REMEDY = 'Run the model outside of this package on noise in the range 0..1, and correct it.'
 
 _log = logging.getLogger(__name__)
 
@@ -242,7 +240,7 @@ class BaseRuntime(ABC, Generic[EngineT]):
             self._give_back(loaded.engine)
             raise EngineDeserializeError(
                 f'{entry.path} loaded, but its warm-up run failed: {error.message}',
-                remedy=_WARM_UP_REMEDY if entry.model.inputs or entry.model.image else f'{SIZE_REMEDY} {_WARM_UP_REMEDY}',
+                remedy='Run the model outside of this package on noise in the range 0..1, and correct it.',
             ) from (error.__cause__ or error)
         except Exception:
             self._give_back(loaded.engine)
@@ -265,7 +263,7 @@ class BaseRuntime(ABC, Generic[EngineT]):
         if surplus := {spec.name for spec in loaded.inputs} - set(own_inputs.values()):
             raise _contradiction('inputs', sorted(own_inputs.values()), f'also {sorted(surplus)}')
         finite = frozenset(own_outputs) - self._non_finite(entry)
-        return _Bound(loaded.engine, _fix_shapes(inputs), outputs, own_inputs, own_outputs, finite)
+        return _Bound(loaded.engine, fix_shapes(inputs), outputs, own_inputs, own_outputs, finite)
 
     def _wanted(self, entry: EngineCacheEntry, own_names: Collection[str]) -> dict[str, str]:
         """
@@ -446,7 +444,7 @@ def _contradiction(field: str, expected: object, found: object) -> EngineSchemaM
     )
 
 
-def _fix_shapes(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
+def fix_shapes(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
     """Fix every input axis: a free leading axis is the batch, which is 1; no size can be chosen for another one."""
     fixed = tuple(
         dataclasses.replace(spec, shape=(1, *spec.axes[1:])) if spec.axes[:1] == (None,) else spec for spec in specs
@@ -455,7 +453,7 @@ def _fix_shapes(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
         if None in spec.axes:
             raise EngineDeserializeError(
                 f'input {spec.name!r} has free axes: {spec.shape}.',
-                remedy='Fix them with c7_engine bundle --input-size, or export the model with fixed ones.',
+                remedy=f'{SIZE_REMEDY} Else make a bundle (c7_engine bundle), or export the model with fixed sizes.',
             )
     return fixed
 

@@ -33,7 +33,7 @@ from gps_denied_c7.ort_cache import (
     platform_name,
 )
 from gps_denied_c7.runtime import BuildProgress, EngineCacheEntry, EngineFacts, ProviderSet
-from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine, own_input_shapes
+from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine, fix_shapes, own_input_shapes
 from gps_denied_c7.runtimes.cuda import open_cuda, require_gpu
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.onnx_io import GpuIo, HostIo, TensorIo
@@ -438,6 +438,9 @@ class OnnxTrtEpRuntime(BaseRuntime[_Session]):
             # Known by now from ONNX Runtime 1.24 on; before that, the warm-up run will tell.
             provider = self._landed(engine, notes)
             engine.inputs = _specs(engine.session.get_inputs())
+            if not entry.model.inputs:
+                # Before shapes are computed from a guess.
+                fix_shapes(engine.inputs)
             wanted = self._wanted(entry, [argument.name for argument in engine.session.get_outputs()])
             given = own_input_shapes(entry, self.label)
             engine.random = model is not None and bool(model.random)

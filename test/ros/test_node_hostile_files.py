@@ -86,12 +86,14 @@ def test_n10_a_model_on_a_mount_that_does_not_answer_holds_up_nothing(demo_bundl
 
 
 def test_n8_a_signal_ends_a_node_whose_model_does_not_come(tmp_path):
-    with stalled_mount(tmp_path / 'nfs') as mount:
-        with running_node({'model_path': str(mount / 'net')}) as (process, peer):
-            peer.ask_change_state('configure')
-            process.signal(signal.SIGTERM)
-            assert process.wait() == 0
-            assert peer.wait_record('c7.session_ended')['lifecycle_state'] == 'configuring'
+    with (
+        stalled_mount(tmp_path / 'nfs') as mount,
+        running_node({'model_path': str(mount / 'net')}) as (process, peer),
+    ):
+        peer.ask_change_state('configure')
+        process.signal(signal.SIGTERM)
+        assert process.wait() == 0
+        assert peer.wait_record('c7.session_ended')['lifecycle_state'] == 'configuring'
 
 
 def bomb(names: list[str]) -> bytes:
@@ -122,9 +124,9 @@ def test_m1_a_golden_file_of_gigabytes_does_not_kill_the_node(demo_bundle, tmp_p
         (root / 'model.json').write_text(json.dumps(described))
     with running_node({'model_path': str(root), 'cpu_threads': 1}) as (process, peer):
         assert not peer.change_state('configure')
+        assert peak_bytes(process) < 400 * MIB
         message = peer.message('Runtime')
         size = str(2 << 30) if kind == 'sparse' else f'unpacks to {640 * MIB + 128}'
         assert str(file) in message and f'{size} bytes' in message and 'more than' in message
-        assert peak_bytes(process) < 400 * MIB
         assert peer.set_parameter('model_path', demo_bundle).successful
         assert peer.change_state('configure')

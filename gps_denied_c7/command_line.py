@@ -1,0 +1,29 @@
+"""What the command lines of this package have in common."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from gps_denied_c7.bundle_files import expand_home
+from gps_denied_c7.errors import ModelBundleError
+
+__all__ = ['one_line', 'path_argument']
+
+
+def path_argument(text: str) -> Path:
+    """Return the path that an argument names, ``~`` being the home directory; for argparse's ``type``."""
+    if not text:
+        raise argparse.ArgumentTypeError('a path is empty')
+    try:
+        return expand_home(text)
+    except ModelBundleError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def one_line(text: object) -> str:
+    """Return text that a path may be part of, fit for one line of a terminal."""
+    return ''.join(
+        character if character.isprintable() else character.encode('unicode_escape').decode('ascii')
+        for character in str(text)
+    )
