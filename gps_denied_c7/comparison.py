@@ -26,7 +26,7 @@ __all__ = [
 # Values compared at a time: as float64 with their errors they take some MB, whatever the size of an output.
 _BLOCK = 1 << 18
 # Coordinates of pairs of points looked at, some seconds: of more points, every second, third … one is.
-_PAIRS = 1 << 30
+_PAIRS = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,8 @@ class MatchedDistance:
     The last axis holds a point's coordinates, all other axes number the points. A point is matched
     when the nearest point of the other side is within ``max_distance`` (Euclidean). The share of
     matched points, taken on each side by itself, must reach ``min_fraction`` on both: extra and
-    missing points count alike. Two empty sides agree. A non-finite coordinate agrees with the same one where
+    missing points count alike; of thousands of points with many coordinates, each second, third … one is looked for.
+    Two empty sides agree. A non-finite coordinate agrees with the same one where
     non-finite values are allowed, else its point matches nothing.
     """
 

@@ -147,13 +147,13 @@ def _refuse_foreign(path: Path) -> None:
         begin = file.read(_HEADER_BYTES)
     if path.suffix == '.engine' or plan_version(begin) is not None or os.path.lexists(manifest_path(path)):
         return
-    kind = next((kind for magic, kind in _KINDS.items() if begin.startswith(magic)), 'of no kind that is known here')
+    kind = next((kind for magic, kind in _KINDS.items() if begin.startswith(magic)), '')
     if not begin:
         kind = 'empty'
     elif path.suffix == '.onnx':
         kind = 'called an ONNX model'
-    elif begin.isascii() and begin.strip(b'\0'):
-        kind = 'text'
+    elif not kind:
+        kind = 'text' if begin.decode(errors='replace').replace('\n', ' ').isprintable() else 'of another kind'
     raise ModelBundleError(
         f'{path} is no TensorRT engine; it is {kind}.',
         remedy='Name an .engine file; c7_engine verify looks at models and bundles.',
