@@ -182,8 +182,12 @@ class BundleFile:
         """
         Read the whole file and check its digest (about 1 s per GB).
 
-        :raises ModelBundleError: the file is missing, unreadable or not the one the bundle names.
+        :raises ModelBundleError: the file is missing, unreadable, too large, or not the one the bundle names.
         """
+        if (size := file_size(self.path)) > _LIMIT_BYTES:
+            raise ModelBundleError(
+                f'{self.path}: has {size} bytes, more than {_LIMIT_BYTES}.', remedy='Copy the bundle again.'
+            )
         _check_digest(self.path, self.sha256, file_sha256(self.path))
 
     def read_verified(self, *, limit: int = _LIMIT_BYTES) -> bytes:

@@ -69,8 +69,9 @@ def onnx_digests(path: Path) -> tuple[str, dict[str, str]]:
     if (size := file_size(path)) > _GRAPH_LIMIT_BYTES:
         raise ModelBundleError(
             f'{path}: has {size} bytes beside its weights in other files, more than {_GRAPH_LIMIT_BYTES}.',
-            remedy='Export it again with all weights in other files, or with all inside.',
+            remedy='Make a bundle of it (c7_engine bundle), or export it with all weights in other files.',
         )
+    require_memory(path, size, copies=3, remedy='Free some, or make a bundle of it (c7_engine bundle).')
     content = read_file(path, limit=_GRAPH_LIMIT_BYTES)
     try:
         import onnx
