@@ -75,8 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         level=logging.INFO if options.verbose else logging.WARNING, format='c7_engine: %(message)s', stream=sys.stderr
     )
     try:
-        with _ended_in_order():
-            status: int = options.run(options)
+        status: int = options.run(options)
         sys.stdout.flush()
         return status
     except C7Error as error:
@@ -95,7 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _ended_in_order() -> Iterator[None]:
-    """Have SIGTERM and SIGHUP end a command as Ctrl-C does, so that it removes what is unfinished."""
+    """
+    Have SIGTERM and SIGHUP end a command as Ctrl-C does, so that it removes what is unfinished.
+
+    Not for a build: they end it at once, in the middle of a vendor's library, and it leaves nothing that is loaded.
+    """
 
     def interrupt(number: int, frame: object) -> None:
         raise KeyboardInterrupt
@@ -336,24 +339,25 @@ def _bundle(options: argparse.Namespace) -> int:
         'letterbox_anchor': options.letterbox_anchor,
         'letterbox_scaling': options.letterbox_scaling,
     }
-    result = make_bundle(
-        BundleRequest(
-            model=options.model,
-            output=options.output,
-            name=options.name,
-            image_size=(sizes[-1][0], sizes[-1][1]) if sizes else None,
-            shapes=named,
-            precision=options.precision,
-            rules=options.rule,
-            golden_input=options.golden_input,
-            golden_images=options.golden_image,
-            allow_non_finite=options.allow_non_finite,
-            force=options.force,
-            preprocessing={name: value for name, value in given.items() if value is not None},
-            seed=options.seed,
-        ),
-        accept=_serve,
-    )
+    with _ended_in_order():
+        result = make_bundle(
+            BundleRequest(
+                model=options.model,
+                output=options.output,
+                name=options.name,
+                image_size=(sizes[-1][0], sizes[-1][1]) if sizes else None,
+                shapes=named,
+                precision=options.precision,
+                rules=options.rule,
+                golden_input=options.golden_input,
+                golden_images=options.golden_image,
+                allow_non_finite=options.allow_non_finite,
+                force=options.force,
+                preprocessing={name: value for name, value in given.items() if value is not None},
+                seed=options.seed,
+            ),
+            accept=_serve,
+        )
     bundle = result.bundle
     if options.json:
         _print_json(path=str(options.output), notes=list(result.notes), model=bundle.to_json())
