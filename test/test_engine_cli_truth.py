@@ -144,17 +144,16 @@ def test_g3_verify_run_prints_what_session_run_answers(tmp_path: Path, run: Run)
     request = {'image': (pixels.astype(np.float32) / 255).transpose(2, 0, 1)[None]}
     expected = ort.InferenceSession(model.read_bytes(), providers=['CPUExecutionProvider']).run(None, request)[0]
     assert run('bundle', model, '--output', tmp_path / 'b')[0] == 0
-    for path in (tmp_path / 'b', model):
-        status, out, _ = run('verify', path, '--json', '--run', picture)
-        assert status == 0
-        told = json.loads(out)['verdicts'][-1]['run']
-        assert (told['picture_width'], told['picture_height']) == (32, 24)
-        (output,) = told['outputs']
-        assert (output['name'], output['dtype'], output['shape']) == ('features', 'float32', [1, 4, 24, 32])
-        for name in ('min', 'mean', 'max'):
-            assert output[name] == pytest.approx(float(getattr(expected, name)()), abs=1e-4)
-        np.testing.assert_allclose(output['first'], expected.ravel()[:8], atol=1e-4)
-        assert output['not_finite'] == 0
+    status, out, _ = run('verify', tmp_path / 'b', '--json', '--run', picture)
+    assert status == 0
+    told = json.loads(out)['verdicts'][-1]['run']
+    assert (told['picture_width'], told['picture_height']) == (32, 24)
+    (output,) = told['outputs']
+    assert (output['name'], output['dtype'], output['shape']) == ('features', 'float32', [1, 4, 24, 32])
+    for name in ('min', 'mean', 'max'):
+        assert output[name] == pytest.approx(float(getattr(expected, name)()), abs=1e-4)
+    np.testing.assert_allclose(output['first'], expected.ravel()[:8], atol=1e-4)
+    assert output['not_finite'] == 0
     out = run('verify', '--run', model)[1]
     assert 'features float32 1x4x24x32: min ' in out, 'noise, where no picture is given'
 
