@@ -14,11 +14,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import rclpy
 from builtin_interfaces.msg import Time
 from rclpy.duration import Duration
+from rclpy.exceptions import InvalidTopicNameException
 from rclpy.node import Node
 from rclpy.publisher import Publisher
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
@@ -26,10 +27,11 @@ from rclpy.signals import SignalHandlerOptions
 from rosgraph_msgs.msg import Clock
 
 from gps_denied_c7.ros.bag import Bag, BagError, BagTopic
+from gps_denied_c7.ros.bag.storage import count_text, time_text
 from gps_denied_c7.ros.dds import apply_profile, transport_warnings, tune_allocator
 from gps_denied_c7.ros.signals import on_first_signal
 
-__all__ = ['ReplayOptions', 'ReplayReport', 'Replayer', 'TopicReport', 'main']
+__all__ = ['Gap', 'ReplayOptions', 'ReplayReport', 'Replayer', 'TopicReport', 'main']
 
 CLOCK_TOPIC = '/clock'
 _DEFAULT_CLOCK_HZ = 40.0
@@ -39,6 +41,10 @@ _POLL_S = 0.02
 _QUIET_S = 1.0
 _SETTLE_S = 0.5
 _ACK_S = 5.0
+_DEFAULT_MAX_GAP_S = 10.0
+_GAPS_TOLD = 20
+_LONGEST_WAIT_S = 3600.0
+_MAX_DEPTH = 5000
 
 _logger = logging.getLogger('c7_replay')
 
@@ -55,6 +61,7 @@ class ReplayOptions:
     :param clock_hz: publish the bag's time on ``/clock`` this often, 0 for not at all.
     :param wait_matched_s: seconds to wait for subscribers before the first message.
     :param require_matched: give up where they don't come, instead of playing anyway.
+    :param max_gap_s: a longer silence between two messages, in bag time, is cut down to this.
     """
 
     rate: float = 1.0
@@ -64,6 +71,7 @@ class ReplayOptions:
     clock_hz: float = 0.0
     wait_matched_s: float = _DEFAULT_WAIT_S
     require_matched: bool = False
+    max_gap_s: float = _DEFAULT_MAX_GAP_S
 
 
 @dataclass(slots=True)
@@ -72,8 +80,11 @@ class TopicReport:
     Count what went out on one topic.
 
     :param topic: the name published on.
-    :param recorded: messages of it in the bag.
+    :param recorded: messages of it in the bag, as the storage files tell.
     :param matched: subscriptions when the first message was due.
+    :param first_matched_s: when the first subscription was seen, in seconds after the first message of the bag was
+        due; None where there was none until the end.
+    :param sent_unmatched: messages that went out while there was no subscription.
     :param bytes: of CDR, all messages together.
     :param span_s: from the first to the last message sent, steady clock.
     :param acknowledged: every reliable subscriber acknowledged everything; True where there is none.
@@ -84,7 +95,9 @@ class TopicReport:
     recorded: int
     reliable: bool
     matched: int = 0
+    first_matched_s: float | None = None
     sent: int = 0
+    sent_unmatched: int = 0
     bytes: int = 0
     span_s: float = 0.0
     acknowledged: bool = True
@@ -94,30 +107,74 @@ class TopicReport:
         """Messages per second that were really sent."""
         return (self.sent - 1) / self.span_s if self.sent > 1 and self.span_s > 0 else 0.0
 
+    def subscribers(self) -> str:
+        """Say what subscribers could not receive, '' where they were there all the time."""
+        if self.first_matched_s is None:
+            return ', nobody subscribed'
+        if not self.sent_unmatched:
+            return ''
+        if self.matched:
+            return f', {self.sent_unmatched} of them while there was no subscriber'
+        since = f'the first subscriber came {self.first_matched_s:.2f} s after the start'
+        return f', {self.sent_unmatched} of them without a subscriber: {since}'
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """
+    Tell of a silence in the bag that was cut short.
+
+    :param after_ns: bag time of the last message before it.
+    :param recorded_s: its length in the bag.
+    :param played_s: what was played of it, in bag time.
+    """
+
+    after_ns: int
+    recorded_s: float
+    played_s: float
+
+    def __str__(self) -> str:
+        before, after = time_text(self.after_ns), time_text(self.after_ns + round(self.recorded_s * 1e9))
+        return f'no message for {_duration(self.recorded_s)}, from {before} to {after}: cut down to {self.played_s:g} s'
+
 
 @dataclass(slots=True)
 class ReplayReport:
     """
     Tell what a replay did.
 
-    :param skipped: topic → why it was left out.
+    :param skipped: topic → why it, or a part of it, was left out.
+    :param missing: sentences, one for each part of what was asked for that was not in the bag or could not be sent.
+    :param notes: sentences about what is odd in the bag and lost nothing.
+    :param gaps: the first silences that were cut short, ``gap_count`` in all.
     :param loops: passes through the bag that were completed.
     :param latest_s: how far behind its time the latest message went out.
     :param interrupted: name of the signal that ended it early, '' where none did.
+    :param error: why nothing was played, '' where something was.
     """
 
     bag: str
     rate: float
     topics: list[TopicReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    gaps: list[Gap] = field(default_factory=list)
+    gap_count: int = 0
     loops: int = 0
     latest_s: float = 0.0
     interrupted: str = ''
+    error: str = ''
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything that was asked for was in the bag and was sent, once at least."""
+        return bool(self.loops) and not self.missing and not self.error
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as the object that ``--json`` writes."""
         topics = [{**asdict(topic), 'rate_hz': round(topic.rate_hz, 3)} for topic in self.topics]
-        return {**asdict(self), 'topics': topics}
+        return {**asdict(self), 'topics': topics, 'complete': self.complete}
 
     def lines(self) -> list[str]:
         """Return the report as text."""
@@ -127,10 +184,12 @@ class ReplayReport:
             text += f' x {self.loops}' if self.loops > 1 else ''
             text += f', {topic.bytes / 1e6:.1f} MB in {topic.span_s:.2f} s'
             text += f' = {topic.rate_hz:.2f} Hz' if topic.rate_hz else ''
-            text += '' if topic.matched else ', nobody subscribed'
+            text += topic.subscribers()
             text += '' if topic.acknowledged else ', not acknowledged by all'
             lines.append(text)
         lines += [f'{name}: skipped, {reason}' for name, reason in self.skipped.items()]
+        lines += [f'missing: {sentence}' for sentence in self.missing]
+        lines += [f'{self.gap_count} gaps were cut down, see --max-gap'] if self.gap_count else []
         lines.append(f'latest message {self.latest_s * 1e3:.1f} ms behind its time')
         return lines
 
@@ -141,16 +200,80 @@ class _Outlet:
     def __init__(self, publisher: Publisher, report: TopicReport) -> None:
         self.publisher = publisher
         self.report = report
+        self.refused: dict[str, int] = {}
         self._first_ns: int | None = None
 
-    def send(self, data: bytes) -> None:
-        self.publisher.publish(data)
+    def send(self, data: bytes, since_start_s: float) -> None:
+        """Publish one message; one that the middleware refuses is counted and costs itself alone."""
+        unmatched = not self.look(since_start_s)
+        try:
+            self.publisher.publish(data)
+        except Exception as error:
+            # rclpy, rmw and DDS each have errors of their own for a message that is too large or malformed.
+            why = str(error) or type(error).__name__
+            self.refused[why] = self.refused.get(why, 0) + 1
+            return
         now_ns = time.monotonic_ns()
         if self._first_ns is None:
             self._first_ns = now_ns
         self.report.sent += 1
+        self.report.sent_unmatched += unmatched
         self.report.bytes += len(data)
         self.report.span_s = (now_ns - self._first_ns) / 1e9
+
+    def look(self, since_start_s: float) -> int:
+        """Return how many subscriptions there are now, and note when the first one was seen."""
+        count = self.publisher.get_subscription_count()
+        if count and self.report.first_matched_s is None:
+            self.report.first_matched_s = max(0.0, since_start_s)
+        return count
+
+
+class _Pace:
+    """
+    Map bag time onto the steady clock; a silence longer than ``max_gap_s`` of bag time is cut down to that.
+
+    :ivar start_ns: steady time of the first message, 0 before it.
+    :ivar due_ns: steady time of the message that :meth:`advance` was called for.
+    """
+
+    def __init__(self, rate: float, max_gap_s: float) -> None:
+        self.start_ns = self.due_ns = 0
+        self._rate = rate
+        self._max_gap_s = max_gap_s
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin another pass with the next message."""
+        self._latest_ns: int | None = None
+        self._anchor = self._after_gap = (0, 0)
+
+    def advance(self, time_ns: int) -> Gap | None:
+        """Set ``due_ns`` for a message of this bag time; return the silence before it if it is cut down."""
+        gap = None
+        if self._latest_ns is None:
+            self.start_ns = self.due_ns = time.monotonic_ns()
+            self._anchor = self._after_gap = (self.start_ns, time_ns)
+        elif (time_ns - self._latest_ns) / 1e9 > self._max_gap_s:
+            gap = Gap(self._latest_ns, (time_ns - self._latest_ns) / 1e9, self._max_gap_s)
+            self.due_ns = self._due(self._latest_ns) + round(self._max_gap_s * 1e9 / self._rate)
+            self._after_gap = (self.due_ns, time_ns)
+        else:
+            self.due_ns = self._due(time_ns)
+        self._latest_ns = time_ns if self._latest_ns is None else max(self._latest_ns, time_ns)
+        return gap
+
+    def arrive(self) -> bool:
+        """Let bag time jump to the message due now, if a silence before it was cut down; tell whether it did."""
+        jumped, self._anchor = self._anchor != self._after_gap, self._after_gap
+        return jumped
+
+    def bag_ns(self, now_ns: int) -> int:
+        """Return the bag time at this steady time."""
+        return self._anchor[1] + round((now_ns - self._anchor[0]) * self._rate)
+
+    def _due(self, time_ns: int) -> int:
+        return self._anchor[0] + round((time_ns - self._anchor[1]) / self._rate)
 
 
 class Replayer:
@@ -160,38 +283,49 @@ class Replayer:
     Nothing is spun: a publisher needs no executor, and the calling thread keeps the pace.
 
     :param stop: ends the replay as soon as it is set.
+    :param report: filled in as the replay goes.
     :raises BagError: nothing in the bag can be played as asked.
     """
 
-    def __init__(self, node: Node, bag: Bag, options: ReplayOptions, stop: threading.Event) -> None:
+    def __init__(
+        self, node: Node, bag: Bag, options: ReplayOptions, stop: threading.Event, report: ReplayReport
+    ) -> None:
         self._bag = bag
         self._options = options
         self._stop = stop
         self._node = node
-        self.report = ReplayReport(str(bag.path), options.rate)
+        self.report = report
+        report.notes, report.missing = bag.notes, bag.missing
         self._outlets = self._open(node)
         self._clock = node.create_publisher(Clock, CLOCK_TOPIC, _DEFAULT_DEPTH) if options.clock_hz else None
+        self._clock_can_tell = True
         self._next_clock_ns = 0
+        self._pace = _Pace(options.rate, options.max_gap_s)
 
     # -- what is played
 
     def _open(self, node: Node) -> dict[str, _Outlet]:
         topics, options = self._bag.topics, self._options
-        if unknown := [name for name in (*options.topics, *options.remap) if name not in topics]:
-            raise BagError(f'{self._bag.path} has no {", ".join(unknown)}.', remedy=f'It has {", ".join(topics)}.')
+        known = {**self._bag.left_out, **topics}
+        if unknown := [name for name in (*options.topics, *options.remap) if name not in known]:
+            raise BagError(f'{self._bag.path} has no {", ".join(unknown)}.', remedy=f'It has {", ".join(known)}.')
+        wanted = [name for name in known if not options.topics or name in options.topics]
+        for name in wanted:
+            if name in self._bag.left_out:
+                self._skip(name, self._bag.left_out[name])
         outlets = {}
-        for name, topic in topics.items():
-            if (options.topics and name not in options.topics) or not topic.count:
-                continue
-            if name == CLOCK_TOPIC and options.clock_hz:
+        for name in wanted:
+            topic = topics.get(name)
+            if topic is None or not topic.count:
+                if name in options.topics and name not in self.report.skipped:
+                    self._skip(name, 'the bag holds no message of it.')
+            elif name == CLOCK_TOPIC and options.clock_hz:
                 self.report.skipped[name] = 'since --clock publishes it'
-                continue
-            try:
-                message_type = _message_type(topic.msgtype)
-                outlets[name] = self._outlet(node, topic, message_type)
-            except BagError as error:
-                self.report.skipped[name] = str(error)
-                _logger.warning('%s is skipped: %s', name, error)
+            else:
+                try:
+                    outlets[name] = self._outlet(node, topic, _message_type(topic.msgtype))
+                except BagError as error:
+                    self._skip(name, str(error))
         if not outlets:
             raise BagError(
                 f'{self._bag.path}: nothing is left to play.',
@@ -199,15 +333,26 @@ class Replayer:
             )
         return outlets
 
+    def _skip(self, name: str, why: str) -> None:
+        self.report.skipped[name] = why
+        _logger.warning('%s is skipped: %s', name, why)
+        if name in self._options.topics:
+            self.report.missing.append(f'{name}, which was asked for: {why}')
+
     def _outlet(self, node: Node, topic: BagTopic, message_type: Any) -> _Outlet:
         qos = QoSProfile(
-            depth=topic.qos.depth or _DEFAULT_DEPTH,
+            depth=min(topic.qos.depth, max(topic.count, _DEFAULT_DEPTH), _MAX_DEPTH) or _DEFAULT_DEPTH,
             reliability=ReliabilityPolicy.RELIABLE if topic.qos.reliable else ReliabilityPolicy.BEST_EFFORT,
             durability=DurabilityPolicy.TRANSIENT_LOCAL if topic.qos.transient_local else DurabilityPolicy.VOLATILE,
         )
         name = self._options.remap.get(topic.name, topic.name)
         try:
             publisher = node.create_publisher(message_type, name, qos)
+        except InvalidTopicNameException as error:
+            raise BagError(
+                f'{name} is no name that ROS allows: {" ".join(str(error).split())}.',
+                remedy=f'Name another one: --remap {topic.name}:=/other.',
+            ) from error
         except Exception as error:
             # A message package without its compiled type support fails only here, with errors of many types.
             raise BagError(
@@ -243,6 +388,7 @@ class Replayer:
             self._stop.wait(_POLL_S)
         for outlet, count in zip(self._outlets.values(), counts, strict=True):
             outlet.report.matched = count
+            outlet.look(0.0)
         missing = [outlet.report.topic for outlet in self._outlets.values() if not outlet.report.matched]
         if missing and (named or not any(counts)) and not self._stop.is_set():
             self._nobody(missing)
@@ -264,7 +410,6 @@ class Replayer:
         Send every message when its time has come, on the steady clock; over and over where the options loop.
 
         :param on_sent: called after each message.
-        :raises BagError: the bag is damaged or incomplete; what came before was sent.
         """
         while not self._stop.is_set():
             self._play_once(on_sent)
@@ -272,54 +417,79 @@ class Replayer:
                 return
             self.report.loops += 1
             if self.report.loops == 1:
-                self._check_complete()
-            if not self._options.loop:
+                self._note_missing()
+            if not self._options.loop or not any(outlet.report.sent for outlet in self._outlets.values()):
                 return
 
-    def _check_complete(self) -> None:
-        short = [
-            f'{name} has {outlet.report.sent} of {outlet.report.recorded}'
-            for name, outlet in self._outlets.items()
-            if outlet.report.sent != outlet.report.recorded
-        ]
-        if short:
-            raise BagError(
-                f'{self._bag.path} holds other messages than its metadata says: {", ".join(short)}.',
-                remedy='Run ros2 bag reindex on it, or name its storage file instead of the directory.',
-            )
+    def _note_missing(self) -> None:
+        """Compare what was sent in one whole pass with what was recorded."""
+        named = set(self.report.missing)
+        self.report.missing += [sentence for sentence in self._bag.missing if sentence not in named]
+        for name, outlet in self._outlets.items():
+            report = outlet.report
+            for why, count in outlet.refused.items():
+                self.report.missing.append(f'{count_text({name: count})} could not be published: {why}.')
+            report.recorded = max(report.recorded, report.sent)
+            if report.sent < report.recorded:
+                self.report.missing.append(f'{name}: {report.recorded - report.sent} of {report.recorded} messages.')
 
     def _play_once(self, on_sent: Callable[[], object]) -> None:
-        start_ns = first_ns = None
+        pace = self._pace
+        pace.restart()
+        self._next_clock_ns = 0
         for name, time_ns, data in self._bag.messages(self._outlets):
-            if start_ns is None or first_ns is None:
-                start_ns, first_ns = time.monotonic_ns(), time_ns
-                self._next_clock_ns = start_ns
-            due_ns = start_ns + round((time_ns - first_ns) / self._options.rate)
-            if not self._sleep_until(due_ns, start_ns, first_ns):
+            if (gap := pace.advance(time_ns)) is not None:
+                self._note_gap(gap)
+            if not self._sleep_until(pace.due_ns):
                 return
-            late_ns = time.monotonic_ns() - due_ns
-            self.report.latest_s = max(self.report.latest_s, late_ns / 1e9)
-            self._outlets[name].send(data)
+            if pace.arrive():
+                # What comes after the gap must not arrive at a clock that stands before it.
+                self._publish_clock(time.monotonic_ns())
+            now_ns = time.monotonic_ns()
+            self.report.latest_s = max(self.report.latest_s, (now_ns - pace.due_ns) / 1e9)
+            self._outlets[name].send(data, (now_ns - pace.start_ns) / 1e9)
             on_sent()
 
-    def _sleep_until(self, due_ns: int, start_ns: int, first_ns: int) -> bool:
+    def _note_gap(self, gap: Gap) -> None:
+        if self.report.loops:
+            return
+        self.report.gap_count += 1
+        if self.report.gap_count <= _GAPS_TOLD:
+            self.report.gaps.append(gap)
+            _logger.warning('%s (--max-gap)', gap)
+
+    def _publish_clock(self, now_ns: int) -> None:
+        """Publish the bag's time, if asked to; a time that its 32 bits of seconds cannot hold is not published."""
+        if self._clock is None:
+            return
+        seconds, nanoseconds = divmod(self._pace.bag_ns(now_ns), 10**9)
+        if -(2**31) <= seconds < 2**31:
+            self._clock.publish(Clock(clock=Time(sec=seconds, nanosec=nanoseconds)))
+        elif self._clock_can_tell:
+            self._clock_can_tell = False
+            self.report.notes.append(f'{CLOCK_TOPIC} cannot hold times like {seconds} s, and was not published then.')
+            _logger.warning('%s', self.report.notes[-1])
+        self._next_clock_ns = now_ns + round(1e9 / self._options.clock_hz)
+
+    def _sleep_until(self, due_ns: int) -> bool:
         """Wait for ``due_ns`` while keeping ``/clock`` going; False where the replay was stopped."""
         while not self._stop.is_set():
             now_ns = time.monotonic_ns()
-            if self._clock is not None and now_ns >= self._next_clock_ns:
-                bag_ns = first_ns + round((now_ns - start_ns) * self._options.rate)
-                self._clock.publish(Clock(clock=Time(sec=bag_ns // 10**9, nanosec=bag_ns % 10**9)))
-                self._next_clock_ns = now_ns + round(1e9 / self._options.clock_hz)
+            if now_ns >= self._next_clock_ns:
+                self._publish_clock(now_ns)
             if now_ns >= due_ns:
                 return True
             until_ns = due_ns if self._clock is None else min(due_ns, self._next_clock_ns)
-            self._stop.wait(max(0, until_ns - now_ns) / 1e9)
+            self._stop.wait(min(_LONGEST_WAIT_S, max(0, until_ns - now_ns) / 1e9))
         return False
 
     def finish(self) -> None:
         """Wait until reliable subscribers have everything, and best-effort ones had time to read the last message."""
         timeout = Duration(seconds=_ACK_S)
+        begun_ns = self._pace.start_ns or time.monotonic_ns()
+        since_start_s = (time.monotonic_ns() - begun_ns) / 1e9
         for outlet in self._outlets.values():
+            outlet.look(since_start_s)
             if outlet.report.reliable and outlet.report.sent:
                 outlet.report.acknowledged = outlet.publisher.wait_for_all_acked(timeout)
         # The last messages lie in this process's shared memory, which goes with it.
@@ -327,12 +497,14 @@ class Replayer:
 
 
 def _message_type(name: str) -> Any:
-    """Return the Python class of a message type such as ``sensor_msgs/msg/Image``."""
-    package, _, rest = name.partition('/')
-    kind, _, message = rest.rpartition('/')
+    """Return the Python class of a message type such as ``sensor_msgs/msg/Image`` or ``std_srvs/srv/Empty_Event``."""
+    package, kind, message = name.split('/')
     try:
-        return getattr(importlib.import_module(f'{package}.{kind or "msg"}'), message)
-    except (ImportError, AttributeError, ValueError) as error:
+        found = getattr(importlib.import_module(f'{package}.{kind}'), message.partition('_')[0])
+        # The messages that a service or an action consists of are beside it in its module.
+        return getattr(sys.modules[found.__module__], message) if '_' in message else found
+    except Exception as error:
+        # Importing a package may fail in any way, as with one that was built for another Python.
         debian = f'ros-{os.environ.get("ROS_DISTRO", "$ROS_DISTRO")}-{package.replace("_", "-")}'
         raise BagError(
             f'{name} is not installed.', remedy=f'sudo apt-get install {debian}, or source the workspace that has it.'
@@ -344,12 +516,36 @@ def _warn_of_another_definition(node: Node, name: str, topic: BagTopic) -> None:
     for info in node.get_publishers_info_by_topic(name):
         # Humble's endpoint info has no type hash.
         if info.node_name == node.get_name() and (installed := getattr(info, 'topic_type_hash', None)):
-            if topic.type_hash and str(installed) != topic.type_hash:
+            for recorded in (topic.type_hashes or _hashes_of(topic)) - {str(installed)}:
                 _logger.warning(
                     '%s: %s was recorded with another definition (%s) than is installed (%s); values may be wrong',
-                    name, topic.msgtype, topic.type_hash, installed,
+                    name, topic.msgtype, recorded, installed,
                 )  # fmt: skip
             return
+
+
+def _hashes_of(topic: BagTopic) -> frozenset[str]:
+    """Compute the type hash from the definition's text, which is older than the hash; none where that fails."""
+    from rosbags.typesys import Stores, get_types_from_msg, get_typestore
+
+    if not topic.definition:
+        return frozenset()
+    store = get_typestore(Stores.EMPTY)
+    try:
+        store.register(get_types_from_msg(topic.definition, topic.msgtype))
+        return frozenset([store.hash_rihs01(topic.msgtype)])
+    except Exception as error:
+        # rosbags' parser has no error of its own for each kind of text that is no definition.
+        _logger.info('%s: the definition of %s in the bag cannot be read: %s', topic.name, topic.msgtype, error)
+        return frozenset()
+
+
+def _duration(seconds: float) -> str:
+    """Return a length of time in the unit that suits it."""
+    for name, length in (('years', 365.25 * 86400), ('days', 86400), ('hours', 3600), ('minutes', 60)):
+        if seconds >= 2 * length:
+            return f'{seconds / length:.1f} {name}'
+    return f'{seconds:.1f} s'
 
 
 class _Signals:
@@ -369,8 +565,9 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     Run ``c7_replay``.
 
-    :return: 0 when all was sent, or a loop was ended by a signal; 1 for a bag that cannot be played, 2 for a command
-        line that cannot be used, 128 + signal number when interrupted before the end.
+    :return: 0 when everything that was asked for was in the bag and was sent, or a loop over it was ended by a signal;
+        1 when the bag cannot be played, something in it is missing, or the report cannot be written; 2 for a command
+        line that cannot be used; 128 + signal number when interrupted before the end.
     """
     own, ros = _split_arguments(sys.argv[1:] if args is None else args)
     parsed = _parser().parse_args(own)
@@ -383,52 +580,72 @@ def main(args: Sequence[str] | None = None) -> int:
         clock_hz=parsed.clock or 0.0,
         wait_matched_s=_DEFAULT_WAIT_S if parsed.wait_matched is None else parsed.wait_matched,
         require_matched=bool(parsed.wait_matched),
+        max_gap_s=parsed.max_gap,
     )
     signals = _Signals()
+    report = ReplayReport(str(parsed.bag), options.rate)
+    try:
+        # Before hours of replay, and so that no older report stays where this one cannot be written.
+        written = parsed.json.open('w', encoding='utf-8') if parsed.json else None
+    except OSError as error:
+        _logger.error('%s cannot be written: %s. Name another file with --json.', parsed.json, error)
+        return 1
     _logger.info(apply_profile(os.environ).reason)
     tune_allocator()
     try:
         with Bag(parsed.bag) as bag:
             rclpy.init(args=ros, signal_handler_options=SignalHandlerOptions.NO)
             try:
-                report = _run(bag, options, signals, show_progress=parsed.progress, json_path=parsed.json)
+                _run(bag, options, signals, report, show_progress=parsed.progress)
             finally:
                 rclpy.try_shutdown()
     except BagError as error:
+        report.error = str(error)
         _logger.error('%s', error)
+    report.interrupted = signals.received.name if signals.received else ''
+    saved = _save(report, written)
+    if report.error:
         return 1
     if signals.received is not None and not (options.loop and report.loops):
         return 128 + signals.received
-    return 0
+    return 0 if saved and report.complete else 1
 
 
 def _run(
-    bag: Bag, options: ReplayOptions, signals: _Signals, *, show_progress: bool | None, json_path: Path | None
-) -> ReplayReport:
+    bag: Bag, options: ReplayOptions, signals: _Signals, report: ReplayReport, *, show_progress: bool | None
+) -> None:
     from tqdm import tqdm
 
     node = rclpy.create_node('c7_replay', start_parameter_services=False, enable_rosout=False)
     try:
-        replayer = Replayer(node, bag, options, signals.stop)
-        for warning in transport_warnings(os.environ):
+        replayer = Replayer(node, bag, options, signals.stop, report)
+        for warning in [*transport_warnings(os.environ), *report.notes, *report.missing]:
             _logger.warning('%s', warning)
         replayer.wait_matched()
-        total = None if options.loop else sum(topic.recorded for topic in replayer.report.topics)
+        total = None if options.loop else sum(topic.recorded for topic in report.topics)
         disable = None if show_progress is None else not show_progress
         try:
             with tqdm(total=total, unit='msg', desc=bag.path.name, disable=disable) as bar:
                 replayer.play(bar.update)
         finally:
             replayer.finish()
-            report = replayer.report
-            report.interrupted = signals.received.name if signals.received else ''
             for line in report.lines():
                 _logger.info('%s', line)
-            if json_path is not None:
-                json_path.write_text(json.dumps(report.to_json(), indent=2) + '\n', encoding='utf-8')
-        return report
     finally:
         node.destroy_node()
+
+
+def _save(report: ReplayReport, file: TextIO | None) -> bool:
+    """Write the report where it was asked for; False, and an error in the log, where that fails."""
+    if file is None:
+        return True
+    try:
+        with file:
+            file.write(json.dumps(report.to_json(), indent=2) + '\n')
+    except OSError as error:
+        _logger.error('%s could not be written: %s. Name another file with --json.', file.name, error)
+        return False
+    return True
 
 
 def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -446,7 +663,11 @@ def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog='c7_replay', description='Play a rosbag2 (sqlite3 or mcap) onto its topics, as recorded.'
+        prog='c7_replay',
+        description='Play a rosbag2 (sqlite3 or mcap) onto its topics, as recorded. What is damaged, cut or of another '
+        'kind is named, the rest is played; the bag itself is never changed.',
+        epilog='Exit code: 0 when everything asked for was in the bag and was sent; 1 when it cannot be played or '
+        'something is missing; 2 for a wrong command line; 128 + signal when interrupted.',
     )
     parser.add_argument('bag', type=Path, help='bag directory, or one .mcap or .db3 file')
     parser.add_argument('--rate', type=_positive, default=1.0, metavar='FACTOR', help='of the recorded pace')
@@ -462,6 +683,11 @@ def _parser() -> argparse.ArgumentParser:
         help='give up when no subscriber came by then (on each of --topics, else on any); 0: do not wait. '
         f'Default: wait {_DEFAULT_WAIT_S:g} s, then play anyway',
     )  # fmt: skip
+    parser.add_argument(
+        '--max-gap', type=_gap, default=_DEFAULT_MAX_GAP_S, metavar='SECONDS',
+        help='cut a longer silence of the topics played, such as a clock that was set while recording leaves, down to '
+        f'this many seconds of bag time, and name it; inf: play it in full. Default: {_DEFAULT_MAX_GAP_S:g}',
+    )  # fmt: skip
     parser.add_argument('--progress', action=argparse.BooleanOptionalAction, help='default: on a terminal')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the report there too')
     return parser
@@ -472,6 +698,10 @@ def _positive(text: str) -> float:
     if not 0.0 < value < float('inf'):
         raise argparse.ArgumentTypeError(f'{text} is not a positive number')
     return value
+
+
+def _gap(text: str) -> float:
+    return float(text) if float(text) == float('inf') else _positive(text)
 
 
 def _not_negative(text: str) -> float:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import signal
+import sqlite3
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,13 +17,28 @@ pytest.importorskip('rclpy')
 rosbag2 = pytest.importorskip('rosbags.rosbag2')
 typesys = pytest.importorskip('rosbags.typesys')
 
-import rclpy  # noqa: E402
+from bags import (  # noqa: E402
+    DEADLINE_S,
+    Written,
+    cdr,
+    contents,
+    listen,
+    listening,
+    offered,
+    read_mcap,
+    replay,
+    start,
+    strings,
+    wait_for,
+    write_bag,
+    write_mcap,
+)
 from geometry_msgs.msg import PoseStamped  # noqa: E402
-from rclpy.context import Context  # noqa: E402
-from rclpy.executors import SingleThreadedExecutor  # noqa: E402
+from lifecycle_msgs.srv import GetState  # noqa: E402
+from mcap.writer import Writer as McapWriter  # noqa: E402
 from rclpy.node import Node  # noqa: E402
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy  # noqa: E402
-from rosbags.interfaces import Qos, QosDurability, QosHistory, QosLiveliness, QosReliability, QosTime  # noqa: E402
+from rclpy.serialization import serialize_message  # noqa: E402
 from rosgraph_msgs.msg import Clock  # noqa: E402
 from sensor_msgs.msg import Image  # noqa: E402
 from std_msgs.msg import String  # noqa: E402
@@ -34,7 +49,6 @@ from gps_denied_c7.ros.bag import Bag, BagError  # noqa: E402
 
 CAMERAS = (Camera('/camera', 320, 240, 'mono8', 20.0),)
 IMAGES, POSES = '/camera/image_raw', '/ground_truth/pose'
-DEADLINE_S = 40.0
 
 
 @pytest.fixture(scope='module')
@@ -63,58 +77,13 @@ def own_domain(monkeypatch, domain_id) -> None:
 
 @pytest.fixture
 def node(domain_id) -> Iterator[Node]:
-    context = Context()
-    context.init(domain_id=domain_id)
-    node = rclpy.create_node('listener', context=context)
-    executor = SingleThreadedExecutor(context=context)
-    executor.add_node(node)
-    thread = threading.Thread(target=executor.spin, daemon=True)
-    thread.start()
-    yield node
-    executor.shutdown()
-    thread.join()
-    node.destroy_node()
-    context.try_shutdown()
-
-
-def listen(node: Node, message_type, topic: str, *, raw: bool = True, qos: QoSProfile | None = None) -> list:
-    received: list = []
-    profile = qos or QoSProfile(depth=100, reliability=ReliabilityPolicy.RELIABLE)
-    node.create_subscription(message_type, topic, received.append, profile, raw=raw)
-    return received
-
-
-def start(*arguments: object) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, '-m', 'gps_denied_c7.ros.replay', *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
-
-
-def replay(*arguments: object) -> tuple[int, str]:
-    process = start(*arguments)
-    output, _ = process.communicate(timeout=DEADLINE_S)
-    return process.returncode, output
-
-
-def wait_for(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + DEADLINE_S
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.01)
+    with listening(domain_id) as node:
+        yield node
 
 
 def recorded(path: Path, topic: str) -> list[bytes]:
     with rosbag2.Reader(path) as reader:
         return [data for connection, _, data in reader.messages() if connection.topic == topic]
-
-
-def offered(reliability: str = 'RELIABLE', durability: str = 'VOLATILE', depth: int = 10) -> Qos:
-    ever = QosTime(9223372036, 854775807)
-    return Qos(
-        QosHistory.KEEP_LAST, depth, QosReliability[reliability], QosDurability[durability], ever, ever,
-        QosLiveliness.AUTOMATIC, ever, False,
-    )  # fmt: skip
 
 
 def write_strings(path: Path, topics: dict[str, list], *, count: int = 3, msgtype: str = 'std_msgs/msg/String'):
@@ -373,12 +342,6 @@ def damage_empty_file(path: Path) -> Path:
     return path / 'empty.mcap'
 
 
-def damage_yaml(path: Path) -> Path:
-    write_strings(path / 'bag', {'/text': []})
-    (path / 'bag' / 'metadata.yaml').write_text('rosbag2_bagfile_information: [')
-    return path / 'bag'
-
-
 def damage_sqlite(path: Path) -> Path:
     (path / 'bag.db3').write_bytes(b'SQLite format 3\0' + bytes(4096))
     return path / 'bag.db3'
@@ -397,9 +360,8 @@ def damage_file_gone(path: Path) -> Path:
         (damage_text, 'is no bag'),
         (damage_empty_directory, 'no metadata.yaml and no storage file'),
         (damage_no_messages, 'holds no messages'),
-        (damage_truncated, 'mcap recover'),
+        (damage_truncated, 'everything is missing'),
         (damage_empty_file, 'damaged'),
-        (damage_yaml, 'ros2 bag reindex'),
         (damage_sqlite, 'damaged'),
         (damage_file_gone, 'missing'),
     ],
@@ -428,15 +390,256 @@ def test_damage_in_the_middle_ends_the_replay_with_what_was_sent(tmp_path):
     assert (tmp_path / 'report.json').exists()
 
 
-def test_messages_that_the_metadata_hides_are_missed_aloud(tmp_path):
-    """Where metadata and storage disagree on the QoS, the reader passes a topic over; the replay must not."""
+def received_by(node: Node, *topics: str) -> dict[str, list]:
+    return {topic: listen(node, String, topic) for topic in topics}
+
+
+def report_of(tmp_path: Path) -> dict:
+    return json.loads((tmp_path / 'report.json').read_text())
+
+
+def test_messages_that_a_power_cut_left_in_the_journal_arrive(node, tmp_path):
+    """A recorder in WAL mode, killed; SQLite's own answer is the truth, and the bag stays as it is."""
+    file = write_bag(tmp_path / 'bag', strings(20, padding=3000)[:8], storage='SQLITE3')
+    script = """
+import os, sqlite3, sys
+sys.path.insert(0, sys.argv[2])
+import bags
+db = sqlite3.connect(sys.argv[1])
+db.execute('PRAGMA journal_mode=WAL')
+insert = 'INSERT INTO messages (topic_id, timestamp, data) VALUES (1, ?, ?)'
+db.executemany(insert, [message[1:] for message in bags.strings(20, padding=3000)[8:]])
+db.commit()
+os.kill(os.getpid(), 9)
+"""
+    subprocess.run([sys.executable, '-c', script, file, Path(__file__).parent], check=False)
+    before = contents(tmp_path / 'bag')
+    received = received_by(node, '/text')['/text']
+    code, output = replay(tmp_path / 'bag', '--topics', '/text', '--wait-matched', 20)
+    assert code == 0 and '/text: sent 20 of 20' in output and 'temporary copy' in output
+    assert contents(tmp_path / 'bag') == before
+    with sqlite3.connect(file) as database:
+        assert received == [data for (data,) in database.execute('SELECT data FROM messages ORDER BY timestamp')]
+    database.close()
+
+
+def test_compressed_messages_without_metadata_arrive_decompressed(node, tmp_path):
+    write_bag(tmp_path / 'bag', strings(20), version=8, mode=rosbag2.CompressionMode.MESSAGE)
+    stock = recorded(tmp_path / 'bag', '/text')
+    (tmp_path / 'bag' / 'metadata.yaml').unlink()
+    received = received_by(node, '/text')['/text']
+    code, output = replay(tmp_path / 'bag', '--topics', '/text', '--wait-matched', 20)
+    assert code == 0 and '/text: sent 20 of 20' in output
+    assert received == stock and len(stock) == 20
+
+
+def test_a_clock_that_was_set_while_recording_means_no_silence_of_53_years(node, tmp_path):
+    """1970 to 2023 inside a bag: the gap is named and cut down, and /clock has the bag's time on both sides of it."""
+    early, late = 5 * 10**9, 1_700_000_000 * 10**9
+    times = [early, early + 10**8, late, late + 10**8]
+    truth = [Written('/text', time_ns, cdr(str(time_ns))) for time_ns in times]
+    write_mcap(tmp_path / 'stepped.mcap', truth)
+    heard: list[tuple[str, int]] = []
+    node.create_subscription(
+        Clock, '/clock', lambda clock: heard.append(('clock', clock.clock.sec * 10**9 + clock.clock.nanosec)), 1000
+    )
+    received = received_by(node, '/text')['/text']
+    code, output = replay(
+        tmp_path / 'stepped.mcap', '--topics', '/text', '--wait-matched', 20, '--clock', 100, '--max-gap', 1,
+        '--json', tmp_path / 'report.json',
+    )  # fmt: skip
+    assert code == 0 and '53.9 years' in output and '1970-01-01' in output and '2023-11-14' in output
+    assert received == [message.data for message in truth]
+    report = report_of(tmp_path)
+    assert report['gap_count'] == 1 and report['gaps'][0]['after_ns'] == times[1] and report['complete']
+    clocks = [time_ns for _, time_ns in heard]
+    assert clocks == sorted(clocks) and clocks[0] >= early and clocks[-1] <= times[-1] + 10**9
+    assert not [time_ns for time_ns in clocks if times[1] + 2 * 10**9 < time_ns < late]
+    assert any(time_ns >= late for time_ns in clocks) and any(time_ns < early + 10**9 for time_ns in clocks)
+
+
+def test_a_gap_that_is_allowed_is_played_in_full(tmp_path):
+    write_mcap(tmp_path / 'bag.mcap', strings(2, step_ns=2 * 10**9))
+    code, output = replay(
+        tmp_path / 'bag.mcap', '--wait-matched', 0, '--max-gap', 'inf', '--json', tmp_path / 'report.json'
+    )
+    assert code == 0 and 'gap' not in output.replace('--max-gap', '')
+    assert report_of(tmp_path)['topics'][0]['span_s'] >= 1.9
+
+
+def test_what_other_programs_write_into_an_mcap_costs_no_other_topic(node, tmp_path):
+    """No profile, json, no schema, two types on one topic: the rest plays, each is named, and nothing is damaged."""
+    path = tmp_path / 'mixed.mcap'
+    with path.open('wb') as stream:
+        writer = McapWriter(stream)
+        writer.start(profile='')
+        text = writer.register_schema('std_msgs/msg/String', 'ros2msg', b'string data')
+        flag = writer.register_schema('std_msgs/msg/Bool', 'ros2msg', b'bool data')
+        channels = [
+            writer.register_channel('/text', 'cdr', text), writer.register_channel('/json', 'json', 0),
+            writer.register_channel('/both', 'cdr', text), writer.register_channel('/both', 'cdr', flag),
+        ]  # fmt: skip
+        for index in range(40):
+            time_ns = 10**18 + index * 10**6
+            writer.add_message(channels[index % 4], time_ns, cdr(str(index)), time_ns)
+        writer.finish()
+    received = received_by(node, '/text', '/both')
+    code, output = replay(path, '--wait-matched', 20, '--json', tmp_path / 'report.json')
+    assert code == 0 and 'damaged' not in output
+    assert received == {'/text': [message.data for message in read_mcap(path) if message.topic == '/text'], '/both': []}
+    skipped = report_of(tmp_path)['skipped']
+    assert skipped.keys() == {'/json', '/both'}
+    assert 'json' in skipped['/json'] and 'std_msgs/msg/Bool and std_msgs/msg/String' in skipped['/both']
+    code, output = replay(path, '--topics', '/text', '--wait-matched', 20)
+    assert code == 0 and '/json' not in output and '/both' not in output
+    code, output = replay(path, '--topics', '/text', '/json', '--wait-matched', 0)
+    assert code == 1 and 'missing: /json, which was asked for' in output
+
+
+def test_a_truncated_mcap_plays_what_is_whole_and_says_what_is_missing(node, tmp_path):
+    truth = write_mcap(tmp_path / 'bag.mcap', strings(100), chunk_size=500)
+    content = (tmp_path / 'bag.mcap').read_bytes()
+    (tmp_path / 'bag.mcap').write_bytes(content[: len(content) // 2])
+    received = received_by(node, '/text')['/text']
+    code, output = replay(
+        tmp_path / 'bag.mcap', '--topics', '/text', '--wait-matched', 20, '--json', tmp_path / 'report.json'
+    )
+    stock = [message.data for message in read_mcap(tmp_path / 'bag.mcap')]
+    assert received == stock == [message.data for message in truth][: len(stock)] and stock
+    report = report_of(tmp_path)
+    assert code == 1 and report['complete'] is False and report['topics'][0]['sent'] == len(stock)
+    assert f'of {len(content) // 2}' in report['missing'][0] and report['missing'][0] in output
+
+
+def test_what_a_damaged_bag_held_is_counted_where_the_metadata_tells(tmp_path):
+    file = write_bag(tmp_path / 'bag', [*strings(3000, padding=1000)])
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    code, output = replay(tmp_path / 'bag', '--wait-matched', 0, '--rate', 10)
+    assert code == 1 and 'of 3000,' in output and 'of 3000 messages' in output
+
+
+def test_metadata_that_differs_from_the_storage_costs_no_message(node, tmp_path):
+    """The QoS in metadata.yaml is another one than in the storage: all is played, the difference named."""
     path = tmp_path / 'bag'
     write_strings(path, {'/text': [offered()], '/more': [offered()]})
     metadata = (path / 'metadata.yaml').read_text()
     (path / 'metadata.yaml').write_text(metadata.replace('depth: 10', 'depth: 11', 1))
-    code, output = replay(path, '--wait-matched', 0)
-    assert code == 1
-    assert 'has 0 of 3' in output and 'reindex' in output
+    received = received_by(node, '/text', '/more')
+    code, output = replay(path, '--topics', '/text', '/more', '--wait-matched', 20)
+    assert code == 0 and 'sent 3 of 3' in output and 'metadata.yaml differs' in output and 'depth 11' in output
+    assert received == {topic: recorded_mcap(path / 'bag.mcap', topic) for topic in received}
+
+
+def recorded_mcap(path: Path, topic: str) -> list[bytes]:
+    return [message.data for message in read_mcap(path) if message.topic == topic]
+
+
+def test_a_subscriber_that_comes_after_the_first_message_is_told_of_as_that(node, tmp_path):
+    """Matched at the start, later, or never: each is said, with what went out unheard."""
+    truth = strings(900, '/early', '/late', '/never', step_ns=5 * 10**6)
+    write_mcap(tmp_path / 'bag.mcap', truth)
+    early = listen(node, String, '/early')
+    process = start(tmp_path / 'bag.mcap', '--wait-matched', 20, '--json', tmp_path / 'report.json')
+    wait_for(lambda: len(early) > 50, 'the first messages')
+    late = listen(node, String, '/late')
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == 0, output
+    topics = {topic['topic']: topic for topic in report_of(tmp_path)['topics']}
+    assert topics['/early']['matched'] == 1 and topics['/early']['sent_unmatched'] == 0
+    assert topics['/late']['matched'] == 0 and 50 <= topics['/late']['sent_unmatched'] < 300
+    assert topics['/late']['first_matched_s'] > 0
+    assert 0 < len(late) <= 300 - topics['/late']['sent_unmatched'] + 1
+    assert topics['/never']['sent_unmatched'] == 300 and topics['/never']['first_matched_s'] is None
+    assert output.count('nobody subscribed') == 1 and '/never: sent 300 of 300' in output
+    assert f'{topics["/late"]["sent_unmatched"]} of them without a subscriber' in output
+
+
+def test_two_latched_publishers_reach_a_subscriber_that_comes_later(node, tmp_path):
+    """As of /tf_static: each recorded publisher kept one message, so one in their place keeps as many."""
+    latched = offered(durability='TRANSIENT_LOCAL', depth=1)
+    write_strings(tmp_path / 'bag', {'/latched': [latched, latched], '/clock_like': []}, count=2)
+    write_more = offered(durability='TRANSIENT_LOCAL', depth=0, history='KEEP_ALL')
+    write_strings(tmp_path / 'all', {'/latched': [write_more], '/clock_like': []}, count=400)
+    for bag, count in (('bag', 2), ('all', 400)):
+        process = start(tmp_path / bag, '--wait-matched', 0, '--loop')
+        wait_for(lambda: node.count_publishers('/latched') > 0, 'the replay')
+        time.sleep(1.0)
+        late = QoSProfile(
+            depth=1000, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL
+        )
+        received = listen(node, String, '/latched', qos=late)
+        wait_for(lambda count=count, received=received: len(received) >= count, 'what was latched')
+        process.send_signal(signal.SIGINT)
+        process.communicate(timeout=DEADLINE_S)
+        wait_for(lambda: node.count_publishers('/latched') == 0, 'the end of the replay')
+
+
+def test_hidden_topics_of_services_arrive(node, tmp_path):
+    truth = [serialize_message(GetState.Event()) for _ in range(3)]
+    path = tmp_path / 'bag.mcap'
+    with path.open('wb') as stream:
+        writer = McapWriter(stream)
+        writer.start('ros2')
+        schema = writer.register_schema('lifecycle_msgs/srv/GetState_Event', 'ros2idl', b'')
+        channel = writer.register_channel('/node/get_state/_service_event', 'cdr', schema)
+        for index, data in enumerate(truth):
+            writer.add_message(channel, 10**18 + index, data, 10**18)
+        writer.finish()
+    received = listen(node, GetState.Event, '/node/get_state/_service_event')
+    code, output = replay(path, '--wait-matched', 20)
+    assert code == 0, output
+    assert received == truth
+
+
+def test_a_name_that_ros_does_not_allow_is_named_and_can_be_changed(node, tmp_path):
+    write_mcap(tmp_path / 'bag.mcap', strings(10, '/my topic', '/your topic'))
+    received = received_by(node, '/mine')
+    code, output = replay(tmp_path / 'bag.mcap', '--wait-matched', 20, '--remap', '/my topic:=/mine')
+    assert code == 0 and '/your topic is skipped' in output and '--remap /your topic:=/other' in output
+    assert len(received['/mine']) == 5
+
+
+def test_any_time_stamp_is_played(node, tmp_path):
+    times = [-(2**62), -(10**9), 0, 0, 1, 2**62, 2**62]
+    messages = [cdr(str(index)) for index in range(len(times))]
+    write_bag(tmp_path / 'bag', [Written('/text', 1, data) for data in messages], storage='SQLITE3')
+    with sqlite3.connect(tmp_path / 'bag' / 'bag.db3') as database:
+        for index, time_ns in enumerate(times):
+            database.execute('UPDATE messages SET timestamp = ? WHERE id = ?', (time_ns, index + 1))
+    database.close()
+    received = received_by(node, '/text')['/text']
+    code, output = replay(tmp_path / 'bag', '--wait-matched', 20, '--clock', 100, '--max-gap', 0.1)
+    assert code == 0, output
+    assert received == messages and '/clock cannot hold' in output and '3 gaps were cut down' in output
+
+
+def test_a_definition_that_differs_is_seen_by_its_text_too(tmp_path):
+    """Bags from before type hashes have only the text."""
+    with (tmp_path / 'bag.mcap').open('wb') as stream:
+        writer = McapWriter(stream)
+        writer.start('ros2')
+        for topic, text in (('/same', b'string data'), ('/other', b'string data\nint32 more'), ('/none', b'???')):
+            schema = writer.register_schema('std_msgs/msg/String', 'ros2msg', text)
+            writer.add_message(writer.register_channel(topic, 'cdr', schema), 1, cdr('x'), 1)
+        writer.finish()
+    code, output = replay(tmp_path / 'bag.mcap', '--wait-matched', 0)
+    assert code == 0 and output.count('recorded with another definition') == 1
+    assert '/other: std_msgs/msg/String was recorded with another' in output
+
+
+def test_a_report_that_cannot_be_written_is_an_error_with_the_bag_played(tmp_path):
+    write_mcap(tmp_path / 'bag.mcap', strings(3))
+    code, output = replay(tmp_path / 'bag.mcap', '--wait-matched', 0, '--json', '/dev/full')
+    assert code == 1 and 'sent 3 of 3' in output and 'No space left' in output and '--json' in output
+    code, output = replay(tmp_path / 'bag.mcap', '--wait-matched', 0, '--json', tmp_path / 'nowhere' / 'report.json')
+    assert code == 1 and 'sent' not in output and '--json' in output
+
+
+def test_a_refused_bag_leaves_no_older_report(tmp_path):
+    (tmp_path / 'report.json').write_text('{"complete": true}')
+    code, _ = replay(tmp_path / 'nowhere', '--json', tmp_path / 'report.json')
+    report = report_of(tmp_path)
+    assert code == 1 and not report['complete'] and 'does not exist' in report['error']
 
 
 @pytest.mark.parametrize('arguments', [('--topics', '/nothing'), ('--remap', '/nothing:=/x')])
@@ -446,7 +649,9 @@ def test_unknown_topics_are_refused(bag, arguments):
     assert 'has no /nothing' in output and IMAGES in output
 
 
-@pytest.mark.parametrize('arguments', [('--rate', '0'), ('--rate', 'inf'), ('--remap', 'x'), ('--wait-matched', '-1')])
+@pytest.mark.parametrize('arguments', [
+    ('--rate', '0'), ('--rate', 'inf'), ('--remap', 'x'), ('--wait-matched', '-1'), ('--max-gap', '0'),
+])  # fmt: skip
 def test_bad_arguments_are_refused(bag, arguments):
     code, output = replay(bag, *arguments)
     assert code == 2 and 'usage:' in output

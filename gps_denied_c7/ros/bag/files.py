@@ -1,0 +1,242 @@
+"""Find the storage files of a bag, and read what its metadata.yaml says of them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path, PurePath
+from typing import Any
+
+import yaml
+
+from gps_denied_c7.ros.bag import mcap_file, sqlite_file
+from gps_denied_c7.ros.bag.storage import BagError, OfferedQos, Storage, profiles_of, reason
+
+__all__ = ['BagFiles', 'Metadata', 'find_files', 'open_storage']
+
+_STORAGE_SUFFIXES = ('.mcap', '.db3')
+_COMPRESSED_SUFFIXES = ('.zstd', '.zst')
+_ZSTD_MAGIC = b'\x28\xb5\x2f\xfd'
+_LOADER = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
+_NAME_A_BAG = 'Name a bag directory, or an .mcap or .db3 file.'
+
+
+@dataclass(slots=True)
+class Metadata:
+    """
+    Hold what a metadata.yaml says, of whichever version from 1 to 9; the storage files have the last word.
+
+    :param files: names of the storage files.
+    :param types: topic → its types.
+    :param counts: topic → messages.
+    :param qos: topic → offered profiles, one per publisher.
+    :param hashes: topic → type hash, where stated.
+    """
+
+    files: list[str] = field(default_factory=list)
+    types: dict[str, set[str]] = field(default_factory=dict)
+    counts: dict[str, int] = field(default_factory=dict)
+    qos: dict[str, tuple[OfferedQos, ...]] = field(default_factory=dict)
+    hashes: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(slots=True)
+class BagFiles:
+    """
+    Name what to open.
+
+    :param files: storage files that are there.
+    :param metadata: None where there is none, or none that can be read.
+    :param missing: sentences about files that are named and not there.
+    :param notes: sentences about what is odd and loses nothing.
+    """
+
+    files: list[Path]
+    metadata: Metadata | None = None
+    missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+
+def find_files(path: Path) -> BagFiles:
+    """
+    Return the storage files of a bag.
+
+    :param path: a directory, its metadata.yaml, or one storage file.
+    :raises BagError: there is no bag.
+    """
+    if not path.exists():
+        raise BagError(f'{path} does not exist.', remedy=_NAME_A_BAG)
+    if path.name == 'metadata.yaml':
+        path = path.parent
+    if path.is_dir():
+        return _in_directory(path)
+    if not path.is_file():
+        raise BagError(f'{path} is no bag: it is neither a file nor a directory.', remedy=_NAME_A_BAG)
+    found = BagFiles([path])
+    beside = path.parent / 'metadata.yaml'
+    if beside.exists():
+        metadata = _read_metadata(beside, BagFiles([]))
+        # Its counts are those of all files together.
+        if metadata and metadata.files == [path.name]:
+            found.metadata = metadata
+    return found
+
+
+def _in_directory(path: Path) -> BagFiles:
+    present = {file.name: file for file in sorted(path.iterdir()) if _is_storage(file.name) and file.is_file()}
+    found = BagFiles([])
+    if not (path / 'metadata.yaml').exists():
+        found.files = _without_metadata(path, list(present.values()))
+        names = ', '.join(file.name for file in found.files)
+        found.notes.append(f'{path} has no metadata.yaml; {names} is read by itself.')
+        return found
+    found.metadata = _read_metadata(path / 'metadata.yaml', found)
+    if found.metadata is None:
+        found.files = _without_metadata(path, list(present.values()))
+        return found
+    named = {name: _named_file(path, name) for name in found.metadata.files}
+    found.files = [file for file in named.values() if file.is_file()]
+    gone = [name for name, file in named.items() if not file.is_file()]
+    used = {_without_compression(file.name) for file in found.files}
+    # rosbag2 leaves a decompressed copy beside the file it has played.
+    others = [file for file in present.values() if _without_compression(file.name) not in used]
+    _account_for_others(path, found, gone, others)
+    if not found.files:
+        raise BagError(
+            f'{path} has none of its storage files: {", ".join(gone) or "none named"} is missing.',
+            remedy='Copy the bag again, with all of its files.',
+        )
+    return found
+
+
+def _account_for_others(path: Path, found: BagFiles, gone: list[str], others: list[Path]) -> None:
+    """Put files that the metadata does not name in the place of those that it names in vain, and say so."""
+    names, there = ', '.join(gone), ', '.join(file.name for file in others)
+    if gone and others:
+        found.files += others
+        found.notes.append(f'metadata.yaml names {names}, which is not there; {there} is played instead.')
+    if len(gone) > len(others):
+        found.missing.append(f'{names} is missing: metadata.yaml names it and it is not in {path}.')
+    if others and not gone:
+        found.missing.append(f'{there} is left out: it is in {path} and metadata.yaml does not name it.')
+
+
+def _named_file(path: Path, name: str) -> Path:
+    """Return a file by its name in the metadata, which up to version 3 may begin with the bag's directory."""
+    inside = path / name
+    return inside if inside.is_file() and '..' not in PurePath(name).parts else path / PurePath(name).name
+
+
+def _is_storage(name: str) -> bool:
+    return PurePath(_without_compression(name)).suffix in _STORAGE_SUFFIXES
+
+
+def _without_compression(name: str) -> str:
+    return PurePath(name).stem if PurePath(name).suffix in _COMPRESSED_SUFFIXES else name
+
+
+def _without_metadata(path: Path, files: list[Path]) -> list[Path]:
+    """Return the only storage file, or those that one recording was split into."""
+    if len(files) == 1:
+        return files
+    if not files:
+        raise BagError(f'{path} is no bag: no metadata.yaml and no storage file in it.', remedy='Name a bag directory.')
+    parts = {re.sub(r'_\d+(?=\.)', '', _without_compression(file.name), count=1) for file in files}
+    if len(parts) == 1 and all(re.search(r'_\d+\.', file.name) for file in files):
+        return sorted(files, key=lambda file: [int(number) for number in re.findall(r'_(\d+)\.', file.name)])
+    raise BagError(
+        f'{path} is no bag: no metadata.yaml and {len(files)} storage files in it that do not belong together.',
+        remedy=f'Name one of them: {", ".join(file.name for file in files)}.',
+    )
+
+
+# -- metadata.yaml
+
+
+def _read_metadata(path: Path, found: BagFiles) -> Metadata | None:
+    """Return what it says; None, and a note, where it cannot be read."""
+    try:
+        with path.open('rb') as stream:
+            information = yaml.load(stream, _LOADER)['rosbag2_bagfile_information']
+        return _metadata_from(information)
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        why = ' '.join(reason(error).split())
+        found.notes.append(f'metadata.yaml cannot be read ({why}); the storage files are read by themselves.')
+        return None
+
+
+def _metadata_from(information: dict[str, Any]) -> Metadata:
+    metadata = Metadata(files=[str(name) for name in information['relative_file_paths']])
+    for entry in information.get('topics_with_message_count') or ():
+        topic = entry['topic_metadata']
+        name = str(topic['name'])
+        metadata.types.setdefault(name, set()).add(str(topic.get('type')))
+        metadata.counts[name] = metadata.counts.get(name, 0) + int(entry.get('message_count') or 0)
+        metadata.qos[name] = (*metadata.qos.get(name, ()), *profiles_of(topic.get('offered_qos_profiles')))
+        if type_hash := topic.get('type_description_hash'):
+            metadata.hashes[name] = str(type_hash)
+    return metadata
+
+
+# -- storage files
+
+
+def open_storage(path: Path, scratch: Callable[[], Path]) -> tuple[Storage, list[str]]:
+    """
+    Open a storage file by what it is, whatever its name, and return with it what was lost in decompressing it.
+
+    :param scratch: makes an empty directory for temporary copies.
+    :raises BagError: it is no storage file, or none that can be read.
+    """
+    try:
+        with path.open('rb') as file:
+            magic = file.read(16)
+        if not magic:
+            raise BagError(f'{path} is damaged: it is empty.', remedy='Record it again.')
+        if magic.startswith(_ZSTD_MAGIC):
+            plain, lost = _decompress(path, scratch())
+            storage, more = open_storage(plain, scratch)
+            return storage, [*lost, *more]
+        if magic == sqlite_file.MAGIC:
+            return sqlite_file.SqliteFile(path, scratch), []
+        if magic.startswith(mcap_file.MAGIC) or PurePath(path.name).suffix == '.mcap':
+            return mcap_file.McapFile(path), []
+    except PermissionError as error:
+        raise BagError(f'{path} may not be read: {reason(error)}.', remedy='Change its permissions.') from error
+    except OSError as error:
+        raise BagError(f'{path} cannot be read: {reason(error)}.', remedy='Take another copy of it.') from error
+    except BagError:
+        raise
+    except Exception as error:
+        # Damage shows as whatever the parser trips over first: struct, zstd, SQLite or plain index errors.
+        raise BagError(f'{path} is damaged: {reason(error)}.', remedy='Take another copy of it.') from error
+    if PurePath(path.name).suffix == '.db3':
+        raise BagError(f'{path} is damaged: it does not begin as an SQLite file.', remedy='Take another copy of it.')
+    raise BagError(f'{path} is no bag.', remedy=_NAME_A_BAG)
+
+
+def _decompress(path: Path, scratch: Path) -> tuple[Path, list[str]]:
+    """Decompress a file that was recorded with file compression, as far as it goes."""
+    import zstandard
+
+    plain, lost = scratch / (_without_compression(path.name) or 'storage'), []
+    try:
+        with path.open('rb') as source, plain.open('wb') as target:
+            reader = zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True)
+            while True:
+                try:
+                    data = reader.read(2**20)
+                except zstandard.ZstdError as error:
+                    lost.append(f'{path.name} is damaged ({reason(error)}); what comes after is missing.')
+                    break
+                if not data:
+                    break
+                target.write(data)
+    except OSError as error:
+        raise BagError(
+            f'{path} cannot be decompressed to {scratch.parent}: {reason(error)}.',
+            remedy='Set TMPDIR to a directory with more room.',
+        ) from error
+    return plain, lost
+

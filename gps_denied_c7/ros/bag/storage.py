@@ -1,0 +1,249 @@
+"""What the storage formats of rosbag2 share: channels, runs of messages, offered QoS and the bytes of a message."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import yaml
+
+from gps_denied_c7.errors import C7Error
+
+__all__ = [
+    'BagError', 'Channel', 'Entry', 'Faults', 'OfferedQos', 'Run', 'Storage', 'cdr_of', 'count_text', 'offered',
+    'open_for_writing', 'profiles_of', 'reason', 'time_text',
+]  # fmt: skip
+
+_ZSTD_MAGIC = b'\x28\xb5\x2f\xfd'
+_LZ4_MAGIC = b'\x04\x22\x4d\x18'
+_UNLIMITED = 2**31 - 1
+
+
+class BagError(C7Error):
+    """A bag that is missing, empty or damaged, or one that cannot be played as asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class OfferedQos:
+    """
+    Hold what the recorded publishers of a topic offered, as far as it decides who can subscribe and what stays.
+
+    :param depth: of the history; 0 where the bag does not say, very large where everything is kept.
+    """
+
+    reliable: bool = True
+    transient_local: bool = False
+    depth: int = 0
+
+    def __str__(self) -> str:
+        depth = 'all' if self.depth == _UNLIMITED else self.depth or 'unknown'
+        return (
+            f'{"reliable" if self.reliable else "best effort"}, '
+            f'{"transient local" if self.transient_local else "volatile"}, depth {depth}'
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """
+    Describe one stream of messages as its storage file does.
+
+    :param msgtype: as the file spells it, '' where it names none.
+    :param encoding: of the messages, ``cdr`` for what ROS 2 can publish.
+    :param qos: one profile per recorded publisher, None where the file does not say.
+    :param type_hash: ``RIHS01_...``, '' where the file does not say.
+    :param definition: of the message type, as concatenated ``.msg`` text, '' where the file has none.
+    """
+
+    topic: str
+    msgtype: str
+    encoding: str
+    qos: tuple[OfferedQos, ...] | None = None
+    type_hash: str = ''
+    definition: str = ''
+
+
+class Entry(NamedTuple):
+    """One message: bag time in nanoseconds, its channel's id in the file, and its bytes as stored."""
+
+    time_ns: int
+    channel: int
+    data: bytes
+
+
+class Run(NamedTuple):
+    """
+    Messages in the order of time that are read together.
+
+    :param start_ns: no message of it is earlier.
+    :param read: yields them; what cannot be read is noted in the storage's ``missing`` and left out.
+    """
+
+    start_ns: int
+    read: Callable[[], Iterator[Entry]]
+
+
+class Storage(Protocol):
+    """
+    Read one storage file, which stays as it is.
+
+    :param channels: by their id.
+    :param counts: messages of each channel that the file holds, or held before it was damaged.
+    :param missing: sentences, one for each part that is lost; grows while messages are read.
+    :param notes: sentences about what is odd and costs no message.
+    """
+
+    @property
+    def channels(self) -> Mapping[int, Channel]: ...
+
+    @property
+    def counts(self) -> Mapping[int, int]: ...
+
+    @property
+    def missing(self) -> list[str]: ...
+
+    @property
+    def notes(self) -> list[str]: ...
+
+    def runs(self, channels: set[int]) -> list[Run]:
+        """Return where the messages of these channels are; a run may hold others too."""
+
+    def close(self) -> None:
+        """Close the file; safe to repeat."""
+
+
+def reason(error: BaseException) -> str:
+    """Return what an exception says, without its final full stop, or its name where it says nothing."""
+    return (str(error) or type(error).__name__).rstrip('.')
+
+
+def count_text(counts: Mapping[str, int]) -> str:
+    """Return ``3 messages of /a, 1 message of /b``."""
+    texts = [f'{count} message{"s" if count != 1 else ""} of {name}' for name, count in sorted(counts.items()) if count]
+    return ', '.join(texts) or 'no message'
+
+
+def time_text(time_ns: int) -> str:
+    """Return a bag time as UTC, or in seconds where no calendar has it."""
+    try:
+        return datetime.fromtimestamp(time_ns / 1e9, timezone.utc).strftime('%Y-%m-%d %H:%M:%S UTC')
+    except (OverflowError, OSError, ValueError):
+        return f'{time_ns / 1e9:.3f} s'
+
+
+def cdr_of(data: Any) -> bytes:
+    """
+    Return the CDR bytes of a stored message, decompressed where it was recorded with message compression.
+
+    A bag's metadata names that compression, but may be lost. The bytes tell by themselves: CDR of ROS 2 begins with a
+    zero byte (OMG DDSI-RTPS 10.2, encapsulation schemes up to 0x000b), zstd and lz4 frames do not.
+
+    :raises ValueError: it is no CDR.
+    """
+    if not isinstance(data, bytes):
+        raise ValueError(f'stored as {type(data).__name__}, not as bytes')
+    if data[:4] in (_ZSTD_MAGIC, _LZ4_MAGIC):
+        data = _decompressed(data)
+    if len(data) < 4 or data[0] != 0 or data[1] > 0x0B:
+        raise ValueError(f'no CDR, begins with {data[:4].hex(" ") or "nothing"}')
+    return data
+
+
+def _decompressed(data: bytes) -> bytes:
+    import lz4.frame
+    import zstandard
+
+    name = 'zstd' if data[:4] == _ZSTD_MAGIC else 'lz4'
+    try:
+        if name == 'lz4':
+            return lz4.frame.decompress(data)
+        with zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True) as stream:
+            return stream.read()
+    except (zstandard.ZstdError, RuntimeError, MemoryError, EOFError) as error:
+        raise ValueError(f'damaged {name}: {reason(error)}') from error
+
+
+def profiles_of(text: Any) -> tuple[OfferedQos, ...]:
+    """
+    Return the offered QoS profiles of a topic, one per publisher.
+
+    :param text: YAML text, or the list that it stands for. Enumerations are numbers up to metadata version 8 and
+        lower-case names from 9 on (rosbag2_storage, ``qos.cpp``).
+    :raises ValueError: it is neither.
+    """
+    try:
+        profiles = yaml.safe_load(text) if isinstance(text, str) else text
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f'unreadable offered_qos_profiles: {" ".join(str(error).split())}') from error
+    if not profiles:
+        return ()
+    if not isinstance(profiles, list) or not all(isinstance(profile, dict) for profile in profiles):
+        raise ValueError('offered_qos_profiles is no list of profiles')
+    return tuple(map(_profile, profiles))
+
+
+def _profile(values: Mapping[str, Any]) -> OfferedQos:
+    def is_any(key: str, *names: str) -> bool:
+        return str(values.get(key, '')).lower() in names
+
+    depth = values.get('depth')
+    known = isinstance(depth, int) and 0 <= depth < _UNLIMITED
+    return OfferedQos(
+        reliable=not is_any('reliability', '2', 'best_effort'),
+        transient_local=is_any('durability', '1', 'transient_local'),
+        depth=_UNLIMITED if is_any('history', '2', 'keep_all') else int(depth or 0) if known else 0,
+    )
+
+
+def offered(profiles: Sequence[OfferedQos]) -> OfferedQos:
+    """
+    Merge what several publishers offered into what reaches every subscriber that one of them reached.
+
+    Each latched publisher kept its own last messages: one in their place has to keep as many as all of them.
+    """
+    if not profiles:
+        return OfferedQos()
+    latched = [profile.depth for profile in profiles if profile.transient_local]
+    return OfferedQos(
+        reliable=any(profile.reliable for profile in profiles),
+        transient_local=bool(latched),
+        depth=max(sum(latched), *(profile.depth for profile in profiles)),
+    )
+
+
+def open_for_writing(path: Path) -> bool:
+    """Tell whether a process has this file open for writing; False too where the file system cannot tell."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        # The kernel grants a read lease only where no writer has the file open: fcntl(2). A writer that comes within
+        # these microseconds breaks the lease with a signal, which is SIGIO and deadly unless another one is named.
+        fcntl.fcntl(descriptor, fcntl.F_SETSIG, signal.SIGURG)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_RDLCK)
+        fcntl.fcntl(descriptor, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
+class Faults:
+    """Count messages that could not be read, by topic and reason, so that a thousand of a kind are one sentence."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[str, str]] = Counter()
+
+    def add(self, topic: str, why: str) -> None:
+        self._counts[topic, why] += 1
+
+    def sentences(self) -> list[str]:
+        return [f'{count_text({topic: count})} left out: {why}.' for (topic, why), count in self._counts.items()]

@@ -1,0 +1,608 @@
+"""What of a bag is read: the same as the formats' own readers find, or less and named."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip('rclpy')
+pytest.importorskip('rosbags.rosbag2')
+
+import lz4.frame
+import yaml
+import zstandard
+from bags import (
+    START_NS,
+    STORE,
+    STRING,
+    Written,
+    cdr,
+    contents,
+    read_mcap,
+    strings,
+    wait_for,
+    write_bag,
+    write_mcap,
+)
+from mcap.writer import CompressionType, IndexType
+from mcap.writer import Writer as McapWriter
+from rosbags import rosbag2
+
+from gps_denied_c7.ros.bag import Bag, BagError, OfferedQos
+
+COMPRESSIONS = list(CompressionType)
+
+
+def read(path: Path) -> tuple[list[Written], list[str]]:
+    """Everything that can be played, and what is missing after that."""
+    with Bag(path) as bag:
+        found = [Written(*entry) for entry in bag.messages(bag.topics)]
+        missing = bag.missing
+        short = sum(topic.count for topic in bag.topics.values()) - len(found)
+        return found, [*missing, *([f'{short} messages'] if short > 0 else [])]
+
+
+# -- mcap: cut, damaged, unclosed
+
+
+@pytest.mark.parametrize('compression', COMPRESSIONS, ids=lambda value: value.name)
+def test_a_cut_mcap_gives_its_whole_chunks_and_says_what_is_missing(tmp_path, compression):
+    whole, cut = tmp_path / 'whole.mcap', tmp_path / 'cut.mcap'
+    truth = write_mcap(whole, strings(200, '/a', '/b', padding=20), chunk_size=700, compression=compression)
+    content = whole.read_bytes()
+    end_of_data = len(content) - _tail_bytes(whole)
+    for length in sorted(random.Random(3).sample(range(1, len(content)), 40)):
+        cut.write_bytes(content[:length])
+        stock = read_mcap(cut)
+        if not stock:
+            with pytest.raises(BagError, match='missing|begin|empty'):
+                Bag(cut)
+            continue
+        found, missing = read(cut)
+        assert found == stock == truth[: len(stock)]
+        assert bool(missing) == (length < end_of_data), (length, missing)
+
+
+def _tail_bytes(path: Path) -> int:
+    """Return the bytes after the data section: summary, footer and magic."""
+    footer = path.read_bytes()[-28:-8]
+    return path.stat().st_size - int.from_bytes(footer[:8], 'little')
+
+
+def test_a_cut_mcap_says_from_when_on_and_how_far(tmp_path):
+    path = tmp_path / 'cut.mcap'
+    write_mcap(path, strings(200), chunk_size=500)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    _, missing = read(path)
+    assert len(missing) == 1
+    assert f'of {path.stat().st_size}' in missing[0] and '2001-09-09' in missing[0]
+
+
+def test_a_recorder_that_was_killed_leaves_what_it_wrote(tmp_path):
+    """A real process, killed: no end of data, no summary."""
+    path = tmp_path / 'killed.mcap'
+    script = """
+import os, sys
+sys.path[:0] = sys.argv[2:]
+import bags
+from mcap.writer import Writer
+stream = open(sys.argv[1], 'wb')
+writer = Writer(stream, chunk_size=500)
+writer.start('ros2')
+channel = writer.register_channel('/text', 'cdr', writer.register_schema(bags.STRING, 'ros2msg', b'string data'))
+for message in bags.strings(100):
+    writer.add_message(channel, message.time_ns, message.data, message.time_ns)
+stream.flush()
+os.kill(os.getpid(), 9)
+"""
+    done = subprocess.run([sys.executable, '-c', script, path, Path(__file__).parent], check=False)
+    assert done.returncode == -signal.SIGKILL
+    found, missing = read(path)
+    assert found == read_mcap(path) == strings(100)[: len(found)] and 50 < len(found) < 100
+    assert 'was not closed' in missing[0]
+
+
+@pytest.mark.parametrize('tail', [bytes(3000), b'\x06' + b'\xff' * 8 + bytes(50), b'\x05'])
+def test_a_tail_of_anything_else_is_named(tmp_path, tail):
+    """Zeros are what a journalling file system leaves of blocks that were never written."""
+    path = tmp_path / 'tail.mcap'
+    write_mcap(path, strings(100), chunk_size=500)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) - _tail_bytes(path) - 13] + tail)
+    found, missing = read(path)
+    assert found == strings(100) and len(missing) == 1
+
+
+def test_a_damaged_chunk_costs_itself_and_is_named(tmp_path):
+    path = tmp_path / 'flipped.mcap'
+    truth = write_mcap(path, strings(100, '/a', '/b'), chunk_size=500, compression=CompressionType.NONE)
+    content = bytearray(path.read_bytes())
+    content[content.index(truth[50].data) + 8] ^= 1
+    path.write_bytes(content)
+    found, missing = read(path)
+    assert 80 < len(found) < 100
+    assert found == [message for message in truth if message in found]
+    assert 'crc' in missing[0] and 'messages of /a' in missing[0] and 'messages of /b' in missing[0]
+    with Bag(path) as bag:
+        assert sum(topic.count for topic in bag.topics.values()) == 100
+
+
+def test_a_record_whose_length_is_damaged_costs_one_chunk(tmp_path):
+    """The summary knows where the next chunk is."""
+    path = tmp_path / 'length.mcap'
+    truth = write_mcap(path, strings(100), chunk_size=500, compression=CompressionType.NONE)
+    content = bytearray(path.read_bytes())
+    head = content.rindex(b'\x06', 0, content.index(truth[50].data) - 40)
+    content[head + 8] ^= 0x40
+    path.write_bytes(content)
+    found, missing = read(path)
+    assert 80 < len(found) < 100 and missing
+    assert found == [message for message in truth if message in found]
+
+
+def test_a_damaged_summary_costs_nothing(tmp_path):
+    path = tmp_path / 'summary.mcap'
+    truth = write_mcap(path, strings(100), chunk_size=500)
+    content = bytearray(path.read_bytes())
+    content[-_tail_bytes(path) + 30] ^= 0xFF
+    path.write_bytes(content)
+    assert read(path) == (truth, [])
+    with Bag(path) as bag:
+        assert any('summary is damaged' in note for note in bag.notes)
+
+
+@pytest.mark.parametrize(
+    'options',
+    [
+        {'use_chunking': False},
+        {'use_statistics': False, 'index_types': IndexType.NONE},
+        {'index_types': IndexType.NONE, 'repeat_channels': False, 'repeat_schemas': False},
+        {'enable_crcs': False, 'compression': CompressionType.LZ4},
+        {'enable_data_crcs': True},
+    ],
+)
+@pytest.mark.parametrize('order', ['sorted', 'shuffled'])
+def test_an_intact_mcap_of_any_writer_is_read_whole(tmp_path, options, order):
+    path, messages = tmp_path / 'odd.mcap', strings(100, '/a', '/b')
+    if order == 'shuffled':
+        random.Random(1).shuffle(messages)
+    write_mcap(path, messages, chunk_size=500, **options)
+    found, missing = read(path)
+    assert (found, missing) == (sorted(messages, key=lambda message: message.time_ns), [])
+    assert found == read_mcap(path)
+
+
+@pytest.mark.parametrize('compression', COMPRESSIONS, ids=lambda value: value.name)
+def test_no_damaged_byte_of_an_mcap_goes_unseen(tmp_path, compression):
+    """With checksums, whatever byte is damaged: only true messages come, and where one is missing it is said."""
+    whole, path = tmp_path / 'whole.mcap', tmp_path / 'flipped.mcap'
+    truth = write_mcap(whole, strings(60, '/a', '/b', padding=20), chunk_size=700, compression=compression)
+    content, generator = whole.read_bytes(), random.Random(11)
+    for _ in range(int(os.environ.get('C7_SOAK_BAGS', '150'))):
+        damaged = bytearray(content)
+        position = generator.randrange(len(damaged))
+        damaged[position] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            found, missing = read(path)
+        except BagError as error:
+            assert error.remedy
+            continue
+        # A time outside the checksums moves a chunk; each of its messages stays itself.
+        lost = Counter(truth) - Counter(found)
+        assert not Counter(found) - Counter(truth), position
+        assert missing or not lost, position
+
+
+# -- mcap: what is not ROS 2
+
+
+def test_what_is_no_ros_2_message_is_left_out_by_name(tmp_path):
+    path = tmp_path / 'mixed.mcap'
+    with path.open('wb') as stream:
+        writer = McapWriter(stream)
+        writer.start(profile='')
+        text = writer.register_schema(STRING, 'ros2msg', b'string data')
+        bool_ = writer.register_schema('std_msgs/Bool', 'ros2msg', b'bool data')
+        kinds = {
+            '/json': ('json', writer.register_schema('Anything', 'jsonschema', b'{}')),
+            '/no_schema': ('cdr', 0),
+            '/ros1': ('ros1', writer.register_schema('std_msgs/String', 'ros1msg', b'string data')),
+            '/proto': ('protobuf', writer.register_schema('foxglove.Log', 'protobuf', b'')),
+            '/odd_type': ('cdr', writer.register_schema('a.b.C', 'omgidl', b'')),
+            '/unencoded': ('', text),
+        }
+        channels = [writer.register_channel(name, *kind) for name, kind in kinds.items()]
+        channels += [writer.register_channel('/both', 'cdr', schema) for schema in (text, bool_)]
+        channels += [writer.register_channel('/text', 'cdr', text)]
+        # Announced and never used.
+        writer.register_channel('/text', 'cdr', bool_)
+        short = writer.register_channel('/short_name', 'cdr', bool_)
+        for channel in [*channels, short]:
+            writer.add_message(channel, START_NS, cdr('x'), START_NS)
+        writer.finish()
+    with Bag(path) as bag:
+        assert {name: topic.msgtype for name, topic in bag.topics.items()} == {
+            '/text': STRING, '/short_name': 'std_msgs/msg/Bool'}  # fmt: skip
+        words = {
+            '/json': 'json', '/no_schema': 'no message type', '/ros1': 'ros1', '/proto': 'protobuf',
+            '/odd_type': 'a.b.C is no ROS 2', '/unencoded': 'not as CDR',
+            '/both': 'several types, std_msgs/msg/Bool and std_msgs/msg/String',
+        }  # fmt: skip
+        assert bag.left_out.keys() == words.keys()
+        assert all(word in bag.left_out[name] for name, word in words.items())
+        assert len(list(bag.messages(bag.topics))) == 2
+        assert bag.missing == []
+
+
+@pytest.mark.parametrize('packed', [zstandard.compress, lz4.frame.compress])
+@pytest.mark.parametrize('storage', ['MCAP', 'SQLITE3'])
+def test_compressed_messages_without_metadata_are_decompressed(tmp_path, storage, packed):
+    truth = strings(20)
+    write_bag(tmp_path / 'bag', [message._replace(data=packed(message.data)) for message in truth], storage=storage)
+    (tmp_path / 'bag' / 'metadata.yaml').unlink()
+    assert read(tmp_path / 'bag') == (truth, [])
+
+
+@pytest.mark.parametrize('metadata', ['with metadata', 'without'])
+@pytest.mark.parametrize('mode', ['FILE', 'MESSAGE', 'STORAGE'])
+@pytest.mark.parametrize('storage', ['MCAP', 'SQLITE3'])
+def test_every_compression_of_rosbags_is_read(tmp_path, storage, mode, metadata):
+    if (storage, mode) == ('SQLITE3', 'STORAGE'):
+        pytest.skip('sqlite3 has none of its own')
+    truth = strings(20)
+    file = write_bag(tmp_path / 'bag', truth, storage=storage, version=8, mode=rosbag2.CompressionMode[mode])
+    if metadata == 'without':
+        (tmp_path / 'bag' / 'metadata.yaml').unlink()
+    before = contents(tmp_path / 'bag')
+    assert read(tmp_path / 'bag') == (truth, [])
+    assert read(file)[0] == truth
+    assert contents(tmp_path / 'bag') == before
+
+
+def test_messages_that_are_no_cdr_are_counted_and_named(tmp_path):
+    path, good = tmp_path / 'odd.mcap', strings(8)
+    bad = [b'', b'\0\1', b'{"a": 1}', zstandard.compress(b'x' * 99)[:-5], zstandard.compress(b'no cdr'), b'\0\x0c\0\0']
+    write_mcap(path, [*good, *(Written('/text', START_NS, data) for data in bad)])
+    found, missing = read(path)
+    assert found == good
+    assert all('of /text left out' in sentence for sentence in missing[:-1]) and missing[-1] == '6 messages'
+
+
+# -- sqlite3: power cuts, locks, damage
+
+
+RECORDER = """
+import os, sqlite3, sys, time
+sys.path[:0] = sys.argv[3:]
+import bags
+db = sqlite3.connect(sys.argv[1], isolation_level=None)
+for pragma in ('journal_mode=' + sys.argv[2].split()[0], 'wal_autocheckpoint=0', 'cache_size=5', 'synchronous=FULL'):
+    db.execute('PRAGMA ' + pragma)
+def insert(messages):
+    for message in messages:
+        db.execute('INSERT INTO messages (topic_id, timestamp, data) VALUES (1, ?, ?)', message[1:])
+db.execute('BEGIN')
+insert(bags.strings(20, padding=3000)[8:])
+if 'commit' in sys.argv[2]:
+    db.execute('COMMIT')
+else:
+    db.execute('PRAGMA shrink_memory')
+if 'wait' in sys.argv[2]:
+    print('ready', flush=True)
+    sys.stdin.read()
+os.kill(os.getpid(), 9)
+"""
+
+
+def record(path: Path, how: str, **options) -> subprocess.Popen:
+    command = [sys.executable, '-c', RECORDER, str(path), how, str(Path(__file__).parent)]
+    return subprocess.Popen(command, **options)
+
+
+def by_sqlite(path: Path, scratch: Path) -> list[bytes]:
+    """Return what SQLite itself finds in a copy."""
+    for file in path.parent.glob(path.name + '*'):
+        shutil.copy(file, scratch / file.name)
+    with sqlite3.connect(scratch / path.name) as database:
+        rows = database.execute('SELECT data FROM messages ORDER BY timestamp, id').fetchall()
+    database.close()
+    return [data for (data,) in rows]
+
+
+@pytest.mark.parametrize('how', ['WAL commit', 'WAL', 'DELETE', 'PERSIST', 'TRUNCATE commit', 'PERSIST commit'])
+def test_a_power_cut_loses_no_committed_message_and_the_bag_stays_as_it_is(tmp_path, how):
+    """A real recorder, killed before or after its commit, with rows in -wal or half a transaction in -journal."""
+    truth = strings(20, padding=3000)
+    file = write_bag(tmp_path / 'bag', truth[:8], storage='SQLITE3')
+    assert record(file, how).wait() == -signal.SIGKILL
+    before = contents(tmp_path / 'bag')
+    assert len(before) > 2 or 'TRUNCATE' in how
+    (tmp_path / 'copy').mkdir()
+    stock = by_sqlite(file, tmp_path / 'copy')
+    assert len(stock) == (20 if 'commit' in how else 8)
+    for path in (tmp_path / 'bag', file):
+        found, missing = read(path)
+        assert [message.data for message in found] == stock and missing == []
+        with Bag(path) as bag:
+            hot = how in ('WAL commit', 'DELETE', 'PERSIST')
+            assert any('temporary copy' in note for note in bag.notes) >= hot
+    assert contents(tmp_path / 'bag') == before
+
+
+def test_a_wal_without_its_shm_is_read_too(tmp_path):
+    file = write_bag(tmp_path / 'bag', strings(20, padding=3000)[:8], storage='SQLITE3')
+    record(file, 'WAL commit').wait()
+    Path(f'{file}-shm').unlink()
+    assert read(tmp_path / 'bag') == (strings(20, padding=3000), [])
+
+
+def test_a_closed_bag_in_wal_mode_is_read_without_a_file_beside_it(tmp_path):
+    file = write_bag(tmp_path / 'bag', strings(20), storage='SQLITE3')
+    database = sqlite3.connect(file)
+    database.execute('PRAGMA journal_mode=WAL')
+    database.close()
+    before = contents(tmp_path / 'bag')
+    assert read(tmp_path / 'bag') == (strings(20), [])
+    assert contents(tmp_path / 'bag') == before
+
+
+def test_no_room_for_the_copy_is_said_with_what_to_do(tmp_path, monkeypatch):
+    file = write_bag(tmp_path / 'bag', strings(20, padding=3000)[:8], storage='SQLITE3')
+    record(file, 'WAL commit').wait()
+    monkeypatch.setattr(shutil, 'copyfile', lambda *_: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+    with pytest.raises(BagError, match='No space left on device.*TMPDIR'):
+        Bag(tmp_path / 'bag')
+
+
+@pytest.mark.parametrize('how', ['WAL wait', 'WAL commit wait', 'DELETE wait', 'DELETE commit wait'])
+def test_a_bag_that_is_being_recorded_is_named_as_that(tmp_path, how):
+    file = write_bag(tmp_path / 'bag', strings(20, padding=3000)[:8], storage='SQLITE3')
+    (tmp_path / 'bag' / 'metadata.yaml').unlink()
+    recorder = record(file, how, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        recorder.stdout.readline()
+        if how == 'DELETE commit wait':
+            found, missing = read(tmp_path / 'bag')
+            assert len(found) == 20 and 'still being recorded' in missing[0]
+        else:
+            with pytest.raises(BagError, match='being recorded.*End the recorder'):
+                Bag(tmp_path / 'bag')
+    finally:
+        recorder.kill()
+        recorder.communicate()
+
+
+def test_an_mcap_that_is_being_recorded_is_named_as_that(tmp_path):
+    path = tmp_path / 'live.mcap'
+    write_mcap(path, strings(100), chunk_size=500)
+    with path.open('r+b') as stream:
+        stream.truncate(path.stat().st_size - _tail_bytes(path) - 13)
+        found, missing = read(path)
+    assert found == strings(100) and 'still has the file open' in missing[0]
+
+
+def test_a_cut_or_damaged_sqlite_bag_gives_true_messages_and_says_so(tmp_path):
+    whole = write_bag(tmp_path / 'bag', strings(400, '/a', '/b', padding=300), storage='SQLITE3')
+    truth, content, generator = strings(400, '/a', '/b', padding=300), whole.read_bytes(), random.Random(5)
+    path = tmp_path / 'cut.db3'
+    partial = 0
+    for length in generator.sample(range(1, len(content)), 40):
+        path.write_bytes(content[:length])
+        try:
+            found, missing = read(path)
+        except BagError as error:
+            assert error.remedy
+            continue
+        assert not Counter(found) - Counter(truth) and missing
+        partial += 0 < len(found) < len(truth)
+    assert partial > 10
+
+
+def test_damaged_pages_of_a_sqlite_bag_cost_their_messages(tmp_path):
+    file = write_bag(tmp_path / 'bag', strings(400, padding=300), storage='SQLITE3')
+    content = bytearray(file.read_bytes())
+    position = content.index(b'200 xxx') // 4096 * 4096
+    content[position : position + 4096] = b'\xff' * 4096
+    file.write_bytes(content)
+    found, missing = read(file)
+    assert 380 < len(found) < 400 and not Counter(found) - Counter(strings(400, padding=300))
+    assert found[0] == strings(1, padding=300)[0] and found[-1].time_ns == START_NS + 399 * 10**6
+    assert 'damaged' in missing[0] and 'message' in missing[0]
+
+
+def test_flipped_bytes_of_a_sqlite_bag_end_in_no_traceback(tmp_path):
+    """SQLite has no checksums: a message's own bytes cannot be checked, all else either works or is named."""
+    whole = write_bag(tmp_path / 'bag', strings(60, padding=100), storage='SQLITE3')
+    content, generator, path = whole.read_bytes(), random.Random(17), tmp_path / 'flipped.db3'
+    for _ in range(int(os.environ.get('C7_SOAK_BAGS', '150'))):
+        damaged = bytearray(content)
+        damaged[generator.randrange(len(damaged))] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            found, missing = read(path)
+        except BagError as error:
+            assert error.remedy
+            continue
+        assert len(found) >= 60 or missing
+
+
+def test_odd_rows_are_counted_and_named(tmp_path):
+    file = write_bag(tmp_path / 'bag', strings(5), storage='SQLITE3')
+    database = sqlite3.connect(file)
+    insert = 'INSERT INTO messages (topic_id, timestamp, data) VALUES (?, ?, ?)'
+    database.executemany(insert, [(1, 'noon', b''), (7, 5, cdr('x')), (1, 5, 'text'), (1, -5, cdr('early'))])
+    database.commit()
+    database.close()
+    found, missing = read(tmp_path / 'bag')
+    assert found == [Written('/text', -5, cdr('early')), *strings(5)]
+    assert len(missing) == 4 and any('belong to no topic' in sentence for sentence in missing)
+
+
+# -- metadata.yaml and its files
+
+
+def change_metadata(path: Path, change) -> None:
+    file = path / 'metadata.yaml'
+    metadata = yaml.safe_load(file.read_text())
+    change(metadata['rosbag2_bagfile_information'])
+    file.write_text(yaml.safe_dump(metadata))
+
+
+def topic_of(information: dict) -> dict:
+    return information['topics_with_message_count'][0]['topic_metadata']
+
+
+@pytest.mark.parametrize(
+    ('change', 'word'),
+    [
+        (lambda info: topic_of(info).update(offered_qos_profiles=[{'reliability': 'best_effort'}]), ''),
+        (lambda info: topic_of(info).update(name='/other'), '/text has 20 messages, not 0'),
+        (lambda info: topic_of(info).update(type='std_msgs/msg/Bool'), 'not std_msgs/msg/Bool'),
+        (lambda info: info['topics_with_message_count'][0].update(message_count=7), 'has 20 messages, not 7'),
+        (lambda info: info.update(compression_mode='MESSAGE', compression_format='zstd'), ''),
+        (lambda info: info.update(compression_mode='FILE', compression_format='fake'), ''),
+        (lambda info: info.update(version=99, storage_identifier='odd'), ''),
+        (lambda info: info.update(relative_file_paths=['bag/bag.mcap']), ''),
+        (lambda info: info.update(relative_file_paths=['/elsewhere/bag/bag.mcap']), ''),
+        (lambda info: info.update(relative_file_paths=['renamed_0.mcap']), 'bag.mcap is played instead'),
+        (lambda info: info.update(topics_with_message_count=None), 'has 20 messages, not 0'),
+        (lambda info: info.pop('relative_file_paths'), 'cannot be read'),
+        (lambda info: info.clear(), 'cannot be read'),
+    ],
+)
+def test_the_storage_is_played_whatever_the_metadata_says(tmp_path, change, word):
+    write_bag(tmp_path / 'bag', strings(20))
+    change_metadata(tmp_path / 'bag', change)
+    assert read(tmp_path / 'bag') == (strings(20), [])
+    with Bag(f'{tmp_path}/bag/') as bag:
+        assert word in ' '.join(bag.notes)
+
+
+@pytest.mark.parametrize('text', ['rosbag2_bagfile_information: [', '', '[' * 5000, '\0\xff', '- 1'])
+def test_a_broken_metadata_yaml_costs_nothing(tmp_path, text):
+    write_bag(tmp_path / 'bag', strings(20))
+    (tmp_path / 'bag' / 'metadata.yaml').write_text(text, encoding='latin-1')
+    assert read(tmp_path / 'bag') == (strings(20), [])
+
+
+@pytest.mark.parametrize('version', range(1, 10))
+@pytest.mark.parametrize('storage', ['MCAP', 'SQLITE3'])
+def test_every_version_of_the_metadata_is_read_with_its_qos(tmp_path, storage, version):
+    """Numbers in YAML text up to version 8, names in a list from 9 on; each kind with the storage's own QoS removed."""
+    path, wanted = tmp_path / 'bag', OfferedQos(reliable=False, transient_local=True, depth=3)
+    write_bag(path, strings(3), storage=storage)
+    values = {'history': 1, 'depth': 3, 'reliability': 2, 'durability': 1, 'liveliness': 1}
+    names = {'history': 'keep_last', 'depth': 3, 'reliability': 'best_effort', 'durability': 'transient_local'}
+
+    def change(information: dict) -> None:
+        information['version'] = version
+        qos = [names] if version == 9 else yaml.safe_dump([values])
+        topic_of(information)['offered_qos_profiles'] = qos
+        if version < 4:
+            del topic_of(information)['offered_qos_profiles']
+            information['relative_file_paths'] = [f'bag/{name}' for name in information['relative_file_paths']]
+
+    change_metadata(path, change)
+    if storage == 'SQLITE3':
+        with sqlite3.connect(path / 'bag.db3') as database:
+            database.execute('ALTER TABLE topics DROP COLUMN offered_qos_profiles')
+        database.close()
+    else:
+        write_mcap(path / 'bag.mcap', strings(3))
+    with Bag(path) as bag:
+        assert bag.topics['/text'].qos == (wanted if version >= 4 else OfferedQos())
+    assert read(path) == (strings(3), [])
+
+
+@pytest.fixture
+def split(tmp_path) -> Path:
+    """A recording in three files, out of step by half, as rosbag2 splits it."""
+    truth = strings(30, '/a', '/b')
+    parts = [write_bag(tmp_path / str(part), truth[part * 10 : part * 10 + 10]) for part in range(3)]
+    (tmp_path / 'bag').mkdir()
+    names = [f'bag_{part}.mcap' for part in (0, 1, 10)]
+    for part, name in zip(parts, names, strict=True):
+        part.rename(tmp_path / 'bag' / name)
+    shutil.copy(tmp_path / '0' / 'metadata.yaml', tmp_path / 'bag')
+
+    def change(information: dict) -> None:
+        information['relative_file_paths'] = names
+        for entry in information['topics_with_message_count']:
+            entry['message_count'] = 15
+
+    change_metadata(tmp_path / 'bag', change)
+    return tmp_path / 'bag'
+
+
+def test_a_split_bag_is_read_in_the_order_of_time(split):
+    assert read(split) == (strings(30, '/a', '/b'), [])
+    (split / 'metadata.yaml').unlink()
+    assert read(split) == (strings(30, '/a', '/b'), [])
+
+
+def test_a_part_that_is_not_there_is_named_and_the_rest_read(split):
+    (split / 'bag_1.mcap').unlink()
+    found, missing = read(split)
+    truth = strings(30, '/a', '/b')
+    assert found == truth[:10] + truth[20:]
+    assert 'bag_1.mcap is missing' in missing[0] and missing[-1] == '10 messages'
+
+
+@pytest.mark.parametrize('content', [b'', b'not an mcap file at all'])
+def test_a_part_that_cannot_be_read_is_named_and_the_rest_read(split, content):
+    (split / 'bag_10.mcap').write_bytes(content)
+    found, missing = read(split)
+    assert found == strings(30, '/a', '/b')[:20]
+    assert 'bag_10.mcap is damaged' in missing[0] and missing[-1] == '10 messages'
+
+
+def test_a_file_that_the_metadata_does_not_name_is_named(split):
+    shutil.copy(split / 'bag_0.mcap', split / 'bag_2.mcap')
+    found, missing = read(split)
+    assert found == strings(30, '/a', '/b') and 'bag_2.mcap is left out' in missing[0]
+
+
+def test_files_that_do_not_belong_together_are_not_mixed(tmp_path):
+    for name in ('monday.mcap', 'tuesday.mcap'):
+        write_mcap(tmp_path / name, strings(3))
+    with pytest.raises(BagError, match=r'do not belong together.*monday.mcap, tuesday.mcap'):
+        Bag(tmp_path)
+
+
+def test_links_and_names_with_odd_characters_are_read(tmp_path):
+    write_bag(tmp_path / 'bag', strings(3), storage='SQLITE3')
+    odd = tmp_path / 'a?b=c#d%20 é.db3'
+    (tmp_path / 'bag' / 'bag.db3').rename(odd)
+    (tmp_path / 'link.db3').symlink_to(odd)
+    assert read(odd) == read(tmp_path / 'link.db3') == (strings(3), [])
+
+
+@pytest.mark.parametrize('depth', [0, 1, 2**31 - 1, 2**63, -1, 'many'])
+@pytest.mark.parametrize('history', [1, 2, 'keep_all', 'unknown'])
+def test_any_depth_and_history_is_read(tmp_path, depth, history):
+    path = tmp_path / 'bag'
+    write_bag(path, strings(3))
+    write_mcap(path / 'bag.mcap', strings(3))
+    profile = {'depth': depth, 'history': history, 'durability': 1}
+    change_metadata(path, lambda info: topic_of(info).update(offered_qos_profiles=[profile, profile]))
+    with Bag(path) as bag:
+        qos = bag.topics['/text'].qos
+    assert qos.transient_local and qos.depth == (2 if depth == 1 and history in (1, 'unknown') else qos.depth)
+
+
+def test_store_is_the_one_that_writes(tmp_path):
+    """The helper writes what rosbags reads back."""
+    write_bag(tmp_path / 'bag', strings(3))
+    with rosbag2.Reader(tmp_path / 'bag') as reader:
+        assert [STORE.deserialize_cdr(data, STRING).data for _, _, data in reader.messages()] == ['0 ', '1 ', '2 ']
+    wait_for(lambda: True, 'nothing')
