@@ -31,6 +31,7 @@ soak:  ## new random examples for every property; random networks, a node under 
 		$(ENVIRONMENT) run python3 -m pytest test/differential -s
 	C7_END_RUNS=$${C7_END_RUNS:-60} $(ENVIRONMENT) run python3 -m pytest test/ros/test_node_end.py
 	$(ENVIRONMENT) run python3 test/measure/answers.py
+	C7_SOAK_BAGS=$${C7_SOAK_BAGS:-5000} $(ENVIRONMENT) run python3 -m pytest test/ros/test_bag.py -k 'unseen or flipped'
 
 clean:  ## remove every environment, build and output
 	rm -rf .venv .build build install log demo_output bench_output .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -423,8 +423,6 @@ class Replayer:
 
     def _note_missing(self) -> None:
         """Compare what was sent in one whole pass with what was recorded."""
-        named = set(self.report.missing)
-        self.report.missing += [sentence for sentence in self._bag.missing if sentence not in named]
         for name, outlet in self._outlets.items():
             report = outlet.report
             for why, count in outlet.refused.items():
@@ -485,6 +483,8 @@ class Replayer:
 
     def finish(self) -> None:
         """Wait until reliable subscribers have everything, and best-effort ones had time to read the last message."""
+        named = set(self.report.missing)
+        self.report.missing += [sentence for sentence in self._bag.missing if sentence not in named]
         timeout = Duration(seconds=_ACK_S)
         begun_ns = self._pace.start_ns or time.monotonic_ns()
         since_start_s = (time.monotonic_ns() - begun_ns) / 1e9
@@ -548,6 +548,14 @@ def _duration(seconds: float) -> str:
     return f'{seconds:.1f} s'
 
 
+class _OneLine(logging.Formatter):
+    """Spell out what does not print: names and errors from a bag may hold line breaks and terminal codes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return ''.join(each if each.isprintable() else each.encode('unicode_escape').decode() for each in text)
+
+
 class _Signals:
     """Note the first SIGINT or SIGTERM; rclpy's own handlers would shut the context down under a publisher."""
 
@@ -571,7 +579,8 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     own, ros = _split_arguments(sys.argv[1:] if args is None else args)
     parsed = _parser().parse_args(own)
-    logging.basicConfig(format='c7_replay: %(message)s', level=logging.INFO)
+    logging.basicConfig(level=logging.INFO)
+    logging.getLogger().handlers[0].setFormatter(_OneLine('c7_replay: %(message)s'))
     options = ReplayOptions(
         rate=parsed.rate,
         loop=parsed.loop,
@@ -586,7 +595,7 @@ def main(args: Sequence[str] | None = None) -> int:
     report = ReplayReport(str(parsed.bag), options.rate)
     try:
         # Before hours of replay, and so that no older report stays where this one cannot be written.
-        written = parsed.json.open('w', encoding='utf-8') if parsed.json else None
+        written = _open_report(parsed.json, parsed.bag) if parsed.json else None
     except OSError as error:
         _logger.error('%s cannot be written: %s. Name another file with --json.', parsed.json, error)
         return 1
@@ -633,6 +642,17 @@ def _run(
                 _logger.info('%s', line)
     finally:
         node.destroy_node()
+
+
+def _open_report(path: Path, bag: Path) -> TextIO:
+    """
+    Open the file for the report, and empty it.
+
+    :raises OSError: it cannot be written, or is the bag.
+    """
+    if path.exists() and any(file.exists() and file.samefile(path) for file in (bag, *bag.glob('*'))):
+        raise FileExistsError('it belongs to the bag')
+    return path.open('w', encoding='utf-8')
 
 
 def _save(report: ReplayReport, file: TextIO | None) -> bool:

@@ -556,22 +556,28 @@ def test_a_subscriber_that_comes_after_the_first_message_is_told_of_as_that(node
 
 def test_two_latched_publishers_reach_a_subscriber_that_comes_later(node, tmp_path):
     """As of /tf_static: each recorded publisher kept one message, so one in their place keeps as many."""
-    latched = offered(durability='TRANSIENT_LOCAL', depth=1)
-    write_strings(tmp_path / 'bag', {'/latched': [latched, latched], '/clock_like': []}, count=2)
-    write_more = offered(durability='TRANSIENT_LOCAL', depth=0, history='KEEP_ALL')
-    write_strings(tmp_path / 'all', {'/latched': [write_more], '/clock_like': []}, count=400)
-    for bag, count in (('bag', 2), ('all', 400)):
-        process = start(tmp_path / bag, '--wait-matched', 0, '--loop')
-        wait_for(lambda: node.count_publishers('/latched') > 0, 'the replay')
-        time.sleep(1.0)
-        late = QoSProfile(
-            depth=1000, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL
-        )
-        received = listen(node, String, '/latched', qos=late)
-        wait_for(lambda count=count, received=received: len(received) >= count, 'what was latched')
-        process.send_signal(signal.SIGINT)
-        process.communicate(timeout=DEADLINE_S)
-        wait_for(lambda: node.count_publishers('/latched') == 0, 'the end of the replay')
+    one, all_ = (
+        offered(durability='TRANSIENT_LOCAL', depth=depth, history=history)
+        for depth, history in ((1, 'KEEP_LAST'), (0, 'KEEP_ALL'))
+    )
+    store = typesys.get_typestore(typesys.Stores.ROS2_JAZZY)
+    with rosbag2.Writer(tmp_path / 'bag', version=9, storage_plugin=rosbag2.StoragePlugin.MCAP) as writer:
+        add = {'msgtype': 'std_msgs/msg/String', 'typestore': store}
+        publishers = [writer.add_connection('/latched', offered_qos_profiles=[one, one], **add)] * 2
+        publishers += [writer.add_connection('/all', offered_qos_profiles=[all_], **add)] * 400
+        for index, publisher in enumerate(publishers):
+            writer.write(publisher, 10**18 + index, cdr(str(index)))
+        writer.write(writer.add_connection('/long', offered_qos_profiles=[], **add), 10**18 + 60 * 10**9, cdr('end'))
+    process = start(tmp_path / 'bag', '--wait-matched', 0, '--max-gap', 'inf', '--json', tmp_path / 'report.json')
+    wait_for(lambda: node.count_publishers('/long') > 0, 'the replay')
+    time.sleep(1.0)
+    late = QoSProfile(depth=1000, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
+    received = {topic: listen(node, String, topic, qos=late) for topic in ('/latched', '/all')}
+    wait_for(lambda: (len(received['/latched']), len(received['/all'])) == (2, 400), 'what was latched')
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert received['/latched'] == [cdr('0'), cdr('1')]
+    assert '2 of them without a subscriber' in output and '400 of them without' in output
 
 
 def test_hidden_topics_of_services_arrive(node, tmp_path):
@@ -633,6 +639,21 @@ def test_a_report_that_cannot_be_written_is_an_error_with_the_bag_played(tmp_pat
     assert code == 1 and 'sent 3 of 3' in output and 'No space left' in output and '--json' in output
     code, output = replay(tmp_path / 'bag.mcap', '--wait-matched', 0, '--json', tmp_path / 'nowhere' / 'report.json')
     assert code == 1 and 'sent' not in output and '--json' in output
+
+
+def test_the_report_is_not_written_over_the_bag(tmp_path):
+    file = write_bag(tmp_path / 'bag', strings(3))
+    before = contents(tmp_path / 'bag')
+    for bag in (tmp_path / 'bag', file):
+        code, output = replay(bag, '--json', file)
+        assert code == 1 and 'belongs to the bag' in output
+    assert contents(tmp_path / 'bag') == before
+
+
+def test_names_from_the_bag_forge_no_line_of_the_log(tmp_path):
+    write_mcap(tmp_path / 'bag.mcap', strings(2, '/text', '/a\nc7_replay: /b: sent 1 of 1\x1b[31m'))
+    code, output = replay(tmp_path / 'bag.mcap', '--wait-matched', 0)
+    assert code == 0 and '\nc7_replay: /b' not in output and '\x1b' not in output
 
 
 def test_a_refused_bag_leaves_no_older_report(tmp_path):

@@ -85,6 +85,9 @@ def find_files(path: Path) -> BagFiles:
 
 def _in_directory(path: Path) -> BagFiles:
     present = {file.name: file for file in sorted(path.iterdir()) if _is_storage(file.name) and file.is_file()}
+    # rosbag2 leaves a decompressed copy beside a file that it has played.
+    plain = {name: file for name, file in present.items() if name == _without_compression(name)}
+    present = {**{name: file for name, file in present.items() if _without_compression(name) not in plain}, **plain}
     found = BagFiles([])
     if not (path / 'metadata.yaml').exists():
         found.files = _without_metadata(path, list(present.values()))
@@ -99,7 +102,6 @@ def _in_directory(path: Path) -> BagFiles:
     found.files = [file for file in named.values() if file.is_file()]
     gone = [name for name, file in named.items() if not file.is_file()]
     used = {_without_compression(file.name) for file in found.files}
-    # rosbag2 leaves a decompressed copy beside the file it has played.
     others = [file for file in present.values() if _without_compression(file.name) not in used]
     _account_for_others(path, found, gone, others)
     if not found.files:

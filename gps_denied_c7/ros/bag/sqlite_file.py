@@ -144,8 +144,8 @@ class SqliteFile:
         return scratch / self.path.name
 
     def _rows(self, query: str, *values: Any) -> list[tuple]:
-        with closing(self._db.execute(query, values)) as cursor:
-            return cursor.fetchall()
+        # To the last row, which ends the query and its lock.
+        return self._db.execute(query, values).fetchall()
 
     def _open(self) -> None:
         tables = {name for (name,) in self._rows("SELECT name FROM sqlite_master WHERE type IN ('table', 'index')")}
