@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -317,8 +317,8 @@ class Replayer:
         for name in wanted:
             topic = topics.get(name)
             if topic is None or not topic.count:
-                if name in options.topics and name not in self.report.skipped:
-                    self._skip(name, 'the bag holds no message of it.')
+                if name in options.topics:
+                    self.report.skipped.setdefault(name, 'the bag holds no message of it')
             elif name == CLOCK_TOPIC and options.clock_hz:
                 self.report.skipped[name] = 'since --clock publishes it'
             else:
@@ -360,7 +360,7 @@ class Replayer:
             ) from error
         report = TopicReport(publisher.topic_name, topic.msgtype, topic.count, topic.qos.reliable)
         self.report.topics.append(report)
-        _warn_of_another_definition(node, report.topic, topic)
+        self.report.notes += _other_definitions(node, report.topic, topic)
         return _Outlet(publisher, report)
 
     # -- when
@@ -511,33 +511,32 @@ def _message_type(name: str) -> Any:
         ) from error
 
 
-def _warn_of_another_definition(node: Node, name: str, topic: BagTopic) -> None:
-    """Warn where the bag's message definition is not the installed one: raw CDR would be read wrongly."""
+def _other_definitions(node: Node, name: str, topic: BagTopic) -> Iterator[str]:
+    """Say where the bag's message definition is not the installed one: raw CDR would be read wrongly."""
     for info in node.get_publishers_info_by_topic(name):
         # Humble's endpoint info has no type hash.
         if info.node_name == node.get_name() and (installed := getattr(info, 'topic_type_hash', None)):
-            for recorded in (topic.type_hashes or _hashes_of(topic)) - {str(installed)}:
-                _logger.warning(
-                    '%s: %s was recorded with another definition (%s) than is installed (%s); values may be wrong',
-                    name, topic.msgtype, recorded, installed,
-                )  # fmt: skip
+            recorded = topic.type_hashes or {_hash_of(text, topic) for text in topic.definitions}
+            for other in sorted(recorded - {str(installed), ''}):
+                yield (
+                    f'{name}: {topic.msgtype} was recorded with another definition ({other}) than is installed '
+                    f'({installed}); values may be wrong.'
+                )
             return
 
 
-def _hashes_of(topic: BagTopic) -> frozenset[str]:
-    """Compute the type hash from the definition's text, which is older than the hash; none where that fails."""
+def _hash_of(definition: str, topic: BagTopic) -> str:
+    """Compute the type hash of a definition, as for bags from before type hashes; '' where that fails."""
     from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 
-    if not topic.definition:
-        return frozenset()
     store = get_typestore(Stores.EMPTY)
     try:
-        store.register(get_types_from_msg(topic.definition, topic.msgtype))
-        return frozenset([store.hash_rihs01(topic.msgtype)])
+        store.register(get_types_from_msg(definition, topic.msgtype))
+        return store.hash_rihs01(topic.msgtype)
     except Exception as error:
         # rosbags' parser has no error of its own for each kind of text that is no definition.
         _logger.info('%s: the definition of %s in the bag cannot be read: %s', topic.name, topic.msgtype, error)
-        return frozenset()
+        return ''
 
 
 def _duration(seconds: float) -> str:

@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 from collections import Counter
 from pathlib import Path
 
@@ -586,6 +587,24 @@ def test_files_that_do_not_belong_together_are_not_mixed(tmp_path):
         Bag(tmp_path)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason='only root can become another user')
+@pytest.mark.parametrize('suffix', ['mcap', 'db3', 'db3-wal'])
+def test_a_file_that_may_not_be_read_is_named_as_that(suffix):
+    folder = Path(tempfile.mkdtemp(dir='/var/tmp'))
+    try:
+        file = write_bag(folder / 'bag', strings(8), storage='MCAP' if suffix == 'mcap' else 'SQLITE3')
+        if suffix == 'db3-wal':
+            record(file, 'WAL commit').wait()
+        folder.chmod(0o755)
+        Path(f'{file.with_suffix("")}.{suffix}').chmod(0)
+        os.seteuid(65534)
+        with pytest.raises(BagError, match='ermission'):
+            Bag(folder / 'bag')
+    finally:
+        os.seteuid(0)
+        shutil.rmtree(folder)
+
+
 def test_links_and_names_with_odd_characters_are_read(tmp_path):
     write_bag(tmp_path / 'bag', strings(3), storage='SQLITE3')
     odd = tmp_path / 'a?b=c#d%20 é.db3'
@@ -604,4 +623,5 @@ def test_any_depth_and_history_is_read(tmp_path, depth, history):
     change_metadata(path, lambda info: topic_of(info).update(offered_qos_profiles=[profile, profile]))
     with Bag(path) as bag:
         qos = bag.topics['/text'].qos
-    assert qos.transient_local and qos.depth == (2 if depth == 1 and history in (1, 'unknown') else qos.depth)
+    wanted = 2**31 - 1 if history in (2, 'keep_all') or depth in (2**31 - 1, 2**63) else 2 if depth == 1 else 0
+    assert qos == OfferedQos(reliable=True, transient_local=True, depth=wanted)

@@ -39,7 +39,7 @@ class BagTopic:
     :param msgtype: as ``sensor_msgs/msg/Image``.
     :param count: messages recorded, as the storage files tell; those of the metadata where a file is damaged.
     :param type_hashes: ``RIHS01_...`` of the message definitions, none where the bag does not say.
-    :param definition: concatenated ``.msg`` text, '' where the bag has none.
+    :param definitions: concatenated ``.msg`` texts, none where the bag has none.
     """
 
     name: str
@@ -47,7 +47,7 @@ class BagTopic:
     count: int
     qos: OfferedQos
     type_hashes: frozenset[str]
-    definition: str
+    definitions: frozenset[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +165,7 @@ class Bag:
             max(count, metadata.counts.get(name, 0)) if self.missing else count,
             offered(qos or ()),
             frozenset(hashes or filter(None, [metadata.hashes.get(name)])),
-            next((stream.channel.definition for stream in streams if stream.channel.definition), ''),
+            frozenset(stream.channel.definition for stream in streams if stream.channel.definition),
         )
 
     def _compare_metadata(self) -> None:

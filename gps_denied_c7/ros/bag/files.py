@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,6 +15,8 @@ from gps_denied_c7.ros.bag import mcap_file, sqlite_file
 from gps_denied_c7.ros.bag.storage import BagError, OfferedQos, Storage, profiles_of, reason
 
 __all__ = ['BagFiles', 'Metadata', 'find_files', 'open_storage']
+
+_logger = logging.getLogger(__name__)
 
 _STORAGE_SUFFIXES = ('.mcap', '.db3')
 _COMPRESSED_SUFFIXES = ('.zstd', '.zst')
@@ -125,9 +128,8 @@ def _account_for_others(path: Path, found: BagFiles, gone: list[str], others: li
 
 
 def _named_file(path: Path, name: str) -> Path:
-    """Return a file by its name in the metadata, which up to version 3 may begin with the bag's directory."""
-    inside = path / name
-    return inside if inside.is_file() and '..' not in PurePath(name).parts else path / PurePath(name).name
+    """Return a file by its name in the metadata, which may begin with the place where the bag was recorded."""
+    return path / PurePath(name).name
 
 
 def _is_storage(name: str) -> bool:
@@ -169,11 +171,13 @@ def _read_metadata(path: Path, found: BagFiles) -> Metadata | None:
 
 
 def _metadata_from(information: dict[str, Any]) -> Metadata:
-    metadata = Metadata(files=[str(name) for name in information['relative_file_paths']])
+    metadata = Metadata(files=[name for name in information['relative_file_paths'] if isinstance(name, str)])
     for entry in information.get('topics_with_message_count') or ():
         topic = entry['topic_metadata']
-        name = str(topic['name'])
-        metadata.types.setdefault(name, set()).add(str(topic.get('type')))
+        name = topic['name']
+        if not isinstance(name, str):
+            raise ValueError('the name of a topic is no text')
+        metadata.types.setdefault(name, set()).add(f'{topic.get("type")!s:.200}')
         metadata.counts[name] = metadata.counts.get(name, 0) + int(entry.get('message_count') or 0)
         metadata.qos[name] = (*metadata.qos.get(name, ()), *profiles_of(topic.get('offered_qos_profiles')))
         if type_hash := topic.get('type_description_hash'):
@@ -223,6 +227,7 @@ def _decompress(path: Path, scratch: Path) -> tuple[Path, list[str]]:
     import zstandard
 
     plain, lost = scratch / (_without_compression(path.name) or 'storage'), []
+    _logger.info('decompressing %s to %s', path, scratch)
     try:
         with path.open('rb') as source, plain.open('wb') as target:
             reader = zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True)

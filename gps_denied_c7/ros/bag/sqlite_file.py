@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import sqlite3
@@ -29,6 +30,8 @@ from gps_denied_c7.ros.bag.storage import (
 )
 
 __all__ = ['MAGIC', 'SqliteFile']
+
+_logger = logging.getLogger(__name__)
 
 MAGIC = b'SQLite format 3\0'
 _WAL_HEADER_BYTES = 32
@@ -132,6 +135,7 @@ class SqliteFile:
         return copy
 
     def _copied(self, files: list[Path], scratch: Path, why: str) -> Path:
+        _logger.info('%s. Copying %s to %s', why, ' and '.join(file.name for file in files), scratch)
         try:
             for file in files:
                 shutil.copyfile(file, scratch / file.name)

@@ -194,11 +194,11 @@ def _profile(values: Mapping[str, Any]) -> OfferedQos:
         return str(values.get(key, '')).lower() in names
 
     depth = values.get('depth')
-    known = isinstance(depth, int) and 0 <= depth < _UNLIMITED
+    kept = min(max(0, depth), _UNLIMITED) if isinstance(depth, int) else 0
     return OfferedQos(
         reliable=not is_any('reliability', '2', 'best_effort'),
         transient_local=is_any('durability', '1', 'transient_local'),
-        depth=_UNLIMITED if is_any('history', '2', 'keep_all') else int(depth or 0) if known else 0,
+        depth=_UNLIMITED if is_any('history', '2', 'keep_all') else kept,
     )
 
 
@@ -214,7 +214,7 @@ def offered(profiles: Sequence[OfferedQos]) -> OfferedQos:
     return OfferedQos(
         reliable=any(profile.reliable for profile in profiles),
         transient_local=bool(latched),
-        depth=max(sum(latched), *(profile.depth for profile in profiles)),
+        depth=min(_UNLIMITED, max(sum(latched), *(profile.depth for profile in profiles))),
     )
 
 
