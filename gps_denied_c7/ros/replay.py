@@ -147,6 +147,7 @@ class ReplayReport:
     :param missing: sentences, one for each part of what was asked for that was not in the bag or could not be sent.
     :param notes: sentences about what is odd in the bag and lost nothing.
     :param gaps: the first silences that were cut short, ``gap_count`` in all.
+    :param bag_incomplete: parts of the bag are lost, and it may have held more than ``recorded`` says.
     :param loops: passes through the bag that were completed.
     :param latest_s: how far behind its time the latest message went out.
     :param interrupted: name of the signal that ended it early, '' where none did.
@@ -161,6 +162,7 @@ class ReplayReport:
     notes: list[str] = field(default_factory=list)
     gaps: list[Gap] = field(default_factory=list)
     gap_count: int = 0
+    bag_incomplete: bool = False
     loops: int = 0
     latest_s: float = 0.0
     interrupted: str = ''
@@ -180,7 +182,8 @@ class ReplayReport:
         """Return the report as text."""
         lines = []
         for topic in self.topics:
-            text = f'{topic.topic}: sent {topic.sent} of {topic.recorded}'
+            least = 'at least ' if self.bag_incomplete and topic.sent >= topic.recorded else ''
+            text = f'{topic.topic}: sent {topic.sent} of {least}{topic.recorded}'
             text += f' x {self.loops}' if self.loops > 1 else ''
             text += f', {topic.bytes / 1e6:.1f} MB in {topic.span_s:.2f} s'
             text += f' = {topic.rate_hz:.2f} Hz' if topic.rate_hz else ''
@@ -189,7 +192,7 @@ class ReplayReport:
             lines.append(text)
         lines += [f'{name}: skipped, {reason}' for name, reason in self.skipped.items()]
         lines += [f'missing: {sentence}' for sentence in self.missing]
-        lines += [f'{self.gap_count} gaps were cut down, see --max-gap'] if self.gap_count else []
+        lines += [f'gaps cut down: {self.gap_count}, see --max-gap'] if self.gap_count else []
         lines.append(f'latest message {self.latest_s * 1e3:.1f} ms behind its time')
         return lines
 
@@ -485,6 +488,7 @@ class Replayer:
         """Wait until reliable subscribers have everything, and best-effort ones had time to read the last message."""
         named = set(self.report.missing)
         self.report.missing += [sentence for sentence in self._bag.missing if sentence not in named]
+        self.report.bag_incomplete = bool(self._bag.missing)
         timeout = Duration(seconds=_ACK_S)
         begun_ns = self._pace.start_ns or time.monotonic_ns()
         since_start_s = (time.monotonic_ns() - begun_ns) / 1e9

@@ -148,6 +148,19 @@ def test_a_record_whose_length_is_damaged_costs_one_chunk(tmp_path):
     assert found == [message for message in truth if message in found]
 
 
+def test_a_damaged_index_costs_nothing(tmp_path):
+    """The statistics say that every message was found."""
+    path = tmp_path / 'index.mcap'
+    truth = write_mcap(path, strings(100), chunk_size=500)
+    content = bytearray(path.read_bytes())
+    position = next(at for at in range(500, len(content)) if content[at] == 7 and content[at + 3 : at + 9] == bytes(6))
+    content[position + 1] ^= 1
+    path.write_bytes(content)
+    assert read(path) == (truth, [])
+    with Bag(path) as bag:
+        assert any('but no message' in note for note in bag.notes)
+
+
 def test_a_damaged_summary_costs_nothing(tmp_path):
     path = tmp_path / 'summary.mcap'
     truth = write_mcap(path, strings(100), chunk_size=500)

@@ -105,6 +105,7 @@ class McapFile:
         self._chunks: list[_Chunk] = []
         self._loose_offsets, self._loose_times = array('Q'), array('Q')
         self._loose_counts: Counter[int] = Counter()
+        self._cuts: list[str] = []
         self._strange: list[str] = []
         self._promise_is_sure = False
         self._index_is_whole = False
@@ -247,14 +248,14 @@ class McapFile:
     def _note_cut(self, position: int, onward: int | None, error: Exception) -> None:
         where = f'{self.path.name}: {reason(error)} at byte {position} of {self._size}'
         if onward is not None:
-            self.missing.append(f'{where}; what is stored up to byte {onward} is missing.')
+            self._cuts.append(f'{where}; what is stored up to byte {onward} is missing')
             return
         last_ns = max((chunk.end_ns for chunk in self._chunks), default=None)
         if self._loose_times:
             last_ns = max(last_ns or 0, *self._loose_times)
         since = 'everything' if last_ns is None else f'what was recorded after about {time_text(last_ns)}'
-        writer = ' A process still has the file open for writing.' if open_for_writing(self.path) else ''
-        self.missing.append(f'{where}; {since} is missing.{writer}')
+        writer = '; a process still has the file open for writing' if open_for_writing(self.path) else ''
+        self._cuts.append(f'{where}; {since} is missing{writer}')
 
     def _count_chunks(self) -> None:
         """Count what no index counts, and find the channels, which may be described in the chunks alone."""
@@ -274,7 +275,11 @@ class McapFile:
         recorded = said if said and self._promise_is_sure else found | said
         self.counts = {number: recorded[number] for number in self.channels}
         self._index_is_whole = promised is not None and +found == +said
-        if not self._index_is_whole:
+        if self._index_is_whole:
+            # What the damage took held no message.
+            self.notes += [f'{cut}, but no message, as the file itself counts them.' for cut in self._cuts]
+        else:
+            self.missing += [f'{cut}.' for cut in self._cuts]
             self.missing += [f'{self.path.name}: {text}.' for text in self._strange]
         if unknown := {f'channel {number}': found[number] for number in found.keys() - self.channels.keys()}:
             self.missing.append(f'{self.path.name} does not describe the channel of {count_text(unknown)}.')
