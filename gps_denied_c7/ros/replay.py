@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,11 +27,12 @@ from rclpy.signals import SignalHandlerOptions
 from rosgraph_msgs.msg import Clock
 
 from gps_denied_c7.ros.bag import Bag, BagError, BagTopic
-from gps_denied_c7.ros.bag.storage import count_text, time_text
+from gps_denied_c7.ros.bag.storage import count_text
 from gps_denied_c7.ros.dds import apply_profile, transport_warnings, tune_allocator
+from gps_denied_c7.ros.replay_report import Gap, ReplayReport, TopicReport
 from gps_denied_c7.ros.signals import on_first_signal
 
-__all__ = ['Gap', 'ReplayOptions', 'ReplayReport', 'Replayer', 'TopicReport', 'main']
+__all__ = ['ReplayOptions', 'Replayer', 'main']
 
 CLOCK_TOPIC = '/clock'
 _DEFAULT_CLOCK_HZ = 40.0
@@ -74,129 +75,6 @@ class ReplayOptions:
     max_gap_s: float = _DEFAULT_MAX_GAP_S
 
 
-@dataclass(slots=True)
-class TopicReport:
-    """
-    Count what went out on one topic.
-
-    :param topic: the name published on.
-    :param recorded: messages of it in the bag, as the storage files tell.
-    :param matched: subscriptions when the first message was due.
-    :param first_matched_s: when the first subscription was seen, in seconds after the first message of the bag was
-        due; None where there was none until the end.
-    :param sent_unmatched: messages that went out while there was no subscription.
-    :param bytes: of CDR, all messages together.
-    :param span_s: from the first to the last message sent, steady clock.
-    :param acknowledged: every reliable subscriber acknowledged everything; True where there is none.
-    """
-
-    topic: str
-    msgtype: str
-    recorded: int
-    reliable: bool
-    matched: int = 0
-    first_matched_s: float | None = None
-    sent: int = 0
-    sent_unmatched: int = 0
-    bytes: int = 0
-    span_s: float = 0.0
-    acknowledged: bool = True
-
-    @property
-    def rate_hz(self) -> float:
-        """Messages per second that were really sent."""
-        return (self.sent - 1) / self.span_s if self.sent > 1 and self.span_s > 0 else 0.0
-
-    def subscribers(self) -> str:
-        """Say what subscribers could not receive, '' where they were there all the time."""
-        if self.first_matched_s is None:
-            return ', nobody subscribed'
-        if not self.sent_unmatched:
-            return ''
-        if self.matched:
-            return f', {self.sent_unmatched} of them while there was no subscriber'
-        since = f'the first subscriber came {self.first_matched_s:.2f} s after the start'
-        return f', {self.sent_unmatched} of them without a subscriber: {since}'
-
-
-@dataclass(frozen=True, slots=True)
-class Gap:
-    """
-    Tell of a silence in the bag that was cut short.
-
-    :param after_ns: bag time of the last message before it.
-    :param recorded_s: its length in the bag.
-    :param played_s: what was played of it, in bag time.
-    """
-
-    after_ns: int
-    recorded_s: float
-    played_s: float
-
-    def __str__(self) -> str:
-        before, after = time_text(self.after_ns), time_text(self.after_ns + round(self.recorded_s * 1e9))
-        return f'no message for {_duration(self.recorded_s)}, from {before} to {after}: cut down to {self.played_s:g} s'
-
-
-@dataclass(slots=True)
-class ReplayReport:
-    """
-    Tell what a replay did.
-
-    :param skipped: topic → why it, or a part of it, was left out.
-    :param missing: sentences, one for each part of what was asked for that was not in the bag or could not be sent.
-    :param notes: sentences about what is odd in the bag and lost nothing.
-    :param gaps: the first silences that were cut short, ``gap_count`` in all.
-    :param bag_incomplete: parts of the bag are lost, and it may have held more than ``recorded`` says.
-    :param loops: passes through the bag that were completed.
-    :param latest_s: how far behind its time the latest message went out.
-    :param interrupted: name of the signal that ended it early, '' where none did.
-    :param error: why nothing was played, '' where something was.
-    """
-
-    bag: str
-    rate: float
-    topics: list[TopicReport] = field(default_factory=list)
-    skipped: dict[str, str] = field(default_factory=dict)
-    missing: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    gaps: list[Gap] = field(default_factory=list)
-    gap_count: int = 0
-    bag_incomplete: bool = False
-    loops: int = 0
-    latest_s: float = 0.0
-    interrupted: str = ''
-    error: str = ''
-
-    @property
-    def complete(self) -> bool:
-        """Whether everything that was asked for was in the bag and was sent, once at least."""
-        return bool(self.loops) and not self.missing and not self.error
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the report as the object that ``--json`` writes."""
-        topics = [{**asdict(topic), 'rate_hz': round(topic.rate_hz, 3)} for topic in self.topics]
-        return {**asdict(self), 'topics': topics, 'complete': self.complete}
-
-    def lines(self) -> list[str]:
-        """Return the report as text."""
-        lines = []
-        for topic in self.topics:
-            least = 'at least ' if self.bag_incomplete and topic.sent >= topic.recorded else ''
-            text = f'{topic.topic}: sent {topic.sent} of {least}{topic.recorded}'
-            text += f' x {self.loops}' if self.loops > 1 else ''
-            text += f', {topic.bytes / 1e6:.1f} MB in {topic.span_s:.2f} s'
-            text += f' = {topic.rate_hz:.2f} Hz' if topic.rate_hz else ''
-            text += topic.subscribers()
-            text += '' if topic.acknowledged else ', not acknowledged by all'
-            lines.append(text)
-        lines += [f'{name}: skipped, {reason}' for name, reason in self.skipped.items()]
-        lines += [f'missing: {sentence}' for sentence in self.missing]
-        lines += [f'gaps cut down: {self.gap_count}, see --max-gap'] if self.gap_count else []
-        lines.append(f'latest message {self.latest_s * 1e3:.1f} ms behind its time')
-        return lines
-
-
 class _Outlet:
     """One topic's publisher and what went through it."""
 
@@ -236,7 +114,7 @@ class _Pace:
     """
     Map bag time onto the steady clock; a silence longer than ``max_gap_s`` of bag time is cut down to that.
 
-    :ivar start_ns: steady time of the first message, 0 before it.
+    :ivar start_ns: steady time of the first message of the first pass, 0 before it.
     :ivar due_ns: steady time of the message that :meth:`advance` was called for.
     """
 
@@ -255,8 +133,9 @@ class _Pace:
         """Set ``due_ns`` for a message of this bag time; return the silence before it if it is cut down."""
         gap = None
         if self._latest_ns is None:
-            self.start_ns = self.due_ns = time.monotonic_ns()
-            self._anchor = self._after_gap = (self.start_ns, time_ns)
+            self.due_ns = time.monotonic_ns()
+            self.start_ns = self.start_ns or self.due_ns
+            self._anchor = self._after_gap = (self.due_ns, time_ns)
         elif (time_ns - self._latest_ns) / 1e9 > self._max_gap_s:
             gap = Gap(self._latest_ns, (time_ns - self._latest_ns) / 1e9, self._max_gap_s)
             self.due_ns = self._due(self._latest_ns) + round(self._max_gap_s * 1e9 / self._rate)
@@ -426,6 +305,7 @@ class Replayer:
 
     def _note_missing(self) -> None:
         """Compare what was sent in one whole pass with what was recorded."""
+        self._note_lost()
         for name, outlet in self._outlets.items():
             report = outlet.report
             for why, count in outlet.refused.items():
@@ -433,6 +313,12 @@ class Replayer:
             report.recorded = max(report.recorded, report.sent)
             if report.sent < report.recorded:
                 self.report.missing.append(f'{name}: {report.recorded - report.sent} of {report.recorded} messages.')
+
+    def _note_lost(self) -> None:
+        """Take over what the bag has found to be lost so far."""
+        named = set(self.report.missing)
+        self.report.missing += [sentence for sentence in self._bag.missing if sentence not in named]
+        self.report.bag_incomplete = bool(self._bag.missing)
 
     def _play_once(self, on_sent: Callable[[], object]) -> None:
         pace = self._pace
@@ -486,9 +372,8 @@ class Replayer:
 
     def finish(self) -> None:
         """Wait until reliable subscribers have everything, and best-effort ones had time to read the last message."""
-        named = set(self.report.missing)
-        self.report.missing += [sentence for sentence in self._bag.missing if sentence not in named]
-        self.report.bag_incomplete = bool(self._bag.missing)
+        if not self.report.loops:
+            self._note_lost()
         timeout = Duration(seconds=_ACK_S)
         begun_ns = self._pace.start_ns or time.monotonic_ns()
         since_start_s = (time.monotonic_ns() - begun_ns) / 1e9
@@ -543,14 +428,6 @@ def _hash_of(definition: str, topic: BagTopic) -> str:
         return ''
 
 
-def _duration(seconds: float) -> str:
-    """Return a length of time in the unit that suits it."""
-    for name, length in (('years', 365.25 * 86400), ('days', 86400), ('hours', 3600), ('minutes', 60)):
-        if seconds >= 2 * length:
-            return f'{seconds / length:.1f} {name}'
-    return f'{seconds:.1f} s'
-
-
 class _OneLine(logging.Formatter):
     """Spell out what does not print: names and errors from a bag may hold line breaks and terminal codes."""
 
@@ -582,8 +459,9 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     own, ros = _split_arguments(sys.argv[1:] if args is None else args)
     parsed = _parser().parse_args(own)
-    logging.basicConfig(level=logging.INFO)
-    logging.getLogger().handlers[0].setFormatter(_OneLine('c7_replay: %(message)s'))
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine('c7_replay: %(message)s'))
+    logging.basicConfig(handlers=[handler], level=logging.INFO)
     options = ReplayOptions(
         rate=parsed.rate,
         loop=parsed.loop,

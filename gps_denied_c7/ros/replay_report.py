@@ -1,0 +1,141 @@
+"""What ``c7_replay`` tells of a replay, as text and as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from gps_denied_c7.ros.bag.storage import time_text
+
+__all__ = ['Gap', 'ReplayReport', 'TopicReport']
+
+
+@dataclass(slots=True)
+class TopicReport:
+    """
+    Count what went out on one topic.
+
+    :param topic: the name published on.
+    :param recorded: messages of it in the bag, as the storage files tell.
+    :param matched: subscriptions when the first message was due.
+    :param first_matched_s: when the first subscription was seen, in seconds after the first message of the bag was
+        due; None where there was none until the end.
+    :param sent_unmatched: messages that went out while there was no subscription.
+    :param bytes: of CDR, all messages together.
+    :param span_s: from the first to the last message sent, steady clock.
+    :param acknowledged: every reliable subscriber acknowledged everything; True where there is none.
+    """
+
+    topic: str
+    msgtype: str
+    recorded: int
+    reliable: bool
+    matched: int = 0
+    first_matched_s: float | None = None
+    sent: int = 0
+    sent_unmatched: int = 0
+    bytes: int = 0
+    span_s: float = 0.0
+    acknowledged: bool = True
+
+    @property
+    def rate_hz(self) -> float:
+        """Messages per second that were really sent."""
+        return (self.sent - 1) / self.span_s if self.sent > 1 and self.span_s > 0 else 0.0
+
+    def subscribers(self) -> str:
+        """Say what subscribers could not receive, '' where they were there all the time."""
+        if self.first_matched_s is None:
+            return ', nobody subscribed'
+        if not self.sent_unmatched:
+            return ''
+        if self.matched:
+            return f', {self.sent_unmatched} of them while there was no subscriber'
+        since = f'the first subscriber came {self.first_matched_s:.2f} s after the start'
+        return f', {self.sent_unmatched} of them without a subscriber: {since}'
+
+
+@dataclass(frozen=True, slots=True)
+class Gap:
+    """
+    Tell of a silence in the bag that was cut short.
+
+    :param after_ns: bag time of the last message before it.
+    :param recorded_s: its length in the bag.
+    :param played_s: what was played of it, in bag time.
+    """
+
+    after_ns: int
+    recorded_s: float
+    played_s: float
+
+    def __str__(self) -> str:
+        before, after = time_text(self.after_ns), time_text(self.after_ns + round(self.recorded_s * 1e9))
+        return f'no message for {_duration(self.recorded_s)}, from {before} to {after}: cut down to {self.played_s:g} s'
+
+
+@dataclass(slots=True)
+class ReplayReport:
+    """
+    Tell what a replay did.
+
+    :param skipped: topic → why it, or a part of it, was left out.
+    :param missing: sentences, one for each part of what was asked for that was not in the bag or could not be sent.
+    :param notes: sentences about what is odd in the bag and lost nothing.
+    :param gaps: the first silences that were cut short, ``gap_count`` in all.
+    :param bag_incomplete: parts of the bag are lost, and it may have held more than ``recorded`` says.
+    :param loops: passes through the bag that were completed.
+    :param latest_s: how far behind its time the latest message went out.
+    :param interrupted: name of the signal that ended it early, '' where none did.
+    :param error: why nothing was played, '' where something was.
+    """
+
+    bag: str
+    rate: float
+    topics: list[TopicReport] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    gaps: list[Gap] = field(default_factory=list)
+    gap_count: int = 0
+    bag_incomplete: bool = False
+    loops: int = 0
+    latest_s: float = 0.0
+    interrupted: str = ''
+    error: str = ''
+
+    @property
+    def complete(self) -> bool:
+        """Whether everything that was asked for was in the bag and was sent, once at least."""
+        return bool(self.loops) and not self.missing and not self.error
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as the object that ``--json`` writes."""
+        topics = [{**asdict(topic), 'rate_hz': round(topic.rate_hz, 3)} for topic in self.topics]
+        return {**asdict(self), 'topics': topics, 'complete': self.complete}
+
+    def lines(self) -> list[str]:
+        """Return the report as text."""
+        lines = []
+        for topic in self.topics:
+            least = 'at least ' if self.bag_incomplete and topic.sent >= topic.recorded else ''
+            text = f'{topic.topic}: sent {topic.sent} of {least}{topic.recorded}'
+            text += f' x {self.loops}' if self.loops > 1 else ''
+            text += f', {topic.bytes / 1e6:.1f} MB in {topic.span_s:.2f} s'
+            text += f' = {topic.rate_hz:.2f} Hz' if topic.rate_hz else ''
+            text += topic.subscribers()
+            text += '' if topic.acknowledged else ', not acknowledged by all'
+            lines.append(text)
+        lines += [f'{name}: skipped, {reason}' for name, reason in self.skipped.items()]
+        lines += [f'missing: {sentence}' for sentence in self.missing]
+        lines += [f'gaps cut down: {self.gap_count}, see --max-gap'] if self.gap_count else []
+        lines.append(f'latest message {self.latest_s * 1e3:.1f} ms behind its time')
+        return lines
+
+
+def _duration(seconds: float) -> str:
+    """Return a length of time in the unit that suits it."""
+    for name, length in (('years', 365.25 * 86400), ('days', 86400), ('hours', 3600), ('minutes', 60)):
+        if seconds >= 2 * length:
+            return f'{seconds / length:.1f} {name}'
+    return f'{seconds:.1f} s'
