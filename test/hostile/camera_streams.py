@@ -55,7 +55,9 @@ def _plain(seed: int, width: int, height: int, channels: int, sampling: int | No
     if sampling is None:
         return jpeg.encoded(pixels, **options)
     # Pillow has no name for some of the samplings.
-    done, content = cv2.imencode('.jpg', np.ascontiguousarray(pixels[:, :, ::-1]), [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling])
+    done, content = cv2.imencode(
+        '.jpg', np.ascontiguousarray(pixels[:, :, ::-1]), [cv2.IMWRITE_JPEG_SAMPLING_FACTOR, sampling]
+    )
     assert done
     return content.tobytes()
 

@@ -73,9 +73,30 @@ def _last_bytes_missing(whole: bytes, chance: random.Random) -> bytes:
     return whole[: -2 - chance.randrange(12, 40)].removesuffix(b'\xff') + jpeg.EOI
 
 
+def _no_scan_data(whole: bytes, chance: random.Random) -> bytes:
+    parts = jpeg.split(whole)
+    return jpeg.join(jpeg.replaced(parts, jpeg.place(parts, jpeg.SOS), scan=b''))
+
+
+def _rubbish_before_the_end(whole: bytes, chance: random.Random) -> bytes:
+    return whole[:-2] + bytes(chance.choices(range(1, 255), k=40)) + jpeg.EOI
+
+
+def _cut_within_a_scan(whole: bytes, chance: random.Random) -> bytes:
+    return whole[: int(len(whole) * 0.6)].removesuffix(b'\xff') + jpeg.EOI
+
+
 def _no_code(whole: bytes, chance: random.Random) -> bytes:
     """Return a scan with a code of ones alone, which no Huffman table has."""
     return _in_scan(whole, chance, b'\xff\x00' * 12, replace=True)
+
+
+def _end_mark_in_scan(whole: bytes, chance: random.Random) -> bytes:
+    return _in_scan(whole, chance, jpeg.EOI, replace=True)
+
+
+def _start_mark_in_scan(whole: bytes, chance: random.Random) -> bytes:
+    return _in_scan(whole, chance, jpeg.SOI, replace=False)
 
 
 def _in_scan(whole: bytes, chance: random.Random, piece: bytes, *, replace: bool) -> bytes:
@@ -253,6 +274,14 @@ def _png_header(**fields: int) -> Damage:
     return damage
 
 
+def _last_lines_missing(lines: bytes, chance: random.Random) -> bytes:
+    return lines[: -(1 + 3 * SIDE[0]) * chance.randrange(1, 40)]
+
+
+def _chunk_too_long(whole: bytes, chance: random.Random) -> bytes:
+    return whole.replace(b'\x00\x00\x00\x03tEXt', b'\x7f\xff\xff\xfftEXt')
+
+
 def _flipped(content: bytes, chance: random.Random) -> bytes:
     at = chance.randrange(len(content) // 4, len(content) - 8)
     return content[:at] + bytes((content[at] ^ 1 << chance.randrange(8),)) + content[at + 1 :]
@@ -279,12 +308,12 @@ DAMAGE: dict[str, tuple[Decision, Callable[[int], bytes], Damage]] = {
     'JPEG, half of the scan lost, end mark': (R, _baseline, _scan_cut(0.5, jpeg.EOI)),
     'JPEG, half of the scan lost, no end mark': (R, _baseline, _scan_cut(0.5, b'')),
     'JPEG, last blocks missing': (R, _baseline, _last_bytes_missing),
-    'JPEG, no scan data': (R, _baseline, lambda whole, chance: jpeg.join([*jpeg.split(whole)[:-1], Part(jpeg.SOS, jpeg.split(whole)[-1].body)])),
+    'JPEG, no scan data': (R, _baseline, _no_scan_data),
     'JPEG, hole in the scan': (R, _baseline, _hole),
     'JPEG, code that no table has': (R, _baseline, _no_code),
-    'JPEG, marker within the scan': (R, _baseline, lambda whole, chance: _in_scan(whole, chance, b'\xff\xd9', replace=True)),
-    'JPEG, start mark within the scan': (R, _baseline, lambda whole, chance: _in_scan(whole, chance, b'\xff\xd8', replace=False)),
-    'JPEG, rubbish before the end mark': (R, _baseline, lambda whole, chance: whole[:-2] + bytes(chance.choices(range(1, 255), k=40)) + jpeg.EOI),
+    'JPEG, marker within the scan': (R, _baseline, _end_mark_in_scan),
+    'JPEG, start mark within the scan': (R, _baseline, _start_mark_in_scan),
+    'JPEG, rubbish before the end mark': (R, _baseline, _rubbish_before_the_end),
     'JPEG, header says twice the height': (R, _baseline, _sized(64, 96)),
     'JPEG, header says half the height': (R, _baseline, _sized(64, 24)),
     'JPEG, header says twice the width': (R, _baseline, _sized(128, 48)),
@@ -313,7 +342,7 @@ DAMAGE: dict[str, tuple[Decision, Callable[[int], bytes], Damage]] = {
     'JPEG, progressive, half of the scans': (R, _progressive, _scans_missing(5)),
     'JPEG, progressive, last scan missing': (R, _progressive, _scans_missing(9)),
     'JPEG, progressive, one refinement missing': (R, _progressive, _one_scan_missing),
-    'JPEG, progressive, cut within a scan': (R, _progressive, lambda whole, chance: whole[: int(len(whole) * 0.6)].removesuffix(b'\xff') + jpeg.EOI),
+    'JPEG, progressive, cut within a scan': (R, _progressive, _cut_within_a_scan),
     'JPEG, scans of two colours missing': (R, _baseline, _chroma_missing),
     'JPEG, two start marks': (R, _baseline, lambda whole, chance: jpeg.SOI + whole),
     'JPEG, zeros before the start mark': (R, _baseline, lambda whole, chance: bytes(8) + whole),
@@ -331,8 +360,8 @@ DAMAGE: dict[str, tuple[Decision, Callable[[int], bytes], Damage]] = {
     'PNG, no data': (R, _png, _chunks(lambda chunks, chance: chunks[:-3])),
     'PNG, no end': (E, _png, lambda whole, chance: whole[:-12]),
     'PNG, bit flipped in its data': (R, _png, _data(_flipped)),
-    'PNG, checksum of its data wrong': (R, _png, _data(lambda content, chance: content[:-1] + bytes((content[-1] ^ 1,)))),
-    'PNG, last lines missing': (R, _png, _data(lambda lines, chance: lines[: -193 * chance.randrange(1, 40)], raw=True)),
+    'PNG, checksum of its data wrong': (R, _png, _data(lambda content, chance: content[:-1] + b'\x00')),
+    'PNG, last lines missing': (R, _png, _data(_last_lines_missing, raw=True)),
     'PNG, more lines than its height': (E, _png, _data(lambda lines, chance: lines + lines[:193], raw=True)),
     'PNG, filter of no meaning': (R, _png, _data(lambda lines, chance: lines[:193] + b'\x09' + lines[194:], raw=True)),
     'PNG, header says twice the height': (R, _png, _png_header(height=96)),
@@ -344,10 +373,10 @@ DAMAGE: dict[str, tuple[Decision, Callable[[int], bytes], Damage]] = {
     'PNG, header says another interlace': (R, _png, _png_header(interlace=2)),
     'PNG, no width': (R, _png, _png_header(width=0)),
     'PNG, two headers': (R, _png, _chunks(lambda chunks, chance: [chunks[0], *chunks])),
-    'PNG, critical chunk of no meaning': (R, _png, _chunks(lambda chunks, chance: [chunks[0], (b'QQQQ', b''), *chunks[1:]])),
+    'PNG, unknown critical chunk': (R, _png, _chunks(lambda chunks, chance: [chunks[0], (b'QQQQ', b''), *chunks[1:]])),
     'PNG, no palette': (R, _png, _palette(0)),
     'PNG, colours beyond the palette': (E, _png, _palette(200)),
-    'PNG, chunk longer than the file': (R, _png, lambda whole, chance: whole.replace(b'\x00\x00\x00\x03tEXt', b'\x7f\xff\xff\xfftEXt')),
+    'PNG, chunk longer than the file': (R, _png, _chunk_too_long),
     'PNG, sent as text': (R, _png, lambda whole, chance: whole.replace(b'\r\n', b'\n')),
     'PNG, rubbish behind the end': (T, _png, lambda whole, chance: whole + chance.randbytes(500)),
 }  # fmt: skip

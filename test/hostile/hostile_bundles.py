@@ -92,7 +92,10 @@ def _golden_bomb(place: Path, chance: random.Random) -> Path:
         array = archive.namelist()[0]
     content = io.BytesIO()
     header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (268435456,), }".ljust(117) + b'\n'
-    with zipfile.ZipFile(content, 'w', zipfile.ZIP_DEFLATED) as archive, archive.open(array, 'w', force_zip64=True) as entry:
+    with (
+        zipfile.ZipFile(content, 'w', zipfile.ZIP_DEFLATED) as archive,
+        archive.open(array, 'w', force_zip64=True) as entry,
+    ):
         entry.write(b'\x93NUMPY\x01\x00' + len(header).to_bytes(2, 'little') + header)
         for _ in range(chance.choice([64, 1024])):
             entry.write(bytes(1 << 20))
@@ -107,7 +110,9 @@ def _sparse_json(place: Path, chance: random.Random) -> Path:
 def _giant_json(place: Path, chance: random.Random) -> Path:
     text = (place / 'model.json').read_text().strip()
     size = chance.choice([5_000_000, 60_000_000])
-    filling = chance.choice([' ' * size, f'"x": [{"1," * (size // 2)}1],', f'"x": "{"a" * size}",', '"k": 1,' * (size // 7)])
+    filling = chance.choice(
+        [' ' * size, f'"x": [{"1," * (size // 2)}1],', f'"x": "{"a" * size}",', '"k": 1,' * (size // 7)]
+    )
     (place / 'model.json').write_text('{' + filling + text[1:])
     return place
 
@@ -122,8 +127,8 @@ def _deep_json(place: Path, chance: random.Random) -> Path:
 
 def _json_of_anything(place: Path, chance: random.Random) -> Path:
     texts = [
-        b'', b'null', b'[]', b'{}', b'\xff\xfe{}', b'\xef\xbb\xbf{}', b'{"name": "\xff"}', b'NaN', b'{"a":1}' * 2, b'\x00' * 100,
-        b'1e999', b'-' * 10_000, b'"\\ud800"', b'{"name": 1' + b'0' * 100_000 + b'}',
+        b'', b'null', b'[]', b'{}', b'\xff\xfe{}', b'\xef\xbb\xbf{}', b'{"name": "\xff"}', b'NaN', b'{"a":1}' * 2,
+        b'\x00' * 100, b'1e999', b'-' * 10_000, b'"\\ud800"', b'{"name": 1' + b'0' * 100_000 + b'}',
     ]  # fmt: skip
     (place / 'model.json').write_bytes(chance.choice(texts))
     return place
@@ -193,7 +198,10 @@ def _external(place: Path, chance: random.Random) -> Path:
     path = _network(place, [helper.make_node('Mul', ['scaled', 'weights'], ['out'])], [tensor], height=64, width=48)
     model = onnx.load(path)
     onnx.save(model, path, save_as_external_data=True, location='weights.bin', size_threshold=0)
-    kind, data = chance.choice(['cut', 'missing', 'sparse', 'pipe', 'elsewhere', 'offset', 'loop']), place / 'weights.bin'
+    kind, data = (
+        chance.choice(['cut', 'missing', 'sparse', 'pipe', 'elsewhere', 'offset', 'loop']),
+        place / 'weights.bin',
+    )
     if kind == 'cut':
         os.truncate(data, chance.choice([0, 1, 4000]))
     elif kind == 'missing':
@@ -257,19 +265,24 @@ def _huge_input(place: Path, chance: random.Random) -> Path:
 
 def _endless_model(place: Path, chance: random.Random) -> Path:
     """Return a model whose warm-up does not end in this life."""
+    value, names = helper.make_tensor_value_info, ('go on', 'nothing', 'rounds')
+    steps = [
+        helper.make_node('Cos', ['before'], ['after']),
+        helper.make_node('Identity', ['condition'], ['still']),
+    ]
     body = helper.make_graph(
-        [helper.make_node('Cos', ['before'], ['after']), helper.make_node('Identity', ['condition'], ['still'])], 'body',
-        [helper.make_tensor_value_info('round', INT64, []), helper.make_tensor_value_info('condition', TensorProto.BOOL, []),
-         helper.make_tensor_value_info('before', FLOAT, [])],
-        [helper.make_tensor_value_info('still', TensorProto.BOOL, []), helper.make_tensor_value_info('after', FLOAT, [])],
-    )  # fmt: skip
-    constants = [
-        numpy_helper.from_array(np.array(1 << 60, np.int64), 'rounds'), numpy_helper.from_array(np.array(True), 'go on'),
-        numpy_helper.from_array(np.array(0.0, np.float32), 'nothing'),
-    ]  # fmt: skip
-    nodes = [helper.make_node('Loop', ['rounds', 'go on', 'nothing'], ['work'], body=body),
-             helper.make_node('Add', ['scaled', 'work'], ['out'])]  # fmt: skip
-    return Path(_network(place, nodes, constants))
+        steps,
+        'body',
+        [value('round', INT64, []), value('condition', TensorProto.BOOL, []), value('before', FLOAT, [])],
+        [value('still', TensorProto.BOOL, []), value('after', FLOAT, [])],
+    )
+    constants = (np.array(True), np.array(0.0, np.float32), np.array(1 << 60, np.int64))
+    nodes = [
+        helper.make_node('Loop', ['rounds', 'go on', 'nothing'], ['work'], body=body),
+        helper.make_node('Add', ['scaled', 'work'], ['out']),
+    ]
+    tensors = [numpy_helper.from_array(array, name) for name, array in zip(names, constants, strict=True)]
+    return Path(_network(place, nodes, tensors))
 
 
 def _names(place: Path, chance: random.Random) -> Path:
@@ -280,7 +293,9 @@ def _names(place: Path, chance: random.Random) -> Path:
 def _name_that_is_no_text(place: Path, chance: random.Random) -> Path:
     """Return a model with an output whose name is not UTF-8."""
     path = Path(_network(place, [helper.make_node('Identity', ['scaled'], ['QQQQ'])], [], output='QQQQ'))
-    path.write_bytes(path.read_bytes().replace(b'QQQQ', chance.choice([b'\xff\xfe\xfd\xfc', b'\xc0\x80\x80\x80', b'\xed\xa0\x80Q'])))
+    path.write_bytes(
+        path.read_bytes().replace(b'QQQQ', chance.choice([b'\xff\xfe\xfd\xfc', b'\xc0\x80\x80\x80', b'\xed\xa0\x80Q']))
+    )
     return path
 
 
@@ -304,16 +319,22 @@ def _no_file(place: Path, chance: random.Random) -> Path:
     elif kind == 'directory':
         path.mkdir()
     else:
-        targets = {'loop': str(path), 'dangling': '/nowhere', 'zero': '/dev/zero', 'random': '/dev/urandom', 'memory': '/proc/self/mem'}
+        targets = {
+            'loop': str(path),
+            'dangling': '/nowhere',
+            'zero': '/dev/zero',
+            'random': '/dev/urandom',
+            'memory': '/proc/self/mem',
+        }
         path.symlink_to(targets[kind])
     return place
 
 
 def _no_path(place: Path, chance: random.Random) -> Path | str:
     return chance.choice(
-        ['', ' ', '/nowhere', '/dev/zero', '/dev/stdin', '/proc/self/mem', '/proc/kmsg', '/', '~', '~nobody/x', 'a' * 5000,
-         '/' + 'a/' * 3000, '/tmp/a\nFATAL: forged', '/tmp/\x1b[2J', '/tmp/\u202e', '/tmp/x.onnx', str(place / 'nothing.onnx'),
-         str(place / 'model.json'), str(place) + '/' * 1000, '/dev/null', '/sys/kernel/debug']
+        ['', ' ', '/nowhere', '/dev/zero', '/dev/stdin', '/proc/self/mem', '/proc/kmsg', '/', '~', '~nobody/x',
+         'a' * 5000, '/' + 'a/' * 3000, '/tmp/a\nFATAL: forged', '/tmp/\x1b[2J', '/tmp/\u202e', '/tmp/x.onnx',
+         str(place / 'nothing.onnx'), str(place / 'model.json'), str(place) + '/' * 1000, '/dev/null', '/sys/kernel/debug']
     )  # fmt: skip
 
 

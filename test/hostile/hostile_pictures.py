@@ -1,7 +1,7 @@
 """
 Compressed images that cost a decoder much more than their size tells, or are nothing at all: one for every number.
 
-``hostile_picture(n)`` is the same on every machine; consecutive numbers go through all kinds. Most kinds are valid files.
+``hostile_picture(n)`` is the same on every machine; consecutive numbers go through all kinds. Most are valid files.
 """
 
 from __future__ import annotations
@@ -187,7 +187,9 @@ def _arithmetic(chance: random.Random) -> bytes:
     parts = [jpeg.flat_quantisation(), jpeg.header(marker, width, height)]
     for number in range(scans):
         band = number if marker == 0xCA else 0
-        parts.append(Part(jpeg.SOS, jpeg.scan_header([0], band, band or last, 0, 0), chance.randbytes(40).replace(b'\xff', b'')))
+        parts.append(
+            Part(jpeg.SOS, jpeg.scan_header([0], band, band or last, 0, 0), chance.randbytes(40).replace(b'\xff', b''))
+        )
     return jpeg.join(parts)
 
 
@@ -298,7 +300,9 @@ def _png_less_data(chance: random.Random) -> bytes:
     sides = [(8192, 8192), (16384, 4096), (1 << 31, 1), ((1 << 31) - 1, (1 << 31) - 1), (0, 5), (1_000_000, 60)]
     size = chance.choice(sides)
     depth, colour = chance.choice([(16, png.RGBA), (8, png.RGB), (1, png.GREY), (3, png.RGB), (8, 7)])
-    return png.file(png.header(*size, depth, colour), png.chunk(b'IDAT', zlib.compress(bytes(chance.choice([0, 9000])))))
+    return png.file(
+        png.header(*size, depth, colour), png.chunk(b'IDAT', zlib.compress(bytes(chance.choice([0, 9000]))))
+    )
 
 
 @functools.lru_cache(maxsize=2)
@@ -310,14 +314,13 @@ def _apng(chance: random.Random) -> bytes:
     width, height = chance.choice([(64, 48), (8192, 4096)])
     frames = chance.choice([2, 50, 0xFFFFFFFF])
     first = png.chunk(b'fcTL', struct.pack('>IIIIIHHBB', 0, width, height, 0, 0, 1, 30, 0, 0))
-    later = b''.join(
-        png.chunk(
-            b'fcTL', struct.pack('>IIIIIHHBB', 2 * index + 1, *chance.choice([(width, height), (1 << 31, 9)]), 0, 0, 1, 30, 2, 1)
-        ) + png.chunk(b'fdAT', struct.pack('>I', 2 * index + 2) + _flat_data(width, height))
-        for index in range(min(frames, 20) - 1)
-    )  # fmt: skip
+    later = []
+    for index in range(1, min(frames, 20)):
+        size = chance.choice([(width, height), (1 << 31, 9)])
+        later.append(png.chunk(b'fcTL', struct.pack('>IIIIIHHBB', 2 * index - 1, *size, 0, 0, 1, 30, 2, 1)))
+        later.append(png.chunk(b'fdAT', struct.pack('>I', 2 * index) + _flat_data(width, height)))
     start = png.header(width, height, 8, png.RGB) + png.chunk(b'acTL', struct.pack('>II', frames, 0)) + first
-    return png.file(start, png.chunk(b'IDAT', _flat_data(width, height)), later)
+    return png.file(start, png.chunk(b'IDAT', _flat_data(width, height)), *later)
 
 
 def _png_bad_checksum(chance: random.Random) -> bytes:
@@ -351,7 +354,17 @@ def _other_file(chance: random.Random) -> tuple[str, bytes]:
 
 
 def _empty(chance: random.Random) -> tuple[str, bytes]:
-    data = [b'', b'\xff', b'\xff\xd8', b'\xff\xd8\xff', b'\xff\xd8\xff\xd9', png.SIGNATURE, png.file(), b'\x89PNG', b'\n']
+    data = [
+        b'',
+        b'\xff',
+        b'\xff\xd8',
+        b'\xff\xd8\xff',
+        b'\xff\xd8\xff\xd9',
+        png.SIGNATURE,
+        png.file(),
+        b'\x89PNG',
+        b'\n',
+    ]
     return chance.choice(['jpeg', 'png', '', 'rgb8; jpeg compressed bgr8']), chance.choice(data)
 
 

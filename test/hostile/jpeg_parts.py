@@ -109,7 +109,9 @@ def flat_quantisation() -> Part:
 def huffman(kind: int, symbols_by_length: dict[int, bytes]) -> Part:
     """Return a Huffman table number 0; ``kind`` is 0 for DC, 1 for AC."""
     counts = bytes(len(symbols_by_length.get(length, b'')) for length in range(1, 17))
-    return Part(DHT, bytes((kind << 4,)) + counts + b''.join(symbols_by_length[key] for key in sorted(symbols_by_length)))
+    return Part(
+        DHT, bytes((kind << 4,)) + counts + b''.join(symbols_by_length[key] for key in sorted(symbols_by_length))
+    )
 
 
 def coded(bits: NDArray[np.uint8] | str) -> bytes:
@@ -145,9 +147,7 @@ def bands(scans: int, components: int) -> Iterator[tuple[int, int, int, int]]:
     """
     deepest = min(13, scans // (63 * components))
     levels = [(0, deepest), *((bit + 1, bit) for bit in reversed(range(deepest)))]
-    every = (
-        (component, band, *level) for level in levels for band in range(1, 64) for component in range(components)
-    )
+    every = ((component, band, *level) for level in levels for band in range(1, 64) for component in range(components))
     return itertools.islice(every, scans)
 
 

@@ -33,8 +33,10 @@ from typing import Any
 
 import numpy as np
 
-for _folder in ('.', 'ros', 'differential', 'hostile'):
-    sys.path.insert(0, str(Path(__file__).resolve().parents[1] / _folder))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'ros'))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'differential'))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'hostile'))
 
 import rclpy
 from differential import plain_session, wrong_outputs
@@ -303,7 +305,9 @@ def _settle(rig: Rig, before: dict[str, Counter[str]], sent: Counter[str]) -> No
     for topic in sent:
         _, ends = _unaccounted(now[topic], before[topic], sent[topic])
         rig.verdict.accounts[f'{topic}, {sent[topic]} sent'] = ends
-    rig.verdict.problems += [f'{count} of {sent[topic]} of {topic} are not accounted for' for topic, count in missing().items()]
+    rig.verdict.problems += [
+        f'{count} of {sent[topic]} of {topic} are not accounted for' for topic, count in missing().items()
+    ]
 
 
 # --- bundles ------------------------------------------------------------------------------------------
@@ -423,7 +427,7 @@ def run_cameras(rig: Rig, kinds: Sequence[str], seconds: float) -> None:
         level, message = rig.peer.level(f'Stream {COMPRESSED[0]}'), rig.peer.message(f'Stream {COMPRESSED[0]}')
         others = [name for name in ('Runtime', f'Stream {PLAIN}') if rig.peer.level(name) not in ('OK', '')]
         hostile_sent = camera.stop() if camera is not None else 0
-        _wait(lambda: not rig.alive() or beside.sent <= set(rig.arrived), 2.0)
+        _wait(lambda sent=beside.sent: not rig.alive() or sent <= set(rig.arrived), 2.0)
         share = len(beside.sent & set(rig.arrived)) / max(1, len(beside.sent))
         p50, p95 = np.percentile(beside.calls_ms, (50, 95))
         ended = not rig.alive()
@@ -442,7 +446,9 @@ def run_cameras(rig: Rig, kinds: Sequence[str], seconds: float) -> None:
         if p95 > STATE_MS:
             rig.verdict.problems.append(f'beside "{kind}", get_state took {p95:.0f} ms (p95)')
         if costs and not named:
-            rig.verdict.problems.append(f'diagnostics do not name the camera of "{kind}"; not OK: {others or "nothing"}')
+            rig.verdict.problems.append(
+                f'diagnostics do not name the camera of "{kind}"; not OK: {others or "nothing"}'
+            )
     rig.ask_healthy(compressed=True)
     rig.ask_healthy(compressed=False)
 
