@@ -15,8 +15,9 @@ from rclpy.node import Node
 from rclpy.publisher import Publisher
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
-from sensor_msgs.msg import Image
+from sensor_msgs.msg import CompressedImage, Image
 
+from gps_denied_c7.bench.cases import JPEG
 from gps_denied_c7.bench.commands import CommandLine
 from gps_denied_c7.ros.dds import apply_profile, tune_allocator
 from gps_denied_c7.ros.rcl import Rcl
@@ -39,17 +40,17 @@ class Cameras:
     """
 
     def __init__(self, node: Node, topics: dict[str, list[str]], width: int, height: int, encoding: str) -> None:
-        self._rcl = Rcl(Image)
+        kind = CompressedImage if encoding == JPEG else Image
+        self._rcl = Rcl(kind)
         random = np.random.default_rng(3)
-        channels = 1 if encoding == 'mono8' else 3
-        self._images = [self._rcl.message(Image) for _ in range(_DISTINCT)]
+        self._images = [self._rcl.message(kind) for _ in range(_DISTINCT)]
         for held in self._images:
-            image = Image(width=width, height=height, encoding=encoding, step=width * channels)
+            picture = _compressed if encoding == JPEG else _raw
+            image = picture(random, width, height, encoding)
             image.header.frame_id = 'camera'
-            image.data.frombytes(random.integers(0, 256, width * height * channels, np.uint8).tobytes())
             held.assign(image)
         self._publishers: dict[str, list[Publisher]] = {
-            name: [node.create_publisher(Image, topic, QOS) for topic in own] for name, own in topics.items()
+            name: [node.create_publisher(kind, topic, QOS) for topic in own] for name, own in topics.items()
         }
 
     def wait_matched(self, name: str, timeout_s: float) -> float | None:
@@ -85,6 +86,25 @@ class Cameras:
         # What is sent next, to whomever, keeps the rate.
         _wait_until(began + len(stamps) * period)
         return stamps
+
+
+def _raw(random: np.random.Generator, width: int, height: int, encoding: str) -> Image:
+    channels = 1 if encoding == 'mono8' else 3
+    image = Image(width=width, height=height, encoding=encoding, step=width * channels)
+    image.data.frombytes(random.integers(0, 256, width * height * channels, np.uint8).tobytes())
+    return image
+
+
+def _compressed(random: np.random.Generator, width: int, height: int, encoding: str) -> CompressedImage:
+    """Return a JPEG about as large as a camera's of ground: noise alone would be four times that."""
+    import cv2
+
+    coarse = random.integers(0, 256, (height // 16, width // 16, 3), np.uint8)
+    smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
+    noisy = np.clip(smooth + random.normal(0.0, 6.0, smooth.shape), 0, 255).astype(np.uint8)
+    image = CompressedImage(format=encoding)
+    image.data.frombytes(cv2.imencode('.jpg', noisy, [cv2.IMWRITE_JPEG_QUALITY, 85])[1].tobytes())
+    return image
 
 
 def _wait_until(due: float) -> float:

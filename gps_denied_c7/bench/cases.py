@@ -16,6 +16,7 @@ __all__ = [
     'FORTY_LINES',
     'IMAGE_SIZE',
     'IN_PROCESS',
+    'JPEG',
     'OUTPUT_SIZE',
     'RATE',
     'SHIPPED',
@@ -37,6 +38,8 @@ SHIPPED = 'node'
 
 SHIPPED_TRANSPORT = 'shipped'
 DEFAULT_TRANSPORT = 'default'
+
+JPEG = 'jpeg'
 
 IMAGE_SIZE, CAMERAS, OUTPUT_SIZE, RATE = 'image size', 'cameras', 'output size', 'rate'
 
@@ -104,7 +107,8 @@ class Case:
     """
     Say what is sent, and to whom.
 
-    :param encoding: of the images, ``mono8`` or ``rgb8``; the network takes as many channels.
+    :param encoding: of the images, ``mono8`` or ``rgb8``; the network takes as many channels. ``jpeg`` for rgb8
+        pictures that are compressed beforehand.
     :param model_ms: what one inference takes, about; the networks are made to measure on this machine.
     :param dense_maps: 640x480 float32 maps that the network returns beside 1 KB, 1.23 MB each.
     :param rate_hz: images per second and camera; 0 for more than the engine can answer.
@@ -224,6 +228,7 @@ class Case:
 
 _SMALL: dict[str, Any] = {'width': 640, 'height': 480, 'encoding': 'mono8'}
 _HD: dict[str, Any] = {'width': 1920, 'height': 1080, 'encoding': 'rgb8'}
+_COMPRESSED: dict[str, Any] = {**_HD, 'encoding': JPEG, 'model_ms': 5}
 _TRANSPORT_ONLY = (SHIPPED,)
 
 
@@ -233,6 +238,7 @@ def quick_cases() -> tuple[Case, ...]:
         Case(**_SMALL, model_ms=5),
         Case(**_HD, model_ms=5, contestants=(BARE, FORTY_LINES, BY_THE_BOOK, IN_PROCESS, SHIPPED)),
         Case(**_HD, model_ms=5, dense_maps=_LARGE),
+        Case(**_COMPRESSED, contestants=(FORTY_LINES, SHIPPED), repetitions=1),
         Case(**_SMALL, model_ms=30, rate_hz=0),
         Case(**_SMALL, model_ms=100, rate_hz=0),
         Case(
@@ -256,7 +262,7 @@ def full_cases() -> tuple[Case, ...]:
         Case(**_HD, model_ms=5, contestants=_TRANSPORT_ONLY, transport=transport, seconds=60.0, repetitions=1)
         for transport in (SHIPPED_TRANSPORT, DEFAULT_TRANSPORT)
     ]
-    return (*minutes, *matrix)
+    return (*minutes, *matrix, Case(**_COMPRESSED))
 
 
 def scaling_cases() -> tuple[Case, ...]:

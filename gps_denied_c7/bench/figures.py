@@ -395,7 +395,8 @@ def _against_forty_lines(case: CaseResult) -> list[Verdict]:
     node, reference = case.results.get(SHIPPED), case.results.get(FORTY_LINES)
     if node is None or reference is None:
         return []
-    strict = case.case.height == 1080 and case.case.model_ms == 5 and not case.case.is_overloaded
+    at_1080p = case.case.height == 1080 and case.case.encoding == 'rgb8'
+    strict = at_1080p and case.case.model_ms == 5 and not case.case.is_overloaded
     limit = 0.7 if strict and not case.case.large_outputs else 1.0
     return [
         *_at_most('latency p50 / forty lines', ratio_p50(node, reference), limit, case.case.title, ' x'),

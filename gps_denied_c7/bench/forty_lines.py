@@ -20,7 +20,7 @@ import rclpy
 from gps_denied_c7_msgs.msg import Tensor, TensorList
 from rclpy.node import Node
 from rclpy.qos import qos_profile_sensor_data
-from sensor_msgs.msg import Image
+from sensor_msgs.msg import CompressedImage, Image
 
 from gps_denied_c7.bench.models import engine_session
 
@@ -46,6 +46,7 @@ class FortyLines(Node):
 
         super().__init__('forty_lines')
         self.resize, self.convert, self.bgr_to_rgb = cv2.resize, cv2.cvtColor, cv2.COLOR_BGR2RGB
+        self.decode: Any = partial(cv2.imdecode, flags=cv2.IMREAD_COLOR)
         self.by_the_book = by_the_book
         self.to_cv2 = _image_converter()
         self.session = engine_session(model, ort_defaults=ort_defaults)
@@ -54,20 +55,28 @@ class FortyLines(Node):
         self.names = [output.name for output in self.session.get_outputs()]
         self.publisher = self.create_publisher(TensorList, '~/tensors', 5)
         for topic in topics:
-            self.create_subscription(Image, topic, partial(self.on_image, topic), qos_profile_sensor_data)
+            kind = CompressedImage if topic.endswith('/compressed') else Image
+            self.create_subscription(kind, topic, partial(self.on_image, topic), qos_profile_sensor_data)
 
-    def on_image(self, topic: str, message: Image) -> None:
+    def on_image(self, topic: str, message: Image | CompressedImage) -> None:
         """Answer one image."""
         began = time.monotonic_ns()
         received = self.get_clock().now().to_msg()
+        compressed = isinstance(message, CompressedImage)
         in_colour = self.by_the_book and self.encoding == 'rgb8'
-        image = self.to_cv2(message, 'bgr8' if in_colour else self.encoding)
+        if compressed:
+            image = self.decode(np.frombuffer(message.data, np.uint8))
+        else:
+            image = self.to_cv2(message, 'bgr8' if in_colour else self.encoding)
         decoded = time.monotonic_ns()
+        source_height, source_width = image.shape[:2]
+        height, width = self.input.shape[2:]
         if in_colour:
             image = self.convert(image, self.bgr_to_rgb)
-        height, width = self.input.shape[2:]
         if image.shape[:2] != (height, width):
             image = self.resize(image, (width, height))
+        if compressed:
+            image = self.convert(image, self.bgr_to_rgb)
         image = image.astype(np.float32) / 255.0
         image = image[None] if image.ndim == 2 else image.transpose(2, 0, 1)
         tensor = np.ascontiguousarray(image[None])
@@ -75,8 +84,8 @@ class FortyLines(Node):
         outputs = self.session.run(self.names, {self.input.name: tensor})
         inferred = time.monotonic_ns()
         answer = TensorList(header=message.header, source_topic=topic, receive_stamp=received)
-        answer.source_width, answer.source_height = message.width, message.height
-        answer.source_encoding = message.encoding
+        answer.source_width, answer.source_height = source_width, source_height
+        answer.source_encoding = message.format if compressed else message.encoding
         answer.decode_ns, answer.preprocess_ns = decoded - began, prepared - decoded
         answer.inference_ns = answer.engine_ns = inferred - prepared
         for name, values in zip(self.names, outputs, strict=True):

@@ -24,6 +24,7 @@ from gps_denied_c7.bench.cases import (
     BARE,
     CONTESTANTS,
     DEFAULT_TRANSPORT,
+    JPEG,
     SHIPPED,
     Case,
     Contestant,
@@ -309,7 +310,9 @@ class _Measurement:
     def _run_round(self, stack: ExitStack, repetitions: Sequence[int], *, first: bool) -> None:
         """Start every process, measure, and end them in order."""
         nodes = [record.contestant.name for record in self._records if record.contestant.name != BARE]
-        topics = {name: [f'/{name}/camera_{n}/image_raw' for n in range(self._case.cameras)] for name in nodes}
+        suffix = '/compressed' if self._case.encoding == JPEG else ''
+        cameras = [f'camera_{number}/image_raw{suffix}' for number in range(self._case.cameras)]
+        topics = {name: [f'/{name}/{camera}' for camera in cameras] for name in nodes}
         self._listener = self._service(stack, 'gps_denied_c7.bench.listener', nodes)
         self._camera = self._service(
             stack,

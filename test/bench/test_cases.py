@@ -14,6 +14,7 @@ from gps_denied_c7.bench.cases import (
     FORTY_LINES,
     IMAGE_SIZE,
     IN_PROCESS,
+    JPEG,
     OUTPUT_SIZE,
     SHIPPED,
     Case,
@@ -42,6 +43,13 @@ def test_the_full_matrix_has_every_combination():
         for case in full_cases() if case.seconds is None
     }  # fmt: skip
     assert found == set(itertools.product((480, 1080), (5, 30, 100), (False, True), (10, 30, 60, 0), (1, 2, 4)))
+
+
+def test_pictures_that_are_compressed_are_measured_in_every_form_but_the_series():
+    for cases in (quick_cases(), full_cases()):
+        [case] = [case for case in cases if case.encoding == JPEG]
+        assert case.name == '1080p_jpeg_5ms_small_30hz' and case.channels == 3
+        assert {FORTY_LINES, SHIPPED} <= set(case.contestants)
 
 
 def test_saturation_sends_more_than_the_engine_can_answer():

@@ -334,7 +334,8 @@ def _no_path(place: Path, chance: random.Random) -> Path | str:
     return chance.choice(
         ['', ' ', '/nowhere', '/dev/zero', '/dev/stdin', '/proc/self/mem', '/proc/kmsg', '/', '~', '~nobody/x',
          'a' * 5000, '/' + 'a/' * 3000, '/tmp/a\nFATAL: forged', '/tmp/\x1b[2J', '/tmp/\u202e', '/tmp/x.onnx',
-         str(place / 'nothing.onnx'), str(place / 'model.json'), str(place) + '/' * 1000, '/dev/null', '/sys/kernel/debug']
+         str(place / 'nothing.onnx'), str(place / 'model.json'), str(place) + '/' * 1000,
+         '/dev/null', '/sys/kernel/debug']
     )  # fmt: skip
 
 
