@@ -65,7 +65,6 @@ PLAIN_SHARE, STATE_MS = 0.95, 100.0
 _NEXT_S = 0.25
 _SWAP_S, _CONFIGURE_S = 30.0, 90.0
 _RELIABLE = QoSProfile(depth=5, reliability=ReliabilityPolicy.RELIABLE)
-_SENSOR = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
 
 
 @dataclass
@@ -501,7 +500,7 @@ def run_camera(kind: str) -> None:
     content = bytearray(serialize_message(compressed(starving_picture(kind))))
     rclpy.init()
     node = rclpy.create_node('hostile_camera', start_parameter_services=False, enable_rosout=False)
-    publisher = node.create_publisher(CompressedImage, COMPRESSED[0], _SENSOR)
+    publisher = node.create_publisher(CompressedImage, COMPRESSED[0], _RELIABLE)
     deadline = time.monotonic() + 30.0
     while not publisher.get_subscription_count() and time.monotonic() < deadline:
         time.sleep(0.01)
