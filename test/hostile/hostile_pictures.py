@@ -86,11 +86,12 @@ def _progressive_flat(chance: random.Random) -> bytes:
 
 def _progressive_hundreds_of_scans(chance: random.Random) -> bytes:
     width, height = _sides(chance)
-    return jpeg.flat_progressive(width, height, chance.choice([100, 400, 2000]), chance.choice([1, 3]))
+    return jpeg.flat_progressive(width, height, chance.choice([100, 400, 800]), chance.choice([1, 3]))
 
 
 def _progressive_noise(chance: random.Random) -> bytes:
-    return _noisy_progressive(chance.randrange(2), *chance.choice([(640, 480), (1920, 1080)]), chance.choice([31, 63]))
+    size = chance.choice([(640, 480), (1920, 1080)])
+    return _noisy_progressive(chance.randrange(2), *size, chance.choice([10, 32, 64]))
 
 
 def _progressive_repeated(chance: random.Random) -> bytes:

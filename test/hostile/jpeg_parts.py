@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import itertools
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,16 +139,27 @@ def _runs_of_nothing(blocks: int) -> bytes:
     return coded(bits)
 
 
-def bands(scans: int, components: int) -> Iterator[tuple[int, int, int, int]]:
+def bands(scans: int, components: int) -> list[tuple[int, int, int, int, int]]:
     """
-    Yield component, coefficient, and the high and low bit of so many AC scans in an order that the standard allows.
+    Return component, first and last coefficient, and high and low bit of about so many AC scans.
 
-    One coefficient at a time, all of them from the highest bit on; refinements follow.
+    Together they bring every bit of every coefficient once, in an order that the standard allows: some coefficients at
+    a time where that makes enough scans, else one at a time and all of them from the highest bit on.
     """
-    deepest = min(13, scans // (63 * components))
-    levels = [(0, deepest), *((bit + 1, bit) for bit in reversed(range(deepest)))]
-    every = ((component, band, *level) for level in levels for band in range(1, 64) for component in range(components))
-    return itertools.islice(every, scans)
+    groups = scans // components
+    if groups <= 63:
+        edges = [1 + 63 * group // groups for group in range(groups + 1)]
+        levels = [(0, 0)]
+    else:
+        edges = list(range(1, 65))
+        deepest = min(13, -(-groups // 63) - 1)
+        levels = [(0, deepest), *((bit + 1, bit) for bit in reversed(range(deepest)))]
+    return [
+        (component, first, end - 1, *level)
+        for level in levels
+        for first, end in itertools.pairwise(edges)
+        for component in range(components)
+    ]
 
 
 def flat_progressive(width: int, height: int, scans: int, components: int = 1) -> bytes:
@@ -164,29 +175,35 @@ def flat_progressive(width: int, height: int, scans: int, components: int = 1) -
         Part(SOS, scan_header(range(components), 0, 0, 0, 0), coded(np.zeros(blocks * components, np.uint8))),
     ]  # fmt: skip
     nothing = _runs_of_nothing(blocks)
-    for component, band, high, low in bands(scans - 1, components):
-        parts.append(Part(SOS, scan_header([component], band, band, high, low), nothing))
+    for component, first, last, high, low in bands(scans - 1, components):
+        parts.append(Part(SOS, scan_header([component], first, last, high, low), nothing))
     return join(parts)
 
 
 def noisy_progressive(seed: int, width: int, height: int, scans: int) -> bytes:
-    """Return a valid grey progressive JPEG in which each AC scan brings half the blocks a coefficient of 1 or -1."""
+    """Return a valid grey progressive JPEG of up to 64 scans, each of which brings half the blocks a 1 or -1."""
     chance = np.random.default_rng(seed)
     blocks = -(-width // 8) * -(-height // 8)
+    # So many zeros before the coefficient, which is the last one of its scan: 0 to 7, one code of 4 bits for each.
+    symbols = bytes((0, *(zeros << 4 | 1 for zeros in range(8))))
     parts: list[Part | bytes] = [
-        Part(APP0, JFIF), Part(DQT, b'\x00' + b'\x08' * 64), header(SOF2, width, height), huffman(0, {1: b'\x00'}),
-        huffman(1, {1: b'\x00', 2: b'\x01'}),
+        Part(APP0, JFIF),
+        Part(DQT, b'\x00' + b'\x20' * 64),
+        header(SOF2, width, height),
+        huffman(0, {1: b'\x00'}),
+        huffman(1, {4: symbols}),
         Part(SOS, scan_header([0], 0, 0, 0, 0), coded(np.zeros(blocks, np.uint8))),
-    ]  # fmt: skip
-    for _, band, high, low in bands(min(63, scans) - 1, 1):
-        # Either 0 for nothing more in this block, or 10 and the sign.
+    ]
+    for _, first, last, high, low in bands(scans - 1, 1):
+        # Either the code for nothing in this block, or that of the zeros and the sign.
         found = chance.random(blocks) < 0.5
-        rows = np.zeros((blocks, 3), np.uint8)
-        rows[found, 0] = 1
-        rows[found, 2] = chance.integers(0, 2, int(found.sum()), np.uint8)
+        code = symbols.index((last - first) << 4 | 1)
+        rows = np.zeros((blocks, 5), np.uint8)
+        rows[found, :4] = [code >> bit & 1 for bit in (3, 2, 1, 0)]
+        rows[found, 4] = chance.integers(0, 2, int(found.sum()), np.uint8)
         kept = np.ones_like(rows, bool)
-        kept[~found, 1:] = False
-        parts.append(Part(SOS, scan_header([0], band, band, high, low), coded(rows[kept])))
+        kept[~found, 4] = False
+        parts.append(Part(SOS, scan_header([0], first, last, high, low), coded(rows[kept])))
     return join(parts)
 
 

@@ -204,7 +204,8 @@ class Rig:
             self.verdict.problems.append(f'a healthy {what} was not answered within 30 s')
             return
         names = [output.name for output in self._session.get_outputs()]
-        values = self._session.run(None, {'image': pixels.astype(np.float32)[None, None] / np.float32(255)})
+        request = pixels.astype(np.float32)[None, None] * np.float32(1 / 255)
+        values = self._session.run(None, {'image': request})
         found = {name: tensor(answer, name) for name in names}
         if wrong := wrong_outputs(found, dict(zip(names, values, strict=True))):
             self.verdict.problems.append(f'a healthy {what} was answered wrongly: {"; ".join(wrong)}')
