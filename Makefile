@@ -25,13 +25,14 @@ test: lint  ## ruff, mypy and every test this machine can run (TESTS="..." for s
 chaos:  ## kill, crash and stop the node's workers for minutes and account for every frame
 	$(ENVIRONMENT) run python3 test/measure/chaos.py
 
-soak:  ## new random examples for every property; random networks, a node under fire and one that is ended at any moment
+soak:  ## new random examples for every property; random networks, a node under fire, ended at any moment, beside hostile cameras
 	$(ENVIRONMENT) run python3 -m pytest -m hypothesis --hypothesis-profile=random
 	C7_SOAK_NETWORKS=$${C7_SOAK_NETWORKS:-200} C7_SOAK_FRAMES=$${C7_SOAK_FRAMES:-100} \
 		$(ENVIRONMENT) run python3 -m pytest test/differential -s
 	C7_END_RUNS=$${C7_END_RUNS:-60} $(ENVIRONMENT) run python3 -m pytest test/ros/test_node_end.py
 	$(ENVIRONMENT) run python3 test/measure/answers.py
 	C7_SOAK_BAGS=$${C7_SOAK_BAGS:-5000} $(ENVIRONMENT) run python3 -m pytest test/ros/test_bag.py -k 'unseen or flipped'
+	$(ENVIRONMENT) run python3 test/measure/hostile.py
 
 clean:  ## remove every environment, build and output
 	rm -rf .venv .build build install log demo_output bench_output .mypy_cache .pytest_cache .ruff_cache .hypothesis
