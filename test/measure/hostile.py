@@ -204,6 +204,9 @@ class Rig:
             self.verdict.problems.append(f'a healthy {what} was not answered within 30 s')
             return
         names = [output.name for output in self._session.get_outputs()]
+        if not set(names) <= {one.name for one in answer.tensors}:
+            self.verdict.problems.append(f'a healthy {what} was answered by the model {answer.model_name:.100}')
+            return
         request = pixels.astype(np.float32)[None, None] * np.float32(1 / 255)
         values = self._session.run(None, {'image': request})
         found = {name: tensor(answer, name) for name in names}
@@ -317,20 +320,21 @@ def feed_bundles(rig: Rig, count: int, seed: int) -> None:
     """Set so many hostile bundles while the node is active, a quarter of them by configure, with a camera beside."""
     by_configure = count // 4
     for number in range(count - by_configure):
-        with _bundle(rig, seed * 1_000_003 + number, 'set') as path:
-            _swap(rig, path)
+        with _bundle(rig, seed * 1_000_003 + number, 'set') as (path, kind):
+            _swap(rig, path, kind)
         rig.look()
         if number % 10 == 9:
             rig.forget()
             print(f'  {number + 1} bundles set', flush=True)
+    _wait(lambda: 'under way' not in rig.peer.message('Runtime'), _SWAP_S)
     # Where every swap has failed, it is what serves already.
     if rig.peer.get_parameter('model_path').string_value != str(rig.healthy):
-        _swap(rig, str(rig.healthy))
+        _swap(rig, str(rig.healthy), 'healthy')
     rig.ask_healthy(compressed=False)
     rig.ask_healthy(compressed=True)
     for number in range(count - by_configure, count):
-        with _bundle(rig, seed * 1_000_003 + number, 'configured') as path:
-            _configure(rig, path)
+        with _bundle(rig, seed * 1_000_003 + number, 'configured') as (path, kind):
+            _configure(rig, path, kind)
         rig.look()
     print(f'  {by_configure} bundles configured', flush=True)
     if rig.peer.state() == 'active':
@@ -345,12 +349,12 @@ def feed_bundles(rig: Rig, count: int, seed: int) -> None:
 
 
 @contextlib.contextmanager
-def _bundle(rig: Rig, number: int, how: str) -> Iterator[str]:
+def _bundle(rig: Rig, number: int, how: str) -> Iterator[tuple[str, str]]:
     kind, path = hostile_bundle(number, rig.directory, rig.healthy)
     rig.given.append(f'bundle {number} ({kind}) {how}')
     rig.verdict.given[f'bundle: {kind}'] += 1
     try:
-        yield path
+        yield path, kind
     except AssertionError as error:
         if rig.alive():
             rig.verdict.problems.append(f'bundle {number} ({kind}) {how}: {error}')
@@ -360,14 +364,14 @@ def _bundle(rig: Rig, number: int, how: str) -> Iterator[str]:
         shutil.rmtree(rig.directory / f'bundle_{number}', ignore_errors=True)
 
 
-def _swap(rig: Rig, path: str) -> None:
+def _swap(rig: Rig, path: str, kind: str) -> None:
     began = time.monotonic()
     result = rig.peer.set_parameter('model_path', path)
     took = time.monotonic() - began
     if took > 1.0:
         rig.verdict.problems.append(f'set_parameters took {took:.1f} s for {rig.given[-1]}')
     if not result.successful:
-        rig.verdict.outcomes['refused by the parameter'] += 1
+        rig.verdict.outcomes[f'{kind}: refused by the parameter'] += 1
         return
 
     def outcome() -> str:
@@ -386,18 +390,18 @@ def _swap(rig: Rig, path: str) -> None:
         if (took := time.monotonic() - asked) > 1.0:
             rig.verdict.problems.append(f'get_state took {took:.1f} s while {rig.given[-1]}')
         time.sleep(0.2)
-    rig.verdict.outcomes[f'set: {outcome() or "not ended in time"}'] += 1
+    rig.verdict.outcomes[f'{kind}: {outcome() or "not ended in time"}'] += 1
 
 
-def _configure(rig: Rig, path: str) -> None:
+def _configure(rig: Rig, path: str, kind: str) -> None:
     for state, transition in (('active', 'deactivate'), ('inactive', 'cleanup')):
         if rig.peer.state() == state:
             assert rig.peer.change_state(transition), f'{transition} failed'
     if not rig.peer.set_parameter('model_path', path).successful:
-        rig.verdict.outcomes['refused by the parameter'] += 1
+        rig.verdict.outcomes[f'{kind}: refused by the parameter'] += 1
         return
     done = rig.peer.change_state('configure', timeout_s=_CONFIGURE_S)
-    rig.verdict.outcomes[f'configured: {"taken" if done else "refused"}'] += 1
+    rig.verdict.outcomes[f'{kind}: configured, {"taken" if done else "refused"}'] += 1
 
 
 # --- cameras ------------------------------------------------------------------------------------------
@@ -565,7 +569,8 @@ def _tell(verdict: Verdict) -> None:
     print(f'given: {json.dumps(verdict.given)}')
     for topic, ends in verdict.accounts.items():
         print(f'{topic}: {dict(ends)}')
-    print(f'bundles: {dict(verdict.outcomes)}')
+    for outcome, count in sorted(verdict.outcomes.items()):
+        print(f'bundle, {outcome}: {count}')
     print(f'healthy images answered as plain session.run answers: {verdict.healthy}; node exits: {len(verdict.exits)}')
     head = ('hostile camera at 20 Hz', 'plain', 'p50', 'p95 ms', 'its own', 'level', 'message')
     for row in (head, *verdict.rows) if verdict.rows else ():
