@@ -152,6 +152,21 @@ class Rig:
         """Whether the node runs."""
         return self.process.process.poll() is None
 
+    def kills(self) -> int:
+        """Return how many processes of the group the kernel has killed."""
+        return self.group.kills if self.group else 0
+
+    def memory(self) -> str:
+        """Say what the node alone holds, and how many processes of the group were killed."""
+        with contextlib.suppress(OSError):
+            pages = int(Path(f'/proc/{self.process.process.pid}/statm').read_text().split()[1])
+            return f'node {pages * os.sysconf("SC_PAGE_SIZE") / 1e6:.0f} MB resident, {self.kills()} processes killed'
+        return 'node gone'
+
+    def switches(self) -> int:
+        """Return how often the node has switched engines."""
+        return int(self.peer.values('Runtime').get('switches', 0))
+
     def forget(self) -> None:
         """Let go of what the peer keeps."""
         for kept in (self.peer.tensors, self.peer.records):
@@ -262,7 +277,7 @@ def feed_pictures(rig: Rig, count: int, seed: int) -> None:
             before, sent, exits = _counters(rig), Counter(), len(rig.verdict.exits)
         if number % 50 == 49:
             rig.forget()
-            print(f'  {number + 1} pictures and messages', flush=True)
+            print(f'  {number + 1} pictures and messages; {rig.memory()}', flush=True)
         if number % 100 == 99:
             rig.ask_healthy(compressed=False)
     time.sleep(1.0)
@@ -275,7 +290,7 @@ def feed_pictures(rig: Rig, count: int, seed: int) -> None:
 
 def _counters(rig: Rig) -> dict[str, Counter[str]]:
     found = {}
-    for topic in (RAW, *COMPRESSED):
+    for topic in (PLAIN, RAW, *COMPRESSED):
         values = rig.peer.values(f'Stream {topic}')
         found[topic] = Counter({key: int(value) for key, value in values.items() if value.isdigit()})
     return found
@@ -425,7 +440,7 @@ def run_cameras(rig: Rig, kinds: Sequence[str], seconds: float) -> None:
     for kind in ('none', *kinds):
         rig.given.append(f'camera ({kind})')
         rig.forget()
-        before = _counters(rig)[COMPRESSED[0]]
+        before, kills, switches = _counters(rig), rig.kills(), rig.switches()
         camera = None if kind == 'none' else HostileCamera(rig.domain_id, kind)
         beside = _measure(rig, seconds)
         level, message = rig.peer.level(f'Stream {COMPRESSED[0]}'), rig.peer.message(f'Stream {COMPRESSED[0]}')
@@ -437,12 +452,28 @@ def run_cameras(rig: Rig, kinds: Sequence[str], seconds: float) -> None:
         ended = not rig.alive()
         rig.look()
         time.sleep(2.0)
-        grown = _counters(rig)[COMPRESSED[0]]
-        answered = grown['answered'] - (0 if ended else before['answered'])
+        now = _counters(rig)
+        answered = now[COMPRESSED[0]]['answered'] - (0 if ended else before[COMPRESSED[0]]['answered'])
+        # What became of the plain images that were not answered, as the node tells.
+        missed = {key: now[PLAIN][key] - before[PLAIN][key] for key in now[PLAIN]} if not ended else {}
+        missed = {
+            key: n for key, n in missed.items() if n > 0 and key.startswith(('dropped_', 'lost', 'unans', 'refus'))
+        }
+        missed.pop('dropped_by_policy', None)
         named = level in ('WARN', 'ERROR')
         costs = kind != 'none' and answered < PLAIN_SHARE * hostile_sent
         rig.verdict.rows.append(
-            (kind, f'{share:.1%}', f'{p50:.0f}', f'{p95:.0f}', f'{answered} of {hostile_sent}', level, message[:110])
+            (
+                kind,
+                f'{share:.1%}',
+                f'{p50:.0f}',
+                f'{p95:.0f}',
+                f'{answered} of {hostile_sent}',
+                level,
+                f'{rig.kills() - kills}',
+                f'{rig.switches() - switches}',
+                f'{", ".join(f"{key} {n}" for key, n in missed.items()) or "nothing missed"}; {message:.100}',
+            )
         )
         print('  ' + ' | '.join(rig.verdict.rows[-1]), flush=True)
         if share < PLAIN_SHARE:
@@ -572,9 +603,9 @@ def _tell(verdict: Verdict) -> None:
     for outcome, count in sorted(verdict.outcomes.items()):
         print(f'bundle, {outcome}: {count}')
     print(f'healthy images answered as plain session.run answers: {verdict.healthy}; node exits: {len(verdict.exits)}')
-    head = ('hostile camera at 20 Hz', 'plain', 'p50', 'p95 ms', 'its own', 'level', 'message')
+    head = ('hostile camera at 20 Hz', 'plain', 'p50', 'p95 ms', 'its own', 'level', 'kills', 'switches', '')
     for row in (head, *verdict.rows) if verdict.rows else ():
-        print(f'{row[0]:42} {row[1]:>7} {row[2]:>6} {row[3]:>7} {row[4]:>12} {row[5]:6} {row[6]}')
+        print(f'{row[0]:40} {row[1]:>6} {row[2]:>5} {row[3]:>6} {row[4]:>11}', *(f'{text:6}' for text in row[5:]))
     for problem in verdict.broken():
         print(f'BROKEN  {problem}')
 
