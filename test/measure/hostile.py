@@ -25,7 +25,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -81,7 +81,7 @@ class Verdict:
     accounts: dict[str, Counter[str]] = field(default_factory=dict)
     exits: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    outcomes: Counter[str] = field(default_factory=Counter)
+    outcomes: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
     healthy: int = 0
     rows: list[tuple[str, ...]] = field(default_factory=list)
 
@@ -386,14 +386,14 @@ def _swap(rig: Rig, path: str, kind: str) -> None:
     if took > 1.0:
         rig.verdict.problems.append(f'set_parameters took {took:.1f} s for {rig.given[-1]}')
     if not result.successful:
-        rig.verdict.outcomes[f'{kind}: refused by the parameter'] += 1
+        rig.verdict.outcomes[kind]['refused at once'] += 1
         return
 
     def outcome() -> str:
         values = rig.peer.values('Runtime')
         phase = values.get('model_swap', '')
-        # As it is shown: escaped or cut, a path that is hostile itself differs.
-        mine = values.get('model_swap_path', '')[:40] == path[:40] or len(path) > 200 or not path.isprintable()
+        # A path that is hostile itself is shown escaped or cut.
+        mine = values.get('model_swap_path') == path or len(path) > 100 or not path.isprintable()
         return phase if mine and phase in ('swapped', 'failed', 'cancelled') else ''
 
     deadline = began + _SWAP_S
@@ -405,7 +405,7 @@ def _swap(rig: Rig, path: str, kind: str) -> None:
         if (took := time.monotonic() - asked) > 1.0:
             rig.verdict.problems.append(f'get_state took {took:.1f} s while {rig.given[-1]}')
         time.sleep(0.2)
-    rig.verdict.outcomes[f'{kind}: {outcome() or "not ended in time"}'] += 1
+    rig.verdict.outcomes[kind][outcome() or 'not ended in time'] += 1
 
 
 def _configure(rig: Rig, path: str, kind: str) -> None:
@@ -413,10 +413,10 @@ def _configure(rig: Rig, path: str, kind: str) -> None:
         if rig.peer.state() == state:
             assert rig.peer.change_state(transition), f'{transition} failed'
     if not rig.peer.set_parameter('model_path', path).successful:
-        rig.verdict.outcomes[f'{kind}: refused by the parameter'] += 1
+        rig.verdict.outcomes[kind]['refused at once'] += 1
         return
     done = rig.peer.change_state('configure', timeout_s=_CONFIGURE_S)
-    rig.verdict.outcomes[f'{kind}: configured, {"taken" if done else "refused"}'] += 1
+    rig.verdict.outcomes[kind][f'configure {"succeeded" if done else "failed"}'] += 1
 
 
 # --- cameras ------------------------------------------------------------------------------------------
@@ -600,8 +600,8 @@ def _tell(verdict: Verdict) -> None:
     print(f'given: {json.dumps(verdict.given)}')
     for topic, ends in verdict.accounts.items():
         print(f'{topic}: {dict(ends)}')
-    for outcome, count in sorted(verdict.outcomes.items()):
-        print(f'bundle, {outcome}: {count}')
+    for kind, outcomes in sorted(verdict.outcomes.items()):
+        print(f'bundle, {kind}: {", ".join(f"{outcome} {count}" for outcome, count in outcomes.items())}')
     print(f'healthy images answered as plain session.run answers: {verdict.healthy}; node exits: {len(verdict.exits)}')
     head = ('hostile camera at 20 Hz', 'plain', 'p50', 'p95 ms', 'its own', 'level', 'kills', 'switches', '')
     for row in (head, *verdict.rows) if verdict.rows else ():
