@@ -41,13 +41,17 @@ class MemoryGroup:
             with contextlib.suppress(OSError):
                 self._write('memory.swap.max', 0)
 
+    def add(self, pid: int) -> None:
+        """Have a process live in the group; what it has allocated before stays counted where it was."""
+        self._write(_PROCESSES, pid)
+
     def _write(self, name: str, value: int) -> None:
         (self.path / name).write_text(str(value))
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         """Have what this process starts meanwhile live in the group, with all that it starts later."""
-        self._write(_PROCESSES, os.getpid())
+        self.add(os.getpid())
         try:
             yield
         finally:
@@ -100,7 +104,7 @@ def _made(limit_bytes: int) -> MemoryGroup:
     problems = []
     for outside, places in _places():
         for place in places:
-            path = place / f'c7_hostile_{os.getpid()}'
+            path = place / f'c7_test_{os.getpid()}'
             try:
                 path.mkdir()
             except OSError as error:

@@ -21,9 +21,9 @@ from gps_denied_c7.demo.network import write_demo_bundle
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'measure'))
 
 import chaos
+from memory_group import MemoryGroup, NoMemoryGroupError, memory_group
 
 CAMERA = '/camera/image_raw'
-MEMORY_CGROUPS = Path('/sys/fs/cgroup/memory')
 
 
 def wait_standby(peer: Peer) -> None:
@@ -145,23 +145,14 @@ def test_two_nodes_at_one_camera_do_not_feel_each_other(tmp_path):
 
 
 @contextlib.contextmanager
-def memory_cgroup(limit_bytes: int) -> Iterator[Path]:
-    """Make a memory control group with a limit, of either kind; skip where that is not allowed."""
-    modern = (Path('/sys/fs/cgroup') / 'cgroup.controllers').exists()
-    group = (Path('/sys/fs/cgroup') if modern else MEMORY_CGROUPS) / f'c7-test-{os.getpid()}'
-    try:
-        group.mkdir()
-    except OSError as error:
-        pytest.skip(f'no memory control group can be made here: {error}')
-    try:
+def memory_cgroup(limit_bytes: int) -> Iterator[MemoryGroup]:
+    """Make a memory control group with a limit; skip where that is not allowed."""
+    with contextlib.ExitStack() as stack:
         try:
-            (group / ('memory.max' if modern else 'memory.limit_in_bytes')).write_text(str(limit_bytes))
-        except OSError as error:
-            pytest.skip(f'memory cannot be limited here: {error}')
+            group = stack.enter_context(memory_group(limit_bytes))
+        except NoMemoryGroupError as error:
+            pytest.skip(str(error))
         yield group
-    finally:
-        wait_until(lambda: not (group / 'cgroup.procs').read_text(), 'the control group to be empty')
-        group.rmdir()
 
 
 def test_f1_where_memory_runs_out_it_is_a_worker_that_is_taken(tmp_path):
@@ -169,7 +160,7 @@ def test_f1_where_memory_runs_out_it_is_a_worker_that_is_taken(tmp_path):
     with memory_cgroup(1 << 30) as group, running_node(
         {'model_path': greedy_on_white(tmp_path, gigabytes=4), 'cpu_threads': 1, 'hot_standby': False}
     ) as (process, peer):  # fmt: skip
-        (group / 'cgroup.procs').write_text(str(process.process.pid))
+        group.add(process.process.pid)
         peer.start()
         peer.wait_matched(CAMERA)
         (worker,) = chaos.workers(process)
