@@ -454,12 +454,7 @@ def run_cameras(rig: Rig, kinds: Sequence[str], seconds: float) -> None:
         time.sleep(2.0)
         now = _counters(rig)
         answered = now[COMPRESSED[0]]['answered'] - (0 if ended else before[COMPRESSED[0]]['answered'])
-        # What became of the plain images that were not answered, as the node tells.
-        missed = {key: now[PLAIN][key] - before[PLAIN][key] for key in now[PLAIN]} if not ended else {}
-        missed = {
-            key: n for key, n in missed.items() if n > 0 and key.startswith(('dropped_', 'lost', 'unans', 'refus'))
-        }
-        missed.pop('dropped_by_policy', None)
+        missed = {topic: _missed(now[topic], before[topic]) for topic in (PLAIN, COMPRESSED[0])} if not ended else {}
         named = level in ('WARN', 'ERROR')
         costs = kind != 'none' and answered < PLAIN_SHARE * hostile_sent
         rig.verdict.rows.append(
@@ -472,7 +467,7 @@ def run_cameras(rig: Rig, kinds: Sequence[str], seconds: float) -> None:
                 level,
                 f'{rig.kills() - kills}',
                 f'{rig.switches() - switches}',
-                f'{", ".join(f"{key} {n}" for key, n in missed.items()) or "nothing missed"}; {message:.100}',
+                f'plain: {missed.get(PLAIN)}; its own: {missed.get(COMPRESSED[0])}; {message:.100}',
             )
         )
         print('  ' + ' | '.join(rig.verdict.rows[-1]), flush=True)
@@ -486,6 +481,15 @@ def run_cameras(rig: Rig, kinds: Sequence[str], seconds: float) -> None:
             )
     rig.ask_healthy(compressed=True)
     rig.ask_healthy(compressed=False)
+
+
+def _missed(now: Counter[str], before: Counter[str]) -> str:
+    """Say what became of images that were not answered, as the node tells."""
+    grown = {key: now[key] - before[key] for key in now if key != 'dropped_by_policy' and now[key] > before[key]}
+    missed = {
+        key: count for key, count in grown.items() if key.startswith(('dropped_', 'lost', 'unanswered', 'refused'))
+    }
+    return ', '.join(f'{key} {count}' for key, count in missed.items()) or 'none missed'
 
 
 def _measure(rig: Rig, seconds: float) -> Beside:
