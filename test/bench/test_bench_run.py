@@ -181,7 +181,7 @@ def test_cases_are_chosen_by_name_or_by_part_of_it(capsys):
     one, others = '1080p_rgb8_5ms_small_30hz', listed('5ms_small_saturated')
     assert listed(one) == [one] and len(listed('1080p_rgb8_5ms_small_30h')) > 1
     assert len(others) > 1 and set(listed(one, '5ms_small_saturated')) == {one, *others}
-    assert listed('rgb8', 'mono8') == listed(''), 'each once, in the order of the matrix'
+    assert listed('rgb8', 'mono8', 'jpeg') == listed(''), 'each once, in the order of the matrix'
 
 
 @pytest.mark.parametrize('maps', [0, 1, 5])
