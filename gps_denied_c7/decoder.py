@@ -23,8 +23,8 @@ __all__ = ['DECODER_NAME', 'main']
 DECODER_NAME = 'c7-decoder'
 """What the kernel calls the process (``ps -o comm``)."""
 
-# The inference thread and the engines' workers go first.
-_NICENESS = 5
+# Of all processes of a node, the kernel ends this one first where memory runs out: a picture is lost, no engine.
+_MOST_EXPENDABLE = '1000'
 _LARGEST_HEAP_BYTES = 1 << 26
 # What the libraries take besides: the size in a file's header is checked first, and says more than a failed allocation.
 _SLACK_BYTES = 1 << 25
@@ -38,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument('--memory', type=int, required=True, help='bytes that decoding may take')
     options = parser.parse_args(arguments)
     begin_child(DECODER_NAME, options.lifetime)
-    os.nice(_NICENESS)
+    with open('/proc/self/oom_score_adj', 'w', encoding='ascii') as score:
+        score.write(_MOST_EXPENDABLE)
     _keep_heap()
     # A camera has one core at most.
     os.environ.update(OPENBLAS_NUM_THREADS='1', OMP_NUM_THREADS='1')
