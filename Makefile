@@ -25,7 +25,7 @@ test: lint  ## ruff, mypy and every test this machine can run (TESTS="..." for s
 chaos:  ## kill, crash and stop the node's workers for minutes and account for every frame
 	$(ENVIRONMENT) run python3 test/measure/chaos.py
 
-soak:  ## new random examples, random networks, a node under fire, ended at any moment and beside hostile cameras
+soak:  ## new random examples: properties, networks, damaged bags, nodes that are killed, ended or fed hostile images
 	$(ENVIRONMENT) run python3 -m pytest -m hypothesis --hypothesis-profile=random
 	C7_SOAK_NETWORKS=$${C7_SOAK_NETWORKS:-200} C7_SOAK_FRAMES=$${C7_SOAK_FRAMES:-100} \
 		$(ENVIRONMENT) run python3 -m pytest test/differential -s

@@ -112,17 +112,17 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ParameterDeclaration(
         'image_topic_types', Type.STRING_ARRAY, ['auto'],
         'Types of image_topics, in their order, or one for all of them. raw: Image; compressed: CompressedImage; auto: '
-        'what the publisher publishes, and as long as there is none, compressed where the name ends in /compressed.',
+        "the publisher's type, and before there is a publisher, compressed where the name ends in /compressed.",
         constraints=f'Each one of {", ".join(TOPIC_TYPES)}.',
     ),
     ParameterDeclaration(
         'decoder_memory_mb', Type.INTEGER, 256,
-        'Memory that the process which decodes the images of a compressed topic may take for one image, MiB; one that '
-        'needs more is refused.', limits=(16, 65536),
+        'Memory that the decoder process of a compressed topic may use for one image, MiB; an image that needs more is '
+        'refused.', limits=(16, 65536),
     ),
     ParameterDeclaration(
         'decode_timeout_ms', Type.DOUBLE, 1000.0,
-        'A compressed image that is not decoded within this is refused and its decoder started anew, milliseconds.',
+        'A compressed image that is not decoded within this time is refused, and its decoder restarted; milliseconds.',
         limits=(10.0, 60_000.0),
     ),
     ParameterDeclaration(
@@ -145,8 +145,8 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ),
     ParameterDeclaration(
         'autostart', Type.BOOL, False,
-        'Configure and activate without being asked, and retry until it works: with back-off, or when a file or '
-        'parameter has changed where nothing else can help.', read_only=True,
+        'Configure and activate at start, and retry until it works: with back-off, or, where only a change can help, as '
+        'soon as a file or parameter changes.', read_only=True,
     ),
     ParameterDeclaration(
         'runtime_chain', Type.STRING_ARRAY, list(DEFAULT_CHAIN),
@@ -179,8 +179,8 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ),
     ParameterDeclaration(
         'gpu_memory_budget_bytes', Type.INTEGER, _DEFAULTS.gpu_memory_budget_bytes,
-        'GPU memory for all engines together, bytes: the serving one, its standby, one that is to take over. Who does '
-        'not fit is refused; what only stands by gives way.',
+        'GPU memory for all engines together, bytes: the serving one, its standby, one that is to take over. An engine '
+        'over the budget is refused; the standby is unloaded first.',
         limits=(64 << 20, 1 << 40),
     ),
     ParameterDeclaration(
@@ -241,8 +241,8 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ),
     ParameterDeclaration(
         'image_cpu_share', Type.DOUBLE, 0.5,
-        'Part of the cores which decoding and pre-processing the images of all cameras may take, each camera an equal '
-        'part and one core at most; images beyond it are left out. 0: no limit.', live=True, limits=(0.0, 1.0),
+        'Part of the cores that decoding and pre-processing the images of all cameras may use. Each camera has an equal '
+        'part, one core at most; images beyond it are dropped. 0: no limit.', live=True, limits=(0.0, 1.0),
     ),
     ParameterDeclaration(
         'max_queue_age_ms', Type.DOUBLE, 0.0,
@@ -578,7 +578,7 @@ class NodeParameters:
             self._node.get_logger().error(f'parameter {declaration.name}: {self._broken[declaration.name]}')
             self._node.declare_parameter(declaration.name, value, descriptor, ignore_override=True)
         if _is_unset_mean(declaration.name, self._value(declaration.name)):
-            # Of a file of before; in one that is dumped now, it could not be read back.
+            # From a parameter file of an earlier version; NaN in a file dumped now could not be read back.
             self._node.set_parameters([Parameter(declaration.name, value=value)])
 
     def _warn_of_strangers(self) -> None:
@@ -658,7 +658,7 @@ def _usable(values: Mapping[str, Any]) -> bool:
 
 
 def _is_unset_mean(name: str, value: Any) -> bool:
-    """Return whether a mean stands for the model's own as it did before its default could be read back."""
+    """Return whether a mean is the earlier default, NaN, which stands for the model's own mean."""
     return name == 'preprocess.mean' and len(value) == 1 and math.isnan(value[0])
 
 
