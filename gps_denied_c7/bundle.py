@@ -122,7 +122,7 @@ _DTYPES = (
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,127}')
 _DEVICE = re.compile(r'any|cpu|cuda|sm[0-9]{2,3}')
 _MAX_RANK = 8
-# A usual one has a few kilobytes; parsed, JSON takes thirty times its size.
+# model.json usually has a few kilobytes; parsed, it takes thirty times its size.
 _MODEL_JSON_LIMIT_BYTES = 1 << 20
 
 _logger = logging.getLogger(__name__)
@@ -370,7 +370,7 @@ class ModelBundle:
         outputs = self._load_golden('outputs', self.outputs, index, left)
         copies = {rule.output: rule.copies for rule in self.rules}
         compared = max(array.nbytes * copies.get(name, Alike.copies) for name, array in outputs.items())
-        # Both lie in the memory shared with a worker too, and the answer in the worker's own.
+        # Request and answer are in memory shared with a worker too, and the answer in the worker's own memory.
         handed = sum(array.nbytes for array in (*inputs.values(), *outputs.values(), *outputs.values()))
         require_memory(
             f'the comparison with {self.golden[index].outputs.path}',

@@ -48,7 +48,7 @@ _LIMIT_BYTES = 4 << 30
 GOLDEN_LIMIT_BYTES = 256 << 20
 """Bytes of all golden tensors of a bundle together, which the node itself reads; tens of MB are usual."""
 
-# Of a golden file; each entry costs the reader half a kilobyte before anything is known of it.
+# Of a golden file: zipfile allocates half a kilobyte for each entry before its size is known.
 _MOST_ENTRIES = 1024
 _ENTRY_MARK = b'PK\x01\x02'
 _FREE_SOME = 'Free some, or use a smaller model.'
@@ -97,7 +97,7 @@ def read_pieces(path: Path, file: BinaryIO) -> Iterator[bytes]:
     :raises ModelBundleError: it became shorter or longer meanwhile.
     """
     size = left = os.fstat(file.fileno()).st_size
-    # One byte more than there is shows a file that grows.
+    # One byte more than the file's size shows that it grows.
     while chunk := file.read(min(left + 1, _CHUNK_BYTES)):
         left -= len(chunk)
         if left < 0:
@@ -108,7 +108,7 @@ def read_pieces(path: Path, file: BinaryIO) -> Iterator[bytes]:
         change = 'longer' if left < 0 else 'shorter'
         raise ModelBundleError(
             f'{path}: became {change} than its {size} bytes while it was read.',
-            remedy='Try again when whoever writes it has ended.',
+            remedy='Try again when the program that writes it has ended.',
         )
 
 
@@ -154,7 +154,7 @@ def read_file(path: Path, *, limit: int = _LIMIT_BYTES) -> bytes:
             raise ModelBundleError(f'{path}: has {size} bytes, more than {limit}.', remedy='Copy it again.')
         require_memory(path, size, remedy=_FREE_SOME)
         try:
-            # It hands out its own memory, where joined pieces would lie there twice.
+            # BytesIO returns its own memory; joined pieces would be in memory twice.
             content = io.BytesIO()
             for chunk in read_pieces(path, file):
                 content.write(chunk)

@@ -14,7 +14,7 @@ __all__ = ['one_line', 'path_argument']
 def path_argument(text: str) -> Path:
     """Return the path that an argument names, ``~`` being the home directory; for argparse's ``type``."""
     if not text:
-        raise argparse.ArgumentTypeError('a path is empty')
+        raise argparse.ArgumentTypeError('the path is empty')
     try:
         return expand_home(text)
     except ModelBundleError as error:
@@ -22,7 +22,7 @@ def path_argument(text: str) -> Path:
 
 
 def one_line(text: object) -> str:
-    """Return text that a path may be part of, fit for one line of a terminal."""
+    """Return text as one line for a terminal: characters that do not print become escapes."""
     return ''.join(
         character if character.isprintable() else character.encode('unicode_escape').decode('ascii')
         for character in str(text)

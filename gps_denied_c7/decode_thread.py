@@ -75,14 +75,14 @@ class DecodeThread:
     """
     Decode and pre-process the images of one topic in a thread of its own, and hand them on to the inference thread.
 
-    The newest image waits for this thread in a slot, and what it has made of it waits in the inference thread's: newer
-    ones win at both places, and what is replaced is counted.
+    The newest image waits for this thread in a slot, and the decoded image waits in the inference thread's slot. In
+    both, a newer image replaces an older one, which is counted.
 
     :param slots: the inference thread's.
     :param spec: returns what the network that answers now was trained with.
     :param pixels_wanted: returns whether somebody waits for a copy of an image's pixels.
     :param charge: told the topic, and how many nanoseconds of CPU time the decoder took for each image, also a refused
-        one. What it takes to start is charged to the image that made it start anew, and the first time to none.
+        one. A restart is charged to the image that caused it; the first start is charged to none.
     :param shed: whether an image is to be left out because of heat.
     :param on_refused: told the topic and the error of every image that cannot be decoded or does not fit.
     """
@@ -182,7 +182,7 @@ class DecodeThread:
         """
         Decode one image.
 
-        :param overtake: before this thread decodes its next one: the inference thread waits for it.
+        :param overtake: decode it before this thread's next image, since the inference thread waits for it.
         """
         began_ns = time.monotonic_ns()
         with self._own_turn(overtake):
@@ -209,7 +209,7 @@ class DecodeThread:
 
     @contextmanager
     def _own_turn(self, overtake: bool) -> Iterator[None]:
-        """Have the decoder to oneself. A plain lock would have this thread take it again before the one that waits."""
+        """Hold the decoder alone. With a plain lock this thread would take it again before the thread that waits."""
         with self._turn:
             self._overtaking += overtake
             self._turn.wait_for(lambda: not self._busy and (overtake or not self._overtaking))
@@ -234,7 +234,7 @@ class _LocallyDecoded:
     oddities: tuple[str, ...] = ()
 
     def release(self) -> None:
-        """Do nothing: the tensor is nobody else's."""
+        """Do nothing: the tensor is not shared."""
 
 
 class LocalDecoder:

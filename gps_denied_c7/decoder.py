@@ -26,7 +26,7 @@ DECODER_NAME = 'c7-decoder'
 # Of all processes of a node, the kernel ends this one first where memory runs out: a picture is lost, no engine.
 _MOST_EXPENDABLE = '1000'
 _LARGEST_HEAP_BYTES = 1 << 26
-# What the libraries take besides: the size in a file's header is checked first, and says more than a failed allocation.
+# Room for the libraries. The size in a file's header is checked first: that error says more than a failed allocation.
 _SLACK_BYTES = 1 << 25
 
 
@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     with open('/proc/self/oom_score_adj', 'w', encoding='ascii') as score:
         score.write(_MOST_EXPENDABLE)
     _keep_heap()
-    # A camera has one core at most.
+    # A camera may use one core at most.
     os.environ.update(OPENBLAS_NUM_THREADS='1', OMP_NUM_THREADS='1')
     from gps_denied_c7.decoder_service import DecoderService
 
@@ -54,7 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _keep_heap() -> None:
-    """Have malloc keep what a picture needed for the next one: mapping it anew took a third of the time of a PNG."""
+    """Have malloc keep the memory of a picture for the next one: mapping it again took a third of the time of a PNG."""
     # mallopt(3), malloc.h of glibc.
     trim_threshold, mmap_threshold = -1, -3
     libc = ctypes.CDLL(None)
@@ -63,8 +63,8 @@ def _keep_heap() -> None:
 
 
 def _limit_memory(size: int) -> None:
-    """Have allocations fail that would need more than ``size`` bytes beside what the libraries take."""
-    # Not RLIMIT_AS: it counts the segments too, which the node bounds.
+    """Make allocations fail beyond ``size`` bytes and what the libraries have already."""
+    # Not RLIMIT_AS, which counts the shared segments too; the node limits those.
     with open('/proc/self/status', encoding='ascii') as status:
         fields = dict(line.split(':', 1) for line in status)
     limit = int(fields['VmData'].split()[0]) * 1024 + size + _SLACK_BYTES

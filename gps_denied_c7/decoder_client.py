@@ -25,14 +25,15 @@ from gps_denied_c7.worker_process import WorkerProcess
 
 __all__ = ['DecodedImage', 'ImageDecoder']
 
-# To import NumPy, OpenCV and simplejpeg, on a machine that is busy with others.
+# To import NumPy, OpenCV and simplejpeg on a busy machine.
 _START_S = 10.0
-# What fails again this soon after it has failed waits; of what fails later, the first failure costs no pause.
+# First and longest pause. A decoder that fails within the longest after an earlier failure is restarted after a
+# pause; otherwise it is restarted at once.
 _PAUSE_S = (0.25, 10.0)
 _LEAST_INPUT_BYTES = 1 << 20
-# One that the network reads, one that waits for it, one that is written; and one that a slow reader still has.
+# One buffer that the network reads, one that waits for it, one that is written, and one that a slow reader still has.
 _MOST_BUFFERS = 4
-# A picture has one answer, and nothing else is said with it.
+# A picture has one reply; a process that sends many others is replaced.
 _MOST_PACKETS = 4
 _TEXT_CHARACTERS = 1000
 _END_S = 0.5
@@ -45,8 +46,8 @@ class _Buffer:
     """
     Hold a segment for one tensor.
 
-    :param number: by which the process knows it.
-    :param home: where those lie that are free.
+    :param number: of the buffer, in messages to the process.
+    :param home: the queue of free buffers.
     """
 
     number: int
@@ -55,8 +56,8 @@ class _Buffer:
 
 
 def _give_back(loan: deque[_Buffer]) -> None:
-    """Put a buffer where the free ones lie, once; a loan is that of one image."""
-    # Of two threads that give it back, one finds nothing.
+    """Return the buffer of one image to the free ones; later calls do nothing."""
+    # Two threads may give it back; the second finds the loan empty.
     with contextlib.suppress(IndexError):
         buffer = loan.pop()
         buffer.home.append(buffer)
@@ -91,9 +92,9 @@ class ImageDecoder:
     """
     Decode the pictures of one camera in a process of its own, and pre-process them there.
 
-    Whatever a picture does to that process, this one gets an :class:`ImageRejectedError`. A process that dies, hangs or
-    says something impossible costs the picture that it had: the next one is started at once, after a pause where it was
-    short-lived too. :meth:`decode` is for one thread at a time, :meth:`close` and the properties for any.
+    A picture that harms that process raises an :class:`ImageRejectedError` here. If the process dies, hangs or sends an
+    invalid reply, its picture is refused and another process is started: at once, or after a pause where the last
+    failure was recent. :meth:`decode` is for one thread at a time, :meth:`close` and the properties for any.
 
     :param name: of the camera, in logs and errors.
     :param memory_bytes: what one picture may need beside the libraries: decoded image, work memory, and as much again
@@ -134,8 +135,8 @@ class ImageDecoder:
         """
         CPU time that the processes of this camera have used so far, nanoseconds.
 
-        Starts, refused pictures and those that were killed count too; of one at which the process died, all of the time
-        that was waited for it. Brought up to date by each :meth:`decode`.
+        Starts, refused pictures and killed processes count too. Where the process died, the time that the caller waited
+        counts as CPU time. Each :meth:`decode` updates it.
         """
         return self._cpu_ns
 
@@ -168,13 +169,13 @@ class ImageDecoder:
             except (OSError, MemoryError) as error:
                 raise ImageRejectedError('decode_memory', f'the node has no memory for a picture: {error}.') from error
             except InferenceError as error:
-                # Of a process that is gone, nothing tells how much of this it ran.
+                # The CPU time of a process that is gone is unknown: count the time that was waited.
                 self._cpu_ns = max(self._cpu_ns, before_ns + time.monotonic_ns() - begun_ns)
                 self._replace(error.message)
                 if self._closed:
                     raise self._unavailable('is closed.') from error
                 raise ImageRejectedError(
-                    'decoder', error.message, remedy='Look into the log for what it wrote last.'
+                    'decoder', error.message, remedy='Read its last output in the log.'
                 ) from error
             finally:
                 self._count_cpu()
@@ -235,7 +236,7 @@ class ImageDecoder:
         if data.nbytes > self._memory_bytes:
             raise ImageRejectedError(
                 'decode_memory',
-                f'{data.nbytes} compressed bytes, where a picture may take {self._memory_bytes}.',
+                f'the compressed picture has {data.nbytes} bytes, and {self._memory_bytes} are allowed.',
                 remedy='Send smaller pictures, or raise decoder_memory_mb.',
             )
         room = 0 if self._data is None else self._data.nbytes
@@ -273,19 +274,19 @@ class ImageDecoder:
         return self._spec[1]
 
     def _receive(self, process: WorkerProcess, deadline: float) -> dict[str, Any]:
-        """Return what the process says about the request in hand."""
+        """Return the reply of the process to the current request."""
         for _ in range(_MOST_PACKETS):
             packet = process.receive(deadline)
             if packet is None:
                 raise TimeoutError(f'{self._name} took more than {self._timeout_s:g} s for a picture.')
             if isinstance(packet, dict) and packet.get('id') == self._number:
                 return packet
-        raise InferenceError(f'{self._name} says more than a picture needs.')
+        raise InferenceError(f'{self._name} sent replies that belong to no picture.')
 
     def _refusal(self, answer: Mapping[str, Any]) -> ImageRejectedError:
         reason = answer.get('reason')
         if reason not in REASONS:
-            raise InferenceError(f'{self._name} refuses a picture for no known reason: {answer!a:.200}')
+            raise InferenceError(f'{self._name} sent an invalid reply: {answer!a:.200}')
         message, remedy = (plain_text(answer.get(name, ''))[:_TEXT_CHARACTERS] for name in ('message', 'remedy'))
         return ImageRejectedError(reason, message, remedy=remedy)
 
@@ -293,7 +294,7 @@ class ImageDecoder:
         """
         Return shape, type and channel order of the pixels, and the oddities, of an answer.
 
-        :raises InferenceError: it is none that a picture can have: the process may be under another's control.
+        :raises InferenceError: no picture can have this answer; an attacker may control the process.
         """
         shape, dtype, order, oddities = (answer.get(name) for name in ('shape', 'dtype', 'order', 'oddities'))
         possible = (
@@ -329,11 +330,11 @@ class ImageDecoder:
         return array
 
     def _running(self) -> WorkerProcess:
-        """Return the process, started anew where the last one is gone and no pause is left."""
+        """Return the process; start another where the last one is gone and the pause is over."""
         if self._closed:
             raise self._unavailable('is closed.')
         if self._process is not None and not self._process.alive:
-            self._replace(f'{self._name} ended while it had nothing to do.')
+            self._replace(f'{self._name} ended while it was idle.')
         if self._process is None:
             left_s = self._backoff.left_s(self._name)
             if left_s:
@@ -354,7 +355,7 @@ class ImageDecoder:
         self._ready = True
 
     def _start(self) -> None:
-        """Start a process, where nothing has been closed; it gets ready beside."""
+        """Start a process in the background, unless the decoder is closed."""
         if self._closed:
             return
         self._backoff.may_begin(self._name)
@@ -367,13 +368,13 @@ class ImageDecoder:
             self._pause(f'{self._name} cannot start: {error}')
 
     def _replace(self, cause: str) -> None:
-        """End the process, and start another one now or, where this was not the first to fail lately, later."""
+        """End the process, and start another: now, or after a pause where another one failed recently."""
         self._end()
         if self._closed:
             return
         first = time.monotonic() - self._failed_at > _PAUSE_S[1]
         self._failed_at = time.monotonic()
-        _log.warning('%s It is started again%s.', cause, '' if first else ' later')
+        _log.warning('%s It is started again%s.', cause, '' if first else ' after a pause')
         if first:
             self._cause = cause
             self._start()

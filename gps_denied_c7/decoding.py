@@ -171,8 +171,8 @@ ODDITIES = (
 )  # fmt: skip
 """Faults of a file that are tolerated: its pixels are there and right."""
 
-_WRITE_AGAIN = 'Look whether other programs read the file, and have the publisher write another kind.'
-# What the stock publishers write is shorter than 40.
+_WRITE_AGAIN = 'Check whether other programs can read the file, or have the publisher write another format.'
+# The stock publishers write fewer than 40 characters.
 _MAX_FORMAT = 1024
 _MEASURED = re.compile(r'(8|16|32|64)[USF](C\d*)?')
 
@@ -361,7 +361,7 @@ def import_decoders() -> None:
 
     cv2.setNumThreads(1)
     with contextlib.suppress(ImageRejectedError):
-        # Each JPEG is told.
+        # Where it is missing, decoding each JPEG raises the error.
         import_simplejpeg()
 
 
@@ -445,7 +445,7 @@ def _recognise(format: str, data: memoryview) -> memoryview:
         raise ImageRejectedError(
             'data',
             f'{data.nbytes} bytes said to be {format!r} are neither JPEG nor PNG.',
-            remedy='Look into the log of the publisher: it sends 0 bytes where it cannot compress an encoding.',
+            remedy="Check the publisher's log: it sends 0 bytes where it cannot compress an encoding.",
         )
     raise ImageRejectedError('encoding', f'compressed format {format!r} is unknown.', remedy='Publish JPEG or PNG.')
 

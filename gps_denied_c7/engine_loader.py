@@ -85,9 +85,9 @@ class EngineLoad:
 
 class EngineLoader:
     """
-    Load and prove engines, again where a worker dies meanwhile.
+    Load and prove engines; load an engine again where its worker dies meanwhile.
 
-    The engine may be what killed it, or somebody from outside: only another attempt tells.
+    The engine or something else may have killed the worker; only another attempt shows which.
 
     :param host_factory: makes the host of a rung; it may raise a C7Error instead. Called from several threads.
     :param proof: what an engine has to pass.
@@ -197,7 +197,7 @@ class EngineLoader:
             except WorkerDiedError as error:
                 if self._given_up() or load.cancelled:
                     # It was ended on purpose.
-                    _log.debug('%s is not loaded any more: %s', load.rung.name, error)
+                    _log.debug('the load of %s was cancelled: %s', load.rung.name, error)
                     raise
                 _log.error('%s died while it was being loaded: %s', load.rung.name, error)
                 if not attempts:

@@ -39,7 +39,7 @@ def model_files(path: str) -> tuple[list[Path], list[Path]]:
     model = Path(path).absolute()
     if os.path.isdir(model):
         return [model], [model]
-    # Beside a bare model lie the files that it keeps weights in, named like it; which, only the model says.
+    # A bare model may keep weights in files beside it. Only the model names them; those with its stem are taken.
     names: list[str] = []
     with contextlib.suppress(OSError, ValueError):
         names = sorted(os.listdir(model.parent))[:_MOST_ENTRIES] if os.path.lexists(model) else []
@@ -54,7 +54,7 @@ def cache_directories(config: C7InferenceConfig) -> tuple[Path, ...]:
 
 def fingerprint(files: Iterable[Path | str], directories: Iterable[Path | str] = ()) -> Hashable:
     """
-    Return what is another as soon as a file is made, removed, replaced or written, or its permissions are changed.
+    Return a value that changes as soon as a file is made, removed, replaced or written, or its permissions change.
 
     Nothing is read but the entries of directories. It waits as long as a file system does.
 
@@ -63,7 +63,7 @@ def fingerprint(files: Iterable[Path | str], directories: Iterable[Path | str] =
     paths, directories = [Path(file) for file in files], list(directories)
     parents = {parent for path in (*paths, *map(Path, directories)) for parent in path.parents}
     found = [(str(path), _state(path)) for path in paths]
-    # Who may write where; what else is made there is no concern of ours.
+    # Owner and permissions alone: other files in these directories do not matter.
     found += [(str(parent), _state(parent)[:3]) for parent in sorted(parents)]
     found += [(entry, _state(entry)) for entry in sys.path if entry.endswith('-packages')]
     for directory in directories:

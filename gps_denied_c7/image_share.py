@@ -40,8 +40,8 @@ class CameraCost:
         """Return it as the end of a sentence, without a remedy."""
         share = 'no limit' if self.share_cores is None else f'{self.share_cores:.2f}'
         return (
-            f'one takes {self.image_ms or 0.0:.0f} ms of CPU time, all that come would take {self.wanted_cores:.2f} '
-            f'cores, the share of this camera is {share}'
+            f'one image takes {self.image_ms or 0.0:.0f} ms of CPU time, all its images would take '
+            f'{self.wanted_cores:.2f} cores, the share of this camera is {share}'
         )
 
 
@@ -57,7 +57,7 @@ class _Rate:
         self._at = now
 
     def read(self, now: float) -> float:
-        # As long as it has been measured for less than the memory reaches back, for that time.
+        # Soon after the start, divide by the time measured so far.
         passed_s = max(now - self._since, _BURST_S)
         return self._left(now) / (_MEMORY_S * (1 - math.exp(-passed_s / _MEMORY_S)))
 
@@ -69,7 +69,7 @@ class _Camera:
     """What is known of one camera: CPU seconds that it has left, and what it cost."""
 
     def __init__(self, now: float) -> None:
-        # Full: whatever share there is, it is not beyond it.
+        # Full; the first fill limits it to the share.
         self.left_s = math.inf
         self.filled_at = now
         self.image_s: float | None = None

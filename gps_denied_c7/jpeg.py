@@ -111,7 +111,7 @@ def decode_jpeg(
     channels = 3 if len(file.factors) > 1 else 1
     admit(file.width, file.height, _memory(file, channels) + data.nbytes)
     if any(file.missing.values()):
-        _refuse('scans are missing: not every part of its colours is there.')
+        _refuse('scans are missing: some coefficients of its colours are not complete.')
     shape = (file.height, file.width, channels)
     array = scratch.array('jpeg', shape, 'uint8')
     decode = import_simplejpeg().decode_jpeg
@@ -126,7 +126,7 @@ def decode_jpeg(
         if 'subsampling' in str(error):
             raise ImageRejectedError(
                 'encoding',
-                f'a JPEG whose colours are sampled like this is not decoded: {file.factors}.',
+                f'a JPEG with the sampling factors {file.factors} is not decoded.',
                 remedy='Have the publisher write 4:2:0, 4:2:2, 4:4:0, 4:1:1 or 4:4:4.',
             ) from error
         _refuse(f'{error}.')
@@ -170,7 +170,7 @@ def _without_padding(scan: bytes, extra: int) -> bytes:
         # The last byte of the data itself may look the same.
         return scan[: len(scan) - run + 1]
     if run < extra > _FEW_BYTES:
-        _refuse(f'{extra} bytes are left behind its last block.')
+        _refuse(f'{extra} bytes are left after its last block.')
     return scan[:-extra]
 
 
@@ -186,7 +186,7 @@ def _check_intervals(file: _File) -> None:
     across, down = (8 * max(sides) if len(factors) > 1 else 8 for sides in zip(*factors, strict=True))
     units = -(-file.width // across) * -(-file.height // down)
     if file.interval * across > _MAX_SIDE:
-        _refuse(f'{file.interval} blocks in a restart interval are not checked one by one.')
+        _refuse(f'it has faults in restart intervals of {file.interval} blocks, too long to check one by one.')
     scan = file.scans[0]
     # No fill bytes: they would be taken for the data's.
     parts = re.split(rb'\xff+[\xd0-\xd7]', file.pieces[scan])
@@ -194,7 +194,7 @@ def _check_intervals(file: _File) -> None:
         # One more marker, as the decoder allows before the end.
         parts.pop()
     if len(parts) != -(-units // file.interval):
-        _refuse(f'{len(parts)} restart intervals, where {-(-units // file.interval)} make the picture.')
+        _refuse(f'{len(parts)} restart intervals, and the picture needs {-(-units // file.interval)}.')
     decode = import_simplejpeg().decode_jpeg
     for number, part in enumerate(parts):
         blocks = min(file.interval, units - number * file.interval)
@@ -231,7 +231,7 @@ def _walk(data: memoryview) -> _File:
             return file
         marker, position, scan_start = found[0][1], found.end(), 0
         if marker == _SOI:
-            _refuse('another one begins before its end.')
+            _refuse('another picture begins before its end.')
         if marker == _EOI:
             if not file.scans:
                 _refuse('it ends before its first scan.')
@@ -356,4 +356,4 @@ def _memory(file: _File, channels: int) -> int:
 
 
 def _refuse(what: str) -> NoReturn:
-    raise ImageRejectedError('data', f'JPEG is damaged: {what}', remedy='Look for loss on the way here.')
+    raise ImageRejectedError('data', f'JPEG is damaged: {what}', remedy='Look for data loss between camera and node.')

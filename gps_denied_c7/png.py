@@ -118,7 +118,7 @@ def _walk(data: memoryview, admit: Callable[[int, int, int], None]) -> _File:
             return file
         elif kind not in _CHECKED:
             if not kind.isalpha() or not kind[0] & 0x20:
-                _refuse(f'chunk {kind!r} is none that a decoder may leave out.')
+                _refuse(f'chunk {kind!r} is unknown, and a decoder must not ignore it.')
             if not whole:
                 file.oddities.add('bad_checksum')
         before = kind
@@ -133,7 +133,7 @@ def _read_header(header: bytes, size: int, admit: Callable[[int, int, int], None
     width, height = int.from_bytes(header[:4], 'big'), int.from_bytes(header[4:8], 'big')
     bits, colour, compression, filters, interlace = header[8:]
     if bits not in _DEPTHS.get(colour, ()) or compression or filters or interlace > 1:
-        _refuse(f'its header names a kind that does not exist: {bits} bits, colour type {colour}.')
+        _refuse(f'its header is impossible: {bits} bits with colour type {colour}.')
     # Palettes and transparency become colours of three or four values.
     values = width * height * (1 if colour == _GREY else 4)
     admit(width, height, size + values * (2 if bits == 16 else 1))
@@ -162,4 +162,4 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def _refuse(what: str) -> NoReturn:
-    raise ImageRejectedError('data', f'PNG is damaged: {what}', remedy='Look for loss on the way here.')
+    raise ImageRejectedError('data', f'PNG is damaged: {what}', remedy='Look for data loss between camera and node.')

@@ -20,9 +20,9 @@ STALLED_S = 10.0
 """Seconds without a byte after which a read is given up."""
 
 _LOOK_S = 0.1
-_REMEDY = 'Look at the disk or network mount that it lies on, or name a file elsewhere.'
+_REMEDY = 'Check the disk or network mount that holds it, or name a file elsewhere.'
 
-_SLOW_REMEDY = f'{_REMEDY} Where it is only slow, raise load_timeout_s.'
+_SLOW_REMEDY = f'{_REMEDY} If it is only slow, raise load_timeout_s.'
 
 _T = TypeVar('_T')
 _log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ _lock = threading.Lock()
 
 
 class StalledReadError(C7Error):
-    """A file that is not there in time; nothing is known about it."""
+    """A file could not be read in time; its content is unknown."""
 
 
 class _Read:
@@ -57,9 +57,9 @@ class _Read:
         finally:
             self.done.set()
             if self.given_up:
-                # What it read is wanted by nobody, and may be large.
+                # What it read is used no more, and may be large.
                 self.result = None
-                _log.warning('the read of %s that was left behind has ended.', self.what)
+                _log.warning('%s: the read that was left behind has ended.', self.what)
 
 
 def note_progress() -> None:
@@ -94,7 +94,7 @@ def read_or_give_up(
             del _left_behind[name]
         before = _left_behind.get(what)
     if before is not None:
-        raise StalledReadError(f'{what}: an earlier read that was given up still hangs.', remedy=_REMEDY)
+        raise StalledReadError(f'{what}: an earlier read still hangs.', remedy=_REMEDY)
     stalled_s = STALLED_S if stalled_s is None else stalled_s
     read = _Read(what, work)
     try:
@@ -106,7 +106,7 @@ def read_or_give_up(
         if cancelled is not None and cancelled.is_set():
             why, remedy = 'its read was cancelled', ''
         elif now_s - read.last_s > stalled_s:
-            why, remedy = f'nothing came of it for {stalled_s:g} s', _REMEDY
+            why, remedy = f'no data came for {stalled_s:g} s', _REMEDY
         elif now_s - read.began_s > limit_s:
             why, remedy = f'it was not read within {limit_s:g} s', _SLOW_REMEDY
         else:

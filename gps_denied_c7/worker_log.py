@@ -1,9 +1,9 @@
 """
-What a worker writes on its standard streams, handed to the log at a rate that costs the node nothing (N-8).
+What a worker writes on its standard streams, logged at a limited rate (N-8).
 
-A vendor's library may write anything, 100 MB a second of it. The pipe is always emptied, so that no worker waits for
-the log, and what is more than a log can take is counted instead. Our own records in it have a level; errors among them
-have a share of their own, which no noise can use up.
+A vendor's library may write anything, up to 100 MB a second. The pipe is always emptied, so that no worker waits for
+the log; lines beyond the limit are counted instead. Records of this package have a level. Errors among them have a
+limit of their own, which other output cannot use up.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ _F_SETPIPE_SZ = 1031
 _PIPE_BYTES = 1 << 20
 _READ_BYTES = 1 << 18
 _LINE_BYTES = 2000
-# A line costs one, and one more for each so many bytes.
+# A line counts as one, and one more for each of these many bytes.
 _BYTES_EACH = 256
 _REPORT_EVERY_S = 10.0
-# While most is left out, the pipe fills for so long: fewer reads, each of which wakes this process up.
+# Pause between reads while most lines are left out: each read wakes this process up.
 _PAUSE_S = 0.002
 
 _log = logging.getLogger(__name__)
@@ -67,7 +67,7 @@ class WorkerLog:
     def __init__(self, name: Callable[[], str], *, clock: Callable[[], float] = time.monotonic) -> None:
         self._name = name
         self._clock = clock
-        # Errors may use the share of our other records, and those that of vendors' lines; not the other way round.
+        # Errors may also use the limit of our other records, and these the limit of vendors' lines; not the reverse.
         self._noise = _Share(20.0, 200.0, clock)
         self._ours = _Share(20.0, 200.0, clock)
         self._errors = _Share(5.0, 100.0, clock)
@@ -77,7 +77,7 @@ class WorkerLog:
         self._out_since = 0.0
 
     def run(self, descriptor: int) -> None:
-        """Log until nobody can write to the pipe any more; closes the descriptor."""
+        """Log until the last writer has closed the pipe; closes the descriptor."""
         buffer = bytearray(_READ_BYTES)
         try:
             with contextlib.suppress(OSError):  # the user has no more pages for pipes

@@ -482,7 +482,7 @@ def test_a_late_answer_is_not_taken_for_another_pictures(decoder, monkeypatch):
         late.append(stale)
         answers(decoder)
     late.extend([{'say': 'decoded', 'id': -1}] * 50)
-    assert 'says more' in str(refused(decoder))
+    assert 'belong to no picture' in str(refused(decoder))
 
 
 def test_what_a_refusal_says_is_bounded(decoder, monkeypatch):

@@ -58,7 +58,7 @@ def test_a_read_that_goes_on_is_waited_for_and_one_that_does_not_is_not():
         return pieces
 
     assert read_or_give_up('slow', lambda: slow(8), limit_s=60.0, stalled_s=0.6) == 8
-    with pytest.raises(StalledReadError, match=r'nothing came of it for 0\.2 s'):
+    with pytest.raises(StalledReadError, match=r'no data came for 0\.2 s'):
         read_or_give_up('none', lambda: over.wait(60.0), limit_s=60.0, stalled_s=0.2)
     ended = threading.Event()
 
@@ -86,5 +86,5 @@ def test_golden_files_on_a_mount_that_does_not_answer_are_given_up(tmp_path, mon
     root = tmp_path / 'net'
     write_demo_bundle(root)
     bundle = ModelBundle.load(root)
-    with stalled_mount(root), pytest.raises(C7Error, match='golden files of .*nothing came'):
+    with stalled_mount(root), pytest.raises(C7Error, match='golden files of .*no data came'):
         Proof(bundle).run(None, 30.0)

@@ -15,15 +15,15 @@ class Autostart:
     """
     Configure and activate from a thread of its own, with back-off between attempts.
 
-    It ends with the first success, and when somebody else takes the lifecycle over. After an attempt that would fail
+    It ends with the first success, and when another client requests a transition. After an attempt that would fail
     again with the same files and parameters, the next one waits until these have changed.
 
     :param state: returns the lifecycle state's label.
     :param transition: runs ``configure`` or ``activate`` and returns whether it succeeded.
-    :param lasting: whether the last attempt failed for what stays until ``conditions`` are others.
-    :param conditions: returns what is another as soon as a file or a parameter is.
-    :param on_wait: told that the next attempt waits for that.
-    :param on_failure: told an exception that nobody expected; the next attempt comes all the same.
+    :param lasting: whether the last attempt would fail again until ``conditions`` change.
+    :param conditions: returns a value that changes as soon as a file or a parameter changes.
+    :param on_wait: called when the next attempt waits for such a change.
+    :param on_failure: called with an unexpected exception; the next attempt follows all the same.
     :param backoff_s: first and longest pause in seconds.
     """
 

@@ -461,7 +461,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
             streams = self._streams
             if streams is not None and not streams.close(_END_DECODING_S):
                 self._left_behind = True
-                self.get_logger().error('an image is still being decoded after its decoder was ended; left behind')
+                self.get_logger().error('an image is still being decoded though its decoder was ended; left behind')
             # Not before: error processing closes what a failure has left.
             self._streams = None
             inference, self._inference = self._inference, None
@@ -579,8 +579,8 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         if held is not None:
             more = f' ({held} more changes since the last message)' if held else ''
             self.get_logger().info(
-                f'{topic} is published as {message_type}, and no longer subscribed as {before}. Where images came '
-                f'before, image_topic_types says it from the start.{more}'
+                f'{topic} is published as {message_type}, so it is no longer subscribed as {before}. Set '
+                f'image_topic_types to miss no images at the start.{more}'
             )
 
     def _report_share(self, cost: CameraCost) -> None:

@@ -145,8 +145,8 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ),
     ParameterDeclaration(
         'autostart', Type.BOOL, False,
-        'Configure and activate at start, and retry until it works: with back-off, or, where only a change can help, as '
-        'soon as a file or parameter changes.', read_only=True,
+        'Configure and activate at start, and retry until it works: with back-off, or, where only a change can help, '
+        'as soon as a file or parameter changes.', read_only=True,
     ),
     ParameterDeclaration(
         'runtime_chain', Type.STRING_ARRAY, list(DEFAULT_CHAIN),
@@ -241,8 +241,8 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ),
     ParameterDeclaration(
         'image_cpu_share', Type.DOUBLE, 0.5,
-        'Part of the cores that decoding and pre-processing the images of all cameras may use. Each camera has an equal '
-        'part, one core at most; images beyond it are dropped. 0: no limit.', live=True, limits=(0.0, 1.0),
+        'Part of the cores that decoding and pre-processing the images of all cameras may use. Each camera has an '
+        'equal part, one core at most; images beyond it are dropped. 0: no limit.', live=True, limits=(0.0, 1.0),
     ),
     ParameterDeclaration(
         'max_queue_age_ms', Type.DOUBLE, 0.0,

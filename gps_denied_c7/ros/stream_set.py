@@ -1,4 +1,4 @@
-"""The image topics while the node is active: which type each has, who decodes its images, what they may cost."""
+"""The image topics while the node is active: the type of each, the thread that decodes it, and its CPU time."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ __all__ = ['StreamSet', 'compressed_decoder']
 
 _TYPES: Mapping[str, type[Image] | type[CompressedImage]] = {'raw': Image, 'compressed': CompressedImage}
 
-# Of CPU time of one thread; OpenCV has others help, and the images of others wait for all of it.
+# CPU time of one thread. OpenCV may use more threads; the images of other topics wait all the time.
 _LONG_MS = 10.0
-# A subscription ends when no executor waits for it any longer, and Fast DDS has no two types on one topic.
+# A subscription ends when no executor waits for it any longer; Fast DDS refuses a second type for a topic until then.
 _REOPEN_TRIES, _REOPEN_PAUSE_S = 15, 0.02
 _JOIN_S = 1.0
 
@@ -81,10 +81,9 @@ class StreamSet:
     """
     Own the subscriptions of all image topics, and the threads that decode what the inference thread must not.
 
-    The type of a topic is that of the setting; otherwise that of its publisher, and until there is one, or where there
-    are some of both types, that of the naming rule of image_transport. Compressed topics have a decoder and a thread
-    that waits for it. So has a raw topic, from then on, whose images would keep the inference thread from those of
-    others.
+    The setting decides the type of a topic, otherwise its publisher. While there are no publishers, or publishers of
+    both types, the type stays as it is; at first it follows image_transport's naming rule. Compressed topics have a
+    decoder and a thread that waits for it. A raw topic gets a thread as soon as its images delay those of other topics.
 
     :param types: what ``image_topic_types`` says of each topic, ``auto``, ``raw`` or ``compressed``.
     :param slots: the inference thread's.
@@ -209,7 +208,7 @@ class StreamSet:
                 decoding.close()
 
     def _follow_type(self, camera: _Camera, publishers: list[Any]) -> None:
-        """Subscribe anew where the publishers that are there have another type."""
+        """Subscribe again where the present publishers have another type."""
         wanted = self._type_of(camera, publishers)
         before = camera.message_type
         if wanted is before and camera.stream is not None:
@@ -230,7 +229,7 @@ class StreamSet:
             self._on_retyped(camera.topic, type_name(wanted), type_name(before))
 
     def _take_aside(self, camera: _Camera) -> None:
-        """Have a thread of its own decode raw images each of which takes so long that those of others would wait."""
+        """Decode a raw topic in a thread of its own where its images take so long that other topics would wait."""
         cost = self.share.cost(camera.topic)
         if camera.decoding is not None or len(self._cameras) == 1 or (cost.image_ms or 0.0) < _LONG_MS:
             return
