@@ -565,8 +565,8 @@ def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='c7_replay',
-        description='Play a rosbag2 (sqlite3 or mcap) onto its topics, as recorded. What is damaged, cut or of another '
-        'kind is named, the rest is played; the bag itself is never changed.',
+        description='Play a rosbag2 (sqlite3 or mcap) onto its topics, as recorded. Parts that are damaged, missing or '
+        'not playable are reported, the rest is played; the bag itself is never changed.',
         epilog='Exit code: 0 when everything asked for was in the bag and was sent; 1 when it cannot be played or '
         'something is missing; 2 for a wrong command line; 128 + signal when interrupted.',
     )
@@ -586,8 +586,8 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument(
         '--max-gap', type=_gap, default=_DEFAULT_MAX_GAP_S, metavar='SECONDS',
-        help='cut a longer silence of the topics played, such as a clock that was set while recording leaves, down to '
-        f'this many seconds of bag time, and name it; inf: play it in full. Default: {_DEFAULT_MAX_GAP_S:g}',
+        help='shorten a longer silence on the topics played, as when the clock was set while recording, to this many '
+        f'seconds of bag time, and report it; inf: play it in full. Default: {_DEFAULT_MAX_GAP_S:g}',
     )  # fmt: skip
     parser.add_argument('--progress', action=argparse.BooleanOptionalAction, help='default: on a terminal')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the report there too')
