@@ -638,3 +638,21 @@ def test_any_depth_and_history_is_read(tmp_path, depth, history):
         qos = bag.topics['/text'].qos
     wanted = 2**31 - 1 if history in (2, 'keep_all') or depth in (2**31 - 1, 2**63) else 2 if depth == 1 else 0
     assert qos == OfferedQos(reliable=True, transient_local=True, depth=wanted)
+
+
+@pytest.mark.parametrize('storage', ['MCAP', 'SQLITE3'])
+@pytest.mark.parametrize('package', ['mcap', 'lz4', 'zstandard'])
+def test_a_package_that_is_not_installed_is_named_and_the_bag_is_not_called_damaged(package, storage, tmp_path):
+    write_bag(tmp_path / 'bag', strings(3), storage=storage)
+    lines = f"""
+import sys
+sys.modules[{package!r}] = None
+from gps_denied_c7.ros.replay import main
+sys.exit(main(sys.argv[1:]))
+"""
+    ended = subprocess.run(
+        [sys.executable, '-c', lines, str(tmp_path / 'bag'), '--wait-matched', '0'],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 1 and 'Traceback' not in ended.stderr
+    assert package in ended.stderr and 'requirements/runtime.txt' in ended.stderr and 'damaged' not in ended.stderr

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from gps_denied_c7.ros.bag import mcap_file, sqlite_file
+from gps_denied_c7.ros.bag import sqlite_file
 from gps_denied_c7.ros.bag.storage import BagError, OfferedQos, Storage, profiles_of, reason
 
 __all__ = ['BagFiles', 'Metadata', 'find_files', 'open_storage']
@@ -193,8 +193,18 @@ def open_storage(path: Path, scratch: Callable[[], Path]) -> tuple[Storage, list
     Open a storage file by what it is, whatever its name, and return with it what was lost in decompressing it.
 
     :param scratch: makes an empty directory for temporary copies.
-    :raises BagError: it is no storage file, or none that can be read.
+    :raises BagError: it is no storage file, or none that can be read; or a package for that is not installed.
     """
+    try:
+        import lz4.frame  # noqa: F401
+        import zstandard  # noqa: F401
+
+        from gps_denied_c7.ros.bag import mcap_file
+    except ImportError as error:
+        raise BagError(
+            f'c7_replay needs a Python package that is not installed: {reason(error)}.',
+            remedy='Install what it needs: pip install -r requirements/runtime.txt.',
+        ) from error
     try:
         with path.open('rb') as file:
             magic = file.read(16)
