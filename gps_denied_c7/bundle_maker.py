@@ -165,7 +165,7 @@ def make_bundle(request: BundleRequest, accept: Callable[[ModelBundle], None] = 
 
     The same model, request and versions give the same bytes.
 
-    :param accept: told the bundle before it is in its place, raises a C7Error to refuse it.
+    :param accept: called with the bundle before it is in its place, raises a C7Error to refuse it.
     :raises C7Error: of whatever kind: the model is damaged, random, leaves sizes free that were not given, is not fed
         by one image, fails on a request that was given or on all others, is answered otherwise by the runtime, proves
         too little, needs a rule that was not given, or the directory cannot be written.

@@ -107,7 +107,7 @@ class RuntimeChain:
     :param rungs: by preference, from :func:`build_rungs`.
     :param host_factory: makes the host of a rung; it may raise a C7Error instead. Called from several threads.
     :param emit: takes ``(record kind, payload fields)``, as FdrRecorder.emit does.
-    :param on_change: told the new status after every change of rung or state.
+    :param on_change: called with the new status after every change of rung or state.
     :param monotonic_ns: steady clock in nanoseconds.
     """
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from gps_denied_c7.bundle_files import expand_home
 from gps_denied_c7.errors import ModelBundleError
+from gps_denied_c7.text import plain
 
 __all__ = ['one_line', 'path_argument']
 
@@ -23,7 +25,4 @@ def path_argument(text: str) -> Path:
 
 def one_line(text: object) -> str:
     """Return text as one line for a terminal: characters that do not print become escapes."""
-    return ''.join(
-        character if character.isprintable() else character.encode('unicode_escape').decode('ascii')
-        for character in str(text)
-    )
+    return plain(text, sys.maxsize)

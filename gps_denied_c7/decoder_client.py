@@ -286,7 +286,7 @@ class ImageDecoder:
     def _refusal(self, answer: Mapping[str, Any]) -> ImageRejectedError:
         reason = answer.get('reason')
         if reason not in REASONS:
-            raise InferenceError(f'{self._name} sent an invalid reply: {answer!a:.200}')
+            raise InferenceError(f'{self._name} sent an unknown reason: {answer!a:.200}')
         message, remedy = (plain_text(answer.get(name, ''))[:_TEXT_CHARACTERS] for name in ('message', 'remedy'))
         return ImageRejectedError(reason, message, remedy=remedy)
 

@@ -129,7 +129,7 @@ class EngineLoader:
         return tuple((rung.name, seconds) for rung, seconds in self._longest_s.copy().items())
 
     def refused(self, rung: Rung) -> bool:
-        """Return whether loading ``rung`` has failed for what stays until a file changes, and none has; never waits."""
+        """Return whether loading ``rung`` would fail again until a file changes, and none has; never waits."""
         if rung not in self._refused:
             return False
         latest = self._files.latest()
@@ -139,7 +139,7 @@ class EngineLoader:
         return latest in (None, self._refused[rung])
 
     def forget_refusals(self) -> None:
-        """Have every rung be worth another attempt."""
+        """Allow another attempt for every rung."""
         self._refused.clear()
 
     def start(self, rung: Rung) -> EngineLoad:

@@ -132,7 +132,7 @@ def in_process_hosts(
     """
     Return the host factory that RuntimeChain wants; it raises RuntimeUnavailableError for an absent strategy.
 
-    :param on_build: told how far the building of an engine is, from a thread of the builder's own.
+    :param on_build: called with the progress of a build, from a thread of the builder's own.
     """
     build = BuildConfig(allow_build=config.build_on_configure, progress=on_build)
     local_gate = functools.cache(_local_gate)

@@ -100,8 +100,8 @@ def decode_jpeg(
 
     :param data: the whole file.
     :param scratch: where the pixels are kept; they are valid until its next use.
-    :param admit: told width, height and the bytes that decoding takes before anything is allocated; raises where that
-        is too much.
+    :param admit: called with width, height and the bytes that decoding takes, before anything is allocated; raises
+        where that is too much.
     :return: H×W grey or H×W×3 BGR, uint8; names of :data:`gps_denied_c7.decoding.ODDITIES`.
     :raises ImageRejectedError: ``data`` (damaged, cut short), ``encoding`` (a kind of JPEG that is not decoded),
         ``decoder`` (simplejpeg is not installed), or what ``admit`` raises.

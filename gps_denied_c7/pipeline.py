@@ -153,9 +153,9 @@ class FramePipeline:
     :param model: answers until :meth:`replace`.
     :param decode: takes an image message, returns its pixels; raises ImageRejectedError.
     :param publish: takes each result and hands it on before the next frame is touched.
-    :param on_refused: told every image that cannot be decoded or does not fit.
-    :param on_unanswered: told every accepted frame that no rung answered, and why.
-    :param charge: told the topic, and how many nanoseconds of CPU time this thread took to make an image ready.
+    :param on_refused: called with every image that cannot be decoded or does not fit.
+    :param on_unanswered: called with every accepted frame that no rung answered, and why.
+    :param charge: called with the topic, and how many nanoseconds of CPU time this thread took to make an image ready.
     """
 
     def __init__(

@@ -62,8 +62,8 @@ def decode_png(data: memoryview, admit: Callable[[int, int, int], None]) -> tupl
     OpenCV itself, from 4.5 on, refuses a file whose data is cut or cannot be inflated.
 
     :param data: the whole file.
-    :param admit: told width, height and the bytes that decoding takes before anything is allocated; raises where that
-        is too much.
+    :param admit: called with width, height and the bytes that decoding takes, before anything is allocated; raises
+        where that is too much.
     :return: H×W, H×W×3 or H×W×4, uint8 or uint16, or None where OpenCV does not decode it; names of
         :data:`gps_denied_c7.decoding.ODDITIES`.
     :raises ImageRejectedError: ``data`` (damaged, cut short), or what ``admit`` raises.

@@ -62,7 +62,7 @@ class BuildConfig:
 
     :param allow_build: engines may be compiled now (minutes); never set in flight.
     :param precision: ``fp16`` or ``fp32``, the precision asked of a newly built engine.
-    :param progress: told how far a build is, about once a second, from a thread of the builder's own.
+    :param progress: called with the progress of a build, about once a second, from a thread of the builder's own.
     """
 
     allow_build: bool = False

@@ -66,7 +66,7 @@ class ImageSettings:
 
     def check_outputs(self, names: Collection[str]) -> None:
         """
-        Refuse a model that lacks an output which is to be published.
+        Refuse a model that lacks an output that is to be published.
 
         :raises ConfigError: naming ``output_tensors``.
         """

@@ -67,7 +67,7 @@ class FrameSlots:
     Pass frames from image callbacks to one thread, which releases those that it takes.
 
     :param topics: the topics, in the order in which they take turns.
-    :param on_replaced: told each frame that a newer one of its topic pushed out, once it is released.
+    :param on_replaced: called with each frame that a newer one of its topic pushed out, once it is released.
     """
 
     def __init__(self, topics: Iterable[str], *, on_replaced: Callable[[Frame], None]) -> None:

@@ -1,9 +1,9 @@
 """
 Text from outside, made fit for a log line, a record or a diagnostic status.
 
-Image messages, parameters, file names, vendors' messages and the output of workers may hold anything, and any amount of
-it. What leaves this process as text goes through here at that boundary: what does not print is spelled out as in
-Python's ``repr``, and what is too long is cut.
+Image messages, parameters, file names, vendors' messages and the output of workers may hold any text of any length. All
+text that leaves this process goes through here: characters that do not print become escapes as in Python's ``repr``,
+and long text is cut.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TEXT_CHARACTERS = 2000
 _LINES = 200
 _INDENT = '    '
 
-# Of one record: what is more than this is no record but an attack, or a mistake.
+# Of one record; a longer one is an attack or a mistake.
 _TOTAL_CHARACTERS = 32_000
 _KEY_CHARACTERS = 100
 _ITEMS = 256
@@ -51,7 +51,7 @@ def shortened(text: str, limit: int = TEXT_CHARACTERS) -> str:
 
 def plain(text: object, limit: int = TEXT_CHARACTERS) -> str:
     """
-    Return ``text`` as one line that prints: what does not is spelled out, as ``\\n`` or ``\\u202e``.
+    Return ``text`` as one line that prints: other characters become escapes, as ``\\n`` or ``\\u202e``.
 
     That is what Python calls not printable: control characters, line and paragraph separators, what turns the direction
     of writing, halves of surrogate pairs, and white space but the blank itself.

@@ -1,4 +1,4 @@
-"""Serve a model on this host as the node would, in worker processes, for as long as somebody looks at it (G-3)."""
+"""Serve a model on this host as the node would, in worker processes, while a tool tries it (G-3)."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def served_model(bundle: ModelBundle, settings: ImageSettings) -> Iterator[Serve
     bundle = fit_bundle(bundle, settings)
     config = C7InferenceConfig(hot_standby=False, spare_worker=False)
     chain = RuntimeChain(bundle, config, worker_hosts(bundle, config), emit=lambda kind, **payload: None)
-    # That there is no GPU is no news here; where nothing can serve, the error says all of it.
+    # A missing GPU is not worth a warning here; where nothing can serve, the error names every reason.
     level = _chain_log.level
     if not _chain_log.isEnabledFor(logging.INFO):
         _chain_log.setLevel(logging.ERROR)

@@ -53,7 +53,7 @@ class WorkerHost:
     :param memory: the budget that an engine on a GPU claims its memory from; None for the configuration's own.
     :param spare: a process to take instead of a new one where it is ready and has the vendor's library; None for none.
     :param generation: names the worker in logs; counts the workers of a chain.
-    :param on_build: told how far the building of an engine is.
+    :param on_build: called with the progress of a build.
     """
 
     def __init__(
@@ -469,7 +469,7 @@ def worker_hosts(
 
     :param memory: shared with the engines of other chains; None for ``gpu_memory_budget_bytes`` of its own.
     :param spare: shared likewise; prepared again with each engine that is loaded; None for none.
-    :param on_build: told how far the building of an engine is.
+    :param on_build: called with the progress of a build.
     """
     generations = iter(range(1, 1 << 62))
     budget = memory or GpuMemoryBudget(config.gpu_memory_budget_bytes)

@@ -53,7 +53,7 @@ class PoolExecutor(Executor):
     the callback, and whoever it has woken, would wait for (0.45 ms to the inference thread, 0.23 with it).
 
     :param threads: how many callbacks run at the same time.
-    :param on_escape: told each exception that a callback let out; spinning goes on.
+    :param on_escape: called with each exception that a callback let out; spinning goes on.
     :param pause_s: seconds after each callback, less what it gave way itself; 0 where nobody waits for the interpreter.
     """
 

@@ -33,7 +33,7 @@ class RosLogHandler(logging.Handler):
         return with_traceback(record.getMessage(), record.exc_info[1] if record.exc_info else None)
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Print what could not be forwarded, where somebody reads it."""
+        """Print a record that could not be forwarded to standard error."""
         error = sys.exc_info()[1]
         with contextlib.suppress(OSError, ValueError):
             text = f'{record.levelname}: {record.msg} {record.args or ""} (not forwarded: {error})'
@@ -42,7 +42,7 @@ class RosLogHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Forward one record; a failure must not reach the code that logged."""
         if getattr(self._emitting, 'now', False):
-            # What is logged while a record is put into words would be logged without end.
+            # A record logged while another one is formatted would recurse without end.
             return
         self._emitting.now = True
         try:

@@ -492,10 +492,10 @@ class NodeParameters:
     default is declared in its place and ``configure`` is refused until the value is set.
 
     :param fixed: says why the parameter of that name, which is not live, cannot be set now, or None when it can.
-    :param on_live: told the new live settings after each change.
-    :param on_model: told each new ``model_path`` that is valid so far, with the settings around it, before it is set;
+    :param on_live: called with the new live settings after each change.
+    :param on_model: called with each new ``model_path`` that is valid so far, and the other settings, before it is set;
         raises a C7Error to refuse it.
-    :param on_failure: told the callback's name and an exception that nobody expected.
+    :param on_failure: called with the callback's name and an unexpected exception.
     """
 
     def __init__(

@@ -31,6 +31,7 @@ from gps_denied_c7.ros.bag.storage import count_text
 from gps_denied_c7.ros.dds import apply_profile, transport_warnings, tune_allocator
 from gps_denied_c7.ros.replay_report import Gap, ReplayReport, TopicReport
 from gps_denied_c7.ros.signals import on_first_signal
+from gps_denied_c7.text import plain
 
 __all__ = ['ReplayOptions', 'Replayer', 'main']
 
@@ -429,11 +430,10 @@ def _hash_of(definition: str, topic: BagTopic) -> str:
 
 
 class _OneLine(logging.Formatter):
-    """Spell out what does not print: names and errors from a bag may hold line breaks and terminal codes."""
+    """Write one line: names and errors from a bag may hold line breaks and terminal codes, which become escapes."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return ''.join(each if each.isprintable() else each.encode('unicode_escape').decode() for each in text)
+        return plain(super().format(record), sys.maxsize)
 
 
 class _Signals:

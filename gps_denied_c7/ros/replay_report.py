@@ -1,4 +1,4 @@
-"""What ``c7_replay`` tells of a replay, as text and as JSON."""
+"""The report of ``c7_replay``, as text and as JSON."""
 
 from __future__ import annotations
 

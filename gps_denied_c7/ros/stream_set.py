@@ -91,7 +91,7 @@ class StreamSet:
     :param make_decoder: makes what decodes the compressed images of a topic.
     :param make_local_decoder: makes what decodes raw ones.
     :param make_thread: makes the thread for a topic and its decoder.
-    :param on_retyped: told a topic, the type that it is subscribed with now, and the one before.
+    :param on_retyped: called with a topic, the type that it is subscribed with now, and the one before.
     """
 
     def __init__(

@@ -118,9 +118,9 @@ class ImageStream:
     :param admits: whether an image that has come now may cost CPU time; otherwise it is left out.
     :param rcl: takes the messages, and knows their types; rclpy takes them, and copies them once more, where None.
     :param live: returns the live settings.
-    :param on_refused: told the topic and every refused image's error.
-    :param on_time_reset: told the topic and by how many seconds its stamps jumped backwards.
-    :param on_overrun: told the topic, the profile of its queue where that is full again and again, and whether the
+    :param on_refused: called with the topic and every refused image's error.
+    :param on_time_reset: called with the topic and by how many seconds its stamps jumped backwards.
+    :param on_overrun: called with the topic, the profile of its queue where that is full repeatedly, and whether the
         newest image alone is kept from then on.
     """
 

@@ -103,7 +103,7 @@ class _Request:
 
     :param axes: size of each free axis by name.
     :param build: the cache directory that this load may fill.
-    :param progress: told how far a build is.
+    :param progress: called with the progress of a build.
     """
 
     path: Path

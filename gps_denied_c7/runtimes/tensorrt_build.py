@@ -200,7 +200,7 @@ def build_plan(
 
     :param host: what tactics were timed on; those of earlier builds there are used, and the new ones kept.
     :param cache: where timings lie.
-    :param watch: told of the progress.
+    :param watch: called with the progress.
     :raises EngineDeserializeError: TensorRT refused the model.
     """
     level = request.optimization_level
