@@ -110,8 +110,8 @@ ONLY_GOLDEN = 'golden'
 """Name of the golden request of a bundle that names none."""
 
 SIZE_REMEDY = (
-    'Where the model leaves the size of its image free, give it (node: preprocess.width, preprocess.height and, for '
-    'the channels, preprocess.colour; c7_engine: --input-size WIDTHxHEIGHT).'
+    'Where the model leaves the size of its image free, give it (node: preprocess.width and preprocess.height; '
+    'c7_engine: --input-size WIDTHxHEIGHT); where it leaves the channels free, too (preprocess.colour; --colour).'
 )
 """What to do about a bare ``.onnx`` that takes images of any size."""
 
