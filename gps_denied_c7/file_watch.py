@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
+import site
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 
 from gps_denied_c7.bundle import MODEL_JSON, ModelBundle
+from gps_denied_c7.bundle_files import expand_home
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engine_cache import fallback_directory
+from gps_denied_c7.errors import ModelBundleError
 
 __all__ = ['FileWatch', 'bundle_files', 'cache_directories', 'fingerprint', 'model_files']
 
 _MOST_ENTRIES = 4096
-_DEPTH = 2
+_DEPTH = 4
+# What ldconfig writes when a package brings shared libraries.
+_LIBRARIES = '/etc/ld.so.cache'
 _LOOK_EVERY_S = 5.0
 
 
@@ -36,14 +42,17 @@ def model_files(path: str) -> tuple[list[Path], list[Path]]:
     """Return which files and directories :func:`fingerprint` has to look at for a ``model_path`` of any kind."""
     if not path:
         return [], []
-    model = Path(path).absolute()
+    model = _at_home(path).absolute()
     if os.path.isdir(model):
         return [model], [model]
-    # A bare model may keep weights in files beside it. Only the model names them; those with its stem are taken.
+    if model.suffix == '.json':
+        return [model], [model.parent]
+    # A bare model may keep weights in other files below; which, only the model says. Those named like it come first.
     names: list[str] = []
     with contextlib.suppress(OSError, ValueError):
-        names = sorted(os.listdir(model.parent))[:_MOST_ENTRIES] if os.path.lexists(model) else []
-    return [model, *(model.parent / name for name in names if name.startswith(model.stem))], []
+        names = sorted(os.listdir(model.parent))
+    beside = [model.parent / name for name in names if name.startswith(model.stem)]
+    return [model, *beside[:_MOST_ENTRIES]], [model.parent] if os.path.lexists(model) else []
 
 
 def cache_directories(config: C7InferenceConfig) -> tuple[Path, ...]:
@@ -58,17 +67,28 @@ def fingerprint(files: Iterable[Path | str], directories: Iterable[Path | str] =
 
     Nothing is read but the entries of directories. It waits as long as a file system does.
 
-    :param directories: all below them counts, two levels deep. Where packages are installed is added.
+    :param files: ``~`` is the home directory, here and in ``directories``.
+    :param directories: all below them counts, four levels deep, without hidden directories; of very many files some.
+        Where packages and shared libraries are installed is added.
     """
-    paths, directories = [Path(file) for file in files], list(directories)
-    parents = {parent for path in (*paths, *map(Path, directories)) for parent in path.parents}
+    paths, below = [_at_home(file) for file in files], [_at_home(directory) for directory in directories]
+    parents = {parent for path in (*paths, *below) for parent in path.parents}
     found = [(str(path), _state(path)) for path in paths]
     # Owner and permissions alone: other files in these directories do not matter.
     found += [(str(parent), _state(parent)[:3]) for parent in sorted(parents)]
-    found += [(entry, _state(entry)) for entry in sys.path if entry.endswith('-packages')]
-    for directory in directories:
-        found += _below(str(directory), _DEPTH)
-    return tuple(found[:_MOST_ENTRIES])
+    # A user's own may be made later, and workers look there then.
+    packages = {entry for entry in (*sys.path, site.getusersitepackages()) if entry.endswith('-packages')}
+    found += [(entry, _state(entry)) for entry in (*sorted(packages), _LIBRARIES)]
+    for directory in below:
+        found += itertools.islice(_below(str(directory), _DEPTH), _MOST_ENTRIES)
+    return tuple(found)
+
+
+def _at_home(path: Path | str) -> Path:
+    try:
+        return expand_home(path)
+    except ModelBundleError:
+        return Path(path)
 
 
 def _state(path: Path | str) -> tuple[int, ...]:
@@ -80,17 +100,21 @@ def _state(path: Path | str) -> tuple[int, ...]:
     return *whose, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _below(directory: str, depth: int) -> list[tuple[str, tuple[int, ...]]]:
+def _below(directory: str, depth: int) -> Iterator[tuple[str, tuple[int, ...]]]:
     try:
         with os.scandir(directory) as entries:
-            paths = sorted((entry.path, entry.is_dir()) for entry in entries)
+            paths = sorted((entry.is_dir(), entry.path) for entry in entries)
     except OSError:
-        return [(directory, _state(directory)[:3])]
-    found = []
-    for path, is_directory in paths[:_MOST_ENTRIES]:
-        # What a directory itself says changes with the files in it that come and go, as a lock does.
-        found += _below(path, depth - 1) if is_directory and depth > 1 else [(path, _state(path))]
-    return found
+        yield directory, _state(directory)[:3]
+        return
+    # Files first: where there is too much below, the nearest counts.
+    for is_directory, path in paths:
+        # What a directory itself says changes with the files in it that come and go, as a lock does; in hidden ones
+        # programs keep their logs and caches, as below a home directory in which a model lies.
+        if is_directory and depth > 1 and not os.path.basename(path).startswith('.'):
+            yield from _below(path, depth - 1)
+        else:
+            yield path, _state(path)
 
 
 class FileWatch:

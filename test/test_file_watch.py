@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import site
+import sys
 import threading
 import time
 
@@ -65,6 +67,60 @@ def test_a_bare_model_that_comes_and_its_weights(tmp_path):
     (path.parent / 'net.onnx.data').write_bytes(b'x')
     seen.append(look(path))
     assert len(set(seen[1:])) == 3 and seen[0] != seen[2]
+
+
+@pytest.mark.parametrize('name', ['weights.bin', 'onnx__MatMul_12', 'weights/layer.0'])
+def test_weights_of_any_name_that_are_copied_beside_a_bare_model_are_seen(tmp_path, name):
+    (tmp_path / 'net.onnx').write_bytes(b'x')
+    before = look(tmp_path / 'net.onnx')
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b'w')
+    whole = look(tmp_path / 'net.onnx')
+    (tmp_path / name).write_bytes(b'weights')
+    assert len({before, whole, look(tmp_path / 'net.onnx')}) == 3
+
+
+def test_a_model_below_the_home_directory_is_seen_when_it_comes(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    before = look('~/models/net'), fingerprint([], ['~/engines'])
+    for directory in ('models/net', 'engines'):
+        (tmp_path / directory).mkdir(parents=True)
+        (tmp_path / directory / 'file').write_bytes(b'x')
+    after = look('~/models/net'), fingerprint([], ['~/engines'])
+    assert before[0] != after[0] and before[1] != after[1]
+
+
+def test_a_bundle_named_by_its_json_is_seen_when_its_model_is_copied(model):
+    before = look(model / 'model.json')
+    (model / 'net.onnx').write_bytes(b'other')
+    assert look(model / 'model.json') != before
+
+
+def test_an_engine_deep_in_a_bundle_is_seen_when_it_is_written(model):
+    engine = model / 'engines' / 'sm87' / 'fp16' / 'net.engine'
+    engine.parent.mkdir(parents=True)
+    engine.write_bytes(b'half')
+    before = look(model)
+    engine.write_bytes(b'whole')
+    assert look(model) != before
+
+
+def test_a_package_in_the_first_directory_of_a_users_own_is_seen(model, tmp_path, monkeypatch):
+    own = tmp_path / 'lib' / 'python' / 'site-packages'
+    monkeypatch.setattr(site, 'getusersitepackages', lambda: str(own))
+    assert str(own) not in sys.path
+    before = look(model)
+    (own / 'onnxruntime').mkdir(parents=True)
+    assert look(model) != before
+
+
+def test_logs_in_a_home_directory_are_no_change_of_the_model_in_it(tmp_path):
+    log = tmp_path / '.ros' / 'log' / 'c7_inference.log'
+    log.parent.mkdir(parents=True)
+    (tmp_path / 'net.onnx').write_bytes(b'x')
+    before = look(tmp_path / 'net.onnx')
+    log.write_text('not active')
+    assert look(tmp_path / 'net.onnx') == before
 
 
 @pytest.mark.parametrize('path', ['', '/', '/nowhere/at/all', 'a\0b', 'x' * 10_000, '/proc/self', '/dev/null'])
