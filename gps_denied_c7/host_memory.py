@@ -36,7 +36,7 @@ def require_memory(what: object, size: int, *, remedy: str, copies: int = 1) -> 
         times = f', which lie there {copies} times at once' if copies > 1 else ''
         raise ModelBundleError(
             f'{what}: no memory for its {size} bytes{times}: {left} bytes are left in {where}.', remedy=remedy
-        )
+        ) from MemoryError(f'{needed} bytes')  # which may pass: lasting errors wait for a file
 
 
 def available_memory(root: Path = Path('/')) -> tuple[int | None, str]:
