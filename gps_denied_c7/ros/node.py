@@ -61,6 +61,7 @@ from gps_denied_c7.runtime import BuildProgress
 from gps_denied_c7.scratch import Scratch
 from gps_denied_c7.serving import fit_bundle, fit_model, read_bundle
 from gps_denied_c7.slots import Frame, FrameSlots
+from gps_denied_c7.stalling import read_or_give_up
 from gps_denied_c7.statistics import Statistics, StreamCounters
 from gps_denied_c7.text import with_traceback
 from gps_denied_c7.thermal import ThermalLevel, ThermalStatePublisher, UnknownThermalState
@@ -78,6 +79,7 @@ _END_DECODING_S = 1.0
 _CANCEL_SWAP_S = 2.0
 _WARN_EVERY_S = 5.0
 _DRAIN_S = 0.5
+_LOOK_S = 2.0
 # Of the time for an end: from when on a frame in hand is given up, and what is left for the last record to arrive.
 _END_FRAME_S = 1.6
 _SAY_GOODBYE_S = 1.0
@@ -253,11 +255,19 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         self._publish_changes()
 
     def _start_conditions(self) -> Hashable:
-        """Return what is another as soon as a parameter or a file is that a start depends on."""
+        """Return what is another as soon as a parameter or file is that a start depends on, and where a look stalls."""
         values = self._settings.values()
-        files, directories = model_files(values['model_path'])
         caches = [values['engine_cache_dir'], values['ort_trt_cache_dir']]
-        return repr(values), fingerprint(files, [*directories, *caches, *map(fallback_directory, map(Path, caches))])
+
+        def look() -> Hashable:
+            files, directories = model_files(values['model_path'])
+            return fingerprint(files, [*directories, *caches, *map(fallback_directory, map(Path, caches))])
+
+        try:
+            return repr(values), read_or_give_up('what a start depends on', look, limit_s=_LOOK_S)
+        except C7Error:
+            # On a mount that has stalled; the attempt says so.
+            return object()
 
     def report_callback_failure(self, callback: str, error: Exception) -> None:
         """Log, count and record an exception that a callback let out (N-5)."""

@@ -80,6 +80,17 @@ def test_n10_a_model_on_a_mount_that_does_not_answer_holds_up_nothing(demo_bundl
         assert peer.change_state('configure') and peer.change_state('activate') and peer.change_state('deactivate')
 
 
+def test_n2_autostart_says_that_the_mount_of_its_model_stalls_and_starts_with_another(demo_bundle, tmp_path):
+    with (
+        stalled_mount(tmp_path / 'nfs') as mount,
+        running_node({'model_path': str(mount / 'net'), 'autostart': True, 'cpu_threads': 1}) as (process, peer),
+    ):
+        wait_until(lambda: 'configure failed' in process.output(), 'the node to say why it is not active')
+        wait_until(lambda: str(mount / 'net') in peer.message('Runtime'), 'diagnostics to say so too')
+        assert peer.set_parameter('model_path', demo_bundle).successful
+        peer.wait_state('active')
+
+
 def test_n8_a_signal_ends_a_node_whose_model_does_not_come(tmp_path):
     with (
         stalled_mount(tmp_path / 'nfs') as mount,
