@@ -188,12 +188,17 @@ class StreamSet:
     def _open(self, camera: _Camera) -> None:
         sink: FrameSink = self._slots
         if camera.message_type is CompressedImage:
-            sink = self._begin_decoding(camera, self._make_decoder(camera.topic))
+            sink = camera.decoding or self._begin_decoding(camera, self._make_decoder(camera.topic))
         camera.stream = self._open_stream(camera.topic, camera.message_type, sink)
 
     def _begin_decoding(self, camera: _Camera, decoder: Decoder) -> DecodeThread:
-        thread = camera.decoding = self._make_thread(camera.topic, decoder)
-        thread.start()
+        thread = self._make_thread(camera.topic, decoder)
+        try:
+            thread.start()
+        except BaseException:
+            thread.close()
+            raise
+        camera.decoding = thread
         return thread
 
     def _shut(self, camera: _Camera) -> None:
@@ -220,8 +225,9 @@ class StreamSet:
                 self._open(camera)
                 break
             except Exception as error:  # rclpy's own, while the subscription before has not gone
-                self._shut(camera)
+                # The decoder stays for the next try: each is a process.
                 if not left:
+                    self._shut(camera)
                     camera.mismatches = (f'it cannot be subscribed as {type_name(wanted)}: {error}',)
                     break
                 time.sleep(_REOPEN_PAUSE_S)

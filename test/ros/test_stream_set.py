@@ -21,13 +21,14 @@ class Bench:
         monkeypatch.setattr(stream_set, '_REOPEN_PAUSE_S', 0.0)
         self.published = {FRONT: [], LEFT: []}
         self.open, self.decoding, self.retyped, self.fails, self.attempts = [], [], [], 0, 0
+        self.decoders, self.no_threads = [], 0
         self.streams = StreamSet(
             SimpleNamespace(get_publishers_info_by_topic=self.publishers),
             {FRONT: 'auto', LEFT: 'auto', **types},
             slots=FrameSlots([FRONT, LEFT], on_replaced=lambda frame: None),
             share=ImageShare([FRONT, LEFT], fraction=lambda: 0.5, cores=2.0),
             open_stream=self.open_stream,
-            make_decoder=lambda topic: topic,
+            make_decoder=lambda topic: self.decoders.append(topic) or topic,
             make_local_decoder=lambda: None,
             make_thread=self.make_thread,
             on_retyped=lambda *told: self.retyped.append(told),
@@ -53,8 +54,15 @@ class Bench:
 
     def make_thread(self, topic, decoder):
         close = lambda: self.decoding.remove(topic)  # noqa: E731
+
+        def start():
+            self.decoding.append(topic)
+            if self.no_threads:
+                self.no_threads -= 1
+                raise RuntimeError("can't start new thread")
+
         return SimpleNamespace(
-            start=lambda: self.decoding.append(topic), close=close, join=lambda timeout_s: True, has=None, put=None
+            start=start, close=close, join=lambda timeout_s: True, has=None, put=None
         )
 
 
@@ -72,6 +80,7 @@ def test_a_topic_that_cannot_be_subscribed_anew_at_once_is_tried_again(bench):
     bench.fails = 3
     bench.streams.look()
     assert bench.open == [(LEFT, Image), (FRONT, CompressedImage)] and bench.decoding == [FRONT]
+    assert bench.decoders == [FRONT], 'one process, not one for each try'
     assert bench.retyped == [(FRONT, 'sensor_msgs/msg/CompressedImage', 'sensor_msgs/msg/Image')]
 
 
@@ -91,6 +100,13 @@ def test_a_topic_that_cannot_be_subscribed_anew_for_long_leaves_the_others_alone
     assert bench.streams.mismatches(FRONT) == ()
     assert bench.open == [(LEFT, Image), (FRONT, CompressedImage)]
     assert len(bench.retyped) == 1, 'told once'
+
+
+def test_a_topic_is_decoded_whose_thread_could_not_be_started_at_first(bench):
+    bench.published[FRONT] = [CompressedImage]
+    bench.no_threads = 3
+    bench.streams.look()
+    assert bench.open == [(LEFT, Image), (FRONT, CompressedImage)] and bench.decoding == [FRONT]
 
 
 def test_publishers_of_both_types_or_of_none_change_nothing(bench):
