@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterable, Iterator
 
 __all__ = [
@@ -169,9 +170,15 @@ _LASTING_ERRNO = frozenset(
 )
 
 
+# How glibc says that a library found no memory or descriptor (elf/dl-load.c): Python passes on the text alone.
+_SHORT_OF = re.compile('failed to map segment|cannot map zero-fill pages|Cannot allocate memory|Too many open files')
+
+
 def _may_pass(error: BaseException) -> bool:
-    if isinstance(error, OSError):
-        return error.errno is not None and error.errno not in _LASTING_ERRNO or isinstance(error, TimeoutError)
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno not in _LASTING_ERRNO
+    if isinstance(error, (OSError, ImportError)):
+        return isinstance(error, TimeoutError) or _SHORT_OF.search(str(error)) is not None
     return isinstance(error, MemoryError)
 
 

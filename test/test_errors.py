@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -71,3 +73,41 @@ def test_a_want_of_memory_passes():
         raise ModelBundleError('no memory.') from MemoryError()
     except ModelBundleError as error:
         assert not error.lasting
+
+
+IMPORT = """
+import re, resource
+import numpy
+from gps_denied_c7.errors import RuntimeUnavailableError
+size = int(re.search(r'VmSize:\\s+(\\d+)', open('/proc/self/status').read())[1]) << 10
+resource.setrlimit(resource.RLIMIT_AS, (size + (8 << 20),) * 2)
+try:
+    import onnxruntime
+except ImportError as error:
+    try:
+        raise RuntimeUnavailableError('onnx_trt_ep', 'does not import.') from error
+    except RuntimeUnavailableError as refused:
+        print('lasting' if refused.lasting else 'may pass', error)
+"""
+
+
+def test_a_library_that_found_no_memory_is_tried_again():
+    """ImportError tells it by its text alone; the package is there, and no file changes when there is memory again."""
+    done = subprocess.run([sys.executable, '-c', IMPORT], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.startswith('may pass'), done
+
+
+@pytest.mark.parametrize(
+    'error',
+    [
+        ModuleNotFoundError("No module named 'torch'"),
+        ImportError('libnvinfer.so.10: cannot open shared object file: No such file or directory'),
+        ImportError('libgomp.so.1: cannot allocate memory in static TLS block'),
+        OSError('libcudart.so.12: cannot open shared object file: No such file or directory'),
+    ],
+)
+def test_a_package_or_library_that_is_not_there_is_waited_for(error):
+    try:
+        raise RuntimeUnavailableError('pytorch_fp16', 'does not import.') from error
+    except RuntimeUnavailableError as refused:
+        assert refused.lasting
