@@ -27,8 +27,8 @@ __all__ = ['DecodedImage', 'ImageDecoder']
 
 # To import NumPy, OpenCV and simplejpeg on a busy machine.
 _START_S = 10.0
-# First and longest pause. A decoder that fails within the longest after an earlier failure is restarted after a
-# pause; otherwise it is restarted at once.
+# First and longest pause. A decoder that has decoded nothing and fails within the longest after an earlier failure is
+# restarted after a pause; otherwise it is restarted at once.
 _PAUSE_S = (0.25, 10.0)
 _LEAST_INPUT_BYTES = 1 << 20
 # One buffer that the network reads, one that waits for it, one that is written, and one that a slow reader still has.
@@ -93,8 +93,9 @@ class ImageDecoder:
     Decode the pictures of one camera in a process of its own, and pre-process them there.
 
     A picture that harms that process raises an :class:`ImageRejectedError` here. If the process dies, hangs or sends an
-    invalid reply, its picture is refused and another process is started: at once, or after a pause where the last
-    failure was recent. :meth:`decode` is for one thread at a time, :meth:`close` and the properties for any.
+    invalid reply, its picture is refused and another process is started: at once, or after a pause where it had decoded
+    no picture and the last failure was recent. :meth:`decode` is for one thread at a time, :meth:`close` and the
+    properties for any.
 
     :param name: of the camera, in logs and errors.
     :param memory_bytes: what one picture may need beside the libraries: decoded image, work memory, and as much again
@@ -110,7 +111,7 @@ class ImageDecoder:
         self._lock = threading.Lock()
         self._closed = False
         self._process: WorkerProcess | None = None
-        self._ready = False
+        self._ready = self._useful = False
         self._backoff = Backoff()
         self._failed_at = -math.inf
         self._cause = ''
@@ -221,6 +222,8 @@ class ImageDecoder:
         except BaseException:
             _give_back(loan)
             raise
+        self._useful = True
+        self._backoff.reset(self._name)
         now_ns = self._count_cpu()
         return DecodedImage(
             size=(shape[1], shape[0]),
@@ -368,11 +371,12 @@ class ImageDecoder:
             self._pause(f'{self._name} cannot start: {error}')
 
     def _replace(self, cause: str) -> None:
-        """End the process, and start another: now, or after a pause where another one failed recently."""
+        """End the process, and start another: now, or after a pause where it was useless and another failed recently."""
+        useful = self._useful
         self._end()
         if self._closed:
             return
-        first = time.monotonic() - self._failed_at > _PAUSE_S[1]
+        first = useful or time.monotonic() - self._failed_at > _PAUSE_S[1]
         self._failed_at = time.monotonic()
         _log.warning('%s It is started again%s.', cause, '' if first else ' after a pause')
         if first:
@@ -388,7 +392,7 @@ class ImageDecoder:
     def _end(self) -> None:
         """End the process, and forget every segment: until it is gone it may still write to them."""
         self._count_cpu()
-        process, self._process, self._ready = self._process, None, False
+        process, self._process, self._ready, self._useful = self._process, None, False, False
         self._ended_cpu_ns = self._cpu_ns
         if process is not None:
             process.release()
