@@ -225,7 +225,7 @@ def test_m1_a_slow_engine_does_not_fail_because_there_are_many_golden_requests(s
 
 def test_m1_the_golden_tensors_are_read_once(bench, monkeypatch):
     bench.load()
-    monkeypatch.setattr(type(bench.bundle), 'golden_inputs', lambda self, index: pytest.fail('read again'))
+    monkeypatch.setattr(type(bench.bundle), 'golden_inputs', lambda self, index=0: pytest.fail('read again'))
     bench.load()
     bench.proof.forget()
     with pytest.raises(pytest.fail.Exception):
