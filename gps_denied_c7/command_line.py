@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
+import logging
 from pathlib import Path
 
 from gps_denied_c7.bundle_files import expand_home
 from gps_denied_c7.errors import ModelBundleError
 from gps_denied_c7.text import plain
 
-__all__ = ['one_line', 'path_argument']
+__all__ = ['log_to_stderr', 'path_argument']
 
 
 def path_argument(text: str) -> Path:
@@ -23,6 +23,15 @@ def path_argument(text: str) -> Path:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
-def one_line(text: object) -> str:
-    """Return text as one line for a terminal: characters that do not print become escapes."""
-    return plain(text, sys.maxsize)
+class _OneLine(logging.Formatter):
+    """Have one line for each message: names and errors from files may hold line breaks and terminal codes."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return plain(super().format(record))
+
+
+def log_to_stderr(program: str, level: int) -> None:
+    """Have what is logged from ``level`` on printed to standard error, one line each, behind the program's name."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_OneLine(f'{program}: %(message)s'))
+    logging.basicConfig(handlers=[handler], level=level)

@@ -19,7 +19,7 @@ from typing import Any
 
 from gps_denied_c7.bundle import ModelBundle, OutputRule
 from gps_denied_c7.bundle_maker import TOLERANCES, BundleRequest, make_bundle
-from gps_denied_c7.command_line import one_line, path_argument
+from gps_denied_c7.command_line import log_to_stderr, path_argument
 from gps_denied_c7.comparison import rule_from_json, rule_to_json
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engine_cache import EngineCache, fallback_directory
@@ -36,6 +36,7 @@ from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.tensorrt_build import PRECISIONS, build_engine
 from gps_denied_c7.serving import ImageSettings, fit_bundle
 from gps_denied_c7.tensors import TensorSpec
+from gps_denied_c7.text import plain
 from gps_denied_c7.trial import TrialRun, figures, read_picture, served_model
 
 __all__ = ['main']
@@ -71,25 +72,41 @@ that holds whole numbers, whose size depends on the image, or that lists keypoin
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(
-        level=logging.INFO if options.verbose else logging.WARNING, format='c7_engine: %(message)s', stream=sys.stderr
-    )
+    log_to_stderr('c7_engine', logging.INFO if options.verbose else logging.WARNING)
     try:
-        status: int = options.run(options)
-        sys.stdout.flush()
+        status = _status(options)
+        # Here, where a failure is still told; Python's own flush comes after the exit status. It may be closed.
+        print(end='', flush=True)
         return status
-    except C7Error as error:
-        print(f'c7_engine {options.command}: {one_line(error)}', file=sys.stderr)
-        if options.json:
-            print(json.dumps({'error': {'message': error.message, 'remedy': error.remedy}}, indent=2))
-        return 1
-    except BrokenPipeError:
-        # Whoever read our output has gone; Python must not find that out again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if error.filename is None and sys.stdout is not None:
+            # Python must not find out again at exit that nothing can be written.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            print(f'c7_engine {options.command}: {plain(_unwritten(error))}', file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f'c7_engine {options.command}: interrupted', file=sys.stderr)
         return 130
+
+
+def _status(options: argparse.Namespace) -> int:
+    """Run the command and tell of what it refuses; return the exit status."""
+    try:
+        status: int = options.run(options)
+        return status
+    except C7Error as error:
+        print(f'c7_engine {options.command}: {plain(error)}', file=sys.stderr)
+        if options.json:
+            print(json.dumps({'error': {'message': error.message, 'remedy': error.remedy}}, indent=2))
+        return 1
+
+
+def _unwritten(error: OSError) -> str:
+    """Say what failed; an error of writing to standard output is one without a file's name."""
+    if error.filename is not None:
+        return f'{error.filename}: {error.strerror}.'
+    return f'standard output cannot be written: {error.strerror}. Send it elsewhere; what the command did stays done.'
 
 
 @contextmanager
@@ -134,7 +151,7 @@ def _build(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(path=str(entry.path), seconds=round(seconds, 1), manifest=asdict(manifest))
     else:
-        print(one_line(entry.path))
+        print(plain(entry.path))
         print(f'  built in {seconds:.1f} s')
         _print_manifest(manifest)
     return 0
@@ -170,12 +187,12 @@ def _inspect(options: argparse.Namespace) -> int:
     else:
         _print_report(report, unknown)
     if report.plan is None:
-        print(f'c7_engine inspect: {one_line(report.path)} is no TensorRT engine.', file=sys.stderr)
+        print(f'c7_engine inspect: {plain(report.path)} is no TensorRT engine.', file=sys.stderr)
     return 1 if report.plan is None else 0
 
 
 def _print_report(report: EngineReport, unknown: Sequence[str]) -> None:
-    print(one_line(report.path))
+    print(plain(report.path))
     if report.manifest is not None:
         _print_manifest(report.manifest)
     elif report.name is not None:
@@ -210,7 +227,7 @@ def _told(spec: TensorSpec) -> str:
 
 
 def _print_field(name: str, value: str) -> None:
-    print(f'  {name:<10} {one_line(value)}')
+    print(f'  {name:<10} {plain(value)}')
 
 
 # --- verify ---------------------------------------------------------------------------------------
@@ -238,9 +255,9 @@ def _verify(options: argparse.Namespace) -> int:
             verdicts.append(verdict)
             if not options.json:
                 mark = 'ok' if verdict.admitted else 'REFUSED'
-                print(f'{mark:<8} {verdict.kind:<9} {one_line(verdict.path)}', flush=True)
+                print(f'{mark:<8} {verdict.kind:<9} {plain(verdict.path)}', flush=True)
                 if not verdict.admitted:
-                    print(f'         {one_line(f"{verdict.refusal} {verdict.remedy}".rstrip())}', flush=True)
+                    print(f'         {plain(f"{verdict.refusal} {verdict.remedy}".rstrip())}', flush=True)
                 if verdict.run is not None:
                     _print_run(verdict.run)
     refused = sum(not verdict.admitted for verdict in verdicts)
@@ -263,7 +280,7 @@ def _print_run(run: TrialRun) -> None:
         first = ' '.join(value if isinstance(value, str) else f'{value:.6g}' for value in told['first'])
         numbers.append(f'first {first}' if first else 'empty')
         size = 'x'.join(map(str, array.shape)) or 'a scalar'
-        print(f'           {one_line(name)} {array.dtype} {size}: {", ".join(numbers)}')
+        print(f'           {plain(name)} {array.dtype} {size}: {", ".join(numbers)}')
 
 
 def _image_settings(options: argparse.Namespace) -> ImageSettings:
@@ -299,14 +316,14 @@ def _sweep(options: argparse.Namespace) -> int:
 
 def _print_sweep(report: SweepReport) -> None:
     for removal in report.removed:
-        print(f'{"would remove" if report.dry_run else "removed"} {removal.item.path}')
+        print(f'{"would remove" if report.dry_run else "removed"} {plain(removal.item.path)}')
         print(f'  {removal.item.kind}, {_size(removal.item.bytes)}: {removal.reason}')
     for removal in report.failed:
-        print(f'NOT removed {removal.item.path}\n  {removal.problem} ({removal.reason})')
+        print(f'NOT removed {plain(removal.item.path)}\n  {plain(removal.problem)} ({removal.reason})')
     for path, problem in report.refused:
-        print(f'NOT swept {path}\n  {problem}')
+        print(f'NOT swept {plain(path)}\n  {plain(problem)}')
     for path in report.foreign:
-        print(f'left alone {path}\n  not written by a cache')
+        print(f'left alone {plain(path)}\n  not written by a cache')
     print(
         f'{len(report.removed)} {"would be removed" if report.dry_run else "removed"} ({_size(report.freed_bytes)}), '
         f'{len(report.kept) + len(report.failed)} stay ({_size(report.kept_bytes)})'
@@ -362,7 +379,7 @@ def _bundle(options: argparse.Namespace) -> int:
     if options.json:
         _print_json(path=str(options.output), notes=list(result.notes), model=bundle.to_json())
         return 0
-    print(one_line(options.output))
+    print(plain(options.output))
     _print_field('model', f'{bundle.name}, weights {bundle.weights_digest}')
     for role, specs in (('input', bundle.inputs), ('output', bundle.outputs)):
         for spec in specs:

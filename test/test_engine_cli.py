@@ -179,6 +179,29 @@ def test_g3_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, '')
 
 
+@pytest.mark.parametrize('arguments', [(), ('--json',)])
+def test_g3_a_full_disk_behind_standard_output_is_a_sentence(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    publish_engine(tmp_path)
+    command = [sys.executable, '-m', 'gps_denied_c7.engine_cli', 'verify', '--any-host', str(tmp_path), *arguments]
+    environment = {**os.environ, 'PYTHONPATH': str(REPOSITORY)}
+    with open('/dev/full', 'w') as full:
+        done = subprocess.run(
+            command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment, check=False, timeout=120
+        )
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    assert done.stderr.count('\n') == 1 and 'standard output cannot be written: No space left' in done.stderr
+
+
+def test_g3_a_closed_standard_output_changes_no_exit_status(tmp_path: Path) -> None:
+    publish_engine(tmp_path)
+    command = [sys.executable, '-m', 'gps_denied_c7.engine_cli', 'verify', '--any-host', str(tmp_path)]
+    done = subprocess.run(
+        ['/bin/sh', '-c', 'exec "$@" >&-', 'sh', *command], stderr=subprocess.PIPE, text=True, check=False,
+        env={**os.environ, 'PYTHONPATH': str(REPOSITORY)}, timeout=120,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, '')
+
+
 # --- build ----------------------------------------------------------------------------------------
 
 
@@ -701,6 +724,12 @@ def test_g3_sweep_by_command_line(tmp_path: Path, run: Run, here: HostProfile) -
         ['.lock', 'notes.txt', kept.name, manifest_path(kept).name]
     )
     assert list((tmp_path / 'o').iterdir()) == []
+
+
+def test_g3_a_file_name_forges_no_line_of_a_sweep(tmp_path: Path, run: Run) -> None:
+    (tmp_path / 'x\n5 removed (9 GiB)\x1b[31m').touch()
+    status, out, _ = run('sweep', '--dry-run', '--cache', str(tmp_path), '--ort-cache', str(tmp_path / 'none'))
+    assert status == 0 and r'x\n5 removed (9 GiB)\x1b[31m' in out and '\n5 removed' not in out and '\x1b' not in out
 
 
 def test_g3_sweep_reaches_the_user_s_own_caches(tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,7 @@ from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
 from rosgraph_msgs.msg import Clock
 
+from gps_denied_c7.command_line import log_to_stderr, path_argument
 from gps_denied_c7.ros.bag import Bag, BagError, BagTopic
 from gps_denied_c7.ros.bag.storage import count_text
 from gps_denied_c7.ros.dds import apply_profile, transport_warnings, tune_allocator
@@ -47,6 +48,7 @@ _DEFAULT_MAX_GAP_S = 10.0
 _GAPS_TOLD = 20
 _LONGEST_WAIT_S = 3600.0
 _MAX_DEPTH = 5000
+_NAME_CHARACTERS = 40
 
 _logger = logging.getLogger('c7_replay')
 
@@ -429,13 +431,6 @@ def _hash_of(definition: str, topic: BagTopic) -> str:
         return ''
 
 
-class _OneLine(logging.Formatter):
-    """Write one line: names and errors from a bag may hold line breaks and terminal codes, which become escapes."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        return plain(super().format(record), sys.maxsize)
-
-
 class _Signals:
     """Note the first SIGINT or SIGTERM; rclpy's own handlers would shut the context down under a publisher."""
 
@@ -459,9 +454,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     own, ros = _split_arguments(sys.argv[1:] if args is None else args)
     parsed = _parser().parse_args(own)
-    handler = logging.StreamHandler()
-    handler.setFormatter(_OneLine('c7_replay: %(message)s'))
-    logging.basicConfig(handlers=[handler], level=logging.INFO)
+    log_to_stderr('c7_replay', logging.INFO)
     options = ReplayOptions(
         rate=parsed.rate,
         loop=parsed.loop,
@@ -515,7 +508,7 @@ def _run(
         total = None if options.loop else sum(topic.recorded for topic in report.topics)
         disable = None if show_progress is None else not show_progress
         try:
-            with tqdm(total=total, unit='msg', desc=bag.path.name, disable=disable) as bar:
+            with tqdm(total=total, unit='msg', desc=plain(bag.path.name, _NAME_CHARACTERS), disable=disable) as bar:
                 replayer.play(bar.update)
         finally:
             replayer.finish()
@@ -570,7 +563,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog='Exit code: 0 when everything asked for was in the bag and was sent; 1 when it cannot be played or '
         'something is missing; 2 for a wrong command line; 128 + signal when interrupted.',
     )
-    parser.add_argument('bag', type=Path, help='bag directory, or one .mcap or .db3 file')
+    parser.add_argument('bag', type=path_argument, help='bag directory, or one .mcap or .db3 file')
     parser.add_argument('--rate', type=_positive, default=1.0, metavar='FACTOR', help='of the recorded pace')
     parser.add_argument('--loop', action='store_true', help='start over at the end, until interrupted')
     parser.add_argument('--topics', nargs='+', metavar='TOPIC', help='play these only, and wait for their readers')
@@ -590,7 +583,7 @@ def _parser() -> argparse.ArgumentParser:
         f'seconds of bag time, and report it; inf: play it in full. Default: {_DEFAULT_MAX_GAP_S:g}',
     )  # fmt: skip
     parser.add_argument('--progress', action=argparse.BooleanOptionalAction, help='default: on a terminal')
-    parser.add_argument('--json', type=Path, metavar='FILE', help='write the report there too')
+    parser.add_argument('--json', type=path_argument, metavar='FILE', help='write the report there too')
     return parser
 
 

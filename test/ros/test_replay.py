@@ -657,6 +657,19 @@ def test_names_from_the_bag_forge_no_line_of_the_log(tmp_path):
     assert code == 0 and '\nc7_replay: /b' not in output and '\x1b' not in output
 
 
+def test_a_path_may_begin_with_the_home_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    write_mcap(tmp_path / 'bag.mcap', strings(2))
+    code, output = replay('~/bag.mcap', '--wait-matched', 0, '--json', '~/report.json')
+    assert code == 0 and report_of(tmp_path)['complete'], output
+
+
+def test_the_name_of_a_bag_sends_nothing_to_the_terminal(tmp_path):
+    write_mcap(tmp_path / 'bag\n\x1b[31m.mcap', strings(2))
+    code, output = replay(tmp_path / 'bag\n\x1b[31m.mcap', '--wait-matched', 0, '--progress')
+    assert code == 0 and '\x1b[31m' not in output and r'bag\n\x1b[31m.mcap: ' in output
+
+
 def test_a_refused_bag_leaves_no_older_report(tmp_path):
     (tmp_path / 'report.json').write_text('{"complete": true}')
     code, _ = replay(tmp_path / 'nowhere', '--json', tmp_path / 'report.json')
