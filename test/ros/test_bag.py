@@ -13,6 +13,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip('rclpy')
@@ -288,6 +289,19 @@ def test_messages_that_are_no_cdr_are_counted_and_named(tmp_path):
     found, missing = read(path)
     assert found == good
     assert all('of /text left out' in sentence for sentence in missing[:-1]) and missing[-1] == '6 messages'
+
+
+@pytest.mark.parametrize('packed', [zstandard.compress, lz4.frame.compress])
+def test_a_compressed_message_that_was_cut_is_never_sent_as_if_whole(tmp_path, packed):
+    """zstd's blocks have 128 KiB: what comes before the cut decompresses without an error."""
+    whole = cdr(''.join(map(chr, np.random.default_rng(1).integers(32, 127, 600_000))))
+    data = packed(whole)
+    messages = [whole, data, *(data[:-cut] for cut in (1, 8, 1000, len(data) // 2, len(data) - 40))]
+    messages += [data + packed(b'')]
+    write_mcap(tmp_path / 'cut.mcap', [Written('/text', START_NS, message) for message in messages])
+    found, missing = read(tmp_path / 'cut.mcap')
+    assert [message.data for message in found] == [whole] * 3
+    assert missing[-1] == '5 messages'
 
 
 # -- sqlite3: power cuts, locks, damage

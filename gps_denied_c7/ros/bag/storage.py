@@ -164,8 +164,15 @@ def _decompressed(data: bytes) -> bytes:
     try:
         if name == 'lz4':
             return lz4.frame.decompress(data)
-        with zstandard.ZstdDecompressor().stream_reader(data, read_across_frames=True) as stream:
-            return stream.read()
+        frames = []
+        while data:
+            # Not stream_reader, for which a frame that is cut just ends there.
+            frame = zstandard.ZstdDecompressor().decompressobj()
+            frames.append(frame.decompress(data))
+            if not frame.eof:
+                raise EOFError('its frame is cut')
+            data = frame.unused_data
+        return b''.join(frames)
     except (zstandard.ZstdError, RuntimeError, MemoryError, EOFError) as error:
         raise ValueError(f'damaged {name}: {reason(error)}') from error
 
