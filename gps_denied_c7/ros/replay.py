@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import logging
@@ -24,6 +25,7 @@ from rclpy.node import Node
 from rclpy.publisher import Publisher
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.signals import SignalHandlerOptions
+from rclpy.validate_topic_name import validate_topic_name
 from rosgraph_msgs.msg import Clock
 
 from gps_denied_c7.command_line import log_to_stderr, path_argument
@@ -181,6 +183,7 @@ class Replayer:
         self._node = node
         self.report = report
         report.notes, report.missing = bag.notes, bag.missing
+        self._names = {CLOCK_TOPIC: ('--clock', '')} if options.clock_hz else {}
         self._outlets = self._open(node)
         self._clock = node.create_publisher(Clock, CLOCK_TOPIC, _DEFAULT_DEPTH) if options.clock_hz else None
         self._clock_can_tell = True
@@ -221,7 +224,7 @@ class Replayer:
     def _skip(self, name: str, why: str) -> None:
         self.report.skipped[name] = why
         _logger.warning('%s is skipped: %s', name, why)
-        if name in self._options.topics:
+        if name in self._options.topics or name in self._options.remap:
             self.report.missing.append(f'{name}, which was asked for: {why}')
 
     def _outlet(self, node: Node, topic: BagTopic, message_type: Any) -> _Outlet:
@@ -232,12 +235,22 @@ class Replayer:
         )
         name = self._options.remap.get(topic.name, topic.name)
         try:
+            validate_topic_name(name)
+            full_name = node.resolve_topic_name(name)
+            other, msgtype = self._names.setdefault(full_name, (topic.name, topic.msgtype))
+            if msgtype != topic.msgtype:
+                raise BagError(
+                    f'{other} is published on {full_name} already{f", as {msgtype}" if msgtype else ""}.',
+                    remedy=f'Name another one: --remap {topic.name}:=/other.',
+                )
             publisher = node.create_publisher(message_type, name, qos)
         except InvalidTopicNameException as error:
             raise BagError(
                 f'{name} is no name that ROS allows: {" ".join(str(error).split())}.',
                 remedy=f'Name another one: --remap {topic.name}:=/other.',
             ) from error
+        except BagError:
+            raise
         except Exception as error:
             # A message package without its compiled type support fails only here, with errors of many types.
             raise BagError(
@@ -431,6 +444,25 @@ def _hash_of(definition: str, topic: BagTopic) -> str:
         return ''
 
 
+class _Terminal:
+    """Stand for standard error, as far as it can be written: no progress bar is worth a message."""
+
+    encoding = 'utf-8'
+
+    def write(self, text: str) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            print(text, end='', file=sys.stderr, flush=True)
+
+    def flush(self) -> None:
+        """Do nothing: each text is written at once."""
+
+    def isatty(self) -> bool:
+        return sys.stderr is not None and sys.stderr.isatty()
+
+    def fileno(self) -> int:
+        return 2
+
+
 class _Signals:
     """Note the first SIGINT or SIGTERM; rclpy's own handlers would shut the context down under a publisher."""
 
@@ -477,7 +509,7 @@ def main(args: Sequence[str] | None = None) -> int:
     tune_allocator()
     try:
         with Bag(parsed.bag) as bag:
-            rclpy.init(args=ros, signal_handler_options=SignalHandlerOptions.NO)
+            _init(ros)
             try:
                 _run(bag, options, signals, report, show_progress=parsed.progress)
             finally:
@@ -494,6 +526,19 @@ def main(args: Sequence[str] | None = None) -> int:
     return 0 if saved and report.complete else 1
 
 
+def _init(arguments: list[str]) -> None:
+    """
+    Start ROS.
+
+    :raises BagError: it cannot, as for arguments that it does not know.
+    """
+    try:
+        rclpy.init(args=arguments, signal_handler_options=SignalHandlerOptions.NO)
+    except Exception as error:
+        # rclpy has no common class for what arguments, rcl and the middleware refuse.
+        raise BagError(f'ROS cannot start: {error}.', remedy='Correct what follows --ros-args.') from error
+
+
 def _run(
     bag: Bag, options: ReplayOptions, signals: _Signals, report: ReplayReport, *, show_progress: bool | None
 ) -> None:
@@ -507,8 +552,9 @@ def _run(
         replayer.wait_matched()
         total = None if options.loop else sum(topic.recorded for topic in report.topics)
         disable = None if show_progress is None else not show_progress
+        name = plain(bag.path.name, _NAME_CHARACTERS)
         try:
-            with tqdm(total=total, unit='msg', desc=plain(bag.path.name, _NAME_CHARACTERS), disable=disable) as bar:
+            with tqdm(total=total, unit='msg', desc=name, disable=disable, file=_Terminal()) as bar:
                 replayer.play(bar.update)
         finally:
             replayer.finish()

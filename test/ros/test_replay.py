@@ -606,6 +606,48 @@ def test_a_name_that_ros_does_not_allow_is_named_and_can_be_changed(node, tmp_pa
     assert len(received['/mine']) == 5
 
 
+def test_two_topics_of_different_types_are_not_published_under_one_name(tmp_path):
+    store = typesys.get_typestore(typesys.Stores.ROS2_JAZZY)
+    with (tmp_path / 'bag.mcap').open('wb') as stream:
+        writer = McapWriter(stream)
+        writer.start('ros2')
+        number = bytes(store.serialize_cdr(store.types['std_msgs/msg/Int32'](data=1), 'std_msgs/msg/Int32'))
+        for topic, kind, data in (('/a', 'String', cdr('x')), ('/b', 'Int32', number), ('a', 'Int32', number)):
+            schema = writer.register_schema(f'std_msgs/msg/{kind}', '', b'')
+            writer.add_message(writer.register_channel(topic, 'cdr', schema), 1, data, 1)
+        writer.finish()
+    for arguments, other in (
+        (['--topics', '/a', '/b', '--remap', '/a:=/x', '/b:=/x'], '/a is published on /x already'),
+        (['--topics', '/a', '/b', '--remap', '/a:=/b'], '/a is published on /b already'),
+        (['--topics', '/a', 'a'], '/a is published on /a already'),
+        (['--remap', '/b:=/clock', '--clock'], '--clock is published on /clock already'),
+        (['--topics', '/a', '/b', '--ros-args', '--remap', '/b:=/a'], '/a is published on /a already'),
+    ):
+        code, output = replay(tmp_path / 'bag.mcap', '--wait-matched', 0, *arguments)
+        assert code == 1 and other in output and ':=/other' in output and 'Build' not in output, output
+    code, output = replay(tmp_path / 'bag.mcap', '--wait-matched', 0, '--remap', 'a:=/c', '/b:=/c')
+    assert code == 0 and 'skipped' not in output
+
+
+@pytest.mark.parametrize('arguments', [('--bogus',), ('-r', 'x'), ('--params-file', '/nowhere')])
+def test_ros_arguments_that_are_wrong_are_a_sentence(tmp_path, arguments):
+    write_mcap(tmp_path / 'bag.mcap', strings(2))
+    code, output = replay(tmp_path / 'bag.mcap', '--json', tmp_path / 'report.json', '--ros-args', *arguments)
+    assert code == 1 and 'ROS cannot start' in output and '--ros-args' in output
+    assert 'ROS cannot start' in report_of(tmp_path)['error']
+
+
+@pytest.mark.parametrize('where', ['2>/dev/full', '2>&-'])
+def test_a_replay_needs_no_standard_error(tmp_path, where):
+    write_mcap(tmp_path / 'bag.mcap', strings(20))
+    shell = f'exec "$@" {where}'
+    command = [sys.executable, '-m', 'gps_denied_c7.ros.replay', tmp_path / 'bag.mcap', '--wait-matched', '0']
+    command += ['--progress', '--json', tmp_path / 'report.json']
+    done = subprocess.run(['/bin/sh', '-c', shell, 'sh', *command], check=False, timeout=DEADLINE_S)
+    report = report_of(tmp_path)
+    assert done.returncode == 0 and report['complete'] and report['topics'][0]['sent'] == 20
+
+
 def test_any_time_stamp_is_played(node, tmp_path):
     times = [-(2**62), -(10**9), 0, 0, 1, 2**62, 2**62]
     messages = [cdr(str(index)) for index in range(len(times))]
