@@ -20,7 +20,6 @@ from typing import Any, TextIO
 import rclpy
 from builtin_interfaces.msg import Time
 from rclpy.duration import Duration
-from rclpy.exceptions import InvalidTopicNameException
 from rclpy.node import Node
 from rclpy.publisher import Publisher
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
@@ -51,6 +50,7 @@ _GAPS_TOLD = 20
 _LONGEST_WAIT_S = 3600.0
 _MAX_DEPTH = 5000
 _NAME_CHARACTERS = 40
+_ENDING = (signal.SIGINT, signal.SIGTERM)
 
 _logger = logging.getLogger('c7_replay')
 
@@ -237,20 +237,20 @@ class Replayer:
         try:
             validate_topic_name(name)
             full_name = node.resolve_topic_name(name)
-            other, msgtype = self._names.setdefault(full_name, (topic.name, topic.msgtype))
-            if msgtype != topic.msgtype:
-                raise BagError(
-                    f'{other} is published on {full_name} already{f", as {msgtype}" if msgtype else ""}.',
-                    remedy=f'Name another one: --remap {topic.name}:=/other.',
-                )
-            publisher = node.create_publisher(message_type, name, qos)
-        except InvalidTopicNameException as error:
+        except Exception as error:
+            # A name that is too long is an error of rcl's, which has no type of its own.
             raise BagError(
                 f'{name} is no name that ROS allows: {" ".join(str(error).split())}.',
                 remedy=f'Name another one: --remap {topic.name}:=/other.',
             ) from error
-        except BagError:
-            raise
+        other, msgtype = self._names.setdefault(full_name, (topic.name, topic.msgtype))
+        if msgtype != topic.msgtype:
+            raise BagError(
+                f'{other} is published on {full_name} already{f", as {msgtype}" if msgtype else ""}.',
+                remedy=f'Name another one: --remap {topic.name}:=/other.',
+            )
+        try:
+            publisher = node.create_publisher(message_type, name, qos)
         except Exception as error:
             # A message package without its compiled type support fails only here, with errors of many types.
             raise BagError(
@@ -464,12 +464,25 @@ class _Terminal:
 
 
 class _Signals:
-    """Note the first SIGINT or SIGTERM; rclpy's own handlers would shut the context down under a publisher."""
+    """
+    End the program at SIGINT or SIGTERM: at once until :meth:`defer`, which leaves it to who looks at ``stop``.
+
+    rclpy's own handlers would shut the context down under a publisher.
+    """
 
     def __init__(self) -> None:
         self.stop = threading.Event()
         self.received: signal.Signals | None = None
-        on_first_signal((signal.SIGINT, signal.SIGTERM), self._note)
+        for number in _ENDING:
+            signal.signal(number, self._interrupt)
+
+    def defer(self) -> None:
+        """Only note the first signal from now on."""
+        on_first_signal(_ENDING, self._note)
+
+    def _interrupt(self, number: int, frame: object) -> None:
+        self.received = signal.Signals(number)
+        raise KeyboardInterrupt
 
     def _note(self, number: signal.Signals) -> None:
         self.received = number
@@ -497,7 +510,6 @@ def main(args: Sequence[str] | None = None) -> int:
         require_matched=bool(parsed.wait_matched),
         max_gap_s=parsed.max_gap,
     )
-    signals = _Signals()
     report = ReplayReport(str(parsed.bag), options.rate)
     try:
         # Before hours of replay, and so that no older report stays where this one cannot be written.
@@ -507,8 +519,10 @@ def main(args: Sequence[str] | None = None) -> int:
         return 1
     _logger.info(apply_profile(os.environ).reason)
     tune_allocator()
+    signals = _Signals()
     try:
         with Bag(parsed.bag) as bag:
+            signals.defer()
             _init(ros)
             try:
                 _run(bag, options, signals, report, show_progress=parsed.progress)
@@ -517,6 +531,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except BagError as error:
         report.error = str(error)
         _logger.error('%s', error)
+    except KeyboardInterrupt:
+        _logger.error('interrupted while the bag was opened; nothing was sent.')
     report.interrupted = signals.received.name if signals.received else ''
     saved = _save(report, written)
     if report.error:

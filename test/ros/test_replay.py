@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip('rclpy')
+zstandard = pytest.importorskip('zstandard')
 rosbag2 = pytest.importorskip('rosbags.rosbag2')
 typesys = pytest.importorskip('rosbags.typesys')
 
@@ -229,6 +230,36 @@ def test_an_interrupted_replay_stops_and_reports(bag, node, tmp_path, number, co
     values = json.loads(report.read_text())
     assert values['interrupted'] == number.name and 2 < values['topics'][0]['sent'] < 20
     assert 'Traceback' not in output
+
+
+def write_zeros(path: Path, megabytes: int) -> None:
+    """A file that begins as an SQLite database, is none, and takes a while to decompress."""
+    packer = zstandard.ZstdCompressor(level=1).compressobj()
+    with path.open('wb') as file:
+        file.write(packer.compress(b'SQLite format 3\0'))
+        for _ in range(megabytes):
+            file.write(packer.compress(bytes(2**20)))
+        file.write(packer.flush())
+
+
+@pytest.mark.parametrize(('number', 'code'), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_while_the_bag_is_decompressed(tmp_path, monkeypatch, number, code):
+    (tmp_path / 'scratch').mkdir()
+    monkeypatch.setenv('TMPDIR', str(tmp_path / 'scratch'))
+    write_zeros(tmp_path / 'bag.db3.zstd', 512)
+    process = start(tmp_path / 'bag.db3.zstd', '--json', tmp_path / 'report.json')
+    wait_for(lambda: any((tmp_path / 'scratch').glob('c7_replay_*/*')), 'no copy')
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=DEADLINE_S)
+    assert process.returncode == code and 'interrupted' in output and 'Traceback' not in output, output
+    assert report_of(tmp_path)['interrupted'] == number.name
+    assert not list((tmp_path / 'scratch').glob('c7_replay_*'))
+
+
+def test_a_compressed_file_that_is_no_bag_is_named_as_the_user_named_it(tmp_path):
+    write_zeros(tmp_path / 'bag.db3.zstd', 1)
+    code, output = replay(tmp_path / 'bag.db3.zstd')
+    assert code == 1 and f'{tmp_path / "bag.db3.zstd"} is damaged' in output
 
 
 def test_interrupted_while_waiting_for_a_subscriber(bag, node):
@@ -599,10 +630,12 @@ def test_hidden_topics_of_services_arrive(node, tmp_path):
 
 
 def test_a_name_that_ros_does_not_allow_is_named_and_can_be_changed(node, tmp_path):
-    write_mcap(tmp_path / 'bag.mcap', strings(10, '/my topic', '/your topic'))
+    long = '/' + 'a' * 300
+    write_mcap(tmp_path / 'bag.mcap', strings(15, '/my topic', '/your topic', long))
     received = received_by(node, '/mine')
     code, output = replay(tmp_path / 'bag.mcap', '--wait-matched', 20, '--remap', '/my topic:=/mine')
     assert code == 0 and '/your topic is skipped' in output and '--remap /your topic:=/other' in output
+    assert f'--remap {long}:=/other' in output and 'Build its package' not in output
     assert len(received['/mine']) == 5
 
 

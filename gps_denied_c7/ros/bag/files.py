@@ -212,7 +212,11 @@ def open_storage(path: Path, scratch: Callable[[], Path]) -> tuple[Storage, list
             raise BagError(f'{path} is damaged: it is empty.', remedy='Record it again.')
         if magic.startswith(_ZSTD_MAGIC):
             plain, lost = _decompress(path, scratch())
-            storage, more = open_storage(plain, scratch)
+            try:
+                storage, more = open_storage(plain, scratch)
+            except BagError as error:
+                # The copy is gone when the user reads of it.
+                raise BagError(error.message.replace(str(plain), str(path)), remedy=error.remedy) from error
             return storage, [*lost, *more]
         if magic == sqlite_file.MAGIC:
             return sqlite_file.SqliteFile(path, scratch), []
