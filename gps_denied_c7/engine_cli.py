@@ -484,7 +484,7 @@ def _parser() -> argparse.ArgumentParser:
         help='look for damage and for others who could write there, not for whether this machine can use it',
     )  # fmt: skip
     check.add_argument(
-        '--digests-only', action='store_true', help='do not run the model of a bundle; look at its files alone'
+        '--digests-only', action='store_true', help='do not run or load the model of a bundle; look at its files alone'
     )
 
     clean = command(

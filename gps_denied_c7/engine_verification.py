@@ -89,6 +89,11 @@ class Checks:
     picture: Pixels | None = None
     settings: ImageSettings = field(default_factory=ImageSettings)
 
+    @property
+    def loads_models(self) -> bool:
+        """Whether a model is loaded as the node would."""
+        return self.run or (self.run_models and self.host is not None)
+
 
 def verify(path: Path, checks: Checks) -> Iterator[Verdict]:
     """
@@ -160,7 +165,10 @@ def _verify_bundle(path: Path, checks: Checks) -> Iterator[Verdict]:
                 whole = whole and verdict.admitted
                 yield verdict
     if whole:
-        yield _served(path, bundle, checks)
+        verdict = _served(path, bundle, checks)
+        # That model.json says nothing against it does not show that the node serves it.
+        if checks.loads_models or not verdict.admitted:
+            yield verdict
 
 
 def _golden_files(bundle: ModelBundle) -> Iterator[tuple[BundleFile, Callable[[], object]]]:
@@ -173,7 +181,7 @@ def _served(path: Path, bundle: ModelBundle, checks: Checks) -> Verdict:
     """Ask what a configure of the node asks: on this host with its engines, else as far as model.json tells."""
     run: TrialRun | None = None
     try:
-        if checks.run or (checks.run_models and checks.host is not None):
+        if checks.loads_models:
             with served_model(bundle, checks.settings) as model:
                 spec = model.preprocessor.spec
                 if checks.run:

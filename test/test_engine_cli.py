@@ -155,7 +155,7 @@ def test_g3_whole_way_as_processes_without_ros_or_gpu(tmp_path: Path) -> None:
     assert 'features: allclose, rtol 0.0, atol' in made.stdout
     checked = executed('verify', tmp_path / 'bundle')
     assert (checked.returncode, checked.stderr) == (0, '')
-    assert checked.stdout.endswith(f'{3 + 2 * 6} verified, 0 refused\n')
+    assert checked.stdout.endswith(f'{4 + 2 * 6} verified, 0 refused\n')
     if not cuda.gpu_devices():
         built = executed('build', tmp_path / 'bundle', '--cache', tmp_path / 'cache')
         assert (built.returncode, built.stdout) == (1, '')

@@ -103,6 +103,19 @@ def test_m1_a_bundle_with_a_second_input_is_refused_by_verify_as_by_the_node(tmp
     assert 'input' in run('build', root)[2]
 
 
+@pytest.mark.parametrize('options', [['--digests-only'], ['--any-host']])
+def test_m1_nothing_is_called_served_that_was_not_loaded(tmp_path: Path, run: Run, options: list[str]) -> None:
+    """Of a bare .onnx nothing is known before that: this one has a free input that is no image."""
+    info = helper.make_tensor_value_info('points', TensorProto.FLOAT, [1, None, 2])
+    graph = helper.make_graph([helper.make_node('Identity', ['points'], ['out'])], 'graph', [info],
+                              [helper.make_tensor_value_info('out', TensorProto.FLOAT, None)])  # fmt: skip
+    path = saved(tmp_path, helper.make_model(graph, opset_imports=[helper.make_opsetid('', 17)], ir_version=8))
+    assert run('verify', path)[0] == 1
+    for whole in (path, handmade(tmp_path / 'net')):
+        status, out, _ = run('verify', whole, *options)
+        assert status == 0 and 'served' not in out
+
+
 def test_m1_a_bundle_that_no_runtime_of_this_host_can_load_is_refused(tmp_path: Path, run: Run) -> None:
     """Its one artefact is for another strategy, and whole."""
     root = handmade(tmp_path / 'net')
@@ -306,8 +319,8 @@ def test_a_directory_may_have_any_name(tmp_path: Path, name: str) -> None:
         )  # fmt: skip
         lines = done.stdout.decode().splitlines()
         assert done.returncode == 0, done.stderr
-        assert [line.split()[:2] for line in lines[:3]] == [['ok', 'bundle'], ['ok', 'artefact'], ['ok', 'served']]
-        assert len(lines) == 4
+        assert [line.split()[:2] for line in lines[:2]] == [['ok', 'bundle'], ['ok', 'artefact']]
+        assert len(lines) == 3
 
 
 # --- writing --------------------------------------------------------------------------------------
