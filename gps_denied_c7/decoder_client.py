@@ -371,7 +371,7 @@ class ImageDecoder:
             self._pause(f'{self._name} cannot start: {error}')
 
     def _replace(self, cause: str) -> None:
-        """End the process, and start another: now, or after a pause where it was useless and another failed recently."""
+        """End the process, and start another: at once, or later where it decoded nothing and one failed recently."""
         useful = self._useful
         self._end()
         if self._closed:

@@ -74,7 +74,7 @@ class _Camera:
         self.filled_at = now
         self.image_s: float | None = None
         self.arrivals, self.used = _Rate(now), _Rate(now)
-        self.beyond_at = -math.inf
+        self.arrived_at = self.beyond_at = -math.inf
         self.told_slowed = False
 
 
@@ -84,9 +84,9 @@ class ImageShare:
 
     A token bucket per camera: it fills with its share of CPU time, to what a second brings, and each image takes out
     what it has cost. That is known only afterwards, so that an image is let in as long as there is anything left, and
-    the debt that it leaves has to be filled up first. What one camera does not use is no other's: a share is what is
-    left for the others whatever one of them sends. Of one core or more it limits nothing: no camera uses more than
-    one thread. For any thread.
+    the debt that it leaves has to be filled up first. A camera that has sent nothing for some seconds has no share, and
+    one that sends alone has no limit: there is no other to protect. What a sending camera does not use is no other's.
+    A share of one core or more limits nothing: no camera uses more than one thread. For any thread.
 
     :param topics: of the cameras.
     :param fraction: returns which part of ``cores`` all images together may take, 0 for no limit.
@@ -110,15 +110,18 @@ class ImageShare:
 
     @property
     def cores(self) -> float | None:
-        """CPU time per second of each camera, None for no limit."""
-        share = self._fraction() * self._cores / max(1, len(self._cameras))
-        return share if 0 < share < 1 else None
+        """CPU time per second of each camera that sends, None for no limit."""
+        since = self._monotonic() - _CALM_S
+        sending = sum(camera.arrived_at > since for camera in self._cameras.values())
+        share = self._fraction() * self._cores / max(1, sending)
+        return share if sending > 1 and 0 < share < 1 else None
 
     def admits(self, topic: str) -> bool:
         """Return whether the image that has come now may cost anything; False where it is to be left out."""
         with self._lock:
             now, camera = self._monotonic(), self._cameras[topic]
             camera.arrivals.add(1.0, now)
+            camera.arrived_at = now
             self._fill(camera, now)
             admitted = camera.left_s > 0
             if not admitted or self._wanted(camera, now) > (self.cores or math.inf):

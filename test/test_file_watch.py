@@ -125,7 +125,7 @@ def test_logs_in_a_home_directory_are_no_change_of_the_model_in_it(tmp_path):
 
 @pytest.mark.parametrize('path', ['', '/', '/nowhere/at/all', 'a\0b', 'x' * 10_000, '/proc/self', '/dev/null'])
 def test_any_path_can_be_looked_at(path):
-    assert look(path) == look(path) or path == '/proc/self'
+    assert look(path) == look(path) or path in ('/', '/proc/self')
 
 
 def test_a_directory_of_many_files_costs_little(tmp_path):

@@ -241,8 +241,9 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ),
     ParameterDeclaration(
         'image_cpu_share', Type.DOUBLE, 0.5,
-        'Part of the cores that decoding and pre-processing the images of all cameras may use. Each camera has an '
-        'equal part, one core at most; images beyond it are dropped. 0: no limit.', live=True, limits=(0.0, 1.0),
+        'Part of the cores that decoding and pre-processing the images of all cameras may use. Each camera that '
+        'sends has an equal part; images beyond it are dropped. One that sends alone has no limit. 0: no limit.',
+        live=True, limits=(0.0, 1.0),
     ),
     ParameterDeclaration(
         'max_queue_age_ms', Type.DOUBLE, 0.0,
