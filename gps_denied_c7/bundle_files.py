@@ -125,6 +125,8 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise ModelBundleError(f'{path}: is no regular file.', remedy='Correct the path.')
             yield file
+    except PermissionError as error:
+        raise ModelBundleError(f'{path}: {error.strerror}.', remedy='Let the user of the node read it.') from error
     except OSError as error:
         raise ModelBundleError(f'{path}: {error.strerror}.', remedy='Copy it again, or correct the path.') from error
     except ValueError as error:

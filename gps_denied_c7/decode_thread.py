@@ -166,7 +166,8 @@ class DecodeThread:
             self._refuse(ImageRejectedError('decoder', f'the decoder failed: {type(error).__name__}: {error}.'))
             return
         ready = dataclasses.replace(frame, prepared=prepared)
-        if not self._slots.put(ready):
+        # Once closed, a stream of another type may have put a newer image there.
+        if self._stopping or not self._slots.put(ready):
             ready.release()
             self._count('closed')
 

@@ -246,9 +246,10 @@ class ImageDecoder:
         if data.nbytes > room or room > max(_LEAST_INPUT_BYTES, 8 * data.nbytes):
             size = max(_LEAST_INPUT_BYTES, min(2 * data.nbytes, self._memory_bytes))
             self._drop_input()
-            self._input = SharedTensors.create(size, writable=True)
-            self._data = self._input.arrays(_layout('data', 'uint8', (size,)))['data']
-            process.send({'do': 'map', 'buffer': None}, [self._input.descriptor], block=False)
+            segment = SharedTensors.create(size, writable=True)
+            process.send({'do': 'map', 'buffer': None}, [segment.descriptor], block=False)
+            # Not before: a process that reads from another segment would decode an earlier file.
+            self._input, self._data = segment, segment.arrays(_layout('data', 'uint8', (size,)))['data']
         assert self._data is not None
         self._data[: data.nbytes] = data
 
@@ -267,8 +268,8 @@ class ImageDecoder:
         if number is None:
             raise self._unavailable(f'has no buffer left: {_MOST_BUFFERS} pictures were not released.')
         buffer = _Buffer(number, SharedTensors.create(size, writable=False), self._free)
-        self._buffers.append(buffer)
         process.send({'do': 'map', 'buffer': number}, [buffer.segment.descriptor], block=False)
+        self._buffers.append(buffer)
         return buffer
 
     def _spec_json(self, spec: PreprocessingSpec) -> dict[str, Any]:

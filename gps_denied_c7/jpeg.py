@@ -30,6 +30,7 @@ _KEPT = _FRAMES | {_SOS, _DHT, _DQT, _DRI, _APP0, _APP14}
 # FF 00 is a stuffed FF within a scan and FF FF is fill; FF 01 and the restart markers FF D0..D7 have no length.
 _MARKER = re.compile(rb'\xff[^\x00\x01\xff\xd0-\xd7]')
 _RESTART = re.compile(rb'\xff([\xd0-\xd7])')
+_MARKER_OR_RESTART = re.compile(rb'\xff[^\x00\x01\xff]')
 # What a file of any honest size needs.
 _MAX_SEGMENTS = 1 << 12
 # A decoder goes over the whole image for each scan, also an empty one. Progressive files have about ten.
@@ -218,10 +219,14 @@ def _walk(data: memoryview) -> _File:
     file = _File()
     position, scan_start = len(JPEG_START), 0
     for _ in range(_MAX_SEGMENTS):
-        found = _MARKER.search(data, position)
+        # Most files have no restart markers: one pass over a scan, and no other to look for them.
+        found = _MARKER_OR_RESTART.search(data, position)
+        restarts = found is not None and _RESTART.match(found[0]) is not None
+        if restarts:
+            found = _MARKER.search(data, position)
         start = data.nbytes if found is None else found.start()
         if scan_start:
-            _take_scan(file, data[scan_start:start])
+            _take_scan(file, data[scan_start:start], restarts)
         elif bytes(data[position:start]).strip(b'\xff'):
             file.oddities.add('bytes_between_segments')
         if found is None:
@@ -319,14 +324,14 @@ def _take_scan_header(file: _File, segment: bytes) -> bytes:
     return segment
 
 
-def _take_scan(file: _File, scan: memoryview) -> None:
+def _take_scan(file: _File, scan: memoryview, restarts: bool) -> None:
     # Fill bytes before the marker that ends it; of a file that is cut, half an end mark.
     data = bytes(scan).rstrip(b'\xff')
     if file.no_zeros:
         data = _without_zeros(file, data)
     file.scans.append(len(file.pieces))
     file.pieces.append(data)
-    for number, restart in enumerate(_RESTART.finditer(data)):
+    for number, restart in enumerate(_RESTART.finditer(data) if restarts else ()):
         if not file.interval:
             _refuse('it has restart intervals that it did not announce.')
         if restart[1][0] != 0xD0 + number % 8:
