@@ -37,7 +37,7 @@ from mcap.writer import CompressionType, IndexType
 from mcap.writer import Writer as McapWriter
 from rosbags import rosbag2
 
-from gps_denied_c7.ros.bag import Bag, BagError, OfferedQos
+from gps_denied_c7.ros.bag import Bag, BagError, OfferedQos, storage
 
 COMPRESSIONS = list(CompressionType)
 
@@ -302,6 +302,25 @@ def test_a_compressed_message_that_was_cut_is_never_sent_as_if_whole(tmp_path, p
     found, missing = read(tmp_path / 'cut.mcap')
     assert [message.data for message in found] == [whole] * 3
     assert missing[-1] == '5 messages'
+
+
+@pytest.mark.parametrize('name', ['zstd', 'lz4'])
+@pytest.mark.parametrize('where', ['message', 'chunk'])
+def test_a_few_bytes_that_would_fill_the_memory_are_left_out(tmp_path, monkeypatch, name, where):
+    """Zeros of eight times what is allowed, in a message or in a chunk; the others are played."""
+    monkeypatch.setattr(storage, 'MOST_BYTES', 1 << 20)
+    bomb = cdr('\0' * (8 << 20))
+    packed = {'zstd': zstandard.compress, 'lz4': lz4.frame.compress}[name](bomb)
+    small = strings(3)
+    if where == 'message':
+        write_mcap(tmp_path / 'bomb.mcap', [small[0], Written('/text', START_NS, packed), *small[1:]])
+    else:
+        compression = {'zstd': CompressionType.ZSTD, 'lz4': CompressionType.LZ4}[name]
+        written = [small[0], Written('/text', START_NS, bomb), *small[1:]]
+        write_mcap(tmp_path / 'bomb.mcap', written, compression=compression, chunk_size=1)
+    found, missing = read(tmp_path / 'bomb.mcap')
+    assert [message.data for message in found] == [message.data for message in small]
+    assert 'more than 1048576 bytes once decompressed' in missing[0] and missing[-1] == '1 messages'
 
 
 # -- sqlite3: power cuts, locks, damage

@@ -2,7 +2,7 @@
 One mcap file, whole or cut: its data section is walked record by record, its summary only says what should be there.
 
 The format is at https://mcap.dev/spec. mcap's own readers need the summary, which a cut file has lost, and read past
-damage or stop at it; its record classes and its checks of a chunk are used.
+damage or stop at it; its record classes are used.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from mcap.opcode import Opcode
 from mcap.reader import SeekingReader
 from mcap.records import Channel as ChannelRecord
 from mcap.records import Chunk, Footer, Message, Schema
-from mcap.stream_reader import get_chunk_data_stream
 from mcap.summary import Summary
 
 from gps_denied_c7.ros.bag.storage import (
@@ -33,6 +32,7 @@ from gps_denied_c7.ros.bag.storage import (
     Entry,
     Run,
     count_text,
+    decompressed,
     open_for_writing,
     profiles_of,
     reason,
@@ -359,9 +359,13 @@ class McapFile:
         record = Chunk.read(_Exact(self._file.read(chunk.length)))
         if record.compression not in _COMPRESSIONS:
             raise _DamageError(f'compressed as {record.compression!r}, which cannot be read')
-        stream, size = get_chunk_data_stream(record, validate_crc=True)
+        data = decompressed(record.data, record.compression) if record.compression else record.data
+        size = len(data)
         if size != record.uncompressed_size:
             raise _DamageError(f'{size} of {record.uncompressed_size} bytes')
+        if record.uncompressed_crc and zlib.crc32(data) != record.uncompressed_crc:
+            raise _DamageError('its crc differs')
+        stream = ReadDataStream(BytesIO(data))
         entries = []
         while stream.count < size:
             opcode, length = _FRAME.unpack(stream.read(_FRAME.size))

@@ -17,13 +17,18 @@ import yaml
 from gps_denied_c7.errors import C7Error
 
 __all__ = [
-    'BagError', 'Channel', 'Entry', 'Faults', 'OfferedQos', 'Run', 'Storage', 'cdr_of', 'count_text', 'offered',
-    'open_for_writing', 'profiles_of', 'reason', 'time_text',
+    'MOST_BYTES', 'BagError', 'Channel', 'Entry', 'Faults', 'OfferedQos', 'Run', 'Storage', 'cdr_of', 'count_text',
+    'decompressed', 'offered', 'open_for_writing', 'profiles_of', 'reason', 'time_text',
 ]  # fmt: skip
+
+MOST_BYTES = 1 << 30
+"""Of a message or a chunk once decompressed: beyond any recorder's, and 32,000 times fewer bytes may ask for it."""
 
 _ZSTD_MAGIC = b'\x28\xb5\x2f\xfd'
 _LZ4_MAGIC = b'\x04\x22\x4d\x18'
 _UNLIMITED = 2**31 - 1
+# Of compressed input at a time: zstd makes some hundred MB of it at most.
+_PIECE_BYTES = 1 << 12
 
 
 class BagError(C7Error):
@@ -150,31 +155,43 @@ def cdr_of(data: Any) -> bytes:
     if not isinstance(data, bytes):
         raise ValueError(f'stored as {type(data).__name__}, not as bytes')
     if data[:4] in (_ZSTD_MAGIC, _LZ4_MAGIC):
-        data = _decompressed(data)
+        data = decompressed(data, 'zstd' if data[:4] == _ZSTD_MAGIC else 'lz4')
     if len(data) < 4 or data[0] != 0 or data[1] > 0x0B:
         raise ValueError(f'no CDR, begins with {data[:4].hex(" ") or "nothing"}')
     return data
 
 
-def _decompressed(data: bytes) -> bytes:
+def decompressed(data: bytes, name: str) -> bytes:
+    """
+    Return what zstd or lz4 frames hold, one after another.
+
+    :param name: ``zstd`` or ``lz4``.
+    :raises ValueError: they are damaged or cut, or hold more than ``MOST_BYTES``.
+    """
     import lz4.frame
     import zstandard
 
-    name = 'zstd' if data[:4] == _ZSTD_MAGIC else 'lz4'
+    def begin() -> Any:
+        return lz4.frame.LZ4FrameDecompressor() if name == 'lz4' else zstandard.ZstdDecompressor().decompressobj()
+
+    pieces: list[bytes] = []
+    position, left = 0, MOST_BYTES
     try:
-        if name == 'lz4':
-            return lz4.frame.decompress(data)
-        frames = []
-        while data:
+        while position < len(data):
             # Not stream_reader, for which a frame that is cut just ends there.
-            frame = zstandard.ZstdDecompressor().decompressobj()
-            frames.append(frame.decompress(data))
+            frame = begin()
+            while not frame.eof and position < len(data):
+                piece = data[position : position + _PIECE_BYTES]
+                pieces.append(frame.decompress(piece))
+                position += len(piece) - len(frame.unused_data or b'')
+                left -= len(pieces[-1])
+                if left < 0:
+                    raise ValueError(f'{name}: more than {MOST_BYTES} bytes once decompressed')
             if not frame.eof:
                 raise EOFError('its frame is cut')
-            data = frame.unused_data
-        return b''.join(frames)
     except (zstandard.ZstdError, RuntimeError, MemoryError, EOFError) as error:
         raise ValueError(f'damaged {name}: {reason(error)}') from error
+    return b''.join(pieces)
 
 
 def profiles_of(text: Any) -> tuple[OfferedQos, ...]:
