@@ -35,8 +35,8 @@ class Decoded(Protocol):
         ...
 
     @property
-    def tensor(self) -> NDArray:
-        """The network's input, valid until :meth:`release`."""
+    def planes(self) -> NDArray:
+        """What :meth:`Preprocessor.resize` makes of it, valid until :meth:`release`."""
         ...
 
     @property
@@ -50,7 +50,7 @@ class Decoded(Protocol):
         ...
 
     def release(self) -> None:
-        """Give the memory of the tensor back; safe to repeat."""
+        """Give the memory of the planes back; safe to repeat."""
         ...
 
 
@@ -196,7 +196,7 @@ class DecodeThread:
         return PreparedImage(
             spec=spec,
             size=decoded.size,
-            tensor=decoded.tensor,
+            planes=decoded.planes,
             pixels=decoded.pixels,
             decoding_ns=(began_ns, time.monotonic_ns()),
             release=decoded.release,
@@ -230,12 +230,12 @@ class DecodeThread:
 @dataclasses.dataclass(frozen=True, slots=True)
 class _LocallyDecoded:
     size: tuple[int, int]
-    tensor: NDArray
+    planes: NDArray
     pixels: Pixels | None
     oddities: tuple[str, ...] = ()
 
     def release(self) -> None:
-        """Do nothing: the tensor is not shared."""
+        """Do nothing: the planes are not shared."""
 
 
 class LocalDecoder:
@@ -262,13 +262,12 @@ class LocalDecoder:
             if self._preprocessor is None or self._preprocessor.spec != spec:
                 self._preprocessor = Preprocessor(spec)
             decoded = self._decode(message)
-            tensor = np.empty(spec.tensor_shape, spec.dtype)
-            self._preprocessor.run(decoded, tensor)
+            planes = np.stack(self._preprocessor.resize(decoded))
         finally:
             self._cpu_ns += time.thread_time_ns() - began_ns
         height, width = decoded.array.shape[:2]
         kept = Pixels(decoded.array.copy(), decoded.order) if pixels else None
-        return _LocallyDecoded((width, height), tensor, kept)
+        return _LocallyDecoded((width, height), planes, kept)
 
     def close(self) -> None:
         """Do nothing: it holds nothing."""

@@ -1,4 +1,4 @@
-"""A decoder process, seen from the node: give it pictures, get tensors, and notice its death."""
+"""A decoder process, seen from the node: give it pictures, get them resized, and notice its death."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from gps_denied_c7.backoff import Backoff
 from gps_denied_c7.decoding import MAX_PIXELS, MAX_SIDE, ODDITIES, ORDERS, REASONS, Pixels, check_compressed
 from gps_denied_c7.errors import C7Error, ImageRejectedError, InferenceError
-from gps_denied_c7.preprocessing import PreprocessingSpec
+from gps_denied_c7.preprocessing import PreprocessingSpec, planes_shape
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.worker_channel import plain_text
 from gps_denied_c7.worker_process import WorkerProcess
@@ -44,7 +44,7 @@ _log = logging.getLogger(__name__)
 @dataclass(slots=True)
 class _Buffer:
     """
-    Hold a segment for one tensor.
+    Hold a segment for the planes of one image.
 
     :param number: of the buffer, in messages to the process.
     :param home: the queue of free buffers.
@@ -69,28 +69,28 @@ class DecodedImage:
     Hold what a decoder process made of one picture.
 
     :param size: width and height of the decoded image in pixels.
-    :param tensor: the network's input, of the spec's ``tensor_shape`` and ``dtype``; a read-only view of shared memory,
-        valid until :meth:`release`.
+    :param planes: what :meth:`Preprocessor.resize` makes of it, (channels, rows, columns) uint8 or uint16; a read-only
+        view of shared memory, valid until :meth:`release`.
     :param pixels: of the decoded image, a copy; None where they were not asked for.
     :param oddities: faults of the file that were tolerated, of :data:`gps_denied_c7.decoding.ODDITIES`.
     :param cost_ns: CPU time that the process used for it, nanoseconds, as the kernel counts.
     """
 
     size: tuple[int, int]
-    tensor: NDArray
+    planes: NDArray
     pixels: Pixels | None
     oddities: tuple[str, ...]
     cost_ns: int
     _loan: deque[_Buffer] = field(repr=False, compare=False)
 
     def release(self) -> None:
-        """Give the tensor's memory back to the decoder; safe to repeat, from any thread."""
+        """Give the memory of the planes back to the decoder; safe to repeat, from any thread."""
         _give_back(self._loan)
 
 
 class ImageDecoder:
     """
-    Decode the pictures of one camera in a process of its own, and pre-process them there.
+    Decode the pictures of one camera in a process of its own, and resize them there.
 
     A picture that harms that process raises an :class:`ImageRejectedError` here. If the process dies, hangs or sends an
     invalid reply, its picture is refused and another process is started: at once, or after a pause where it had decoded
@@ -143,9 +143,9 @@ class ImageDecoder:
 
     def decode(self, format: str, data: memoryview, spec: PreprocessingSpec, *, pixels: bool = False) -> DecodedImage:
         """
-        Return the network's input tensor of one JPEG or PNG; wait for it for ``timeout_s``.
+        Return one JPEG or PNG at its size in the network's input; wait for it for ``timeout_s``.
 
-        The tensor is what :class:`Preprocessor` makes of the pixels that :func:`decode_compressed` returns.
+        The planes are what :meth:`Preprocessor.resize` makes of the pixels that :func:`decode_compressed` returns.
 
         :param format: of the message.
         :param data: of the message; copied once, and not kept.
@@ -218,7 +218,8 @@ class ImageDecoder:
                 raise self._refusal(answer)
             shape, dtype, order, oddities = self._checked(answer)
             copied = self._copy_pixels(process, shape, dtype, deadline) if pixels else None
-            tensor = buffer.segment.arrays(_layout('tensor', spec.dtype, spec.tensor_shape))['tensor']
+            layout = _layout('planes', dtype, planes_shape(spec, shape[1], shape[0]))
+            planes = buffer.segment.arrays(layout)['planes']
         except BaseException:
             _give_back(loan)
             raise
@@ -227,7 +228,7 @@ class ImageDecoder:
         now_ns = self._count_cpu()
         return DecodedImage(
             size=(shape[1], shape[0]),
-            tensor=tensor,
+            planes=planes,
             pixels=None if copied is None else Pixels(copied, order),
             oddities=oddities,
             cost_ns=now_ns - before_ns,
@@ -254,8 +255,8 @@ class ImageDecoder:
         self._data[: data.nbytes] = data
 
     def _take_buffer(self, process: WorkerProcess, spec: PreprocessingSpec) -> _Buffer:
-        """Return a buffer with room for one tensor, which is no longer among the free ones."""
-        size = math.prod(spec.tensor_shape) * np.dtype(spec.dtype).itemsize
+        """Return a buffer with room for the planes of any image, which is no longer among the free ones."""
+        size = math.prod(spec.tensor_shape) * np.dtype(np.uint16).itemsize
         while self._free:
             buffer = self._free.popleft()
             if size <= buffer.segment.size <= max(_LEAST_INPUT_BYTES, 2 * size):

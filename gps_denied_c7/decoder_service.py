@@ -1,4 +1,4 @@
-"""What a decoder process does for its node: compressed bytes in, the network's input tensor out."""
+"""What a decoder process does for its node: compressed bytes in, planes of the network's size out."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from gps_denied_c7.scratch import Scratch
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.worker_channel import Channel, ChannelClosedError
 
-__all__ = ['DecoderService', 'pixels_layout', 'tensor_layout']
+__all__ = ['DecoderService', 'pixels_layout']
 
 # Work buffers of a picture beyond this size are given back: the next one is seldom as large.
 _KEPT_BYTES = 1 << 26
@@ -62,7 +62,7 @@ class DecoderService:
             handlers[packet['do']](packet, descriptors)
 
     def _map(self, packet: dict[str, Any], descriptors: list[int]) -> None:
-        """Take a segment: of compressed bytes, mapped for reading, or number ``buffer`` of the tensors."""
+        """Take a segment: of compressed bytes, mapped for reading, or number ``buffer`` of those for planes."""
         number = packet['buffer']
         segment = SharedTensors(descriptors[0], writable=number is not None)
         if number is None:
@@ -97,8 +97,10 @@ class DecoderService:
         array = self._pixels.array
         if self._preprocessor is None or self._spec != packet['spec']:
             self._preprocessor, self._spec = Preprocessor(PreprocessingSpec.from_json(packet['spec'])), packet['spec']
-        layout = tensor_layout(self._preprocessor.spec)
-        self._preprocessor.run(self._pixels, self._outputs[packet['buffer']].arrays(layout)['tensor'])
+        planes = self._preprocessor.resize(self._pixels)
+        layout = TensorLayout((('planes', array.dtype.name, (len(planes), *planes[0].shape), 0),))
+        for target, plane in zip(self._outputs[packet['buffer']].arrays(layout)['planes'], planes, strict=True):
+            target[...] = plane
         return {
             'say': 'decoded',
             'shape': array.shape,
@@ -116,11 +118,6 @@ class DecoderService:
         segment.close()
         self._pixels = None
         self._channel.send({'say': 'copied', 'id': packet['id']})
-
-
-def tensor_layout(spec: PreprocessingSpec) -> TensorLayout:
-    """Return where the input tensor lies in its segment."""
-    return TensorLayout((('tensor', spec.dtype, spec.tensor_shape, 0),))
 
 
 def pixels_layout(shape: tuple[int, ...], dtype: str) -> TensorLayout:

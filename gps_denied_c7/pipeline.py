@@ -18,7 +18,7 @@ from gps_denied_c7.chain import Answer, RuntimeChain
 from gps_denied_c7.decoding import Pixels
 from gps_denied_c7.errors import C7Error, ImageRejectedError
 from gps_denied_c7.preprocessing import PreprocessingSpec, Preprocessor
-from gps_denied_c7.slots import Frame, FrameSlots
+from gps_denied_c7.slots import Frame, FrameSlots, PreparedImage
 from gps_denied_c7.statistics import Statistics
 from gps_denied_c7.tensors import TensorSpec
 
@@ -82,14 +82,14 @@ class ServedModel:
         self.preprocessor.run(pixels, tensor)
         return {self.image_input.name: tensor}
 
-    def request_of(self, prepared: NDArray) -> dict[str, NDArray]:
+    def request_of(self, prepared: PreparedImage) -> dict[str, NDArray]:
         """
-        Return the request for one image that is pre-processed already, valid until the next call.
+        Return the request for one image that is decoded and resized already, valid until the next call.
 
-        :param prepared: what :attr:`preprocessor` would write; copied.
+        :param prepared: made with the spec of :attr:`preprocessor`; only read.
         """
         tensor = self._input()
-        np.copyto(tensor, prepared)
+        self.preprocessor.fill(prepared.planes, *prepared.size, tensor)
         return {self.image_input.name: tensor}
 
     def _input(self) -> NDArray:
@@ -242,7 +242,7 @@ class FramePipeline:
         return _Ready(request, (width, height), pixels, taken_ns - frame.received_ns, decoded_ns - taken_ns)
 
     def _take_prepared(self, frame: Frame, model: ServedModel, taken_ns: int) -> _Ready:
-        """Copy what was made of an image, and give its memory back; or have it made for this model first."""
+        """Scale what was made of an image, and give its memory back; or have it made for this model first."""
         prepared = frame.prepared
         assert prepared is not None
         began_ns, ended_ns = prepared.decoding_ns
@@ -252,7 +252,7 @@ class FramePipeline:
             prepared = prepared.again(model.preprocessor.spec)
             decode_ns += time.monotonic_ns() - taken_ns
         try:
-            request = model.request_of(prepared.tensor)
+            request = model.request_of(prepared)
         finally:
             prepared.release()
         return _Ready(request, prepared.size, prepared.pixels, queue_ns, decode_ns)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from functools import lru_cache
@@ -25,6 +25,7 @@ __all__ = [
     'Preprocessor',
     'PreprocessingSpec',
     'ResizeMode',
+    'planes_shape',
 ]
 
 _PillowResize = Callable[[str, NDArray, tuple[int, int]], NDArray]
@@ -232,6 +233,30 @@ class Preprocessor:
         :raises ImageRejectedError: ``size`` where the image has no pixels.
         :raises ConfigError: ``out`` is not what the spec makes.
         """
+        height, width = pixels.array.shape[:2]
+        self.fill(self.resize(pixels), width, height, out)
+
+    def resize(self, pixels: Pixels) -> list[NDArray]:
+        """
+        Do the first half of :meth:`run`: bring an image to its size in the network's input.
+
+        :return: a plane for each channel of the network, of :func:`planes_shape`, in the pixels' depth; valid until the
+            next call.
+        :raises ImageRejectedError: ``size`` where the image has no pixels.
+        """
+        height, width = pixels.array.shape[:2]
+        return self._planes(self._resize(pixels.array, _geometry(self.spec, width, height)), pixels.order)
+
+    def fill(self, planes: Sequence[NDArray] | NDArray, source_width: int, source_height: int, out: NDArray) -> None:
+        """
+        Do the second half of :meth:`run`: scale the planes into the input tensor.
+
+        :param planes: of :meth:`resize`, of a preprocessor with the same spec; only read.
+        :param source_width: pixels of the image that they were made of.
+        :param source_height: likewise.
+        :param out: as for :meth:`run`.
+        :raises ConfigError: ``out`` is not what the spec makes.
+        """
         spec = self.spec
         if out.shape != spec.tensor_shape or out.dtype != spec.dtype:
             raise ConfigError(
@@ -239,12 +264,10 @@ class Preprocessor:
                 f'makes {spec.dtype} {spec.tensor_shape}, the network takes {out.dtype} {out.shape}.',
                 remedy='Make width, height, colour, layout and dtype those of the network.',
             )
-        height, width = pixels.array.shape[:2]
-        geometry = _geometry(spec, width, height)
-        resized = self._resize(pixels.array, geometry)
+        geometry = _geometry(spec, source_width, source_height)
         # 65535 / 257 = 255: one range of values whatever the camera.
-        unit = 1.0 / 257.0 if resized.dtype == np.uint16 else 1.0
-        for channel, plane in enumerate(self._planes(resized, pixels.order)):
+        unit = 1.0 / 257.0 if planes[0].dtype == np.uint16 else 1.0
+        for channel, plane in enumerate(planes):
             target = out[0, channel] if spec.layout == 'nchw' else out[0, :, :, channel]
             self._pad(target, geometry, channel)
             self._write(plane, unit, channel, target[geometry.rows, geometry.columns])
@@ -342,6 +365,16 @@ class Preprocessor:
         values = cv2.addWeighted(plane, gain, plane, 0.0, bias, dst=dst, dtype=cv2.CV_32F)
         if values is not target:
             np.copyto(target, values, casting='same_kind')
+
+
+def planes_shape(spec: PreprocessingSpec, source_width: int, source_height: int) -> tuple[int, int, int]:
+    """
+    Return channels, rows and columns of what :meth:`Preprocessor.resize` makes of images of one size.
+
+    :raises ImageRejectedError: ``size`` where the image has no pixels.
+    """
+    geometry = _geometry(spec, source_width, source_height)
+    return spec.channels, geometry.y.size, geometry.x.size
 
 
 @dataclass(frozen=True, slots=True)

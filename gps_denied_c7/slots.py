@@ -18,20 +18,20 @@ __all__ = ['Frame', 'FrameSlots', 'PreparedImage']
 @dataclass(frozen=True, slots=True)
 class PreparedImage:
     """
-    Hold what was made of an image before its turn: the network's input.
+    Hold what was made of an image before its turn: decoded, and as large as the network takes it.
 
-    :param spec: what ``tensor`` was made with.
+    :param spec: what ``planes`` were made with.
     :param size: width and height of the decoded image, pixels.
-    :param tensor: of the spec's shape and dtype; valid until ``release``.
+    :param planes: of :meth:`Preprocessor.resize`, valid until ``release``.
     :param pixels: a copy of the decoded image, where one was asked for.
     :param decoding_ns: steady clock when this began and ended, nanoseconds.
-    :param release: gives the memory of ``tensor`` back; safe to repeat.
+    :param release: gives the memory of ``planes`` back; safe to repeat.
     :param again: returns the same image made with another spec, in the calling thread; raises ImageRejectedError.
     """
 
     spec: PreprocessingSpec
     size: tuple[int, int]
-    tensor: NDArray
+    planes: NDArray
     pixels: Pixels | None
     decoding_ns: tuple[int, int]
     release: Callable[[], None]

@@ -393,16 +393,15 @@ def test_everything_that_was_put_is_accounted_for():
 def prepared(bench, value, spec, *, again=None, decoding_ns=None):
     """Return what a decoder beside the thread makes of a grey image, and how often it was given back."""
     released = []
-    tensor = np.empty(spec.tensor_shape, spec.dtype)
     picture = Pixels(np.full((4, 6), value, np.uint8), 'gray')
-    Preprocessor(spec).run(picture, tensor)
+    planes = np.stack(Preprocessor(spec).resize(picture))
 
     def release():
         released.append(1)
-        tensor[...] = np.nan
+        planes[...] = 255
 
     now = time.monotonic_ns()
-    ready = PreparedImage(spec, (60, 40), tensor, picture, decoding_ns or (now, now), release, again)
+    ready = PreparedImage(spec, (60, 40), planes, picture, decoding_ns or (now, now), release, again)
     return ready, released
 
 
