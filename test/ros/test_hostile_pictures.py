@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from gps_denied_c7_msgs.msg import TensorList
 from harness import NodeProcess, Peer, image, running_node, tensor, wait_until
 from networks import HEIGHT, WIDTH, copying
 from sensor_msgs.msg import CompressedImage, Image
@@ -98,9 +99,13 @@ def test_n3_every_hostile_picture_costs_itself_alone_and_is_accounted_for(node: 
     assert not missing()
     assert process.process.poll() is None and peer.state() == 'active'
     stream = camera_stream('plain', 1, WIDTH, HEIGHT)
-    peer.publisher(CAMERA, CompressedImage).publish(compressed(9999, 'jpeg', stream.data))
-    [answer] = wait_until(
-        lambda: [answer for answer in list(peer.tensors) if answer.header.stamp.sec == 9999], 'the healthy picture'
-    )
+
+    def answered() -> list[TensorList]:
+        # Again and again, as a camera does: what came before has cost more than its share.
+        peer.publisher(CAMERA, CompressedImage).publish(compressed(9999, 'jpeg', stream.data))
+        time.sleep(0.2)
+        return [answer for answer in list(peer.tensors) if answer.header.stamp.sec == 9999]
+
+    answer, *_ = wait_until(answered, 'the healthy picture')
     grey = cv2.cvtColor(cv2.imdecode(np.frombuffer(stream.plain, np.uint8), cv2.IMREAD_COLOR), cv2.COLOR_BGR2GRAY)
     np.testing.assert_array_equal(np.rint(tensor(answer, 'copy')[0, 0]), grey)
