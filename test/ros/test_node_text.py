@@ -72,6 +72,8 @@ def test_a_4_mib_encoding_makes_small_records_and_lines(tmp_path):
         assert peer.ask(CAMERA, longest).header.frame_id == '日' * 16_384
         longest.header.frame_id += '日'
         longest.header.stamp.sec = 4
+        told = len(peer.diagnostics)
+        wait_until(lambda: len(peer.diagnostics) > told + 1, 'diagnostics that know of what came before')
         before = int(peer.values(f'Stream {CAMERA}')['refused message'])
         peer.publisher(CAMERA).publish(longest)
         wait_until(lambda: int(peer.values(f'Stream {CAMERA}')['refused message']) > before, 'the one too long')
@@ -120,7 +122,7 @@ def test_what_ros2_param_dump_prints_is_read_back_unchanged(domain_id, start_nod
         plain = {name: parameter_value_to_python(value) for name, value in zip(names, told, strict=True)}
         plain = {name: list(value) if isinstance(value, array.array) else value for name, value in plain.items()}
         file.write_text(yaml.dump({'/c7_inference': {'ros__parameters': plain}}, default_flow_style=False))
-        read = read_file(str(file))
+        read = read_file(str(file), target_nodes=['/c7_inference'])
         assert {name: each.value for name, each in read.items()} == dict(zip(names, told, strict=True))
         for name in names:
             if name not in ('autostart', 'start_type_description_service', 'use_sim_time'):
