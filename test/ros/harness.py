@@ -270,6 +270,13 @@ class Peer:
         """Return the payload of the first flight record of ``kind``."""
         return wait_until(lambda: self.payloads(kind), f'a record {kind}', timeout_s)[0]
 
+    def wait_values(self, name: str, known: dict[str, str], timeout_s: float = 30.0) -> None:
+        """Wait for a diagnostic status to have all of ``known`` among its values."""
+        deadline = time.monotonic() + timeout_s
+        while not (values := self.values(name)).items() >= known.items():
+            assert time.monotonic() < deadline, f'{name}: waited {timeout_s:.0f} s for {known}, last was {values}'
+            time.sleep(0.01)
+
     def level(self, name: str) -> str:
         """Return the latest level of the diagnostic status called ``name``: OK, WARN, ERROR, or '' before the first."""
         status = self.status(name)
@@ -414,8 +421,13 @@ def running_node(
     """
     Run a node process on a domain of its own, with a peer.
 
+    Its image subscriptions are reliable unless ``parameters`` say otherwise: what a test publishes arrives.
+
     :param node: fully qualified name that it is going to have.
     """
+    parameters = dict(parameters or {})
+    for topic in filter(re.compile(r'/[\w/]+').fullmatch, parameters.get('image_topics', ['/camera/image_raw'])):
+        parameters.setdefault(f'qos_overrides.{topic}.subscription.reliability', 'reliable')
     with free_domain_id() as domain_id:
         process = NodeProcess(domain_id, parameters, arguments, **env)
         peer = Peer(domain_id, node)

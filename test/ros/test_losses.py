@@ -315,7 +315,7 @@ def test_the_node_says_that_images_are_lost_and_that_a_camera_overran_it(ros_con
         near_peer.wait_matched(TOPIC)
         near_peer.ask(TOPIC, image(1))
         known = {'lost_before_node': '0', 'dropped_in_queue': '0', 'queue_depth': '5'}
-        wait_until(lambda: near_peer.values(f'Stream {TOPIC}').items() >= known.items(), 'nothing missed')
+        near_peer.wait_values(f'Stream {TOPIC}', known)
         lost[0] = 57
         wait_until(lambda: 'lost on their way' in near_peer.message(f'Stream {TOPIC}'), 'the loss to be told')
         assert near_peer.level(f'Stream {TOPIC}') == 'WARN'

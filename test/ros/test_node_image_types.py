@@ -93,9 +93,13 @@ def test_the_type_is_that_of_the_publisher_or_of_a_setting_whatever_the_name_of_
     published = {FRONT: CompressedImage, NAMED: Image, early: CompressedImage, compressed_only: CompressedImage}
     with running_node(parameters) as (process, peer):
         peer.publisher(early, CompressedImage)
-        peer.start('inactive')
-        time.sleep(1.0)  # The node has heard of that publisher.
-        assert peer.change_state('activate')
+        peer.start()
+        wait_until(
+            lambda: peer.values(f'Stream {early}').get('type') == 'sensor_msgs/msg/CompressedImage',
+            'the node to hear of a publisher',
+        )
+        # Discovery may have taken until after that activation; for the next one the publisher is there before.
+        assert peer.change_state('deactivate') and peer.change_state('activate')
         wait_until(lambda: peer.values(f'Stream {FRONT}').get('type') == 'sensor_msgs/msg/Image', 'its name to count')
         assert peer.values(f'Stream {NAMED}')['type'] == 'sensor_msgs/msg/CompressedImage'
         for topic, message_type in {**published, raw_only: Image}.items():
@@ -116,7 +120,7 @@ def test_the_type_is_that_of_the_publisher_or_of_a_setting_whatever_the_name_of_
                 'type_changes': str(int(topic in changed)), 'queue_depth': '7', 'answered': '5',
                 'lost_before_node': '0', 'dropped_by_policy': '0',
             }  # fmt: skip
-            wait_until(lambda: peer.values(f'Stream {topic}').items() >= known.items(), f'{known} of {topic}')  # noqa: B023
+            peer.wait_values(f'Stream {topic}', known)
             assert process.output().count(f'{topic} is published as') == int(topic in changed)
         records = {record['topic']: record for record in peer.payloads('c7.stream_retyped')}
         assert {topic: record['type'] for topic, record in records.items()} == {
@@ -167,7 +171,7 @@ def test_another_publisher_of_the_other_type_takes_over_and_counters_go_on(tmp_p
         known = {
             'received': str(received + 1), 'dropped_in_queue': str(pushed), 'lost_before_node': '0', 'type_changes': '1'
         }  # fmt: skip
-        wait_until(lambda: peer.values(f'Stream {FRONT}').items() >= known.items(), f'{known}')
+        peer.wait_values(f'Stream {FRONT}', known)
 
 
 def test_a_swap_to_a_model_of_another_size_answers_every_compressed_image_as_the_model_that_it_names_does(tmp_path):

@@ -33,7 +33,8 @@ def test_n4_services_and_diagnostics_answer_while_configure_is_busy(tmp_path):
 
 def test_n4_services_and_diagnostics_answer_under_image_overload(tmp_path):
     """Images come without pause into a network that takes several times as long."""
-    parameters = {'model_path': slow(tmp_path, multiplications=40), 'cpu_threads': 1}
+    best_effort = {f'qos_overrides.{CAMERA}.subscription.reliability': 'best_effort'}
+    parameters = {'model_path': slow(tmp_path, multiplications=40), 'cpu_threads': 1, **best_effort}
     with running_node(parameters) as (_, peer):
         peer.start()
         flood = peer.publisher(CAMERA, qos=QoSProfile(depth=1, reliability=ReliabilityPolicy.BEST_EFFORT))

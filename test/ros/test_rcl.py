@@ -403,7 +403,7 @@ def test_the_node_answers_with_and_without(direct, ros_context, near_peer, tmp_p
         told_apart = direct or 'publisher_gid' in getattr(info, '__annotations__', ())
         pushed_out = '0' if told_apart else 'unknown'
         expected = {'received': '4', 'lost_before_node': '0', 'dropped_in_queue': pushed_out}
-        wait_until(lambda: near_peer.values(f'Stream {TOPIC}').items() >= expected.items(), 'loss of two to be known')
+        near_peer.wait_values(f'Stream {TOPIC}', expected)
         near_peer.node.destroy_publisher(second)
         # Both ways end with the streams, and begin anew.
         (stream,) = local.node._streams
