@@ -98,7 +98,7 @@ def test_the_type_is_that_of_the_publisher_or_of_a_setting_whatever_the_name_of_
             lambda: peer.values(f'Stream {early}').get('type') == 'sensor_msgs/msg/CompressedImage',
             'the node to hear of a publisher',
         )
-        # Discovery may have taken until after that activation; the next one has the publisher before it, and counts anew.
+        # Discovery may have taken until after that activation; the next has the publisher before it, and counts anew.
         assert all(peer.change_state(step) for step in ('deactivate', 'cleanup', 'configure', 'activate'))
         wait_until(lambda: peer.values(f'Stream {FRONT}').get('type') == 'sensor_msgs/msg/Image', 'its name to count')
         assert peer.values(f'Stream {NAMED}')['type'] == 'sensor_msgs/msg/CompressedImage'
