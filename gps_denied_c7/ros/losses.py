@@ -59,9 +59,13 @@ class SequenceGaps:
         return self._missing
 
     def has_passed(self, info: dict[str, Any] | None) -> bool:
-        """Return whether this message of its publisher, or one after it, was taken before."""
+        """
+        Return whether this message of its publisher, or one after it, was taken before.
+
+        False where the middleware does not say which publisher sent it, or gives no numbers.
+        """
         number, key = _origin(info)
-        return number is not None and number <= self._last.get(key, -1)
+        return number is not None and any(key) and number <= self._last.get(key, -1)
 
     def begins(self, info: dict[str, Any] | None) -> bool:
         """Return whether a publisher's count would begin with this message: its first, or the first after a restart."""

@@ -17,7 +17,7 @@ from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.subscription import Subscription
 from sensor_msgs.msg import CompressedImage, Image
 
-from gps_denied_c7.errors import ImageRejectedError
+from gps_denied_c7.errors import ConfigError, ImageRejectedError
 from gps_denied_c7.ros.executor import PromptCallbackGroup, give_way
 from gps_denied_c7.ros.guard import CallbackGuard
 from gps_denied_c7.ros.losses import MessagesLost, MissedMessages
@@ -34,7 +34,9 @@ from gps_denied_c7.ros.rcl import Rcl, SubscriptionReady, UnreadableMessageError
 from gps_denied_c7.slots import Frame
 from gps_denied_c7.statistics import Statistics
 
-__all__ = ['DEFAULT_QOS', 'FrameSink', 'ImageStream', 'publisher_mismatches', 'queue_depth', 'type_name']
+__all__ = [
+    'DEFAULT_QOS', 'FrameSink', 'ImageStream', 'publisher_mismatches', 'queue_depth', 'resolve_topics', 'type_name',
+]  # fmt: skip
 
 DEFAULT_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
 
@@ -169,7 +171,6 @@ class ImageStream:
         # The first message may arrive before create_subscription has returned.
         self._queue: _Queue | None = None
         self._next_queue: _Queue | None = None
-        self._may_repeat = False
         # rclpy writes the overrides of one topic into the profile it is given.
         queue = self._open(copy.copy(DEFAULT_QOS), QoSOverridingOptions.with_default_policies())
         self._serve(queue)
@@ -241,8 +242,6 @@ class ImageStream:
             self._missed.count_from(queue.lost)
             if before is not None:
                 before.close()
-                # What has come to both may have been taken from the first.
-                self._may_repeat = True
 
     def _on_ready(self, queue: _Queue) -> None:
         if queue is not self._queue:
@@ -291,8 +290,8 @@ class ImageStream:
         if taken is None:
             return False
         message, info = taken
-        self._may_repeat = self._may_repeat and self._missed.has_passed(info)
-        if not self._may_repeat:
+        # It may have come to the queue before this one, too, and a middleware may deliver a message twice.
+        if not self._missed.has_passed(info):
             self._receive(taken_image(message), info)
         return True
 
@@ -379,3 +378,32 @@ def publisher_mismatches(publishers: Iterable[Any], message_type: type, qos: QoS
         if compatibility == QoSCompatibility.ERROR:
             problems.append(f'{name} offers a QoS that cannot match: {reason.strip()}')
     return problems
+
+
+def resolve_topics(node: Node, names: Iterable[str]) -> tuple[str, ...]:
+    """
+    Return the full names of image topics, remapped as the node is.
+
+    :raises ConfigError: a name cannot be resolved, is there twice, or is that of a topic of the node itself.
+    """
+    names = tuple(names)
+    topics = tuple(_resolve_topic(node, name) for name in names)
+    # Two spellings of one topic, or a remapping, would have each of its frames answered twice.
+    if len(set(topics)) != len(topics):
+        raise ConfigError('image_topics', f'{list(names)} resolves to {list(topics)}, a topic twice.')
+    own = {each.topic_name for each in node.publishers} | {each.topic_name for each in node.subscriptions}
+    own.add('/rosout')
+    if clashing := sorted(own.intersection(topics)):
+        raise ConfigError(
+            'image_topics', f'{clashing} are topics of this node itself.', remedy='Name the topics of cameras.'
+        )
+    return topics
+
+
+def _resolve_topic(node: Node, name: str) -> str:
+    try:
+        return str(node.resolve_topic_name(name))
+    except Exception as error:  # rclpy's own, of several kinds
+        raise ConfigError(
+            'image_topics', f'{name!r} cannot be resolved: {error}.', remedy='Correct the name of the topic.'
+        ) from error

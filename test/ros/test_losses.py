@@ -89,6 +89,9 @@ def test_a_number_that_was_taken_has_passed():
     assert gaps.has_passed(info(7, b'a')) and gaps.has_passed(info(6, b'a'))
     assert not gaps.has_passed(info(8, b'a')) and not gaps.has_passed(info(7, b'b'))
     assert not gaps.has_passed(None)
+    for nobody in (b'', bytes(16)):
+        gaps.note(info(7, nobody), 1)
+        assert not gaps.has_passed(info(7, nobody)), 'a publisher started anew, or another one'
 
 
 def counting(lost):
@@ -320,7 +323,7 @@ def test_the_node_says_that_images_are_lost_and_that_a_camera_overran_it(ros_con
         wait_until(lambda: 'lost on their way' in near_peer.message(f'Stream {TOPIC}'), 'the loss to be told')
         assert near_peer.level(f'Stream {TOPIC}') == 'WARN'
         assert near_peer.values(f'Stream {TOPIC}')['lost_before_node'] == '57'
-        (stream,) = local.node._streams
+        (stream,) = local.streams
         # As many as a queue holds, again and again, which on a fast machine nothing here could send.
         for _ in range(10):
             stream._note_overrun(stream._queue)

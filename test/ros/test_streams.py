@@ -234,6 +234,29 @@ def test_an_image_that_came_to_both_queues_is_answered_once(stream, full_turns, 
     assert stream.waiting() == 101 and stream.counted().pushed_out == before.pushed_out
 
 
+def test_an_image_that_the_middleware_delivers_twice_is_answered_once(stream, monkeypatch):
+    """As Fast DDS did once, of a publisher that it had just matched; seen by its publication sequence number."""
+    take_new, infos = stream.made._rcl.take_new, []
+
+    def numbered_as_before(*arguments):
+        if (taken := take_new(*arguments)) is None:
+            return None
+        infos.append(taken[1])
+        return taken[0], infos[0]
+
+    stream.publish(image(1))
+    with monkeypatch.context() as patched:
+        patched.setattr(stream.made._rcl, 'take_new', numbered_as_before)
+        stream.ready()
+        stream.publish(image(1))
+        stream.ready()
+    assert len(infos) == 2 and stream.counted().received == 1
+    assert stream.waiting() == 1 and stream.waiting() is None
+    stream.publish(image(2))
+    stream.ready()
+    assert stream.waiting() == 2
+
+
 @pytest.mark.parametrize('stream', [{'depth': 7}, {'history': 'keep_all'}], indirect=True, ids=str)
 def test_a_queue_that_was_asked_for_stays(stream, full_turns):
     full_turns(10, apart_s=0.05)
