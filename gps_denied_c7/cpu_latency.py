@@ -12,11 +12,12 @@ from __future__ import annotations
 import os
 import struct
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from gps_denied_c7.errors import C7Error
 
-__all__ = ['CPU_LATENCY_DEVICE', 'CpuLatencyError', 'CpuLatencyRequest']
+__all__ = ['CPU_LATENCY_DEVICE', 'CpuLatencyError', 'CpuLatencyRequest', 'CpuWakeup']
 
 CPU_LATENCY_DEVICE = Path('/dev/cpu_dma_latency')
 _REMEDY = (
@@ -67,3 +68,49 @@ class CpuLatencyRequest:
         file, self._file = self._file, None
         if file is not None:
             os.close(file)
+
+
+class CpuWakeup:
+    """
+    Have idle cores wake up fast while the node is active, and as they would otherwise; safe to call from any thread.
+
+    :param latency_us: returns the longest time to wake up in microseconds, negative for none.
+    :param warn: logs why the kernel cannot be asked.
+    """
+
+    def __init__(self, latency_us: Callable[[], int], warn: Callable[[str], object]) -> None:
+        self._latency_us = latency_us
+        self._warn = warn
+        self._request = CpuLatencyRequest()
+        self._lock = threading.Lock()
+        self._active = False
+        self._asked_us = -1
+        self.problem = ''
+        """Why the kernel does not grant it, a sentence with its remedy; empty where it does."""
+
+    def on_activate(self) -> None:
+        """Hold the request from now on."""
+        self._hold(active=True)
+
+    def on_deactivate(self) -> None:
+        """Drop the request; safe to repeat."""
+        self._hold(active=False)
+
+    def on_settings(self) -> None:
+        """Ask anew where another latency is wanted, or where it was not granted."""
+        if self.problem or self._latency_us() != self._asked_us:
+            self._hold()
+
+    def _hold(self, *, active: bool | None = None) -> None:
+        with self._lock:
+            self._active = self._active if active is None else active
+            self.problem = ''
+            self._asked_us = self._latency_us()
+            if not self._active or self._asked_us < 0:
+                self._request.drop()
+                return
+            try:
+                self._request.hold(self._asked_us)
+            except CpuLatencyError as error:
+                self.problem = str(error)
+                self._warn(self.problem)

@@ -4,11 +4,39 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
+from pathlib import Path
+from typing import Any
 
-__all__ = ['Autostart']
+from gps_denied_c7.engine_cache import fallback_directory
+from gps_denied_c7.errors import C7Error
+from gps_denied_c7.file_watch import fingerprint, model_files
+from gps_denied_c7.stalling import read_or_give_up
+
+__all__ = ['Autostart', 'start_conditions']
 
 _LOOK_S = 1.0
+_READ_S = 2.0
+
+
+def start_conditions(values: Mapping[str, Any]) -> Hashable:
+    """
+    Return what changes as soon as a parameter or a file changes that a start depends on.
+
+    Where a mount has stalled, it is another one each time: the attempt says so.
+
+    :param values: of all parameters, by name.
+    """
+    caches = [values['engine_cache_dir'], values['ort_trt_cache_dir']]
+
+    def look() -> Hashable:
+        files, directories = model_files(values['model_path'])
+        return fingerprint(files, [*directories, *caches, *map(fallback_directory, map(Path, caches))])
+
+    try:
+        return repr(values), read_or_give_up('what a start depends on', look, limit_s=_READ_S)
+    except C7Error:
+        return object()
 
 
 class Autostart:

@@ -1,16 +1,12 @@
-"""The inference node: lifecycle, streams, and what it tells others. It delegates; it computes nothing."""
+"""The inference node: which of its parts lives from which transition to which, and what runs in which thread."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import threading
 import time
-from collections import Counter
-from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from gps_denied_c7_msgs.msg import Tensor, TensorList
@@ -22,64 +18,43 @@ from sensor_msgs.msg import CompressedImage, Image
 
 from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import RuntimeChain
-from gps_denied_c7.chain_status import ChainStatus
-from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.cpu_latency import CpuLatencyError, CpuLatencyRequest
-from gps_denied_c7.decode_thread import DecodeThread, LocalDecoder
-from gps_denied_c7.engine_cache import fallback_directory
-from gps_denied_c7.errors import C7Error, ConfigError, ImageRejectedError, InferenceError
+from gps_denied_c7.chain_factory import ChainFactory
+from gps_denied_c7.cpu_latency import CpuWakeup
+from gps_denied_c7.errors import C7Error, ConfigError, InferenceError
 from gps_denied_c7.fdr import cause_of
-from gps_denied_c7.file_watch import fingerprint, model_files
-from gps_denied_c7.gpu_memory import GpuMemoryBudget
-from gps_denied_c7.host import describe_gpu, hardware_id, package_versions, usable_cores
-from gps_denied_c7.hosts import in_process_hosts
-from gps_denied_c7.image_share import CameraCost, ImageShare
-from gps_denied_c7.model_swap import ModelSwapper, SwapStatus
-from gps_denied_c7.pipeline import FramePipeline, InferenceThread, ServedModel
-from gps_denied_c7.ros.autostart import Autostart
+from gps_denied_c7.host import describe_gpu, hardware_id, package_versions
+from gps_denied_c7.model_swap import SwapStatus
+from gps_denied_c7.pipeline import ServedModel
+from gps_denied_c7.ros.answering import Answering, AnsweringParts
+from gps_denied_c7.ros.autostart import Autostart, start_conditions
 from gps_denied_c7.ros.diagnostics import (
-    SHARE_REMEDY,
     DiagnosticsPublisher,
     Report,
-    StreamHealth,
     latency_report,
     runtime_report,
     stream_report,
     thermal_report,
 )
+from gps_denied_c7.ros.events import EventReporter
 from gps_denied_c7.ros.flight_recorder import FlightRecorder
-from gps_denied_c7.ros.guard import RateLimiter
+from gps_denied_c7.ros.frame_policy import FrameDropPolicy
 from gps_denied_c7.ros.lifecycle import ResponsiveLifecycleNode
-from gps_denied_c7.ros.messages import decode_message, stamp_ns
 from gps_denied_c7.ros.parameters import WITH_MODEL, LiveSettings, NodeParameters, NodeSettings
 from gps_denied_c7.ros.rcl import load_rcl
-from gps_denied_c7.ros.stream_set import StreamSet, compressed_decoder
-from gps_denied_c7.ros.streams import ImageStream, queue_depth, type_name
+from gps_denied_c7.ros.stream_health import stream_health
+from gps_denied_c7.ros.streams import resolve_topics
 from gps_denied_c7.ros.tensor_publisher import TensorPublisher
-from gps_denied_c7.rungs import ORT_LABEL, Rung, RungHost
-from gps_denied_c7.runtime import BuildProgress
-from gps_denied_c7.scratch import Scratch
 from gps_denied_c7.serving import fit_bundle, fit_model, read_bundle
-from gps_denied_c7.slots import Frame, FrameSlots
-from gps_denied_c7.stalling import read_or_give_up
-from gps_denied_c7.statistics import Statistics, StreamCounters
-from gps_denied_c7.text import with_traceback
-from gps_denied_c7.thermal import ThermalLevel, ThermalStatePublisher, UnknownThermalState
-from gps_denied_c7.thermal_policy import FrameShedding, ThermalPolicy
-from gps_denied_c7.worker_host import worker_hosts
-from gps_denied_c7.worker_process import SpareWorker
+from gps_denied_c7.statistics import Statistics
+from gps_denied_c7.thermal import ThermalStatePublisher, UnknownThermalState
+from gps_denied_c7.thermal_policy import ThermalPolicy
 
 __all__ = ['DEFAULT_NODE_NAME', 'TENSORS_QOS', 'C7InferenceNode']
 
 DEFAULT_NODE_NAME = 'c7_inference'
 TENSORS_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.RELIABLE)
 
-_FINISH_FRAME_S = 5.0
-_END_DECODING_S = 1.0
-_CANCEL_SWAP_S = 2.0
-_WARN_EVERY_S = 5.0
 _DRAIN_S = 0.5
-_LOOK_S = 2.0
 # Of the time for an end: from when on a frame in hand is given up, and what is left for the last record to arrive.
 _END_FRAME_S = 1.6
 _SAY_GOODBYE_S = 1.0
@@ -98,11 +73,15 @@ class C7InferenceNode(ResponsiveLifecycleNode):
     """
     Answer images with tensors, and stay up whatever happens.
 
-    Who runs where: a PoolExecutor of a few threads runs callbacks, none of which waits for an
+    Threads: a PoolExecutor of a few threads runs callbacks, none of which waits for an
     engine except a transition, which blocks one of those threads while the others serve. Lifecycle
     services share a reentrant group, each image topic and the diagnostics timer have an exclusive one,
     parameter services keep rclpy's. Frames are answered by a thread of their own, outside the executor,
     so that an engine that takes long delays no service.
+
+    Parts: the chain factory, the drop policy, reporter, recorder, diagnostics and publishers live as long as the node;
+    the chain and its model from configure to cleanup; what answers images, and the request for awake cores, from
+    activate to deactivate.
 
     :param thermal: source of the thermal state.
     """
@@ -111,30 +90,25 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         self, node_name: str = DEFAULT_NODE_NAME, *, thermal: ThermalStatePublisher | None = None, **kwargs: Any
     ) -> None:
         self._statistics = Statistics()
-        self._warnings = RateLimiter(_WARN_EVERY_S)
         self._thermal = thermal or UnknownThermalState()
-        self._thermal_level = ThermalLevel.UNKNOWN
-        self._shedding = FrameShedding()
         self._loaded: _Loaded | None = None
-        self._streams: StreamSet | None = None
-        self._inference: InferenceThread | None = None
-        self._swapper: ModelSwapper | None = None
+        self._answering: Answering | None = None
         self._swap: SwapStatus | None = None
         self._left_behind = False
-        self._building: BuildProgress | None = None
-        # As long-lived as this process: an engine that could not be ended still holds its part after a cleanup.
-        self._gpu_memory = GpuMemoryBudget(C7InferenceConfig().gpu_memory_budget_bytes)
-        self._spare: SpareWorker | None = None
         self._start_problem, self._start_lasting = '', False
         self._start_reasons: set[str] = set()
-        self._refused_ns: dict[str, int] = {}
-        self._unanswered_ns: dict[str, int] = {}
-        self._dropped_by_age: Counter[str] = Counter()
         self._notices: tuple[str, ...] = ()
-        self._cpu_latency = CpuLatencyRequest()
-        self._cpu_latency_problem: tuple[str, ...] = ()
-        self._cpu_latency_lock, self._cpu_latency_wanted = threading.Lock(), False
         self._recorder: FlightRecorder | None = None
+        self._factory = ChainFactory(
+            self._thermal, emit=self.record, on_change=lambda status: self._publish_changes()
+        )
+        self._events = EventReporter(self._statistics, self.record, self.get_logger)
+        self._policy = FrameDropPolicy(
+            lambda: self._live, self._thermal, self._events, lambda: int(self.get_clock().now().nanoseconds)
+        )
+        self._wakeup = CpuWakeup(
+            lambda: self._live.cpu_wakeup_latency_us, lambda problem: self.get_logger().warning(problem)
+        )
         super().__init__(node_name, **kwargs)
         self._recorder = FlightRecorder(self)
         self._settings = NodeParameters(
@@ -146,8 +120,17 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         )
         self._live = self._settings.live()
         self._tensors = self.create_lifecycle_publisher(TensorList, '~/tensors', TENSORS_QOS)
-        self._rcl = load_rcl(Image, CompressedImage, TensorList, Tensor)
-        self._answers = TensorPublisher(self._tensors, self._rcl)
+        rcl = load_rcl(Image, CompressedImage, TensorList, Tensor)
+        self._answers = TensorPublisher(self._tensors, rcl)
+        self._parts = AnsweringParts(
+            statistics=self._statistics,
+            events=self._events,
+            policy=self._policy,
+            guard=self.guard,
+            rcl=rcl,
+            live=lambda: self._live,
+            publish_answer=lambda result: self._answers.publish(result),
+        )
         self._diagnostics = DiagnosticsPublisher(self, self._reports, hardware_id())
         # The steady clock: simulated time may stand still, and diagnostics must not.
         self._timer = self.create_timer(
@@ -161,7 +144,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
             self.transition,
             on_pause=lambda pause_s: self.get_logger().error(f'not active; next attempt in {pause_s:.0f} s'),
             lasting=lambda: self._start_lasting,
-            conditions=self._start_conditions,
+            conditions=lambda: start_conditions(self._settings.values()),
             on_wait=lambda: self.get_logger().error(
                 'not active; next attempt when a parameter, the model or an engine file changes'
             ),
@@ -254,21 +237,6 @@ class C7InferenceNode(ResponsiveLifecycleNode):
             self.record('c7.start_failed', transition=label, reason=reason)
         self._publish_changes()
 
-    def _start_conditions(self) -> Hashable:
-        """Return what is another as soon as a parameter or file is that a start depends on, and where a look stalls."""
-        values = self._settings.values()
-        caches = [values['engine_cache_dir'], values['ort_trt_cache_dir']]
-
-        def look() -> Hashable:
-            files, directories = model_files(values['model_path'])
-            return fingerprint(files, [*directories, *caches, *map(fallback_directory, map(Path, caches))])
-
-        try:
-            return repr(values), read_or_give_up('what a start depends on', look, limit_s=_LOOK_S)
-        except C7Error:
-            # On a mount that has stalled; the attempt says so.
-            return object()
-
     def report_callback_failure(self, callback: str, error: Exception) -> None:
         """Log, count and record an exception that a callback let out (N-5)."""
         super().report_callback_failure(callback, error)
@@ -332,174 +300,48 @@ class C7InferenceNode(ResponsiveLifecycleNode):
             raise ConfigError('model_path', 'is not set.', remedy='Name a model bundle or an .onnx file.')
         bundle = read_bundle(settings.model_path, limit_s=settings.config.load_timeout_s)
         bundle = fit_bundle(bundle, settings)
-        topics = self._resolve_topics(settings.image_topics)
-        self._gpu_memory.resize(settings.config.gpu_memory_budget_bytes)
-        # ONNX Runtime has the last rung of every chain, and most engines that are loaded in flight.
-        config = settings.config
-        wanted = config.spare_worker and config.isolation == 'process' and ORT_LABEL not in config.disabled_runtimes
-        self._spare = SpareWorker(ORT_LABEL) if wanted else None
-        chain = self._make_chain(bundle, settings.config)
+        topics = resolve_topics(self, settings.image_topics)
+        self._factory.configure(settings.config)
+        chain = self._factory.make(bundle, settings.config)
         try:
-            self._load(chain)
+            self._factory.load(chain)
             model = fit_model(bundle, chain, settings)
         except BaseException:
             chain.release()
-            self._end_spare()
+            self._factory.close()
             raise
         self._swap = None
         self._statistics.open_streams(topics)
-        self._refused_ns.clear()
-        self._unanswered_ns.clear()
-        self._dropped_by_age.clear()
+        self._events.reset()
+        self._policy.on_configure()
         self._loaded = _Loaded(settings, topics, model)
-
-    def _make_chain(self, bundle: ModelBundle, config: C7InferenceConfig) -> RuntimeChain:
-        hosts = self._hosts(bundle, config)
-        return RuntimeChain(bundle, config, hosts, emit=self.record, on_change=self._on_chain_change)
-
-    def _hosts(self, bundle: ModelBundle, config: C7InferenceConfig) -> Callable[[Rung], RungHost]:
-        if config.isolation == 'none':
-            return in_process_hosts(bundle, config, self._thermal, on_build=self._on_build)
-        return worker_hosts(
-            bundle, config, memory=self._gpu_memory, spare=self._spare, on_build=self._on_build
-        )
-
-    def _end_spare(self) -> None:
-        spare, self._spare = self._spare, None
-        if spare is not None:
-            spare.close()
-
-    def _load(self, chain: RuntimeChain) -> None:
-        try:
-            chain.load()
-        finally:
-            self._building = None
-
-    def _resolve_topics(self, names: tuple[str, ...]) -> tuple[str, ...]:
-        topics = tuple(self._resolve_topic(name) for name in names)
-        # Two spellings of one topic, or a remapping, would have each of its frames answered twice.
-        if len(set(topics)) != len(topics):
-            raise ConfigError('image_topics', f'{list(names)} resolves to {list(topics)}, a topic twice.')
-        own = {each.topic_name for each in self.publishers} | {each.topic_name for each in self.subscriptions}
-        own.add('/rosout')
-        if clashing := sorted(own.intersection(topics)):
-            raise ConfigError(
-                'image_topics', f'{clashing} are topics of this node itself.', remedy='Name the topics of cameras.'
-            )
-        return topics
-
-    def _resolve_topic(self, name: str) -> str:
-        try:
-            return str(self.resolve_topic_name(name))
-        except Exception as error:  # rclpy's own, of several kinds
-            raise ConfigError(
-                'image_topics', f'{name!r} cannot be resolved: {error}.', remedy='Correct the name of the topic.'
-            ) from error
 
     def _activate(self, state: LifecycleState) -> None:
         loaded = self._require_loaded()
         loaded.model.chain.prove()
         if super().on_activate(state) != TransitionCallbackReturn.SUCCESS:
             raise C7Error('the tensor publisher could not be activated.')
-        slots = FrameSlots(loaded.topics, on_replaced=lambda frame: self._count(frame.topic, 'replaced'))
-        share = ImageShare(loaded.topics, fraction=lambda: self._live.image_cpu_share, cores=usable_cores())
-        pipeline = FramePipeline(
-            loaded.model,
-            decode=functools.partial(decode_message, scratch=Scratch()),
-            publish=lambda result: self._answers.publish(result),
-            on_refused=lambda frame, error: self._refuse(frame.topic, error),
-            on_unanswered=self._report_unanswered,
-            statistics=self._statistics,
-            charge=share.charge,
-        )
-        self._inference = InferenceThread(
-            slots, pipeline, too_old=self._too_old, shed=self._shed, statistics=self._statistics
-        )
-        self._inference.start()
-        self._swapper = ModelSwapper(
-            loaded.model, self._inference, self, loaded.settings, read_s=loaded.settings.config.load_timeout_s
-        )
-        self._streams = self._make_streams(loaded, slots, share, pipeline)
-        self._streams.open()
-        self._ask_for_cores(wanted=True)
+        self._answering = Answering(self, self._parts, loaded.model, loaded.topics, loaded.settings, owner=self)
+        self._answering.open()
+        self._wakeup.on_activate()
         self.get_logger().info(f'active, listening to {", ".join(loaded.topics)}')
-
-    def _make_streams(
-        self, loaded: _Loaded, slots: FrameSlots, share: ImageShare, pipeline: FramePipeline
-    ) -> StreamSet:
-        return StreamSet(
-            self,
-            dict(zip(loaded.topics, loaded.settings.image_topic_types, strict=True)),
-            slots=slots,
-            share=share,
-            open_stream=functools.partial(
-                ImageStream,
-                self,
-                statistics=self._statistics,
-                admits=share.admits,
-                rcl=self._rcl,
-                guard=self.guard,
-                live=lambda: self._live,
-                on_refused=self._refuse,
-                on_time_reset=self._report_time_reset,
-                on_overrun=self._report_overrun,
-            ),
-            make_decoder=functools.partial(compressed_decoder, settings=loaded.settings),
-            make_local_decoder=lambda: LocalDecoder(functools.partial(decode_message, scratch=Scratch())),
-            make_thread=functools.partial(
-                DecodeThread,
-                slots=slots,
-                spec=lambda: pipeline.preprocessing,
-                pixels_wanted=lambda: pipeline.answered.wanted,
-                charge=share.charge,
-                shed=self._shed,
-                on_refused=self._refuse,
-                statistics=self._statistics,
-            ),
-            on_retyped=self._report_retyped,
-        )
 
     def _deactivate(self, state: LifecycleState) -> None:
         self._close_streams()
         super().on_deactivate(state)
 
     def _close_streams(self) -> None:
-        swapper, self._swapper = self._swapper, None
-        if swapper is not None and not swapper.stop(_CANCEL_SWAP_S):
-            self._left_behind = True
         try:
-            streams = self._streams
-            if streams is not None and not streams.close(_END_DECODING_S):
-                self._left_behind = True
-                self.get_logger().error('an image is still being decoded though its decoder was ended; left behind')
+            if self._answering is not None:
+                self._answering.close(self._leave_behind)
             # Not before: error processing closes what a failure has left.
-            self._streams = None
-            inference, self._inference = self._inference, None
-            if inference is not None and not inference.stop(_FINISH_FRAME_S):
-                self._left_behind = True
-                self.get_logger().error(
-                    f'the frame in hand is not answered after {_FINISH_FRAME_S:.0f} s; left behind'
-                )
+            self._answering = None
         finally:
-            self._ask_for_cores(wanted=False)
+            self._wakeup.on_deactivate()
 
-    def _ask_for_cores(self, *, wanted: bool | None = None) -> None:
-        """
-        Have idle cores wake up as fast as ``cpu_wakeup_latency_us`` says while that is wanted, else as they would.
-
-        :param wanted: from now on, None for no change.
-        """
-        with self._cpu_latency_lock:
-            self._cpu_latency_wanted = self._cpu_latency_wanted if wanted is None else wanted
-            self._cpu_latency_problem = ()
-            if not self._cpu_latency_wanted or self._live.cpu_wakeup_latency_us < 0:
-                self._cpu_latency.drop()
-                return
-            try:
-                self._cpu_latency.hold(self._live.cpu_wakeup_latency_us)
-            except CpuLatencyError as error:
-                self._cpu_latency_problem = (str(error),)
-                self.get_logger().warning(str(error))
+    def _leave_behind(self, what: str) -> None:
+        self._left_behind = True
+        self.get_logger().error(f'{what}; left behind')
 
     def _release(self) -> None:
         self._close_streams()
@@ -509,110 +351,13 @@ class C7InferenceNode(ResponsiveLifecycleNode):
                 loaded.model.chain.release()
             except C7Error as error:
                 self.get_logger().error(str(error))
-        self._end_spare()
-
-    # --- frames -----------------------------------------------------------------------------------
-
-    def _count(self, topic: str, event: str) -> None:
-        self._statistics.count(topic, event)
-
-    def _too_old(self, frame: Frame) -> bool:
-        live = self._live
-        if live.max_queue_age_ms and time.monotonic_ns() - frame.received_ns > live.max_queue_age_ms * 1e6:
-            return True
-        if not live.max_frame_age_ms:
-            self._dropped_by_age[frame.topic] = 0
-            return False
-        age_ms = (self.get_clock().now().nanoseconds - stamp_ns(frame.message.header)) / 1e6
-        if age_ms <= live.max_frame_age_ms:
-            self._dropped_by_age[frame.topic] = 0
-            return False
-        self._dropped_by_age[frame.topic] += 1
-        if self._warnings.pass_now(('age', frame.topic)) is not None:
-            self.get_logger().warning(
-                f'{frame.topic}: the last {self._dropped_by_age[frame.topic]} images were dropped, their header '
-                f'stamps lie {age_ms:.0f} ms back, more than max_frame_age_ms. Where they come from a bag, set '
-                'use_sim_time and play it with --clock; else synchronise the clocks or raise max_frame_age_ms.'
-            )
-        return True
-
-    def _shed(self, frame: Frame) -> bool:
-        if self._live.thermal_policy != ThermalPolicy.SHED:
-            return False
-        return self._shedding.drops(frame.topic, self._thermal.thermal_state(), self._live.min_rate_hz)
-
-    def _refuse(self, topic: str, error: ImageRejectedError) -> None:
-        self._statistics.refuse(topic, error.reason)
-        self._refused_ns[topic] = time.monotonic_ns()
-        self.record('c7.image_refused', topic=topic, reason=error.reason, message=str(error))
-        held = self._warnings.pass_now((topic, error.reason))
-        if held is not None:
-            more = f' ({held} more since the last warning)' if held else ''
-            self.get_logger().warning(f'{topic}: image refused: {error}{more}')
-
-    def _report_unanswered(self, frame: Frame, error: Exception) -> None:
-        self._unanswered_ns[frame.topic] = time.monotonic_ns()
-        self.record('c7.frame_unanswered', topic=frame.topic, reason=str(error))
-        held = self._warnings.pass_now(('unanswered', type(error)))
-        if held is not None:
-            more = f' ({held} more since the last message)' if held else ''
-            text = f'{frame.topic}: a frame was not answered: {error}{more}'
-            self.get_logger().error(with_traceback(text, None if isinstance(error, C7Error) else error))
-
-    def _report_time_reset(self, topic: str, backwards_s: float) -> None:
-        self.record('c7.time_reset', topic=topic, backwards_s=backwards_s)
-        # Two publishers whose clocks differ have this happen with every other image.
-        held = self._warnings.pass_now((topic, 'time reset'))
-        if held is not None:
-            more = f' ({held} more jumps since the last warning)' if held else ''
-            self.get_logger().warning(f'{topic}: stamps jumped back by {backwards_s:.1f} s; going on from there{more}')
-
-    def _report_overrun(self, topic: str, qos: QoSProfile, keeps_newest: bool) -> None:
-        self.record('c7.stream_overrun', topic=topic, queue_depth=queue_depth(qos), keeps_newest=keeps_newest)
-        if self._warnings.pass_now((topic, 'overrun')) is None:
-            return
-        override = f'qos_overrides.{topic}.subscription'
-        remedy = (
-            'Until the streams are opened anew, the newest alone is kept.'
-            if keeps_newest
-            else f'Have the newest alone be kept: {override}.history keep_last, {override}.depth 1.'
-        )
-        self.get_logger().warning(
-            f'{topic}: images come faster than this machine can receive them; they queue up, and the oldest is taken '
-            f'first. {remedy} Lower their rate or size.'
-        )
-
-    def _report_retyped(self, topic: str, message_type: str, before: str) -> None:
-        self._count(topic, 'retyped')
-        self.record('c7.stream_retyped', topic=topic, type=message_type, previous_type=before)
-        held = self._warnings.pass_now((topic, 'retyped'))
-        if held is not None:
-            more = f' ({held} more changes since the last message)' if held else ''
-            self.get_logger().info(
-                f'{topic} is published as {message_type}, so it is no longer subscribed as {before}. Set '
-                f'image_topic_types to miss no images at the start.{more}'
-            )
-
-    def _report_share(self, cost: CameraCost) -> None:
-        self.record(
-            'c7.camera_slowed' if cost.slowed else 'c7.camera_no_longer_slowed',
-            topic=cost.topic,
-            image_ms=round(cost.image_ms or 0.0, 1),
-            used_cores=round(cost.used_cores, 3),
-            share_cores=cost.share_cores,
-        )
-        if self._warnings.pass_now((cost.topic, 'share', cost.slowed)) is None:
-            return
-        if cost.slowed:
-            self.get_logger().warning(f'{cost.topic} is slowed: {cost}. {SHARE_REMEDY}')
-        else:
-            self.get_logger().info(f'{cost.topic} is no longer slowed: {cost}.')
+        self._factory.close()
 
     # --- model swap -------------------------------------------------------------------------------
 
     def make_chain(self, bundle: ModelBundle, settings: NodeSettings) -> RuntimeChain:
         """Return a chain for another model; engines are not built in flight (F-5)."""
-        return self._make_chain(bundle, dataclasses.replace(settings.config, build_on_configure=False))
+        return self._factory.make(bundle, dataclasses.replace(settings.config, build_on_configure=False))
 
     def path_accepted(self, path: str) -> bool:
         """Return whether ``model_path`` is ``path`` for everybody who asks."""
@@ -635,9 +380,9 @@ class C7InferenceNode(ResponsiveLifecycleNode):
             self.report_callback_failure('diagnostics', error)
 
     def _begin_swap(self, settings: NodeSettings) -> None:
-        swapper = self._swapper
-        if swapper is not None:
-            swapper.begin(settings.model_path, settings)
+        answering = self._answering
+        if answering is not None:
+            answering.swapper.begin(settings.model_path, settings)
         elif why := self._why_fixed('model_path'):
             raise ConfigError('model_path', why)
 
@@ -645,7 +390,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
 
     def _why_fixed(self, name: str) -> str | None:
         state = self.lifecycle_state
-        if state == 'unconfigured' or (name == 'model_path' and self._swapper is not None):
+        if state == 'unconfigured' or (name == 'model_path' and self._answering is not None):
             return None
         if state == 'finalized':
             return 'cannot change any more; start the node again.'
@@ -654,11 +399,9 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         return f'cannot change while {state}; run {steps} first, then set it and configure.{instead}'
 
     def _set_live(self, live: LiveSettings) -> None:
-        before, self._live = self._live, live
-        if live.cpu_wakeup_latency_us != before.cpu_wakeup_latency_us or self._cpu_latency_problem:
-            self._ask_for_cores()
-        if live.thermal_policy != ThermalPolicy.SHED:
-            self._shedding.reset()
+        self._live = live
+        self._wakeup.on_settings()
+        self._policy.on_settings(live)
 
     def _config_digest(self) -> str:
         try:
@@ -668,38 +411,14 @@ class C7InferenceNode(ResponsiveLifecycleNode):
 
     # --- diagnostics ------------------------------------------------------------------------------
 
-    def _on_chain_change(self, status: ChainStatus) -> None:
-        self._publish_changes()
-
-    def _on_build(self, progress: BuildProgress) -> None:
-        self._building = progress
-
     def _tick(self) -> None:
         self._flight_recorder().recorder.flush()
-        self._note_thermal_level()
-        streams = self._streams
-        if streams is not None:
-            streams.look()
-            for topic in streams.topics:
-                for problem in streams.mismatches(topic):
-                    if self._warnings.pass_now((topic, problem)) is not None:
-                        self.get_logger().warning(f'{topic}: {problem}')
-            for cost in streams.share.changes():
-                self._report_share(cost)
+        if self._live.thermal_policy != ThermalPolicy.OFF:
+            self._events.thermal(self._thermal.thermal_state())
+        answering = self._answering
+        if answering is not None:
+            answering.look()
         self._diagnostics.publish()
-
-    def _note_thermal_level(self) -> None:
-        state = self._thermal.thermal_state()
-        if self._live.thermal_policy == ThermalPolicy.OFF or state.level is self._thermal_level:
-            return
-        self._thermal_level = state.level
-        self.record(
-            'c7.thermal_state',
-            level=state.level.value,
-            source=state.source,
-            reasons=list(state.reasons),
-            temperatures_c=state.temperatures_c,
-        )
 
     def _publish_changes(self) -> None:
         try:
@@ -716,35 +435,20 @@ class C7InferenceNode(ResponsiveLifecycleNode):
                 loaded.model.chain.status() if loaded else None,
                 self._start_problem,
                 snapshot.callback_failures,
-                (*self._notices, *self._cpu_latency_problem),
-                self._building,
+                (*self._notices, *filter(None, [self._wakeup.problem])),
+                self._factory.building,
                 self._swap,
-                self._gpu_memory,
+                self._factory.gpu_memory,
             )
         ]
-        streams = self._streams
-        now_ns = time.monotonic_ns()
+        answering = self._answering
+        streams = answering.streams if answering is not None else None
         for topic in loaded.topics if loaded else ():
-            counters = snapshot.streams.get(topic, StreamCounters())
-            stream = streams.stream(topic) if streams is not None else None
-            since_ns = (stream.last_received_ns or stream.opened_ns) if stream else now_ns
-            health = StreamHealth(
-                topic=topic,
-                counters=counters,
-                silent_s=(now_ns - since_ns) / 1e9,
-                refused_s=_since_s(now_ns, self._refused_ns.get(topic)),
-                unanswered_s=_since_s(now_ns, self._unanswered_ns.get(topic)),
-                lost_s=_since_s(now_ns, stream.last_lost_ns) if stream else None,
-                too_old=self._dropped_by_age[topic],
-                mismatches=streams.mismatches(topic) if streams is not None else (),
-                queue_depth=queue_depth(stream.qos) if stream else 'closed',
-                message_type=type_name(stream.message_type) if stream else '',
-                cost=streams.share.cost(topic) if streams is not None else None,
-            )
+            health = stream_health(topic, snapshot, streams, self._events, self._policy)
             reports.append(stream_report(health, active=streams is not None))
         reports.append(latency_report(snapshot.stages, self._live.latency_warn_ms))
         state = self._thermal.thermal_state()
-        reports.append(thermal_report(state, self._live.thermal_policy, 2**self._shedding.step))
+        reports.append(thermal_report(state, self._live.thermal_policy, self._policy.answered_of))
         return reports
 
     def _flight_recorder(self) -> FlightRecorder:
@@ -755,7 +459,3 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         if self._loaded is None:
             raise C7Error('no model is loaded.', remedy='Run the configure transition first.')
         return self._loaded
-
-
-def _since_s(now_ns: int, then_ns: int | None) -> float | None:
-    return None if then_ns is None else (now_ns - then_ns) / 1e9

@@ -326,6 +326,11 @@ class LocalNode:
         """Return the status of the loaded chain."""
         return self.node._loaded.model.chain.status()
 
+    @property
+    def streams(self) -> Any:
+        """The StreamSet of a node that is active."""
+        return self.node._answering.streams
+
     def close(self) -> None:
         """Shut the node down."""
         self.node.end('test', timeout_s=5.0)

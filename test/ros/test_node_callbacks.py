@@ -152,7 +152,7 @@ def test_n5_a_parameter_message_that_is_none(active):
 def test_n5_transition_callback(active, local, monkeypatch):
     assert local.node.transition('deactivate')
     with monkeypatch.context() as patch:
-        patch.setattr('gps_denied_c7.ros.node.ImageStream', boom)
+        patch.setattr('gps_denied_c7.ros.answering.ImageStream', boom)
         assert not active.change_state('activate')
     assert active.state() == 'inactive'
     counted(active, 'transition activate')

@@ -229,7 +229,7 @@ def test_n7_warnings_are_rate_limited_and_say_how_many(tmp_path):
         assert len(peer.payloads('c7.image_refused')) == 2
         time.sleep(5.0)
         publisher.publish(image(width=0))
-        wait_until(lambda: '299 more since the last warning' in process.output(), 'the count of what was held back')
+        wait_until(lambda: '299 more since the last message' in process.output(), 'the count of what was held back')
         wait_until(lambda: 'refused' in peer.message(f'Stream {LEFT}'), 'the refusals on diagnostics')
         assert peer.level(f'Stream {LEFT}') == 'WARN'
 

@@ -350,7 +350,7 @@ def test_raw_images_that_take_long_are_made_ready_beside_those_of_others(
         near_peer.start()
         near_peer.wait_matched(FRONT)
         near_peer.wait_matched('/left/image')
-        stream = local.node._streams.stream(FRONT)
+        stream = local.streams.stream(FRONT)
         before, number, deadline = stream.sink, 0, time.monotonic() + 30.0
         while stream.sink is before or number < 40:
             assert time.monotonic() < deadline
@@ -373,6 +373,6 @@ def test_a_node_without_compressed_topics_starts_no_decoder_and_no_thread_for_on
         for number in range(1, 10):
             near_peer.ask(FRONT, image(number))
         assert not [thread.name for thread in threading.enumerate() if 'decode' in thread.name]
-        assert all(stream.sink is local.node._streams._slots for stream in local.node._streams)
+        assert all(stream.sink is local.streams._slots for stream in local.streams)
     finally:
         local.close()
