@@ -6,11 +6,21 @@ import importlib.util
 import logging
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
-from keep_apart import keep_apart
+
+# Helpers assert too, and their failures shall show the values. This comes before any of them is imported.
+pytest.register_assert_rewrite('support', 'measure')
+
+from support.keep_apart import keep_apart  # noqa: E402
+from support.source_tree import TESTS  # noqa: E402
+
+if TYPE_CHECKING:
+    from gps_denied_c7.gate import HostProfile
 
 # launch_testing's pytest plugin imports launch, whose logger class does not propagate: caplog would see nothing of the
 # loggers that our modules make.
@@ -40,6 +50,11 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     ]
 
 
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark a test with its tier: the folder of test/ that it lies in."""
+    item.add_marker(item.path.relative_to(TESTS).parts[0])
+
+
 class ManualClock:
     """A steady clock in nanoseconds that goes as the test says."""
 
@@ -63,3 +78,27 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ('CI', 'ORT_DISABLE_TELEMETRY', 'XDG_CACHE_HOME', 'XDG_CONFIG_HOME', 'XDG_DATA_HOME'):
         monkeypatch.delenv(name, raising=False)
     return home
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Run a command line of c7_engine; return its status, standard output and standard error."""
+    from gps_denied_c7.engine_cli import main
+
+    def run_line(*arguments: object) -> tuple[int, str, str]:
+        status = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return status, captured.out, captured.err
+
+    return run_line
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> HostProfile:
+    """Make this the host that the engines of the tests were built for."""
+    from gps_denied_c7 import engine_cli, host_match
+    from support.engine_cache_files import HOST
+
+    monkeypatch.setattr(engine_cli, 'local_host_profile', lambda: HOST)
+    monkeypatch.setattr(host_match, 'local_host_profile', lambda: HOST)
+    return HOST

@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from fuzz_mutations import damaged, fuzz, hostile_json, json_text, substituted
 from hypothesis import given
 from hypothesis import strategies as st
-from test_gate import HOST, PLAN, manifest_of, write_engine
 
 from gps_denied_c7.errors import EngineSchemaMismatchError
 from gps_denied_c7.gate import EngineGate, EngineManifest, EngineName, manifest_path, plan_version, read_manifest
+from support.fuzz_mutations import damaged, fuzz, hostile_json, json_text, substituted
+from support.gate_files import HOST, PLAN, manifest_of, write_engine
 
 MANIFEST = manifest_of().to_json()
 GATE = EngineGate(HOST)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import json
 import os
 import random
 import subprocess
@@ -10,9 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from test_fuzz_bundles import make_bundle, use
-from test_fuzz_channel import PACKETS, answer_from, idle_process, json, lay_out, load_from  # noqa: F401
-from test_fuzz_images import FILES, decode_file
+
+from support.fuzz_bundles import make_bundle, use
+from support.fuzz_channel import PACKETS, answer_from, lay_out, load_from
+from support.fuzz_images import FILES, decode_file
 
 _PAGE_BYTES = os.sysconf('SC_PAGE_SIZE')
 _ROUNDS, _OF = 4, 150
@@ -52,7 +54,7 @@ def attempts(root: Path, process: subprocess.Popen) -> dict[str, Callable[[rando
 
 @pytest.mark.parametrize('name', ['bundles', 'images', 'answers', 'loads', 'layouts'])
 def test_f1_nothing_of_damaged_input_stays(
-    tmp_path: Path, idle_process: subprocess.Popen, monkeypatch: pytest.MonkeyPatch, name: str  # noqa: F811
+    tmp_path: Path, idle_process: subprocess.Popen, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.setattr('gps_denied_c7.worker_process._EXIT_CODE_S', 0.0)
     attempt = attempts(make_bundle(tmp_path / 'net'), idle_process)[name]

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from fuzz_mutations import damaged, fuzz
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from test_fuzz_images import FILES, decode_file, decode_raw
+
+from support.fuzz_images import FILES, decode_file, decode_raw
+from support.fuzz_mutations import damaged, fuzz
 
 pytest.importorskip('rclpy', reason='no ROS here')
 

@@ -14,7 +14,6 @@ pytest.importorskip('onnxruntime')
 
 import numpy as np
 import onnx
-from fuzz_mutations import damaged, fuzz
 from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
@@ -26,6 +25,7 @@ from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import ProviderSet
 from gps_denied_c7.runtimes.onnx_model import read_onnx
 from gps_denied_c7.worker_host import worker_hosts
+from support.fuzz_mutations import damaged, fuzz
 
 CPU = Rung('onnx_trt_ep', ProviderSet.CPU)
 # Too large to be taken into the model.

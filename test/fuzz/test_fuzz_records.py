@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 
-from fuzz_mutations import damaged, fuzz, hostile_json
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gps_denied_c7.errors import FdrSchemaError
 from gps_denied_c7.fdr import KINDS, FdrRecord, in_order, read_payload
+from support.fuzz_mutations import damaged, fuzz, hostile_json
 
 PAYLOAD = {
     'from': 'tensorrt/gpu', 'to': 'onnx_trt_ep/cpu', 'reason': 'worker 3 was ended by SIGSEGV.', 'gap_ms': 12.5,

@@ -1,33 +1,30 @@
-"""What the GPU suite shares: its marker, and the reason for its skips where there is no GPU."""
+"""What the GPU suite shares, and the reason for its skips where there is no GPU."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
-from report import write_report
-from results import VARIABLE, record
+
+from support.gpu.report import write_report
+from support.gpu.results import VARIABLE, record
 
 HERE = Path(__file__).parent
-# The suite reuses the models and fakes of the runtime tests.
-sys.path.append(str(HERE.parent / 'runtimes'))
 
 # Device files of a discrete GPU and of a Jetson; looked at by name, so that no vendor library is loaded to decide.
 GPU_SIGNS = ('/proc/driver/nvidia/version', '/dev/nvidia0', '/dev/nvidiactl', '/dev/nvhost-gpu')
 
 # What came of the conformance suite, by what it ran on.
-conformance: dict[str, Counter[str]] = {}
+conformed: dict[str, Counter[str]] = {}
 
 
 @pytest.fixture(scope='session')
 def superpoint_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle around the SuperPoint-shaped network, golden answers from ONNX Runtime on the CPU in FP32."""
-    from superpoint import write_superpoint
-
     from gps_denied_c7.bundle_maker import BundleRequest, make_bundle
+    from support.gpu.superpoint import write_superpoint
 
     directory = tmp_path_factory.mktemp('superpoint_bundle')
     onnx = write_superpoint(directory / 'superpoint.onnx')
@@ -48,16 +45,11 @@ def absent_gpu() -> str | None:
     return f'no NVIDIA GPU here: none of {", ".join(GPU_SIGNS)}'
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line('markers', 'gpu: needs an NVIDIA GPU; pytest -m gpu runs these alone')
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = absent_gpu()
     for item in items:
         if HERE in item.path.parents:
-            item.add_marker(pytest.mark.gpu)
-            if getattr(item, 'function', None) and item.function.__module__ == 'test_conformance':
+            if getattr(item, 'function', None) and item.function.__module__ == 'support.conformance':
                 params = item.callspec.params if hasattr(item, 'callspec') else {}
                 on = params.get('subject') or params.get('provider') or 'engine'
                 item.user_properties.append(('conformance', f'{item.path.stem[5:-4]} {on}'))
@@ -69,7 +61,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Print a failure at once, since a run may be cut off before pytest sums up; and count the conformance suite's."""
     on = dict(report.user_properties).get('conformance')
     if on and (report.when == 'call' or not report.passed):
-        conformance.setdefault(str(on), Counter())[report.outcome] += 1
+        conformed.setdefault(str(on), Counter())[report.outcome] += 1
     if report.failed and os.environ.get(VARIABLE):
         told = report.longreprtext[-3000:], report.capstdout[-3000:]
         print('', report.nodeid, report.when, *told, sep='\n', flush=True)
@@ -78,7 +70,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_sessionfinish() -> None:
     """Let the suite write its report from everything measured so far."""
     results = os.environ.get(VARIABLE)
-    for on, outcomes in conformance.items():
+    for on, outcomes in conformed.items():
         if outcomes['passed'] or outcomes['failed']:
             record(f'conformance: {on}', **{outcome: outcomes[outcome] for outcome in ('passed', 'failed', 'skipped')})
     if results and Path(results).is_file():

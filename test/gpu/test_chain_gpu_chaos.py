@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu_memory import returned_mib, settled_bytes
-from onnx_models import arithmetic, bundle_around, write_model
-from results import record
-from torch_models import REQUEST, write_program
 
 from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.worker_host import worker_hosts
+from support.gpu.gpu_memory import returned_mib, settled_bytes
+from support.gpu.results import record
+from support.onnx_models import arithmetic, bundle_around, write_model
+from support.torch_models import REQUEST, write_program
 
 SPINS = 3
 

@@ -10,25 +10,21 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from onnx_models import bundle_around
-from results import record
+
+from support.gpu.results import record
+from support.onnx_models import bundle_around
 
 pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'differential'))
-
 import onnxruntime
-from differential import NUMPY_TYPES, Tally, compare_host, plain_session, wrong_outputs
 from onnx import load_from_string
-from random_networks import frames, random_network
 
 from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
@@ -37,6 +33,8 @@ from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import ProviderSet
 from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.worker_host import WorkerHost, worker_hosts
+from support.differential import NUMPY_TYPES, Tally, compare_host, plain_session, wrong_outputs
+from support.random_networks import frames, random_network
 
 NETWORKS = int(os.environ.get('C7_GPU_NETWORKS', '200'))
 FIRST = int(os.environ.get('C7_GPU_FIRST', '0'))

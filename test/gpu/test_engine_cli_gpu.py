@@ -21,16 +21,16 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
-from results import record
-from superpoint import write_superpoint
 
 from gps_denied_c7.engine_cache import PART_SUFFIX
 from gps_denied_c7.errors import EngineSchemaMismatchError, RuntimeUnavailableError
 from gps_denied_c7.gate import EngineGate
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.tensorrt_library import import_tensorrt, vendor_logger
+from support.gpu.results import record
+from support.gpu.superpoint import write_superpoint
+from support.source_tree import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parents[2]
 KILLS = 50
 PARALLEL = 6
 LIMIT_S = float(os.environ.get('C7_GPU_KILL_S', '75'))

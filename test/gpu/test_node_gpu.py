@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from node_stack import MISSING
-from results import percentiles, record
 
 from gps_denied_c7.statistics import STAGES
+from support.gpu.node_stack import MISSING
+from support.gpu.results import percentiles, record
 
 WARM_UP, FRAMES = 30, 300
 PATIENCE_S, LOST = 1.0, 30
@@ -23,8 +23,8 @@ PATIENCE_S, LOST = 1.0, 30
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 if not MISSING:
-    from harness import NodeProcess, Peer, free_domain_id, image, running_node, wait_until
-    from scenario import IMAGE_TOPIC, record_flight, replay
+    from support.harness import NodeProcess, Peer, free_domain_id, image, running_node, wait_until
+    from support.scenario import IMAGE_TOPIC, record_flight, replay
 
 
     STREAM = f'Stream {IMAGE_TOPIC}'

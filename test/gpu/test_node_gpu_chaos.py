@@ -19,21 +19,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gpu_memory import free_bytes, process_mib, returned_mib, settled_bytes
-from node_stack import MISSING
-from results import percentiles, record
 
 from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.gate import EngineManifest, manifest_path
 from gps_denied_c7.worker_host import worker_hosts
+from support.gpu.gpu_memory import free_bytes, process_mib, returned_mib, settled_bytes
+from support.gpu.node_stack import MISSING
+from support.gpu.results import percentiles, record
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=MISSING)
 
 if not MISSING:
-    import chaos
-    from harness import image, running_node, wait_until
+    from measure import chaos
+    from support.harness import image, running_node, wait_until
 
 CAMERA = '/camera/image_raw'
 KILLS = 50

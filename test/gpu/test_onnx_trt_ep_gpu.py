@@ -7,7 +7,6 @@ C7_GPU_COLD_N and C7_GPU_WARM_N say how often a load is measured; a cold one tak
 
 from __future__ import annotations
 
-import inspect
 import json
 import os
 import subprocess
@@ -18,19 +17,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_conformance
 from numpy.typing import NDArray
-from onnx_models import SHAPE, arithmetic, bundle_around, write_model
-from results import percentiles, record
-from superpoint import write_superpoint
 
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.runtime import BuildConfig, ProviderSet
 from gps_denied_c7.runtimes.onnx_trt_ep import CPU, CUDA, TENSORRT, OnnxTrtEpRuntime
+from support import conformance
+from support.gpu.results import percentiles, record
+from support.gpu.superpoint import write_superpoint
+from support.onnx_models import SHAPE, arithmetic, bundle_around, write_model
+from support.source_tree import TESTS
 
 pytest.importorskip('onnxruntime')
 
-HERE = Path(__file__).parent
+CHILD = TESTS / 'support' / 'gpu' / 'onnx_child.py'
 COLD_N = int(os.environ.get('C7_GPU_COLD_N', '3'))
 WARM_N = int(os.environ.get('C7_GPU_WARM_N', '10'))
 PLAIN_N = min(3, WARM_N)
@@ -45,7 +45,7 @@ def child(folder: Path, *, env: Mapping[str, str] | None = None, **task: Any) ->
     out = folder / 'answer.json'
     out.unlink(missing_ok=True)
     process = subprocess.run(
-        [sys.executable, str(HERE / 'onnx_child.py'), str(out), json.dumps(task)],
+        [sys.executable, str(CHILD), str(out), json.dumps(task)],
         env=environment(**(env or {})),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -521,7 +521,7 @@ def test_ac3_engine_without_a_visible_gpu_is_refused_without_a_crash(
     process = subprocess.run(
         [
             sys.executable,
-            str(HERE / 'onnx_child.py'),
+            str(CHILD),
             str(tmp_path / 'answer.json'),
             json.dumps({'do': 'load', 'root': str(root), 'path': direct['engine']}),
         ],
@@ -581,20 +581,16 @@ def request_arrays() -> dict[str, NDArray]:
 
 
 @pytest.fixture
-def subject(provider: str, config: C7InferenceConfig, tmp_path: Path) -> test_conformance.Subject:
+def subject(provider: str, config: C7InferenceConfig, tmp_path: Path) -> conformance.Subject:
     """What the conformance suite runs on: the GPU rung, on each provider."""
-    runtime = OnnxTrtEpRuntime(config, thermal=test_conformance.FixedThermal(), providers=ProviderSet.GPU)
+    runtime = OnnxTrtEpRuntime(config, thermal=conformance.FixedThermal(), providers=ProviderSet.GPU)
     path = write_model(tmp_path / 'arithmetic.onnx', arithmetic())
-    return test_conformance.Subject(runtime, bundle_around(path, 'onnx_trt_ep'))
+    return conformance.Subject(runtime, bundle_around(path, 'onnx_trt_ep'))
 
 
-def test_r1_conformance_runs_on_the_provider_that_it_names(subject: test_conformance.Subject, provider: str) -> None:
+def test_r1_conformance_runs_on_the_provider_that_it_names(subject: conformance.Subject, provider: str) -> None:
     facts = subject.load().facts
     assert facts.active_provider == provider, facts.notes
 
 
-globals().update(
-    (name, test)
-    for name, test in vars(test_conformance).items()
-    if name.startswith('test_') and 'subject' in inspect.signature(test).parameters
-)
+globals().update(conformance.suite())

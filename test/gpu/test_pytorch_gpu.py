@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,12 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_conformance
 from numpy.typing import NDArray
-from onnx_models import INPUTS, OUTPUTS, SHAPE, bundle_around
-from results import percentiles, record
-from torch_models import REQUEST, arithmetic, write_program
-from torch_networks import superpoint
 
 from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
@@ -27,6 +21,11 @@ from gps_denied_c7.runtimes.pytorch_fp16 import PytorchFp16Runtime
 from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.torch_archive import ArchiveKind, read_torch_archive
 from gps_denied_c7.torch_export import export_program
+from support import conformance
+from support.gpu.results import percentiles, record
+from support.gpu.torch_networks import superpoint
+from support.onnx_models import INPUTS, OUTPUTS, SHAPE, bundle_around
+from support.torch_models import REQUEST, arithmetic, write_program
 
 LABEL = 'pytorch_fp16'
 RUNS = 300
@@ -63,7 +62,7 @@ def load(runtime: PytorchFp16Runtime, model: ModelBundle) -> EngineHandle:
 @pytest.fixture(params=['fp32 made for cuda', 'fp16 made for cuda', 'fp16 made anywhere', 'TorchScript'])
 def subject(
     torch: Any, request: pytest.FixtureRequest, config: C7InferenceConfig, tmp_path: Path
-) -> test_conformance.Subject:
+) -> conformance.Subject:
     """What the conformance suite runs on: the GPU rung with an artefact of each kind."""
     device = 'cuda' if 'cuda' in request.param else 'any'
     if request.param == 'TorchScript':
@@ -75,23 +74,19 @@ def subject(
         path = write_program(
             tmp_path / 'arithmetic.pt2', precision=request.param[:4], device='cuda' if device == 'cuda' else 'cpu'
         )
-    runtime = PytorchFp16Runtime(config, thermal=test_conformance.FixedThermal(), providers=ProviderSet.GPU)
-    return test_conformance.Subject(runtime, bundle_around(path, LABEL, device=device))
+    runtime = PytorchFp16Runtime(config, thermal=conformance.FixedThermal(), providers=ProviderSet.GPU)
+    return conformance.Subject(runtime, bundle_around(path, LABEL, device=device))
 
 
 # A TorchScript file names neither its shapes nor its outputs: there the warm-up run tells, with another error.
 _NEED_SPECS = ('test_m1_engine_that_contradicts_the_bundle_is_refused',)
 
-globals().update(
-    (name, test)
-    for name, test in vars(test_conformance).items()
-    if name.startswith('test_') and 'subject' in inspect.signature(test).parameters and name not in _NEED_SPECS
-)
+globals().update(conformance.suite(without=_NEED_SPECS))
 
 
-def test_m1_a_bundle_that_contradicts_the_file_is_refused(subject: test_conformance.Subject) -> None:
+def test_m1_a_bundle_that_contradicts_the_file_is_refused(subject: conformance.Subject) -> None:
     outputs = (OUTPUTS[0], TensorSpec('ratio', 'float32', (1, 4, 3)))
-    with pytest.raises((EngineDeserializeError, test_conformance.EngineSchemaMismatchError)) as caught:
+    with pytest.raises((EngineDeserializeError, conformance.EngineSchemaMismatchError)) as caught:
         replace(subject, model=replace(subject.model, outputs=outputs)).load()
     assert caught.value.remedy
 
@@ -102,7 +97,7 @@ def test_m1_a_bundle_that_contradicts_the_file_is_refused(subject: test_conforma
 @pytest.fixture(scope='module')
 def flying(torch: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], ModelBundle]:
     """A network of what flies, by (device, precision)."""
-    from superpoint import superpoint_inputs, superpoint_outputs, write_superpoint
+    from support.gpu.superpoint import superpoint_inputs, superpoint_outputs, write_superpoint
 
     folder = tmp_path_factory.mktemp('superpoint')
     module = superpoint(write_superpoint(folder / 'superpoint.onnx'))
@@ -120,7 +115,7 @@ def flying(torch: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[s
 
 @pytest.fixture
 def frame() -> dict[str, NDArray]:
-    from superpoint import image
+    from support.gpu.superpoint import image
 
     return {'image': image(seed=3)}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import random
 import threading
 import time
@@ -14,12 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_conformance
 from numpy.typing import NDArray
-from onnx_models import SHAPE, bundle_around
-from results import percentiles, record
-from shared_arrays import shared
-from superpoint import image, superpoint_inputs, superpoint_outputs, write_superpoint
 
 from gps_denied_c7.bundle import Artefact, ModelBundle
 from gps_denied_c7.chain import RuntimeChain
@@ -42,6 +36,11 @@ from gps_denied_c7.runtimes.tensorrt_build import build_engine
 from gps_denied_c7.runtimes.tensorrt_library import import_tensorrt
 from gps_denied_c7.thermal import UnknownThermalState
 from gps_denied_c7.worker_host import WorkerHost
+from support import conformance
+from support.gpu.results import percentiles, record
+from support.gpu.superpoint import image, superpoint_inputs, superpoint_outputs, write_superpoint
+from support.onnx_models import SHAPE, bundle_around
+from support.shared_arrays import shared
 
 Arrays = dict[str, NDArray]
 
@@ -201,17 +200,13 @@ def request_arrays() -> Arrays:
 
 
 @pytest.fixture
-def subject(gate: EngineGate, config: C7InferenceConfig, tmp_path: Path) -> test_conformance.Subject:
+def subject(gate: EngineGate, config: C7InferenceConfig, tmp_path: Path) -> conformance.Subject:
     """What the conformance suite runs on: an engine that TensorRT has built here."""
-    path = test_conformance.ARTEFACTS['tensorrt'](tmp_path)
-    return test_conformance.Subject(test_conformance.runtime_of('tensorrt', config), bundle_around(path, 'tensorrt'))
+    path = conformance.ARTEFACTS['tensorrt'](tmp_path)
+    return conformance.Subject(conformance.runtime_of('tensorrt', config), bundle_around(path, 'tensorrt'))
 
 
-globals().update(
-    (name, test)
-    for name, test in vars(test_conformance).items()
-    if name.startswith('test_') and 'subject' in inspect.signature(test).parameters
-)
+globals().update(conformance.suite())
 
 
 # --- answers ----------------------------------------------------------------------------------------

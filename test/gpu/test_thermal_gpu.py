@@ -6,10 +6,10 @@ import importlib.util
 import time
 
 import pytest
-from results import record
 
 from gps_denied_c7.thermal import ThermalLevel
 from gps_denied_c7.thermal_sources import NvmlThermal, find_thermal_source
+from support.gpu.results import record
 
 
 def test_thermal_nvml_reads_this_gpu() -> None:

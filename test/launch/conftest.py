@@ -1,4 +1,4 @@
-"""The marker of launch tests, known also where launch_testing is not, and an environment that they leave as it was."""
+"""An environment that launch tests leave as it was."""
 
 from __future__ import annotations
 
@@ -6,11 +6,6 @@ import os
 from collections.abc import Iterator
 
 import pytest
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Register what launch_testing's plugin would."""
-    config.addinivalue_line('markers', 'launch_test: generate_test_description of a launch test')
 
 
 @pytest.hookimpl(hookwrapper=True)

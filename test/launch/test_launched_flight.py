@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-# launch_test does not add a test's folder as pytest does.
-sys.path.extend([str(Path(__file__).parent), str(Path(__file__).parents[1] / 'ros')])
+# launch_test does not read pytest's settings.
+sys.path.append(str(Path(__file__).parents[1]))
 
-from launching import LaunchCase, Rig, assertExitCodes, parametrize, post_shutdown_test
-from scenario import IMAGE_TOPIC, check_alerts, check_answers, replay
+from support.launching import LaunchCase, Rig, assertExitCodes, parametrize, post_shutdown_test
+from support.scenario import IMAGE_TOPIC, check_alerts, check_answers, replay
 
 
 @pytest.mark.launch_test

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-# launch_test does not add a test's folder as pytest does.
-sys.path.extend([str(Path(__file__).parent), str(Path(__file__).parents[1] / 'ros')])
+# launch_test does not read pytest's settings.
+sys.path.append(str(Path(__file__).parents[1]))
 
-from harness import image, wait_until
-from launching import NODE_PROCESS, LaunchCase, Rig, assertExitCodes, parametrize, post_shutdown_test
-from scenario import IMAGE_TOPIC, check_alerts
+from support.harness import image, wait_until
+from support.launching import NODE_PROCESS, LaunchCase, Rig, assertExitCodes, parametrize, post_shutdown_test
+from support.scenario import IMAGE_TOPIC, check_alerts
 
 
 @pytest.mark.launch_test

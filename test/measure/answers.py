@@ -26,19 +26,18 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'ros'))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'differential'))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from chaos import CAMERA, Account, Camera, end, settle, workers
-from differential import plain_session, wrong_outputs
 from gps_denied_c7_msgs.msg import TensorList
-from harness import NodeProcess, Peer, image, running_node, tensor, wait_until
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 
 from gps_denied_c7.worker import SPARE_NAME
+from measure.chaos import CAMERA, Account, Camera, end, settle, workers
+from support.differential import plain_session, wrong_outputs
+from support.harness import NodeProcess, Peer, image, running_node, tensor, wait_until
 
 WIDTH, HEIGHT, CHANNELS = 64, 48, 4
 MODELS = ('sparse_first', 'sparse_between')

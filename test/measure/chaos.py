@@ -31,17 +31,16 @@ from pathlib import Path
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'ros'))
 
 from gps_denied_c7_msgs.msg import TensorList
-from harness import NodeProcess, Peer, image, running_node, wait_until
-from keep_apart import keep_apart
 from rclpy.publisher import Publisher
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 
 from gps_denied_c7.demo.network import write_demo_bundle
 from gps_denied_c7.worker import SPARE_NAME, WORKER_NAME
+from support.harness import NodeProcess, Peer, image, running_node, wait_until
+from support.keep_apart import keep_apart
 
 CAMERA = '/camera/image_raw'
 

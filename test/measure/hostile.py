@@ -34,28 +34,25 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'ros'))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'differential'))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'hostile'))
 
 import rclpy
-from differential import plain_session, wrong_outputs
 from gps_denied_c7_msgs.msg import TensorList
-from harness import ROOT, NodeProcess, Peer, free_domain_id, image, tensor, wait_until
-from hostile_bundles import hostile_bundle
-from hostile_messages import hostile_message
-from hostile_pictures import STARVING, Picture, hostile_picture, starving_picture
-from jpeg_parts import scene
-from keep_apart import keep_apart
 from lifecycle_msgs.srv import GetState
-from memory_group import MemoryGroup, NoMemoryGroupError, memory_group
-from png_parts import encoded as png_encoded
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.serialization import serialize_message
 from sensor_msgs.msg import CompressedImage, Image
 
 from gps_denied_c7.demo.network import HEIGHT, WIDTH, write_demo_bundle
 from gps_denied_c7.ros.dds import apply_profile
+from support.differential import plain_session, wrong_outputs
+from support.harness import ROOT, NodeProcess, Peer, free_domain_id, image, tensor, wait_until
+from support.hostile.hostile_bundles import hostile_bundle
+from support.hostile.hostile_messages import hostile_message
+from support.hostile.hostile_pictures import STARVING, Picture, hostile_picture, starving_picture
+from support.hostile.jpeg_parts import scene
+from support.hostile.png_parts import encoded as png_encoded
+from support.keep_apart import keep_apart
+from support.memory_group import MemoryGroup, NoMemoryGroupError, memory_group
 
 PLAIN, RAW = '/plain/image_raw', '/hostile/image_raw'
 COMPRESSED = ('/hostile_1/image_raw/compressed', '/hostile_2/image_raw/compressed')

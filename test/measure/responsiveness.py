@@ -26,18 +26,17 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'ros'))
 
 import rclpy
-from harness import ROOT, Peer, image, running_node, wait_until
-from keep_apart import keep_apart
 from lifecycle_msgs.srv import GetState
-from networks import slow, slow_to_load
 from rcl_interfaces.srv import GetParameters
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 
 from gps_denied_c7.ros.dds import apply_profile
+from support.harness import ROOT, Peer, image, running_node, wait_until
+from support.keep_apart import keep_apart
+from support.networks import slow, slow_to_load
 
 CAMERA = '/camera/image_raw'
 RATE_HZ, WIDTH, HEIGHT = 60.0, 640, 480

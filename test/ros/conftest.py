@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import rclpy
-from harness import NodeProcess, Peer, free_domain_id
+
+from support.harness import NodeProcess, Peer, free_domain_id
 
 if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
     # Under nohup a node under test would inherit this and leave SIGHUP alone; a handler is not inherited.

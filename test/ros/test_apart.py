@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-from harness import NodeProcess, Peer, image, wait_until
-from networks import copying
 
 from gps_denied_c7.demo import processes, run
 from gps_denied_c7.demo.processes import DemoError, child_environment, free_domain_id, free_ports
 from gps_denied_c7.ros.dds import OWN_PORTS, named_profile, ports_in_force, uses_fast_dds
+from support.harness import NodeProcess, Peer, image, wait_until
+from support.networks import copying
 
 pytestmark = pytest.mark.skipif(not uses_fast_dds(os.environ), reason='only Fast DDS can use ports of its own')
 CAMERA = '/camera/image_raw'

@@ -16,13 +16,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from support.source_tree import TESTS
+
 pytest.importorskip('rclpy')
 pytest.importorskip('rosbags.rosbag2')
 
 import lz4.frame
 import yaml
 import zstandard
-from bags import (
+from mcap.writer import CompressionType, IndexType
+from mcap.writer import Writer as McapWriter
+from rosbags import rosbag2
+
+from gps_denied_c7.ros.bag import Bag, BagError, OfferedQos, storage
+from support.bags import (
     START_NS,
     STRING,
     Written,
@@ -33,11 +40,6 @@ from bags import (
     write_bag,
     write_mcap,
 )
-from mcap.writer import CompressionType, IndexType
-from mcap.writer import Writer as McapWriter
-from rosbags import rosbag2
-
-from gps_denied_c7.ros.bag import Bag, BagError, OfferedQos, storage
 
 COMPRESSIONS = list(CompressionType)
 
@@ -93,7 +95,7 @@ def test_a_recorder_that_was_killed_leaves_what_it_wrote(tmp_path):
     script = """
 import os, sys
 sys.path[:0] = sys.argv[2:]
-import bags
+from support import bags
 from mcap.writer import Writer
 stream = open(sys.argv[1], 'wb')
 writer = Writer(stream, chunk_size=500)
@@ -104,7 +106,7 @@ for message in bags.strings(100):
 stream.flush()
 os.kill(os.getpid(), 9)
 """
-    done = subprocess.run([sys.executable, '-c', script, path, Path(__file__).parent], check=False)
+    done = subprocess.run([sys.executable, '-c', script, path, TESTS], check=False)
     assert done.returncode == -signal.SIGKILL
     found, missing = read(path)
     assert found == read_mcap(path) == strings(100)[: len(found)] and 50 < len(found) < 100
@@ -329,7 +331,7 @@ def test_a_few_bytes_that_would_fill_the_memory_are_left_out(tmp_path, monkeypat
 RECORDER = """
 import os, sqlite3, sys, time
 sys.path[:0] = sys.argv[3:]
-import bags
+from support import bags
 db = sqlite3.connect(sys.argv[1], isolation_level=None)
 for pragma in ('journal_mode=' + sys.argv[2].split()[0], 'wal_autocheckpoint=0', 'cache_size=5', 'synchronous=FULL'):
     db.execute('PRAGMA ' + pragma)
@@ -350,7 +352,7 @@ os.kill(os.getpid(), 9)
 
 
 def record(path: Path, how: str, **options) -> subprocess.Popen:
-    command = [sys.executable, '-c', RECORDER, str(path), how, str(Path(__file__).parent)]
+    command = [sys.executable, '-c', RECORDER, str(path), how, str(TESTS)]
     return subprocess.Popen(command, **options)
 
 

@@ -9,13 +9,13 @@ import rclpy
 from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from gps_denied_c7_msgs.msg import Tensor, TensorList
-from harness import wait_until
 from rclpy.executors import SingleThreadedExecutor
 from sensor_msgs.msg import Image
 from std_msgs.msg import Header
 
 from gps_denied_c7.bench.camera import QOS, Cameras
 from gps_denied_c7.bench.listener import Listener
+from support.harness import wait_until
 
 
 @pytest.fixture

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from harness import Peer, image
 from rcl_interfaces.srv import GetParameters, ListParameters
 from rclpy.parameter import parameter_value_to_python
-from scenario import IMAGE_TOPIC, check_alerts, check_answers, record_flight, replay
 
 from gps_denied_c7.ros.node import DEFAULT_NODE_NAME
 from gps_denied_c7.ros.parameters import PARAMETERS
+from support.harness import Peer, image
+from support.scenario import IMAGE_TOPIC, check_alerts, check_answers, record_flight, replay
 
 
 @pytest.fixture(scope='module')

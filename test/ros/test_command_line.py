@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from harness import Peer, free_domain_id, wait_until
-from scenario import IMAGE_TOPIC, record_flight
+
+from support.harness import Peer, free_domain_id, wait_until
+from support.scenario import IMAGE_TOPIC, record_flight
+from support.source_tree import REPOSITORY
 
 pytestmark = pytest.mark.skipif(shutil.which('ros2') is None, reason='the ros2 command is not installed')
 
@@ -238,7 +240,7 @@ def test_interface_show(name):
     """It holds when: with the comments that say shapes and units."""
     done = ros2('interface', 'show', f'gps_denied_c7_msgs/msg/{name}')
     assert done.returncode == 0
-    source = Path(__file__).resolve().parents[2] / 'msg' / 'msg' / f'{name}.msg'
+    source = REPOSITORY / 'msg' / 'msg' / f'{name}.msg'
     assert set(source.read_text().splitlines()) <= set(done.stdout.splitlines())
 
 

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import NodeProcess, free_domain_id, wait_until
 
 from gps_denied_c7.ros import dds
 from gps_denied_c7.ros.dds import (
@@ -25,10 +24,11 @@ from gps_denied_c7.ros.dds import (
     sweep_segments,
     transport_warnings,
 )
+from support.harness import NodeProcess, free_domain_id, wait_until
+from support.source_tree import REPOSITORY
 
 OLD, NEW = 'FASTRTPS_DEFAULT_PROFILES_FILE', 'FASTDDS_DEFAULT_PROFILES_FILE'
 SKIP = 'SKIP_DEFAULT_XML_FILE'
-ROOT = Path(__file__).resolve().parents[2]
 GOOD = HostTransport(shm_free_bytes=1 << 30, segment_bytes=70 << 20, rmem_max_bytes=1 << 26)
 BARE = HostTransport(shm_free_bytes=1 << 30, segment_bytes=549_408, rmem_max_bytes=212_992)
 
@@ -94,12 +94,12 @@ def test_finds_the_profile_from_an_installed_prefix(tmp_path):
     config = tmp_path / 'share' / 'gps_denied_c7' / 'config'
     config.mkdir(parents=True)
     for name in ('__init__.py', 'ros/__init__.py', 'ros/dds.py'):
-        shutil.copy(ROOT / 'gps_denied_c7' / name, module.parent / name)
+        shutil.copy(REPOSITORY / 'gps_denied_c7' / name, module.parent / name)
     code = 'from gps_denied_c7.ros import dds; print(dds.__file__, dds.profile_path())'
     found = []
     for copy in (False, True):
         if copy:
-            shutil.copy(ROOT / 'config' / 'fastdds_shm.xml', config)
+            shutil.copy(REPOSITORY / 'config' / 'fastdds_shm.xml', config)
         run = subprocess.run(
             [sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=tmp_path,
             env={**os.environ, 'PYTHONPATH': str(module.parents[1])},

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
 import yaml
-from harness import running_node, wait_until
 
-FILE = Path(__file__).resolve().parents[2] / 'config' / 'diagnostics_aggregator.yaml'
+from support.harness import running_node, wait_until
+from support.source_tree import REPOSITORY
+
+FILE = REPOSITORY / 'config' / 'diagnostics_aggregator.yaml'
 
 # Of GenericAnalyzer; a value of another type is an exception in the aggregator, which ends it.
 GENERIC_ANALYZER = {

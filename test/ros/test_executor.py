@@ -8,11 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import rclpy
-from harness import wait_until
 from rclpy.callback_groups import ReentrantCallbackGroup
 
 from gps_denied_c7.ros import executor as executors
 from gps_denied_c7.ros.executor import PoolExecutor, PromptCallbackGroup
+from support.harness import wait_until
 
 
 class Spinning:

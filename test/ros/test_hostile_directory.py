@@ -11,11 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import harness
 import numpy as np
 import pytest
-from harness import ROOT, image, running_node, wait_until
-from networks import copying
 
 from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
@@ -25,6 +22,9 @@ from gps_denied_c7.runtime import ProviderSet
 from gps_denied_c7.thermal_sources import NvmlThermal
 from gps_denied_c7.worker_host import worker_hosts
 from gps_denied_c7.worker_process import WorkerProcess
+from support import harness
+from support.harness import ROOT, image, running_node, wait_until
+from support.networks import copying
 
 CAMERA = '/camera/image_raw'
 CPU = Rung('onnx_trt_ep', ProviderSet.CPU)

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
 from gps_denied_c7_msgs.msg import TensorList
-from harness import NodeProcess, Peer, image, running_node, tensor, wait_until
-from networks import HEIGHT, WIDTH, copying
 from sensor_msgs.msg import CompressedImage, Image
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'hostile'))
-
-from camera_streams import ODDITIES, camera_stream
-from hostile_messages import KINDS as MESSAGES
-from hostile_messages import hostile_message
-from hostile_pictures import KINDS as PICTURES
-from hostile_pictures import hostile_picture
+from support.harness import NodeProcess, Peer, image, running_node, tensor, wait_until
+from support.hostile.camera_streams import ODDITIES, camera_stream
+from support.hostile.hostile_messages import KINDS as MESSAGES
+from support.hostile.hostile_messages import hostile_message
+from support.hostile.hostile_pictures import KINDS as PICTURES
+from support.hostile.hostile_pictures import hostile_picture
+from support.networks import HEIGHT, WIDTH, copying
 
 CAMERA, RAW, PLAIN = '/hostile/image_raw/compressed', '/hostile/image_raw', '/plain/image_raw'
 # The others differ in nothing but how long they take.

@@ -6,9 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from harness import LocalNode, image, tensor, wait_until
 from lifecycle_msgs.srv import ChangeState
-from networks import copying
 from rclpy.lifecycle import TransitionCallbackReturn
 
 from gps_denied_c7.errors import C7Error, InferenceError
@@ -16,6 +14,8 @@ from gps_denied_c7.hosts import SynchronousHost, in_process_hosts
 from gps_denied_c7.ros.lifecycle import ResponsiveLifecycleNode
 from gps_denied_c7.runtime import BuildProgress, EngineFacts, ProviderSet
 from gps_denied_c7.tensors import TensorSpec
+from support.harness import LocalNode, image, tensor, wait_until
+from support.networks import copying
 
 SUCCESS, FAILURE, ERROR = (
     TransitionCallbackReturn.SUCCESS,

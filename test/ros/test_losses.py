@@ -9,14 +9,14 @@ from types import SimpleNamespace
 
 import pytest
 import rclpy
-from harness import active_node, image, wait_until
-from networks import copying
 from rclpy.impl.implementation_singleton import rclpy_implementation
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 
 from gps_denied_c7.ros.dds import OWN_PORTS, profile_variable, write_profile
 from gps_denied_c7.ros.losses import MessagesLost, MissedMessages, SequenceGaps
+from support.harness import active_node, image, wait_until
+from support.networks import copying
 
 TOPIC = '/camera/image_raw'
 

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import array
-import time
 
 import cv2
 import numpy as np
 import pytest
 from builtin_interfaces.msg import Time
 from gps_denied_c7_msgs.msg import TensorList
-from harness import image, tensor
 from hypothesis import given
 from hypothesis import strategies as st
 from rclpy.serialization import deserialize_message, serialize_message
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import Header
 
-from gps_denied_c7.chain import Answer
 from gps_denied_c7.errors import ImageRejectedError
-from gps_denied_c7.pipeline import FrameResult
 from gps_denied_c7.ros.messages import (
     CompressedData,
     check_message,
@@ -35,27 +31,8 @@ from gps_denied_c7.ros.messages import (
     to_time,
 )
 from gps_denied_c7.ros.rcl import Rcl
-from gps_denied_c7.slots import Frame
-
-SECOND = 1_000_000_000
-TEXT = st.text(st.characters(exclude_characters='\0', exclude_categories=['Cs']), max_size=9)
-
-
-def received(message):
-    return received_image(message)
-
-
-def result(message, outputs, **changes):
-    values = {
-        'frame': Frame('/camera', received(message), time.monotonic_ns(), receive_stamp_ns=17 * SECOND + 5),
-        'frame_seq': 2**40,
-        'source_size': (64, 48),
-        'network_to_image': np.array([[2.0, 0.0, 0.5], [0.0, 3.0, 1.0]]),
-        'answer': Answer(outputs, 'onnx_trt_ep', 'CPUExecutionProvider', True, 'net', 'sha256:ab'),
-        'durations_ns': {'queue': 1, 'decode': 2, 'preprocess': 3, 'hand_off': 4, 'engine': 5, 'hand_back': 6},
-        **changes,
-    }
-    return FrameResult(**values)
+from support.frame_results import SECOND, TEXT, received, result
+from support.harness import image, tensor
 
 
 def listed(answered):

@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'measure'))
-
-import answers
+from measure import answers
 
 
 def test_every_published_tensor_is_that_of_plain_session_run_under_kills_stops_and_swaps(tmp_path):

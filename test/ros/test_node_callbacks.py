@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 import rclpy
-from harness import LocalNode, image, wait_until
 from lifecycle_msgs.srv import GetState
-from networks import copying
 from rcl_interfaces.msg import Parameter as ParameterMsg
 from rcl_interfaces.srv import SetParameters, SetParametersAtomically
 from rclpy.qos import QoSProfile, ReliabilityPolicy
@@ -14,6 +12,8 @@ from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image
 
 from gps_denied_c7.thermal import UnknownThermalState
+from support.harness import LocalNode, image, wait_until
+from support.networks import copying
 
 CAMERA = '/camera/image_raw'
 RELIABLE = {f'qos_overrides.{CAMERA}.subscription.reliability': 'reliable'}

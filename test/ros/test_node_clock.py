@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 from gps_denied_c7_msgs.msg import FdrRecord
-from harness import image, running_node, wait_until
-from networks import copying
+
+from support.harness import image, running_node, wait_until
+from support.networks import copying
 
 CAMERA = '/camera/image_raw'
 HOUR_S = 3600

@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from harness import ROOT, free_domain_id, wait_until
-from networks import copying
+
+from support.harness import ROOT, free_domain_id, wait_until
+from support.networks import copying
 
 RUNS = int(os.environ.get('C7_END_RUNS', '4'))
 TROUBLE = re.compile(r'ERROR|FATAL|Traceback|[Ee]xception')

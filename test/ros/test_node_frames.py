@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from builtin_interfaces.msg import Time
 from diagnostic_msgs.msg import DiagnosticStatus
-from harness import LocalNode, image, running_node, tensor, wait_until
-from networks import HEIGHT, WHITE, WIDTH, copying, failing_on_white, slow
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.serialization import serialize_message
 from sensor_msgs.msg import CompressedImage, Image
 
 from gps_denied_c7.errors import InferenceError
 from gps_denied_c7.hosts import InProcessHost
+from support.harness import LocalNode, image, running_node, tensor, wait_until
+from support.networks import HEIGHT, WHITE, WIDTH, copying, failing_on_white, slow
 
 LEFT, RIGHT, JPEG = '/left/image_raw', '/right/image_raw', '/front/image_raw/compressed'
 

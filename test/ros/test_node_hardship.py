@@ -13,15 +13,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from harness import NodeProcess, Peer, free_domain_id, image, running_node, wait_until
-from networks import WHITE, copying, greedy_on_white
 
 from gps_denied_c7.demo.network import write_demo_bundle
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'measure'))
-
-import chaos
-from memory_group import MemoryGroup, NoMemoryGroupError, memory_group
+from measure import chaos
+from support.harness import NodeProcess, Peer, free_domain_id, image, running_node, wait_until
+from support.memory_group import MemoryGroup, NoMemoryGroupError, memory_group
+from support.networks import WHITE, copying, greedy_on_white
+from support.source_tree import TESTS
 
 CAMERA = '/camera/image_raw'
 
@@ -34,7 +32,7 @@ def wait_standby(peer: Peer) -> None:
 def in_a_mount_namespace(mount: str, script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run Python code where ``mount``, words of the shell, has changed the file systems for it alone."""
     words = ['unshare', '--mount', 'sh', '-c', f'{mount} && exec "$@"', 'sh', sys.executable, '-c', script, *arguments]
-    path = [str(Path(__file__).parent), *filter(None, [os.environ.get('PYTHONPATH')])]
+    path = [str(TESTS), *filter(None, [os.environ.get('PYTHONPATH')])]
     environ = {**os.environ, 'PYTHONPATH': os.pathsep.join(path)}
     return subprocess.run(words, env=environ, capture_output=True, text=True, timeout=120)
 
@@ -176,7 +174,7 @@ def test_f1_where_memory_runs_out_it_is_a_worker_that_is_taken(tmp_path):
 
 _FLIES = """
 import sys
-from harness import image, running_node
+from support.harness import image, running_node
 with running_node({'model_path': sys.argv[1], 'cpu_threads': 1}) as (process, peer):
     peer.start()
     peer.wait_matched('/camera/image_raw')

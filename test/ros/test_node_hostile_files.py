@@ -9,8 +9,8 @@ import shutil
 import signal
 from pathlib import Path
 
-from harness import running_node, wait_until
-from stalled_mount import stalled_mount
+from support.harness import running_node, wait_until
+from support.stalled_mount import stalled_mount
 
 CAMERA = '/camera/image_raw'
 MIB = 1 << 20

@@ -14,13 +14,13 @@ from pathlib import Path
 import cv2
 import numpy as np
 import onnxruntime
-from harness import LocalNode, Peer, image, running_node, tensor, wait_until
-from networks import HEIGHT, WIDTH, copying
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import String
 
 from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.ros import stream_set
+from support.harness import LocalNode, Peer, image, running_node, tensor, wait_until
+from support.networks import HEIGHT, WIDTH, copying
 
 FRONT, NAMED = '/front/image', '/down/image_raw/compressed'
 # The network gets the pixels as they are, so that its answer can be compared bit for bit.

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from harness import image, running_node, tensor, wait_until
-from networks import copying
+
+from support.harness import image, running_node, tensor, wait_until
+from support.networks import copying
 
 CAMERA = '/camera/image_raw'
 

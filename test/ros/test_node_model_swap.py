@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -12,16 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from gps_denied_c7_msgs.msg import TensorList
-from harness import Peer, image, running_node, tensor, wait_until
-from networks import copying, scoring_twofold, slow_to_load
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 
 from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.worker import SPARE_NAME
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'measure'))
-
-import chaos
+from measure import chaos
+from support.harness import Peer, image, running_node, tensor, wait_until
+from support.networks import copying, scoring_twofold, slow_to_load
 
 CAMERA = '/camera/image_raw'
 

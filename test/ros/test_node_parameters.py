@@ -9,8 +9,6 @@ import time
 import pytest
 import yaml
 from builtin_interfaces.msg import Time
-from harness import LocalNode, NodeProcess, Peer, free_domain_id, image, running_node, wait_until
-from networks import copying
 from rcl_interfaces.msg import ParameterType
 from rcl_interfaces.srv import DescribeParameters, ListParameters
 from rclpy.qos import QoSProfile, ReliabilityPolicy
@@ -19,6 +17,8 @@ from sensor_msgs.msg import Image
 from gps_denied_c7.cpu_latency import CpuLatencyRequest
 from gps_denied_c7.ros.parameters import PARAMETERS
 from gps_denied_c7.ros.streams import ImageStream
+from support.harness import LocalNode, NodeProcess, Peer, free_domain_id, image, running_node, wait_until
+from support.networks import copying
 
 CAMERA = '/camera/image_raw'
 

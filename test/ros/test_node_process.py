@@ -10,10 +10,11 @@ import signal
 import subprocess
 from collections.abc import Iterator
 
-import harness
 import pytest
-from harness import image, running_node
-from networks import copying
+
+from support import harness
+from support.harness import image, running_node
+from support.networks import copying
 
 CAMERA = '/camera/image_raw'
 

@@ -15,8 +15,6 @@ import time
 import pytest
 import rclpy
 from gps_denied_c7_msgs.msg import FdrRecord as Message
-from harness import ROOT, LocalNode, Peer, image, running_node, wait_until
-from networks import copying
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 
@@ -25,6 +23,8 @@ from gps_denied_c7.fdr import KINDS, SCHEMA_VERSION, FdrRecord, read_payload
 from gps_denied_c7.host import hardware_id
 from gps_denied_c7.ros.flight_recorder import FDR_QOS
 from gps_denied_c7.ros.messages import to_fdr_message
+from support.harness import ROOT, LocalNode, Peer, image, running_node, wait_until
+from support.networks import copying
 
 CAMERA = '/camera/image_raw'
 ONE_SHOTS = ('c7.session_started', 'c7.fallback_to_onnx_trt_ep', 'c7.cpu_fallback')

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 
-from harness import image, running_node, wait_until
-from networks import copying, slow, slow_to_load
 from rclpy.qos import QoSProfile, ReliabilityPolicy
+
+from support.harness import image, running_node, wait_until
+from support.networks import copying, slow, slow_to_load
 
 CAMERA = '/camera/image_raw'
 

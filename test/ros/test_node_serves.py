@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import onnxruntime as ort
 from gps_denied_c7_msgs.msg import Tensor
-from harness import image, running_node, tensor
-from test_engine_cli_truth import free, handmade
 
 from gps_denied_c7.engine_cli import main
+from support.harness import image, running_node, tensor
+from support.small_networks import free, handmade
 
 CAMERA = '/camera/image_raw'
 PIXELS = np.random.default_rng(7).integers(0, 256, (24, 32, 3), np.uint8)

@@ -11,10 +11,10 @@ import threading
 import time
 
 import pytest
-from harness import ROOT, LocalNode, image, running_node, wait_until
-from networks import WHITE, copying, hanging_on_white, slow_to_load, slow_to_run
 
 from gps_denied_c7.config import ISOLATIONS
+from support.harness import ROOT, LocalNode, image, running_node, wait_until
+from support.networks import WHITE, copying, hanging_on_white, slow_to_load, slow_to_run
 
 CAMERA = '/camera/image_raw'
 SIGNALS = (signal.SIGINT, signal.SIGTERM)

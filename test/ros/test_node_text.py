@@ -10,12 +10,13 @@ import time
 
 import pytest
 import yaml
-from harness import Peer, image, running_node, wait_until
-from networks import copying
 from rcl_interfaces.msg import Log
 from rcl_interfaces.srv import GetParameters, ListParameters
 from rclpy.parameter import Parameter, parameter_value_to_python
 from rclpy.qos import DurabilityPolicy, QoSProfile
+
+from support.harness import Peer, image, running_node, wait_until
+from support.networks import copying
 
 CAMERA = '/camera/image_raw'
 FORGED = '[FATAL] [1700000000.000000000] [c7_inference]: the engine is on fire'

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from harness import LocalNode, image, wait_until
-from networks import copying
 
 from gps_denied_c7.thermal import ThermalLevel, ThermalState
+from support.harness import LocalNode, image, wait_until
+from support.networks import copying
 
 CAMERA = '/camera/image_raw'
 

@@ -6,9 +6,10 @@ import time
 
 import pytest
 from builtin_interfaces.msg import Time
-from harness import image, running_node, wait_until
-from networks import copying
 from rosgraph_msgs.msg import Clock
+
+from support.harness import image, running_node, wait_until
+from support.networks import copying
 
 CAMERA = '/camera/image_raw'
 

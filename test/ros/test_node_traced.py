@@ -10,13 +10,13 @@ import subprocess
 import sys
 from collections.abc import Iterable
 
-import harness
 import pytest
-from harness import image, running_node
-from networks import copying
-from tracing import Trace, elsewhere, why_not
 
 from gps_denied_c7.ros.dds import ports_in_force
+from support import harness
+from support.harness import image, running_node
+from support.networks import copying
+from support.tracing import Trace, elsewhere, why_not
 
 if reason := why_not():
     pytest.skip(reason, allow_module_level=True)

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 from pathlib import Path
 
-from harness import image, running_node, wait_until
-from networks import WHITE, copying, hanging_on_white, slow
-
 from gps_denied_c7.worker import SPARE_NAME
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'measure'))
-
-import chaos
+from measure import chaos
+from support.harness import image, running_node, wait_until
+from support.networks import WHITE, copying, hanging_on_white, slow
 
 CAMERA = '/camera/image_raw'
 

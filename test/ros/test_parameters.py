@@ -7,7 +7,6 @@ import math
 
 import pytest
 import yaml
-from harness import ROOT
 from rcl_interfaces.msg import ParameterType
 from rclpy.node import Node
 from rclpy.parameter import Parameter
@@ -15,6 +14,7 @@ from rclpy.parameter import Parameter
 from gps_denied_c7.errors import ConfigError, ModelBundleError
 from gps_denied_c7.preprocessing import PreprocessingSpec, ResizeMode
 from gps_denied_c7.ros.parameters import PARAMETERS, NodeParameters, settings_from
+from support.harness import ROOT
 
 DEFAULTS = {declaration.name: declaration.default for declaration in PARAMETERS}
 BY_NAME = {declaration.name: declaration for declaration in PARAMETERS}

@@ -15,8 +15,6 @@ import numpy as np
 import pytest
 import rclpy
 from gps_denied_c7_msgs.msg import Tensor, TensorList
-from harness import active_node, image, tensor, wait_until
-from networks import copying
 from rclpy.exceptions import InvalidHandle
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import QoSProfile, ReliabilityPolicy
@@ -36,6 +34,8 @@ from gps_denied_c7.ros.rcl import (
     Untaken,
     load_rcl,
 )
+from support.harness import active_node, image, tensor, wait_until
+from support.networks import copying
 
 TOPIC = '/camera/image_raw'
 RELIABLE = QoSProfile(depth=20, reliability=ReliabilityPolicy.RELIABLE)

@@ -8,9 +8,9 @@ import pytest
 from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.fdr import KINDS
 from gps_denied_c7.ros.parameters import PARAMETERS, parameter_table
+from support.source_tree import REPOSITORY
 
-ROOT = Path(__file__).resolve().parents[2]
-README = (ROOT / 'README.md').read_text()
+README = (REPOSITORY / 'README.md').read_text()
 
 
 def test_every_parameter_is_described():
@@ -21,7 +21,7 @@ def test_every_parameter_is_described():
 
 
 def test_every_record_kind_that_is_emitted_is_explained():
-    source = ''.join(path.read_text() for path in ROOT.glob('gps_denied_c7/**/*.py'))
+    source = ''.join(path.read_text() for path in REPOSITORY.glob('gps_denied_c7/**/*.py'))
     emitted = {kind for kind in KINDS if source.count(f"'{kind}'") > 1}
     assert emitted
     assert not {kind for kind in emitted if f'`{kind}`' not in README}
@@ -36,7 +36,7 @@ def test_the_model_json_shown_is_one_that_is_read(tmp_path: Path):
     assert bundle.artefacts_for('onnx_trt_ep')[0].path == tmp_path / 'superpoint.onnx'
 
 
-PAGES = [ROOT / 'README.md', *sorted((ROOT / 'docs').glob('*.md'))]
+PAGES = [REPOSITORY / 'README.md', *sorted((REPOSITORY / 'docs').glob('*.md'))]
 
 
 @pytest.mark.parametrize('page', PAGES, ids=lambda page: page.name)
@@ -46,4 +46,4 @@ def test_what_the_pages_name_is_there(page: Path):
     links = [link for link in re.findall(r'\]\(([^)#\s]+)\)', text) if '://' not in link]
     files = re.findall(r'`((?:test|config|docs|launch|gps_denied_c7)/[\w/.-]+)`', text)
     missing = [link for link in links if not (page.parent / link).exists()]
-    assert not missing + [file for file in files if not (ROOT / file).exists()]
+    assert not missing + [file for file in files if not (REPOSITORY / file).exists()]

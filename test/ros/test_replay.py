@@ -13,12 +13,27 @@ from pathlib import Path
 
 import pytest
 
+from support.source_tree import TESTS
+
 pytest.importorskip('rclpy')
 zstandard = pytest.importorskip('zstandard')
 rosbag2 = pytest.importorskip('rosbags.rosbag2')
 typesys = pytest.importorskip('rosbags.typesys')
 
-from bags import (  # noqa: E402
+from geometry_msgs.msg import PoseStamped  # noqa: E402
+from lifecycle_msgs.srv import GetState  # noqa: E402
+from mcap.writer import Writer as McapWriter  # noqa: E402
+from rclpy.node import Node  # noqa: E402
+from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy  # noqa: E402
+from rclpy.serialization import serialize_message  # noqa: E402
+from rosgraph_msgs.msg import Clock  # noqa: E402
+from sensor_msgs.msg import Image  # noqa: E402
+from std_msgs.msg import String  # noqa: E402
+
+from gps_denied_c7.demo.flight import Camera, Flight, write_flight  # noqa: E402
+from gps_denied_c7.demo.terrain import paint_terrain  # noqa: E402
+from gps_denied_c7.ros.bag import Bag, BagError  # noqa: E402
+from support.bags import (  # noqa: E402
     DEADLINE_S,
     Written,
     cdr,
@@ -34,19 +49,6 @@ from bags import (  # noqa: E402
     write_bag,
     write_mcap,
 )
-from geometry_msgs.msg import PoseStamped  # noqa: E402
-from lifecycle_msgs.srv import GetState  # noqa: E402
-from mcap.writer import Writer as McapWriter  # noqa: E402
-from rclpy.node import Node  # noqa: E402
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy  # noqa: E402
-from rclpy.serialization import serialize_message  # noqa: E402
-from rosgraph_msgs.msg import Clock  # noqa: E402
-from sensor_msgs.msg import Image  # noqa: E402
-from std_msgs.msg import String  # noqa: E402
-
-from gps_denied_c7.demo.flight import Camera, Flight, write_flight  # noqa: E402
-from gps_denied_c7.demo.terrain import paint_terrain  # noqa: E402
-from gps_denied_c7.ros.bag import Bag, BagError  # noqa: E402
 
 CAMERAS = (Camera('/camera', 320, 240, 'mono8', 20.0),)
 IMAGES, POSES = '/camera/image_raw', '/ground_truth/pose'
@@ -435,7 +437,7 @@ def test_messages_that_a_power_cut_left_in_the_journal_arrive(node, tmp_path):
     script = """
 import os, sqlite3, sys
 sys.path.insert(0, sys.argv[2])
-import bags
+from support import bags
 db = sqlite3.connect(sys.argv[1])
 db.execute('PRAGMA journal_mode=WAL')
 insert = 'INSERT INTO messages (topic_id, timestamp, data) VALUES (1, ?, ?)'
@@ -443,7 +445,7 @@ db.executemany(insert, [message[1:] for message in bags.strings(20, padding=3000
 db.commit()
 os.kill(os.getpid(), 9)
 """
-    subprocess.run([sys.executable, '-c', script, file, Path(__file__).parent], check=False)
+    subprocess.run([sys.executable, '-c', script, file, TESTS], check=False)
     before = contents(tmp_path / 'bag')
     received = received_by(node, '/text')['/text']
     code, output = replay(tmp_path / 'bag', '--topics', '/text', '--wait-matched', 20)

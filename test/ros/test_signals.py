@@ -7,7 +7,8 @@ import subprocess
 import sys
 
 import pytest
-from harness import ROOT
+
+from support.harness import ROOT
 
 # A main thread that is under the lock of the event nearly all the time.
 WAITS = """

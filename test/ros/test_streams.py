@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import rclpy
-from harness import image, wait_until
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile, ReliabilityPolicy
@@ -20,6 +19,7 @@ from gps_denied_c7.ros.rcl import Rcl, SubscriptionReady
 from gps_denied_c7.ros.streams import ImageStream, queue_depth
 from gps_denied_c7.slots import FrameSlots
 from gps_denied_c7.statistics import Statistics
+from support.harness import image, wait_until
 
 TOPIC = '/camera/image_raw'
 

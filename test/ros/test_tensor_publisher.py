@@ -17,15 +17,15 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 from gps_denied_c7_msgs.msg import Tensor, TensorList
-from harness import image, tensor, wait_until
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rclpy.lifecycle import LifecycleNode
 from std_msgs.msg import Header
-from test_messages import TEXT, received, result
 
 from gps_denied_c7.ros.rcl import Rcl, RclError
 from gps_denied_c7.ros.tensor_publisher import TensorPublisher
+from support.frame_results import TEXT, received, result
+from support.harness import image, tensor, wait_until
 
 
 @pytest.fixture

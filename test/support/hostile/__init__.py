@@ -1,0 +1,1 @@
+"""Pictures, messages and bundles that an attacker or a broken camera would send."""
