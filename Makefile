@@ -1,7 +1,9 @@
 # ROS_DISTRO=kilted make ... for the other distribution. Where ROS is sourced, that one is used.
 ENVIRONMENT := python3 tools/environment.py
+# On all cores, for what needs no ROS: nodes and their DDS would disturb each other.
+PARALLEL := -n auto --maxprocesses 8 --dist loadfile
 
-.PHONY: help setup demo bench test lint chaos soak clean
+.PHONY: help setup demo bench check test lint chaos soak clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -19,8 +21,16 @@ lint:  ## ruff and mypy
 	$(ENVIRONMENT) run ruff check .
 	$(ENVIRONMENT) run mypy
 
+check: lint  ## ruff, mypy and the unit tests, in two minutes
+	$(ENVIRONMENT) run python3 -m pytest $(PARALLEL) -m unit test/unit
+
 test: lint  ## ruff, mypy and every test this machine can run (TESTS="..." for some); skips are listed with their reasons
+ifdef TESTS
 	$(ENVIRONMENT) run python3 -m pytest $(TESTS)
+else
+	$(ENVIRONMENT) run python3 -m pytest $(PARALLEL) -m 'unit or process or fuzz or packaging'
+	$(ENVIRONMENT) run python3 -m pytest -m 'ros or launch or gpu'
+endif
 
 chaos:  ## kill, crash and stop the node's workers for minutes and account for every frame
 	$(ENVIRONMENT) run python3 test/measure/chaos.py
@@ -28,7 +38,7 @@ chaos:  ## kill, crash and stop the node's workers for minutes and account for e
 soak:  ## new random examples: properties, networks, damaged bags, nodes that are killed, ended or fed hostile images
 	$(ENVIRONMENT) run python3 -m pytest -m hypothesis --hypothesis-profile=random
 	C7_SOAK_NETWORKS=$${C7_SOAK_NETWORKS:-200} C7_SOAK_FRAMES=$${C7_SOAK_FRAMES:-100} \
-		$(ENVIRONMENT) run python3 -m pytest test/differential -s
+		$(ENVIRONMENT) run python3 -m pytest test/fuzz/test_differential.py -s
 	C7_END_RUNS=$${C7_END_RUNS:-60} $(ENVIRONMENT) run python3 -m pytest test/ros/test_node_end.py
 	$(ENVIRONMENT) run python3 test/measure/answers.py
 	C7_SOAK_BAGS=$${C7_SOAK_BAGS:-5000} $(ENVIRONMENT) run python3 -m pytest test/ros/test_bag.py -k 'unseen or flipped'
