@@ -22,14 +22,14 @@ lint:  ## ruff and mypy
 	$(ENVIRONMENT) run mypy
 
 check: lint  ## ruff, mypy and the unit tests, in two minutes
-	$(ENVIRONMENT) run python3 -m pytest $(PARALLEL) -m unit test/unit
+	$(ENVIRONMENT) run python3 -m pytest $(PARALLEL) test/unit
 
 test: lint  ## ruff, mypy and every test this machine can run (TESTS="..." for some); skips are listed with their reasons
 ifdef TESTS
 	$(ENVIRONMENT) run python3 -m pytest $(TESTS)
 else
-	$(ENVIRONMENT) run python3 -m pytest $(PARALLEL) -m 'unit or process or fuzz or packaging'
-	$(ENVIRONMENT) run python3 -m pytest -m 'ros or launch or gpu'
+	$(ENVIRONMENT) run python3 -m pytest $(PARALLEL) test/unit test/process test/fuzz test/packaging
+	$(ENVIRONMENT) run python3 -m pytest test/ros test/launch test/gpu
 endif
 
 chaos:  ## kill, crash and stop the node's workers for minutes and account for every frame

@@ -22,6 +22,7 @@ def found(tmp_path: Path, text: str) -> list[str]:
     return [problem.what for problem in problems([file], HUMBLE)]
 
 
+@pytest.mark.once
 def test_the_project_uses_nothing_that_humble_lacks():
     files = project_files()
     assert len(imported_modules(files)) > 20

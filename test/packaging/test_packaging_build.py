@@ -93,7 +93,11 @@ def files_below(folder: Path) -> set[Path]:
     return {path for path in folder.rglob('*') if path.is_file() and '__pycache__' not in path.parts}
 
 
-@pytest.fixture(scope='module', params=['', '--symlink-install', '--merge-install'], ids=['plain', 'symlink', 'merged'])
+@pytest.fixture(scope='module', params=[
+    pytest.param('', id='plain'), pytest.param('--symlink-install', id='symlink'),
+    # Only the prefix is another one than in the plain build.
+    pytest.param('--merge-install', id='merged', marks=pytest.mark.once),
+])
 def workspace(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
     """A workspace built with one set of options."""
     root = tmp_path_factory.mktemp('workspace')

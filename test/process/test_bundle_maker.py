@@ -41,6 +41,8 @@ from gps_denied_c7.thermal import UnknownThermalState
 from support.small_networks import KERNEL, SHAPE, network, plain_answers, saved
 from support.source_tree import REPOSITORY
 
+pytestmark = pytest.mark.once
+
 
 def made(directory: Path, model: onnx.ModelProto | None = None, **changes: object) -> ModelBundle:
     return make_bundle(BundleRequest(model=saved(directory, model), output=directory / 'bundle', **changes)).bundle

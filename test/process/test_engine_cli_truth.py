@@ -25,6 +25,8 @@ from support.engine_command import Run
 from support.small_networks import KERNEL, free, handmade, network, saved
 from support.source_tree import REPOSITORY
 
+pytestmark = pytest.mark.once
+
 ENGINE = [sys.executable, '-m', 'gps_denied_c7.engine_cli']
 SIZE = ['--input-size', '32x24']
 

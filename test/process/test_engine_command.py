@@ -27,6 +27,8 @@ from support.engine_command import Run, flip, verdicts
 from support.small_networks import KERNEL, SHAPE, network, saved
 from support.source_tree import REPOSITORY
 
+pytestmark = pytest.mark.once
+
 
 def executed(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command line as a process of its own."""

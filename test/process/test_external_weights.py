@@ -28,6 +28,8 @@ from gps_denied_c7.runtimes.onnx_model import read_onnx
 from gps_denied_c7.worker_host import worker_hosts
 from support.external_weights import CONFIG, SHAPE, external, rename_over, scaled, write
 
+pytestmark = pytest.mark.once
+
 CPU = Rung('onnx_trt_ep', ProviderSet.CPU)
 
 

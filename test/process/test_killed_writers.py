@@ -16,6 +16,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from gps_denied_c7.engine_cache import (
     PART_SUFFIX,
     EngineCache,
@@ -30,6 +32,8 @@ from gps_denied_c7.ort_cache import (
 from support.engine_cache_files import HOST, SOURCE, fake_plan, manifest_of
 from support.numbered_engines import fake_plan_of, manifest_for
 from support.source_tree import REPOSITORY, TESTS
+
+pytestmark = pytest.mark.once
 
 KILLS = 50
 # Of them in the middle of a write; those before or between writes say nothing.

@@ -34,6 +34,8 @@ from gps_denied_c7.worker_channel import Channel, ChannelClosedError
 from gps_denied_c7.worker_host import worker_hosts
 from support.onnx_models import bundle_around, model_of, write_model
 
+pytestmark = pytest.mark.once
+
 CPU = Rung('onnx_trt_ep', ProviderSet.CPU)
 CONFIG = C7InferenceConfig(cpu_threads=1, spare_worker=False)
 SHAPE = (1, 1, 24, 32)

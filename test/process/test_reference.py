@@ -16,6 +16,8 @@ from gps_denied_c7.errors import InferenceError, ModelBundleError, RuntimeUnavai
 from gps_denied_c7.reference import reference_answers
 from support.small_networks import network, plain_answers, saved
 
+pytestmark = pytest.mark.once
+
 IMAGES = [np.random.RandomState(seed).rand(1, 3, 24, 32).astype(np.float32) for seed in range(3)]
 
 

@@ -12,6 +12,8 @@ import pytest
 
 from gps_denied_c7.worker_log import WorkerLog
 
+pytestmark = pytest.mark.once
+
 WRITER = """
 import os, sys, time
 end = time.monotonic() + float(sys.argv[1])

@@ -196,6 +196,7 @@ def test_an_intact_mcap_of_any_writer_is_read_whole(tmp_path, options, order):
     assert found == read_mcap(path)
 
 
+@pytest.mark.once
 @pytest.mark.parametrize('compression', COMPRESSIONS, ids=lambda value: value.name)
 def test_no_damaged_byte_of_an_mcap_goes_unseen(tmp_path, compression):
     """With checksums, whatever byte is damaged: only true messages come, and where one is missing it is said."""
@@ -467,6 +468,7 @@ def test_damaged_pages_of_a_sqlite_bag_cost_their_messages(tmp_path):
     assert 'damaged' in missing[0] and 'message' in missing[0]
 
 
+@pytest.mark.once
 def test_flipped_bytes_of_a_sqlite_bag_end_in_no_traceback(tmp_path):
     """SQLite has no checksums: a message's own bytes cannot be checked, all else either works or is named."""
     whole = write_bag(tmp_path / 'bag', strings(60, padding=100), storage='SQLITE3')

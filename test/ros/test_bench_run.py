@@ -16,6 +16,8 @@ from gps_denied_c7.bench.cases import BARE, FORTY_LINES, IN_PROCESS, SHIPPED
 from gps_denied_c7.bench.resources import cpu_seconds, descendants, memory_mb
 from support.left_behind import processes_naming
 
+pytestmark = pytest.mark.once
+
 pytest.importorskip('onnxruntime')
 
 needs_ros = pytest.mark.skipif(

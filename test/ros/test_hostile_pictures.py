@@ -66,6 +66,7 @@ def test_n7_every_odd_picture_of_a_working_camera_is_answered(node: tuple[NodePr
         np.testing.assert_array_equal(np.rint(tensor(answer, 'copy')[0, 0]), grey, err_msg=oddity)
 
 
+@pytest.mark.once
 def test_n3_every_hostile_picture_costs_itself_alone_and_is_accounted_for(node: tuple[NodeProcess, Peer]) -> None:
     process, peer = node
     told = len(peer.diagnostics)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from measure import answers
+
+pytestmark = pytest.mark.once
 
 
 def test_every_published_tensor_is_that_of_plain_session_run_under_kills_stops_and_swaps(tmp_path):

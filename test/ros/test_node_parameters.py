@@ -231,21 +231,32 @@ def test_two_nodes_side_by_side(tmp_path):
                 process.close()
 
 
+@pytest.fixture(scope='module')
+def idle(tmp_path_factory):
+    """A node that is left unconfigured by every test that uses it."""
+    with running_node({'model_path': copying(tmp_path_factory.mktemp('model'))}) as (_, peer):
+        yield peer
+        assert peer.state() == 'unconfigured'
+
+
+def refused_for(peer, topic, reason):
+    """Have configure fail for a topic, and its reason on diagnostics."""
+    assert peer.set_parameter('image_topics', [topic]).successful
+    assert not peer.change_state('configure')
+    wait_until(lambda: reason in peer.message('Runtime'), f'{reason} on diagnostics')
+    assert peer.level('Runtime') == 'ERROR'
+
+
 @pytest.mark.parametrize('topic', ['a//b', '{bogus}/image', 'x' * 300])
-def test_n1_a_topic_that_cannot_be_resolved_is_named(tmp_path, topic):
-    with running_node({'model_path': copying(tmp_path), 'image_topics': [topic]}) as (_, peer):
-        assert not peer.change_state('configure')
-        peer.wait_level('Runtime', 'ERROR')
-        assert f"image_topics: '{topic}' cannot be resolved" in peer.message('Runtime')
+def test_n1_a_topic_that_cannot_be_resolved_is_named(idle, topic):
+    refused_for(idle, topic, f"image_topics: '{topic}' cannot be resolved")
 
 
 @pytest.mark.parametrize('topic', ['~/tensors', '/diagnostics', '/rosout'])
-def test_n1_a_topic_of_the_node_itself_is_no_image_topic(tmp_path, topic):
+def test_n1_a_topic_of_the_node_itself_is_no_image_topic(idle, topic):
     """Refused with the reason on configure, where the middleware would say "invalid allocator" on every activate."""
-    with running_node({'model_path': copying(tmp_path), 'image_topics': [topic]}) as (_, peer):
-        assert not peer.change_state('configure')
-        peer.wait_level('Runtime', 'ERROR')
-        assert 'topics of this node itself' in peer.message('Runtime')
+    refused_for(idle, topic, topic.replace('~', idle.node_name))
+    assert 'topics of this node itself' in idle.message('Runtime')
 
 
 @pytest.fixture
