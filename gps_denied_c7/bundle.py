@@ -50,6 +50,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gps_denied_c7._json import Fields, parse_json, require, require_digest, require_known
 from gps_denied_c7.bundle_files import (
     GOLDEN_LIMIT_BYTES,
     BundleFile,
@@ -76,7 +77,6 @@ from gps_denied_c7.config import RUNTIME_LABELS
 from gps_denied_c7.errors import C7Error, ConfigError, ModelBundleError
 from gps_denied_c7.external_data import check_location, content_sha256, onnx_digests
 from gps_denied_c7.host_memory import require_memory
-from gps_denied_c7.json_fields import Fields, parse_json, require, require_digest, require_known
 from gps_denied_c7.preprocessing import COLOURS, PreprocessingSpec
 from gps_denied_c7.tensors import TensorSpec
 

@@ -19,9 +19,9 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from gps_denied_c7._json import require
 from gps_denied_c7.errors import ModelBundleError
 from gps_denied_c7.host_memory import require_memory
-from gps_denied_c7.json_fields import require
 from gps_denied_c7.stalling import note_progress
 
 __all__ = [

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.json_fields import Fields, require, require_known
+from gps_denied_c7._json import Fields, require, require_known
 from gps_denied_c7.likeness import agree_non_finite, nearest, unlike
 
 __all__ = [

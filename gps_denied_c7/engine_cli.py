@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from gps_denied_c7._json import Fields
 from gps_denied_c7.bundle import ModelBundle, OutputRule
 from gps_denied_c7.bundle_maker import TOLERANCES, BundleRequest, make_bundle
 from gps_denied_c7.command_line import log_to_stderr, path_argument
@@ -29,7 +30,6 @@ from gps_denied_c7.engine_verification import Checks, verify
 from gps_denied_c7.errors import C7Error, ModelBundleError
 from gps_denied_c7.gate import EngineManifest, read_manifest
 from gps_denied_c7.host_match import known_host
-from gps_denied_c7.json_fields import Fields
 from gps_denied_c7.preprocessing import LETTERBOX_ANCHORS, LETTERBOX_SCALINGS, Interpolation, ResizeMode
 from gps_denied_c7.runtime import BuildConfig, BuildProgress
 from gps_denied_c7.runtimes.host_profile import local_host_profile

@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from enum import IntEnum, unique
 from typing import Any, TypeVar
 
+from gps_denied_c7._json import decode_json
 from gps_denied_c7.errors import FdrSchemaError
-from gps_denied_c7.json_fields import decode_json
 from gps_denied_c7.text import bounded
 
 __all__ = [

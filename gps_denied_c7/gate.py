@@ -19,9 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gps_denied_c7._json import Fields, parse_json
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, ModelBundleError
 from gps_denied_c7.host_memory import require_memory
-from gps_denied_c7.json_fields import Fields, parse_json
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = [

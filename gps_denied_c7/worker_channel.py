@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from gps_denied_c7 import errors
+from gps_denied_c7._json import decode_json
 from gps_denied_c7.errors import (
     C7Error,
     EngineSchemaMismatchError,
@@ -20,7 +21,6 @@ from gps_denied_c7.errors import (
     InferenceError,
     RuntimeUnavailableError,
 )
-from gps_denied_c7.json_fields import decode_json
 
 __all__ = ['Channel', 'ChannelClosedError', 'error_from_json', 'error_to_json', 'plain_text']
 
