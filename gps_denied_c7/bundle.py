@@ -77,7 +77,7 @@ from gps_denied_c7.config import RUNTIME_LABELS
 from gps_denied_c7.errors import C7Error, ConfigError, ModelBundleError
 from gps_denied_c7.external_data import check_location, content_sha256, onnx_digests
 from gps_denied_c7.host_memory import require_memory
-from gps_denied_c7.preprocessing import COLOURS, PreprocessingSpec
+from gps_denied_c7.image.preprocess import COLOURS, PreprocessingSpec
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = [

@@ -39,7 +39,6 @@ from gps_denied_c7.bundle import (
 from gps_denied_c7.bundle_files import GOLDEN_LIMIT_BYTES, read_npz, write_atomically
 from gps_denied_c7.comparison import compare_output
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.decoding import Pixels
 from gps_denied_c7.engine_cache import engine_model_name
 from gps_denied_c7.errors import (
     EngineDeserializeError,
@@ -48,7 +47,8 @@ from gps_denied_c7.errors import (
     ModelBundleError,
 )
 from gps_denied_c7.external_data import find_external
-from gps_denied_c7.preprocessing import PreprocessingSpec, Preprocessor
+from gps_denied_c7.image.decode import Pixels
+from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
 from gps_denied_c7.reference import reference_answers
 from gps_denied_c7.runtime import BuildConfig, ProviderSet
 from gps_denied_c7.runtimes import create_runtime

@@ -13,9 +13,9 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.decoding import Pixels
 from gps_denied_c7.errors import ImageRejectedError
-from gps_denied_c7.preprocessing import PreprocessingSpec, Preprocessor
+from gps_denied_c7.image.decode import Pixels
+from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
 from gps_denied_c7.slots import Frame, FrameSlots, PreparedImage
 from gps_denied_c7.statistics import Statistics
 

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gps_denied_c7.backoff import Backoff
-from gps_denied_c7.decoding import MAX_PIXELS, MAX_SIDE, ODDITIES, ORDERS, REASONS, Pixels, check_compressed
 from gps_denied_c7.errors import C7Error, ImageRejectedError, InferenceError
-from gps_denied_c7.preprocessing import PreprocessingSpec, planes_shape
+from gps_denied_c7.image.decode import MAX_PIXELS, MAX_SIDE, ODDITIES, ORDERS, REASONS, Pixels, check_compressed
+from gps_denied_c7.image.preprocess import PreprocessingSpec, planes_shape
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.worker_channel import plain_text
 from gps_denied_c7.worker_process import WorkerProcess
@@ -72,7 +72,7 @@ class DecodedImage:
     :param planes: what :meth:`Preprocessor.resize` makes of it, (channels, rows, columns) uint8 or uint16; a read-only
         view of shared memory, valid until :meth:`release`.
     :param pixels: of the decoded image, a copy; None where they were not asked for.
-    :param oddities: faults of the file that were tolerated, of :data:`gps_denied_c7.decoding.ODDITIES`.
+    :param oddities: faults of the file that were tolerated, of :data:`gps_denied_c7.image.decode.ODDITIES`.
     :param cost_ns: CPU time that the process used for it, nanoseconds, as the kernel counts.
     """
 

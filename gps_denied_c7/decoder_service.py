@@ -7,10 +7,10 @@ import logging
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from gps_denied_c7.decoding import Pixels, decode_picture, import_decoders, is_out_of_memory
 from gps_denied_c7.errors import C7Error
-from gps_denied_c7.preprocessing import PreprocessingSpec, Preprocessor
-from gps_denied_c7.scratch import Scratch
+from gps_denied_c7.image.buffers import Scratch
+from gps_denied_c7.image.decode import Pixels, decode_picture, import_decoders, is_out_of_memory
+from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.worker_channel import Channel, ChannelClosedError
 

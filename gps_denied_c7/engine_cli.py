@@ -30,7 +30,7 @@ from gps_denied_c7.engine_verification import Checks, verify
 from gps_denied_c7.errors import C7Error, ModelBundleError
 from gps_denied_c7.gate import EngineManifest, read_manifest
 from gps_denied_c7.host_match import known_host
-from gps_denied_c7.preprocessing import LETTERBOX_ANCHORS, LETTERBOX_SCALINGS, Interpolation, ResizeMode
+from gps_denied_c7.image.preprocess import LETTERBOX_ANCHORS, LETTERBOX_SCALINGS, Interpolation, ResizeMode
 from gps_denied_c7.runtime import BuildConfig, BuildProgress
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.tensorrt_build import PRECISIONS, build_engine

@@ -13,7 +13,6 @@ from typing import Any
 from gps_denied_c7.bundle import MODEL_JSON, Artefact, ModelBundle
 from gps_denied_c7.bundle_files import BundleFile
 from gps_denied_c7.bundle_maker import noise_picture
-from gps_denied_c7.decoding import Pixels
 from gps_denied_c7.errors import (
     C7Error,
     EngineSchemaMismatchError,
@@ -23,6 +22,7 @@ from gps_denied_c7.errors import (
 )
 from gps_denied_c7.gate import EngineGate, EngineName, HostProfile, manifest_path, read_manifest
 from gps_denied_c7.host_match import mismatches
+from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.ort_cache import LISTING_NAME, BuiltFor, verify_cache
 from gps_denied_c7.reference import reference_answers
 from gps_denied_c7.runtimes.onnx_model import read_onnx

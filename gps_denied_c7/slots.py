@@ -9,8 +9,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from gps_denied_c7.decoding import Pixels
-from gps_denied_c7.preprocessing import PreprocessingSpec
+from gps_denied_c7.image.decode import Pixels
+from gps_denied_c7.image.preprocess import PreprocessingSpec
 
 __all__ = ['Frame', 'FrameSlots', 'PreparedImage']
 

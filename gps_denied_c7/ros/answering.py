@@ -11,6 +11,7 @@ from rclpy.node import Node
 
 from gps_denied_c7.decode_thread import DecodeThread, LocalDecoder
 from gps_denied_c7.host import usable_cores
+from gps_denied_c7.image.buffers import Scratch
 from gps_denied_c7.image_share import ImageShare
 from gps_denied_c7.model_swap import ModelSwapper, SwapOwner
 from gps_denied_c7.pipeline import FramePipeline, FrameResult, InferenceThread, ServedModel
@@ -22,7 +23,6 @@ from gps_denied_c7.ros.parameters import LiveSettings, NodeSettings
 from gps_denied_c7.ros.rcl import Rcl
 from gps_denied_c7.ros.stream_set import StreamSet, compressed_decoder
 from gps_denied_c7.ros.streams import ImageStream
-from gps_denied_c7.scratch import Scratch
 from gps_denied_c7.slots import FrameSlots
 from gps_denied_c7.statistics import Statistics
 

@@ -18,7 +18,7 @@ from rclpy.validate_topic_name import validate_topic_name
 
 from gps_denied_c7.config import DEFAULT_CHAIN, ISOLATIONS, RUNTIME_LABELS, C7InferenceConfig
 from gps_denied_c7.errors import C7Error, ConfigError
-from gps_denied_c7.preprocessing import (
+from gps_denied_c7.image.preprocess import (
     LETTERBOX_ANCHORS,
     LETTERBOX_SCALINGS,
     Interpolation,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gps_denied_c7.decoding import decode_compressed
 from gps_denied_c7.errors import ImageRejectedError
+from gps_denied_c7.image.decode import decode_compressed
 from support.hostile import jpeg_parts as jpeg
 from support.hostile.camera_streams import ODDITIES, camera_stream
 from support.hostile.damaged_pictures import DAMAGE, Decision, damaged_picture

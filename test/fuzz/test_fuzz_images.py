@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gps_denied_c7.decoding import (
+from gps_denied_c7.image.decode import (
     ENCODINGS,
     MAX_SIDE,
     RawImage,

@@ -30,11 +30,11 @@ from gps_denied_c7.bundle_maker import (
 )
 from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.decoding import Pixels
 from gps_denied_c7.engine_verification import Checks, verify
 from gps_denied_c7.errors import C7Error, EngineDeserializeError, ModelBundleError
 from gps_denied_c7.hosts import in_process_hosts
-from gps_denied_c7.preprocessing import Preprocessor
+from gps_denied_c7.image.decode import Pixels
+from gps_denied_c7.image.preprocess import Preprocessor
 from gps_denied_c7.runtimes import onnx_model
 from gps_denied_c7.runtimes.onnx_model import read_onnx
 from gps_denied_c7.thermal import UnknownThermalState

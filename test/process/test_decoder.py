@@ -23,9 +23,9 @@ from PIL import Image
 
 from gps_denied_c7 import decoder_client, worker_process
 from gps_denied_c7.decoder_client import ImageDecoder
-from gps_denied_c7.decoding import ODDITIES, Pixels
 from gps_denied_c7.errors import ImageRejectedError
-from gps_denied_c7.preprocessing import Interpolation, PreprocessingSpec, Preprocessor, ResizeMode
+from gps_denied_c7.image.decode import ODDITIES, Pixels
+from gps_denied_c7.image.preprocess import Interpolation, PreprocessingSpec, Preprocessor, ResizeMode
 from gps_denied_c7.worker_process import WorkerProcess
 from support.left_behind import processes_naming
 

@@ -91,7 +91,7 @@ def own_memory_group():
 def test_n7_a_limit_of_opencv_is_a_refusal_too():
     """OpenCV reads its own limits once per process, and raises above them."""
     script = (
-        'import sys; from gps_denied_c7.decoding import decode_compressed\n'
+        'import sys; from gps_denied_c7.image.decode import decode_compressed\n'
         'from gps_denied_c7.errors import ImageRejectedError\n'
         'try: decode_compressed("png", sys.stdin.buffer.read())\n'
         'except ImageRejectedError as error: print(error.reason, type(error.__cause__).__name__)'

@@ -17,7 +17,7 @@ from gps_denied_c7.bundle import (
     write_bundle,
 )
 from gps_denied_c7.errors import ModelBundleError
-from gps_denied_c7.preprocessing import PreprocessingSpec, ResizeMode
+from gps_denied_c7.image.preprocess import PreprocessingSpec, ResizeMode
 from gps_denied_c7.tensors import TensorSpec
 
 WEIGHTS = f'sha256:{"a" * 64}'

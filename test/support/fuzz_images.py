@@ -5,7 +5,9 @@ from __future__ import annotations
 import cv2
 import numpy as np
 
-from gps_denied_c7.decoding import (
+from gps_denied_c7.errors import ImageRejectedError
+from gps_denied_c7.image.buffers import Scratch
+from gps_denied_c7.image.decode import (
     MAX_PIXELS,
     MAX_SIDE,
     RawImage,
@@ -14,8 +16,6 @@ from gps_denied_c7.decoding import (
     decode_compressed,
     decode_image,
 )
-from gps_denied_c7.errors import ImageRejectedError
-from gps_denied_c7.scratch import Scratch
 
 REASONS = {'encoding', 'size', 'data'}
 SCRATCH = Scratch()

@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from rosbags.image import message_to_cvimage
 from rosbags.typesys import Stores, get_typestore
 
-from gps_denied_c7.decoding import (
+from gps_denied_c7.errors import ImageRejectedError
+from gps_denied_c7.image.buffers import Scratch
+from gps_denied_c7.image.decode import (
     ENCODINGS,
     MAX_PIXELS,
     MAX_SIDE,
@@ -27,8 +29,6 @@ from gps_denied_c7.decoding import (
     decode_image,
     decode_picture,
 )
-from gps_denied_c7.errors import ImageRejectedError
-from gps_denied_c7.scratch import Scratch
 
 _TYPES = get_typestore(Stores.ROS2_JAZZY).types
 _PLANAR = {'nv12': Fraction(3, 2), 'nv21': Fraction(3, 2), 'nv24': Fraction(3)}

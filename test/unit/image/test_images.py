@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gps_denied_c7.decoding import ODDITIES, decode_picture
 from gps_denied_c7.errors import ImageRejectedError
+from gps_denied_c7.image.decode import ODDITIES, decode_picture
 from support.source_tree import REPOSITORY
 
 END = b'\xff\xd9'

@@ -13,9 +13,9 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gps_denied_c7.decoding import Pixels, RawImage, decode_image
 from gps_denied_c7.errors import ConfigError, ImageRejectedError
-from gps_denied_c7.preprocessing import (
+from gps_denied_c7.image.decode import Pixels, RawImage, decode_image
+from gps_denied_c7.image.preprocess import (
     LETTERBOX_ANCHORS,
     LETTERBOX_SCALINGS,
     Interpolation,

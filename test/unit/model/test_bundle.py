@@ -31,7 +31,7 @@ from gps_denied_c7.bundle import (
 )
 from gps_denied_c7.bundle_files import npz_bytes, read_npz
 from gps_denied_c7.errors import ModelBundleError
-from gps_denied_c7.preprocessing import PreprocessingSpec, ResizeMode
+from gps_denied_c7.image.preprocess import PreprocessingSpec, ResizeMode
 from gps_denied_c7.tensors import TensorSpec
 
 _WEIGHTS = f'sha256:{"a" * 64}'

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from gps_denied_c7.decode_thread import DecodeThread, LocalDecoder
-from gps_denied_c7.decoding import Pixels
 from gps_denied_c7.errors import ImageRejectedError
-from gps_denied_c7.preprocessing import PreprocessingSpec, Preprocessor
+from gps_denied_c7.image.decode import Pixels
+from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
 from gps_denied_c7.slots import Frame, FrameSlots
 from gps_denied_c7.statistics import Statistics
 

@@ -9,9 +9,9 @@ import pytest
 from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.decoding import Pixels
 from gps_denied_c7.errors import C7Error, ConfigError, EngineDeserializeError, InferenceError
 from gps_denied_c7.hosts import SynchronousHost
+from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.model_swap import ModelSwapper, SwapPhase
 from gps_denied_c7.pipeline import FramePipeline, InferenceThread
 from gps_denied_c7.rungs import Rung

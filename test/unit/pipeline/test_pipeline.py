@@ -12,11 +12,11 @@ from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.chain_status import ChainState
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.decoding import Pixels
 from gps_denied_c7.errors import ImageRejectedError, InferenceError
 from gps_denied_c7.hosts import SynchronousHost
+from gps_denied_c7.image.decode import Pixels
+from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
 from gps_denied_c7.pipeline import FramePipeline, InferenceThread, ServedModel
-from gps_denied_c7.preprocessing import PreprocessingSpec, Preprocessor
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import EngineFacts, ProviderSet
 from gps_denied_c7.slots import Frame, FrameSlots, PreparedImage

@@ -65,7 +65,7 @@ def decode_png(data: memoryview, admit: Callable[[int, int, int], None]) -> tupl
     :param admit: called with width, height and the bytes that decoding takes, before anything is allocated; raises
         where that is too much.
     :return: H×W, H×W×3 or H×W×4, uint8 or uint16, or None where OpenCV does not decode it; names of
-        :data:`gps_denied_c7.decoding.ODDITIES`.
+        :data:`gps_denied_c7.image.decode.ODDITIES`.
     :raises ImageRejectedError: ``data`` (damaged, cut short), or what ``admit`` raises.
     :raises cv2.error: OpenCV cannot decode it.
     """

@@ -12,9 +12,9 @@ from numpy.lib.stride_tricks import as_strided
 from numpy.typing import NDArray
 
 from gps_denied_c7.errors import ImageRejectedError
-from gps_denied_c7.jpeg import JPEG_START, decode_jpeg, import_simplejpeg
-from gps_denied_c7.png import PNG_SIGNATURE, decode_png
-from gps_denied_c7.scratch import Scratch
+from gps_denied_c7.image.buffers import Scratch
+from gps_denied_c7.image.jpeg import JPEG_START, decode_jpeg, import_simplejpeg
+from gps_denied_c7.image.png import PNG_SIGNATURE, decode_png
 
 __all__ = [
     'ENCODINGS',

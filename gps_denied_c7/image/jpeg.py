@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from numpy.typing import NDArray
 
 from gps_denied_c7.errors import ImageRejectedError
-from gps_denied_c7.scratch import Scratch
+from gps_denied_c7.image.buffers import Scratch
 
 __all__ = ['JPEG_START', 'decode_jpeg', 'import_simplejpeg']
 
@@ -103,7 +103,7 @@ def decode_jpeg(
     :param scratch: where the pixels are kept; they are valid until its next use.
     :param admit: called with width, height and the bytes that decoding takes, before anything is allocated; raises
         where that is too much.
-    :return: H×W grey or H×W×3 BGR, uint8; names of :data:`gps_denied_c7.decoding.ODDITIES`.
+    :return: H×W grey or H×W×3 BGR, uint8; names of :data:`gps_denied_c7.image.decode.ODDITIES`.
     :raises ImageRejectedError: ``data`` (damaged, cut short), ``encoding`` (a kind of JPEG that is not decoded),
         ``decoder`` (simplejpeg is not installed), or what ``admit`` raises.
     """

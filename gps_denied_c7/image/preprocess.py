@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.decoding import MAX_SIDE, Pixels
 from gps_denied_c7.errors import ConfigError, ImageRejectedError
-from gps_denied_c7.scratch import Scratch
+from gps_denied_c7.image.buffers import Scratch
+from gps_denied_c7.image.decode import MAX_SIDE, Pixels
 
 __all__ = [
     'COLOURS',

@@ -1,0 +1,1 @@
+"""Pixels in, network input out."""
