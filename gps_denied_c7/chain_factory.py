@@ -10,9 +10,9 @@ from gps_denied_c7.chain_status import ChainStatus
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.gpu_memory import GpuMemoryBudget
 from gps_denied_c7.hosts import in_process_hosts
+from gps_denied_c7.monitoring.thermal import ThermalStatePublisher
 from gps_denied_c7.rungs import ORT_LABEL, Rung, RungHost
 from gps_denied_c7.runtime import BuildProgress
-from gps_denied_c7.thermal import ThermalStatePublisher
 from gps_denied_c7.worker_host import worker_hosts
 from gps_denied_c7.worker_process import SpareWorker
 

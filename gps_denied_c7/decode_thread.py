@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from gps_denied_c7.errors import ImageRejectedError
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
+from gps_denied_c7.monitoring.metrics import Statistics
 from gps_denied_c7.slots import Frame, FrameSlots, PreparedImage
-from gps_denied_c7.statistics import Statistics
 
 __all__ = ['Decoded', 'DecodeThread', 'Decoder', 'LocalDecoder']
 

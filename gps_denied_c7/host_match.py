@@ -6,7 +6,7 @@ import dataclasses
 
 from gps_denied_c7.errors import RuntimeUnavailableError
 from gps_denied_c7.gate import HostProfile, same_tensorrt
-from gps_denied_c7.host import package_versions
+from gps_denied_c7.monitoring.host_info import package_versions
 from gps_denied_c7.ort_cache import BuiltFor, driver_version, platform_name
 from gps_denied_c7.runtimes.host_profile import local_host_profile, tensorrt_version
 

@@ -13,6 +13,7 @@ from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import InferenceError, RuntimeUnavailableError
 from gps_denied_c7.gate import EngineGate
+from gps_denied_c7.monitoring.thermal import ThermalStatePublisher
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import (
     BuildConfig,
@@ -25,7 +26,6 @@ from gps_denied_c7.runtimes import create_runtime
 from gps_denied_c7.runtimes.base import BaseRuntime
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.tensors import TensorSpec
-from gps_denied_c7.thermal import ThermalStatePublisher
 
 __all__ = ['InProcessHost', 'SynchronousHost', 'in_process_hosts']
 

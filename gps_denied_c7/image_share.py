@@ -90,7 +90,7 @@ class ImageShare:
 
     :param topics: of the cameras.
     :param fraction: returns which part of ``cores`` all images together may take, 0 for no limit.
-    :param cores: that this process may use, as :func:`gps_denied_c7.host.usable_cores` says.
+    :param cores: that this process may use, as :func:`gps_denied_c7.monitoring.host_info.usable_cores` says.
     :param monotonic: steady clock in seconds.
     """
 

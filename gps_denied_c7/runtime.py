@@ -11,8 +11,8 @@ from typing import Protocol, runtime_checkable
 from numpy.typing import NDArray
 
 from gps_denied_c7.bundle import Artefact, ModelBundle
+from gps_denied_c7.monitoring.thermal import ThermalState
 from gps_denied_c7.tensors import TensorSpec
-from gps_denied_c7.thermal import ThermalState
 
 __all__ = [
     'BuildConfig',

@@ -16,12 +16,12 @@ from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import InferenceError
 from gps_denied_c7.hosts import in_process_hosts
+from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import BuildProgress, EngineFacts
 from gps_denied_c7.runtimes.gpu_usage import GpuMemoryWatch
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout, segment_bytes
 from gps_denied_c7.tensors import TensorSpec
-from gps_denied_c7.thermal import UnknownThermalState
 from gps_denied_c7.worker_channel import Channel, ChannelClosedError, error_to_json
 
 __all__ = ['EngineService', 'WorkerTask']

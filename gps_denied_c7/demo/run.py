@@ -25,7 +25,7 @@ from gps_denied_c7.demo.picture import Detections, compose, read_frame
 from gps_denied_c7.demo.processes import Child, DemoError, child_environment, free_domain_id, free_ports, wait_for
 from gps_denied_c7.demo.report import DemoReport, FrameCount, stage_percentiles
 from gps_denied_c7.errors import C7Error
-from gps_denied_c7.fdr import in_order
+from gps_denied_c7.monitoring.flight_record import in_order
 
 __all__ = ['DemoOptions', 'main', 'run_demo']
 

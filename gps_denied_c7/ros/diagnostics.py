@@ -16,11 +16,11 @@ from gps_denied_c7.chain_status import ChainState, ChainStatus
 from gps_denied_c7.gpu_memory import GpuMemoryBudget
 from gps_denied_c7.image_share import CameraCost
 from gps_denied_c7.model_swap import SwapStatus
+from gps_denied_c7.monitoring.metrics import Percentiles, StreamCounters
+from gps_denied_c7.monitoring.thermal import ThermalLevel, ThermalState
+from gps_denied_c7.monitoring.thermal_policy import ThermalPolicy
 from gps_denied_c7.runtime import BuildProgress
-from gps_denied_c7.statistics import Percentiles, StreamCounters
 from gps_denied_c7.text import plain
-from gps_denied_c7.thermal import ThermalLevel, ThermalState
-from gps_denied_c7.thermal_policy import ThermalPolicy
 
 __all__ = [
     'SHARE_REMEDY',

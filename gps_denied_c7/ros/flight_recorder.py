@@ -9,7 +9,7 @@ from rclpy.duration import Duration
 from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 
-from gps_denied_c7.fdr import FdrRecord, FdrRecorder
+from gps_denied_c7.monitoring.flight_record import FdrRecord, FdrRecorder
 from gps_denied_c7.ros.messages import to_fdr_message
 
 __all__ = ['FDR_QOS', 'FlightRecorder']

@@ -6,12 +6,12 @@ import time
 from collections import Counter
 from collections.abc import Callable
 
+from gps_denied_c7.monitoring.thermal import ThermalStatePublisher
+from gps_denied_c7.monitoring.thermal_policy import FrameShedding, ThermalPolicy
 from gps_denied_c7.ros.events import EventReporter
 from gps_denied_c7.ros.messages import stamp_ns
 from gps_denied_c7.ros.parameters import LiveSettings
 from gps_denied_c7.slots import Frame
-from gps_denied_c7.thermal import ThermalStatePublisher
-from gps_denied_c7.thermal_policy import FrameShedding, ThermalPolicy
 
 __all__ = ['FrameDropPolicy']
 

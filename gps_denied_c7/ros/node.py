@@ -19,11 +19,14 @@ from sensor_msgs.msg import CompressedImage, Image
 from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.chain_factory import ChainFactory
-from gps_denied_c7.cpu_latency import CpuWakeup
 from gps_denied_c7.errors import C7Error, ConfigError, InferenceError
-from gps_denied_c7.fdr import cause_of
-from gps_denied_c7.host import describe_gpu, hardware_id, package_versions
 from gps_denied_c7.model_swap import SwapStatus
+from gps_denied_c7.monitoring.cpu_latency import CpuWakeup
+from gps_denied_c7.monitoring.flight_record import cause_of
+from gps_denied_c7.monitoring.host_info import describe_gpu, hardware_id, package_versions
+from gps_denied_c7.monitoring.metrics import Statistics
+from gps_denied_c7.monitoring.thermal import ThermalStatePublisher, UnknownThermalState
+from gps_denied_c7.monitoring.thermal_policy import ThermalPolicy
 from gps_denied_c7.pipeline import ServedModel
 from gps_denied_c7.ros.answering import Answering, AnsweringParts
 from gps_denied_c7.ros.autostart import Autostart, start_conditions
@@ -45,9 +48,6 @@ from gps_denied_c7.ros.stream_health import stream_health
 from gps_denied_c7.ros.streams import resolve_topics
 from gps_denied_c7.ros.tensor_publisher import TensorPublisher
 from gps_denied_c7.serving import fit_bundle, fit_model, read_bundle
-from gps_denied_c7.statistics import Statistics
-from gps_denied_c7.thermal import ThermalStatePublisher, UnknownThermalState
-from gps_denied_c7.thermal_policy import ThermalPolicy
 
 __all__ = ['DEFAULT_NODE_NAME', 'TENSORS_QOS', 'C7InferenceNode']
 

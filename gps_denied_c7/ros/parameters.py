@@ -25,8 +25,8 @@ from gps_denied_c7.image.preprocess import (
     PreprocessingSpec,
     ResizeMode,
 )
+from gps_denied_c7.monitoring.thermal_policy import ThermalPolicy
 from gps_denied_c7.text import plain
-from gps_denied_c7.thermal_policy import ThermalPolicy
 
 __all__ = [
     'PARAMETERS',

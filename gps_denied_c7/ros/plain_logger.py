@@ -10,7 +10,7 @@ from typing import Any
 
 from rclpy.logging import LoggingSeverity, get_logger
 
-from gps_denied_c7.fdr import cause_of
+from gps_denied_c7.monitoring.flight_record import cause_of
 from gps_denied_c7.text import PlainText, plain
 
 __all__ = ['PlainLogger']

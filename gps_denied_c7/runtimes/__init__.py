@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import RuntimeUnavailableError
 from gps_denied_c7.gate import EngineGate
+from gps_denied_c7.monitoring.thermal import ThermalStatePublisher
 from gps_denied_c7.runtime import InferenceRuntime, ProviderSet
-from gps_denied_c7.thermal import ThermalStatePublisher
 
 __all__ = ['create_runtime', 'import_strategy', 'require_strategy']
 

@@ -25,9 +25,9 @@ from gps_denied_c7.errors import (
     error_and_causes,
 )
 from gps_denied_c7.gate import EngineGate
+from gps_denied_c7.monitoring.thermal import ThermalState, ThermalStatePublisher, UnknownThermalState
 from gps_denied_c7.runtime import BuildConfig, EngineCacheEntry, EngineFacts, EngineHandle, ProviderSet
 from gps_denied_c7.tensors import TensorSpec, check_finite, check_inputs, check_outputs, noise_inputs, probe_inputs
-from gps_denied_c7.thermal import ThermalState, ThermalStatePublisher, UnknownThermalState
 
 __all__ = ['BaseRuntime', 'LoadedEngine', 'fix_shapes', 'own_input_shapes']
 

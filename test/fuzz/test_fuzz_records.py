@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gps_denied_c7.errors import FdrSchemaError
-from gps_denied_c7.fdr import KINDS, FdrRecord, in_order, read_payload
+from gps_denied_c7.monitoring.flight_record import KINDS, FdrRecord, in_order, read_payload
 from support.fuzz_mutations import damaged, fuzz, hostile_json
 
 PAYLOAD = {

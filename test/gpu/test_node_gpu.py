@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from gps_denied_c7.statistics import STAGES
+from gps_denied_c7.monitoring.metrics import STAGES
 from support.gpu.node_stack import MISSING
 from support.gpu.results import percentiles, record
 

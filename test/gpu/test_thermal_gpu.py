@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from gps_denied_c7.thermal import ThermalLevel
-from gps_denied_c7.thermal_sources import NvmlThermal, find_thermal_source
+from gps_denied_c7.monitoring.thermal import ThermalLevel
+from gps_denied_c7.monitoring.thermal_sources import NvmlThermal, find_thermal_source
 from support.gpu.results import record
 
 

@@ -35,9 +35,9 @@ from gps_denied_c7.errors import C7Error, EngineDeserializeError, ModelBundleErr
 from gps_denied_c7.hosts import in_process_hosts
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess import Preprocessor
+from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from gps_denied_c7.runtimes import onnx_model
 from gps_denied_c7.runtimes.onnx_model import read_onnx
-from gps_denied_c7.thermal import UnknownThermalState
 from support.small_networks import KERNEL, SHAPE, network, plain_answers, saved
 from support.source_tree import REPOSITORY
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from gps_denied_c7.thermal import ThermalLevel
-from gps_denied_c7.thermal_sources import NvmlThermal
+from gps_denied_c7.monitoring.thermal import ThermalLevel
+from gps_denied_c7.monitoring.thermal_sources import NvmlThermal
 from support.source_tree import REPOSITORY
 from support.waiting import wait_until
 
@@ -148,7 +148,7 @@ def test_thermal_nvml_helper_dies_with_its_parent(tmp_path: Path) -> None:
     (tmp_path / 'asked').touch()
     program = """
 import subprocess, sys
-helper = subprocess.Popen([sys.executable, '-m', 'gps_denied_c7.nvml_helper'], start_new_session=True)
+helper = subprocess.Popen([sys.executable, '-m', 'gps_denied_c7.monitoring.nvml_helper'], start_new_session=True)
 print(helper.pid, flush=True)
 helper.wait()
 """

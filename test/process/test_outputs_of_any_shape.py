@@ -24,12 +24,12 @@ from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import EngineDeserializeError, InferenceError
 from gps_denied_c7.hosts import in_process_hosts
+from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import ProviderSet
 from gps_denied_c7.runtimes.onnx_model import read_onnx
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.tensors import TensorSpec
-from gps_denied_c7.thermal import UnknownThermalState
 from gps_denied_c7.worker_channel import Channel, ChannelClosedError
 from gps_denied_c7.worker_host import worker_hosts
 from support.onnx_models import bundle_around, model_of, write_model

@@ -23,7 +23,7 @@ from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import ProviderSet
-from gps_denied_c7.thermal_sources import NvmlThermal
+from gps_denied_c7.monitoring.thermal_sources import NvmlThermal
 from gps_denied_c7.worker_host import worker_hosts
 from gps_denied_c7.worker_process import SpareWorker, WorkerProcess
 config = C7InferenceConfig(engine_cache_dir=sys.argv[2], ort_trt_cache_dir=sys.argv[2])

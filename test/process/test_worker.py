@@ -46,11 +46,11 @@ from gps_denied_c7.errors import (
 )
 from gps_denied_c7.gpu_memory import GpuMemoryBudget
 from gps_denied_c7.hosts import in_process_hosts
+from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from gps_denied_c7.python_child import worker_environment
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import EngineFacts, ProviderSet
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
-from gps_denied_c7.thermal import UnknownThermalState
 from gps_denied_c7.worker_channel import Channel, ChannelClosedError, error_from_json, error_to_json
 from gps_denied_c7.worker_host import WorkerHost, worker_hosts
 from gps_denied_c7.worker_log import WorkerLog

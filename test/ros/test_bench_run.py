@@ -111,7 +111,7 @@ def test_no_latency_of_cores_that_the_kernel_does_not_take(capsys, latency):
 
 def test_cores_are_held_awake_for_everybody_while_they_are_measured(monkeypatch, tmp_path, capsys):
     from gps_denied_c7.bench import run
-    from gps_denied_c7.cpu_latency import CpuLatencyError, CpuLatencyRequest
+    from gps_denied_c7.monitoring.cpu_latency import CpuLatencyError, CpuLatencyRequest
 
     asked = []
     monkeypatch.setattr(CpuLatencyRequest, 'hold', lambda self, latency_us: asked.append(latency_us))

@@ -6,6 +6,8 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from gps_denied_c7.chain_status import ChainState, ChainStatus
 from gps_denied_c7.image_share import CameraCost
 from gps_denied_c7.model_swap import SwapPhase, SwapStatus
+from gps_denied_c7.monitoring.metrics import Percentiles, StreamCounters
+from gps_denied_c7.monitoring.thermal import ThermalLevel, ThermalState, UnknownThermalState
 from gps_denied_c7.ros.diagnostics import (
     DiagnosticsPublisher,
     Report,
@@ -17,8 +19,6 @@ from gps_denied_c7.ros.diagnostics import (
 )
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import BuildProgress, EngineFacts, ProviderSet
-from gps_denied_c7.statistics import Percentiles, StreamCounters
-from gps_denied_c7.thermal import ThermalLevel, ThermalState, UnknownThermalState
 
 OK, WARN, ERROR = DiagnosticStatus.OK, DiagnosticStatus.WARN, DiagnosticStatus.ERROR
 

@@ -11,7 +11,7 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rosgraph_msgs.msg import Clock
 from sensor_msgs.msg import Image
 
-from gps_denied_c7.thermal import UnknownThermalState
+from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from support.harness import LocalNode, image, wait_until
 from support.networks import copying
 

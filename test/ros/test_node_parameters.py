@@ -14,7 +14,7 @@ from rcl_interfaces.srv import DescribeParameters, ListParameters
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 
-from gps_denied_c7.cpu_latency import CpuLatencyRequest
+from gps_denied_c7.monitoring.cpu_latency import CpuLatencyRequest
 from gps_denied_c7.ros.parameters import PARAMETERS
 from gps_denied_c7.ros.streams import ImageStream
 from support.harness import LocalNode, NodeProcess, Peer, free_domain_id, image, running_node, wait_until

@@ -19,8 +19,8 @@ from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 
 from gps_denied_c7.bundle import ModelBundle
-from gps_denied_c7.fdr import KINDS, SCHEMA_VERSION, FdrRecord, read_payload
-from gps_denied_c7.host import hardware_id
+from gps_denied_c7.monitoring.flight_record import KINDS, SCHEMA_VERSION, FdrRecord, read_payload
+from gps_denied_c7.monitoring.host_info import hardware_id
 from gps_denied_c7.ros.flight_recorder import FDR_QOS
 from gps_denied_c7.ros.messages import to_fdr_message
 from support.harness import ROOT, LocalNode, Peer, image, running_node, wait_until

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gps_denied_c7.thermal import ThermalLevel, ThermalState
+from gps_denied_c7.monitoring.thermal import ThermalLevel, ThermalState
 from support.harness import LocalNode, image, wait_until
 from support.networks import copying
 

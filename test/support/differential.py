@@ -15,9 +15,9 @@ from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import C7Error
 from gps_denied_c7.hosts import in_process_hosts
+from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from gps_denied_c7.rungs import Rung, RungHost
 from gps_denied_c7.runtime import ProviderSet
-from gps_denied_c7.thermal import UnknownThermalState
 from gps_denied_c7.worker_host import worker_hosts
 
 __all__ = ['CPU', 'NUMPY_TYPES', 'Tally', 'compare_host', 'loaded_host', 'plain_session', 'wrong_outputs']

@@ -29,7 +29,7 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 
 from gps_denied_c7.demo import processes
-from gps_denied_c7.fdr import in_order
+from gps_denied_c7.monitoring.flight_record import in_order
 from gps_denied_c7.ros.dds import named_profile, ports_in_force
 from gps_denied_c7.ros.executor import PoolExecutor
 from gps_denied_c7.ros.flight_recorder import FDR_QOS

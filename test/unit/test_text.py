@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gps_denied_c7.fdr import KINDS, FdrRecorder, cause_of, read_payload
+from gps_denied_c7.monitoring.flight_record import KINDS, FdrRecorder, cause_of, read_payload
 from gps_denied_c7.text import TEXT_CHARACTERS, PlainText, bounded, plain, plain_lines, with_traceback
 
 # What a terminal, a log file or a JSON reader takes for more than a sign, by Unicode's own categories.

@@ -10,7 +10,7 @@ import time
 
 import numpy as np
 
-from gps_denied_c7.host import describe_gpu, package_versions
+from gps_denied_c7.monitoring.host_info import describe_gpu, package_versions
 
 __all__ = ['percentiles', 'record']
 

@@ -21,10 +21,10 @@ from gps_denied_c7.errors import (
     join_reasons,
 )
 from gps_denied_c7.hosts import SynchronousHost
+from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from gps_denied_c7.rungs import Rung, build_rungs
 from gps_denied_c7.runtime import EngineFacts, ProviderSet
 from gps_denied_c7.tensors import TensorSpec, noise_inputs
-from gps_denied_c7.thermal import UnknownThermalState
 
 SPEC = TensorSpec('x', 'float32', (1, 2))
 PROOF = noise_inputs([SPEC])['x']

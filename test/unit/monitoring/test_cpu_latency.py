@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from gps_denied_c7.cpu_latency import CPU_LATENCY_DEVICE, CpuLatencyError, CpuLatencyRequest
+from gps_denied_c7.monitoring.cpu_latency import CPU_LATENCY_DEVICE, CpuLatencyError, CpuLatencyRequest
 
 needs_device = pytest.mark.skipif(
     not os.access(CPU_LATENCY_DEVICE, os.R_OK | os.W_OK), reason=f'{CPU_LATENCY_DEVICE} may not be written'

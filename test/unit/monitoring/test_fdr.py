@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gps_denied_c7.errors import FdrSchemaError
-from gps_denied_c7.fdr import KINDS, FdrRecorder, Severity, in_order, read_payload
+from gps_denied_c7.monitoring.flight_record import KINDS, FdrRecorder, Severity, in_order, read_payload
 
 
 @pytest.fixture

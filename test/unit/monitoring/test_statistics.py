@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gps_denied_c7.statistics import Statistics
+from gps_denied_c7.monitoring.metrics import Statistics
 
 
 def test_loss_is_unknown_until_somebody_knows():

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gps_denied_c7.thermal import LatestReading, ThermalLevel, ThermalReading, UnknownThermalState, worst
-from gps_denied_c7.thermal_sources import JetsonThermal, NvmlThermal, find_thermal_source, read_jetson
+from gps_denied_c7.monitoring.thermal import LatestReading, ThermalLevel, ThermalReading, UnknownThermalState, worst
+from gps_denied_c7.monitoring.thermal_sources import JetsonThermal, NvmlThermal, find_thermal_source, read_jetson
 from support.waiting import wait_until
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gps_denied_c7.thermal import ThermalLevel, ThermalState
-from gps_denied_c7.thermal_policy import FrameShedding
+from gps_denied_c7.monitoring.thermal import ThermalLevel, ThermalState
+from gps_denied_c7.monitoring.thermal_policy import FrameShedding
 
 HZ = 30.0
 

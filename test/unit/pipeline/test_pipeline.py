@@ -16,11 +16,11 @@ from gps_denied_c7.errors import ImageRejectedError, InferenceError
 from gps_denied_c7.hosts import SynchronousHost
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
+from gps_denied_c7.monitoring.metrics import Statistics
 from gps_denied_c7.pipeline import FramePipeline, InferenceThread, ServedModel
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import EngineFacts, ProviderSet
 from gps_denied_c7.slots import Frame, FrameSlots, PreparedImage
-from gps_denied_c7.statistics import Statistics
 from gps_denied_c7.tensors import TensorSpec
 
 SPEC = TensorSpec('image', 'float32', (None, 1, 4, 6))

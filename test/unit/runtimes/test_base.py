@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from gps_denied_c7.bundle import Artefact, ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, InferenceError
+from gps_denied_c7.monitoring.thermal import ThermalLevel
 from gps_denied_c7.runtime import EngineCacheEntry, EngineFacts
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine
 from gps_denied_c7.tensors import TensorSpec
-from gps_denied_c7.thermal import ThermalLevel
 
 INPUTS = (
     TensorSpec('image', 'uint8', (1, 4, 5)),

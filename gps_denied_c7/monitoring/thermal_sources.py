@@ -18,8 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
-from gps_denied_c7.python_child import SAFE_DIRECTORY, python_child, worker_environment
-from gps_denied_c7.thermal import (
+from gps_denied_c7.monitoring.thermal import (
     LatestReading,
     ThermalLevel,
     ThermalReading,
@@ -28,6 +27,7 @@ from gps_denied_c7.thermal import (
     UnknownThermalState,
     worst,
 )
+from gps_denied_c7.python_child import SAFE_DIRECTORY, python_child, worker_environment
 
 __all__ = ['JetsonThermal', 'NvmlThermal', 'find_thermal_source', 'read_jetson']
 
@@ -216,7 +216,7 @@ class NvmlThermal:
     The helper is replaced, with growing pauses, when it ends or says nothing for ``hang_s``. It is killed, and left
     behind where that does not end it: a process inside a hung driver call may not die.
 
-    :param arguments: of :mod:`gps_denied_c7.nvml_helper`, which writes one JSON object a line.
+    :param arguments: of :mod:`gps_denied_c7.monitoring.nvml_helper`, which writes one JSON object a line.
     :param hang_s: seconds of silence that mean a hung call; also how long a reading holds.
     :param backoff_s: first and longest pause in seconds before a new helper.
     """
@@ -277,7 +277,7 @@ class NvmlThermal:
         """Run one helper to its end; return whether it gave a reading, and whether another would be of no use."""
         self.helpers_started += 1
         inherited = worker_environment(os.environ) if self._environment is None else self._environment
-        command, environ = python_child('gps_denied_c7.nvml_helper', *self._arguments, environ=inherited)
+        command, environ = python_child('gps_denied_c7.monitoring.nvml_helper', *self._arguments, environ=inherited)
         helper = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,

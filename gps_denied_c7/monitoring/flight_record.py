@@ -247,7 +247,9 @@ class FdrRecorder:
         """
         declared = KINDS.get(kind)
         if declared is None:
-            raise FdrSchemaError(f'unknown record kind {kind!r}.', remedy='Declare it in gps_denied_c7.fdr.KINDS.')
+            raise FdrSchemaError(
+                f'unknown record kind {kind!r}.', remedy='Declare it in gps_denied_c7.monitoring.flight_record.KINDS.'
+            )
         if missing := [name for name in declared.required if name not in payload]:
             raise FdrSchemaError(f'record {kind!r} lacks {missing}.')
         # Before anything of it is kept or compared: text from outside may be of any length.

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
-from gps_denied_c7.thermal import ThermalLevel, ThermalState
+from gps_denied_c7.monitoring.thermal import ThermalLevel, ThermalState
 
 __all__ = ['FrameShedding', 'ThermalPolicy']
 

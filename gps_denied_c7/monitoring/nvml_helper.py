@@ -1,8 +1,8 @@
 """
 Ask NVML for a GPU's temperature and throttle reasons once a second, and write them as JSON lines.
 
-``python -m gps_denied_c7.nvml_helper [--device N] [--period SECONDS]``. A process of its own, because a call into
-the driver can hang for ever; whoever started it listens, and starts another one.
+``python -m gps_denied_c7.monitoring.nvml_helper [--device N] [--period SECONDS]``. A process of its own, because a
+call into the driver can hang for ever; whoever started it listens, and starts another one.
 """
 
 from __future__ import annotations
