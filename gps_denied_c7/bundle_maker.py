@@ -22,7 +22,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.bundle import (
+from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.engine_cache import engine_model_name
+from gps_denied_c7.errors import (
+    EngineDeserializeError,
+    EngineSchemaMismatchError,
+    InferenceError,
+    ModelBundleError,
+)
+from gps_denied_c7.image.decode import Pixels
+from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
+from gps_denied_c7.model.bundle import (
     Alike,
     AllClose,
     Artefact,
@@ -36,23 +46,13 @@ from gps_denied_c7.bundle import (
     image_layout,
     write_bundle,
 )
-from gps_denied_c7.bundle_files import GOLDEN_LIMIT_BYTES, read_npz, write_atomically
-from gps_denied_c7.comparison import compare_output
-from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.engine_cache import engine_model_name
-from gps_denied_c7.errors import (
-    EngineDeserializeError,
-    EngineSchemaMismatchError,
-    InferenceError,
-    ModelBundleError,
-)
-from gps_denied_c7.external_data import find_external
-from gps_denied_c7.image.decode import Pixels
-from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
+from gps_denied_c7.model.compare import compare_output
+from gps_denied_c7.model.external_data import find_external
+from gps_denied_c7.model.files import GOLDEN_LIMIT_BYTES, read_npz, write_atomically
+from gps_denied_c7.model.onnx_file import OnnxModel, read_onnx
 from gps_denied_c7.reference import reference_answers
 from gps_denied_c7.runtime import BuildConfig, ProviderSet
 from gps_denied_c7.runtimes import create_runtime
-from gps_denied_c7.runtimes.onnx_model import OnnxModel, read_onnx
 from gps_denied_c7.serving import ImageSettings, fit_tensors
 from gps_denied_c7.tensors import TensorSpec, check_finite
 from gps_denied_c7.trial import read_picture

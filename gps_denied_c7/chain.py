@@ -13,7 +13,6 @@ from typing import NamedTuple, NoReturn, TypeVar
 from numpy.typing import NDArray
 
 from gps_denied_c7.backoff import Backoff
-from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain_status import ChainState, ChainStatus
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engine_loader import EngineLoad, EngineLoader, RungEngine
@@ -29,6 +28,7 @@ from gps_denied_c7.errors import (
 )
 from gps_denied_c7.file_watch import FileWatch, bundle_files, cache_directories, fingerprint
 from gps_denied_c7.gpu_health import GpuHealth
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.proof import Proof
 from gps_denied_c7.retiring import RetiringEngines
 from gps_denied_c7.rungs import ORT_LABEL, Rung, RungHost, build_rungs

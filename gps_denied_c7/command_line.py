@@ -6,8 +6,8 @@ import argparse
 import logging
 from pathlib import Path
 
-from gps_denied_c7.bundle_files import expand_home
 from gps_denied_c7.errors import ModelBundleError
+from gps_denied_c7.model.files import expand_home
 from gps_denied_c7.text import plain
 
 __all__ = ['log_to_stderr', 'path_argument']

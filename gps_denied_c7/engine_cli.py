@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from gps_denied_c7._json import Fields
-from gps_denied_c7.bundle import ModelBundle, OutputRule
 from gps_denied_c7.bundle_maker import TOLERANCES, BundleRequest, make_bundle
 from gps_denied_c7.command_line import log_to_stderr, path_argument
-from gps_denied_c7.comparison import rule_from_json, rule_to_json
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engine_cache import EngineCache, fallback_directory
 from gps_denied_c7.engine_inspection import EngineReport, inspect_engine
@@ -31,6 +29,8 @@ from gps_denied_c7.errors import C7Error, ModelBundleError
 from gps_denied_c7.gate import EngineManifest, read_manifest
 from gps_denied_c7.host_match import known_host
 from gps_denied_c7.image.preprocess import LETTERBOX_ANCHORS, LETTERBOX_SCALINGS, Interpolation, ResizeMode
+from gps_denied_c7.model.bundle import ModelBundle, OutputRule
+from gps_denied_c7.model.compare import rule_from_json, rule_to_json
 from gps_denied_c7.runtime import BuildConfig, BuildProgress
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.tensorrt_build import PRECISIONS, build_engine

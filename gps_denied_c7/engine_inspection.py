@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gps_denied_c7.bundle_files import open_regular, read_file
 from gps_denied_c7.errors import EngineSchemaMismatchError, ModelBundleError
 from gps_denied_c7.gate import (
     EngineManifest,
@@ -24,6 +23,7 @@ from gps_denied_c7.gate import (
     trusted_directory,
 )
 from gps_denied_c7.host_match import mismatches
+from gps_denied_c7.model.files import open_regular, read_file
 
 __all__ = ['EngineReport', 'Refusal', 'inspect_engine']
 

@@ -10,8 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gps_denied_c7.bundle import MODEL_JSON, Artefact, ModelBundle
-from gps_denied_c7.bundle_files import BundleFile
 from gps_denied_c7.bundle_maker import noise_picture
 from gps_denied_c7.errors import (
     C7Error,
@@ -23,9 +21,11 @@ from gps_denied_c7.errors import (
 from gps_denied_c7.gate import EngineGate, EngineName, HostProfile, manifest_path, read_manifest
 from gps_denied_c7.host_match import mismatches
 from gps_denied_c7.image.decode import Pixels
+from gps_denied_c7.model.bundle import MODEL_JSON, Artefact, ModelBundle
+from gps_denied_c7.model.files import BundleFile
+from gps_denied_c7.model.onnx_file import read_onnx
 from gps_denied_c7.ort_cache import LISTING_NAME, BuiltFor, verify_cache
 from gps_denied_c7.reference import reference_answers
-from gps_denied_c7.runtimes.onnx_model import read_onnx
 from gps_denied_c7.serving import ImageSettings, fit_bundle
 from gps_denied_c7.torch_archive import read_torch_archive
 from gps_denied_c7.trial import TrialRun, run_picture, served_model

@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 
-from gps_denied_c7.bundle import MODEL_JSON, ModelBundle
-from gps_denied_c7.bundle_files import expand_home
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engine_cache import fallback_directory
 from gps_denied_c7.errors import ModelBundleError
+from gps_denied_c7.model.bundle import MODEL_JSON, ModelBundle
+from gps_denied_c7.model.files import expand_home
 
 __all__ = ['FileWatch', 'bundle_files', 'cache_directories', 'fingerprint', 'model_files']
 

@@ -27,10 +27,10 @@ from types import ModuleType
 from typing import Any
 
 from gps_denied_c7._json import Fields, parse_json
-from gps_denied_c7.bundle_files import write_atomically
 from gps_denied_c7.engine_cache import fallback_directory, make_private_directory
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, ModelBundleError
 from gps_denied_c7.gate import read_trusted, trusted_directory
+from gps_denied_c7.model.files import write_atomically
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = [

@@ -8,8 +8,8 @@ from typing import Protocol
 
 from numpy.typing import NDArray
 
-from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.runtime import EngineFacts, ProviderSet
 from gps_denied_c7.tensors import TensorSpec
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from gps_denied_c7.bundle_files import read_file
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, ModelBundleError
+from gps_denied_c7.model.files import read_file
 from gps_denied_c7.strict_zip import ZipRefusedError, read_entries
 from gps_denied_c7.torch_pickle import PickleRefusedError, check_tensor_pickle, check_torchscript_pickle
 from gps_denied_c7.torch_program import ProgramRefusedError, check_payload_config, check_program

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from numpy.typing import NDArray
 
-from gps_denied_c7.bundle_files import write_atomically
+from gps_denied_c7.model.files import write_atomically
 
 if TYPE_CHECKING:
     import torch

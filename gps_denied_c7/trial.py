@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.bundle import ModelBundle
-from gps_denied_c7.bundle_files import read_file
 from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import ImageRejectedError, ModelBundleError
 from gps_denied_c7.image.decode import Pixels, decode_compressed
+from gps_denied_c7.model.bundle import ModelBundle
+from gps_denied_c7.model.files import read_file
 from gps_denied_c7.pipeline import ServedModel
 from gps_denied_c7.serving import ImageSettings, fit_bundle, fit_model
 from gps_denied_c7.worker_host import worker_hosts

@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.bundle import Artefact, ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import EngineDeserializeError, InferenceError, ModelBundleError, WorkerDiedError
-from gps_denied_c7.external_data import find_external
 from gps_denied_c7.gpu_memory import GpuMemoryBudget, GpuMemoryClaim
+from gps_denied_c7.model.bundle import Artefact, ModelBundle
+from gps_denied_c7.model.external_data import find_external
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import BuildProgress, EngineFacts
 from gps_denied_c7.runtimes import require_strategy

@@ -16,10 +16,10 @@ from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CompressedImage, Image
 
-from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.chain_factory import ChainFactory
 from gps_denied_c7.errors import C7Error, ConfigError, InferenceError
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model_swap import SwapStatus
 from gps_denied_c7.monitoring.cpu_latency import CpuWakeup
 from gps_denied_c7.monitoring.flight_record import cause_of

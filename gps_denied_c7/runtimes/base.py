@@ -14,7 +14,6 @@ from typing import Any, ClassVar, Generic, TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.bundle import SIZE_REMEDY, Artefact, ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import (
     C7Error,
@@ -25,6 +24,7 @@ from gps_denied_c7.errors import (
     error_and_causes,
 )
 from gps_denied_c7.gate import EngineGate
+from gps_denied_c7.model.bundle import SIZE_REMEDY, Artefact, ModelBundle
 from gps_denied_c7.monitoring.thermal import ThermalState, ThermalStatePublisher, UnknownThermalState
 from gps_denied_c7.runtime import BuildConfig, EngineCacheEntry, EngineFacts, EngineHandle, ProviderSet
 from gps_denied_c7.tensors import TensorSpec, check_finite, check_inputs, check_outputs, noise_inputs, probe_inputs

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from gps_denied_c7.errors import EngineDeserializeError
-from gps_denied_c7.runtimes.onnx_model import OnnxModel
+from gps_denied_c7.model.onnx_file import OnnxModel
 
 if TYPE_CHECKING:
     import onnx

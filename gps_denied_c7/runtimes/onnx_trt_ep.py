@@ -19,10 +19,11 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from gps_denied_c7.bundle import Artefact
 from gps_denied_c7.engine_cache import EngineCache
 from gps_denied_c7.errors import C7Error, EngineDeserializeError, GpuUnavailableError, RuntimeUnavailableError
 from gps_denied_c7.gate import AdmittedEngine, same_tensorrt
+from gps_denied_c7.model.bundle import Artefact
+from gps_denied_c7.model.onnx_file import OnnxModel, ep_context_model, read_onnx
 from gps_denied_c7.ort_cache import (
     BuiltFor,
     CacheBuild,
@@ -37,7 +38,6 @@ from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine, fix_shapes, o
 from gps_denied_c7.runtimes.cuda import open_cuda, require_gpu
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.onnx_io import GpuIo, HostIo, TensorIo
-from gps_denied_c7.runtimes.onnx_model import OnnxModel, ep_context_model, read_onnx
 from gps_denied_c7.runtimes.tensorrt_build import BuildWatch, PlanRequest, build_plan, workspace_bytes
 from gps_denied_c7.runtimes.tensorrt_library import import_tensorrt
 from gps_denied_c7.tensors import TensorSpec, nearly_equal

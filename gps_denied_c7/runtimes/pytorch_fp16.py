@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.bundle import Artefact
 from gps_denied_c7.errors import EngineDeserializeError, InferenceError, RuntimeUnavailableError
+from gps_denied_c7.model.bundle import Artefact
 from gps_denied_c7.runtime import EngineCacheEntry, EngineFacts, ProviderSet
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine
 from gps_denied_c7.tensors import TensorSpec

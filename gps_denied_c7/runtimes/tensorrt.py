@@ -9,7 +9,6 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from gps_denied_c7.bundle import Artefact, ModelBundle
 from gps_denied_c7.engine_cache import EngineCache
 from gps_denied_c7.errors import (
     EngineDeserializeError,
@@ -18,6 +17,7 @@ from gps_denied_c7.errors import (
     RuntimeUnavailableError,
 )
 from gps_denied_c7.gate import AdmittedEngine, EngineGate, EngineName, same_tensorrt
+from gps_denied_c7.model.bundle import Artefact, ModelBundle
 from gps_denied_c7.runtime import BuildConfig, EngineCacheEntry, EngineFacts, EngineHandle
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine, own_input_shapes
 from gps_denied_c7.runtimes.cuda import Cuda, CudaError, FiniteCheck, StagedTensor, open_cuda

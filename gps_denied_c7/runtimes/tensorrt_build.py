@@ -13,16 +13,16 @@ from types import ModuleType, TracebackType
 from typing import Any
 
 import gps_denied_c7
-from gps_denied_c7.bundle import Artefact, ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engine_cache import EngineCache, engine_model_name
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, RuntimeUnavailableError
 from gps_denied_c7.gate import EngineGate, EngineManifest, HostProfile, same_tensorrt
+from gps_denied_c7.model.bundle import Artefact, ModelBundle
+from gps_denied_c7.model.onnx_file import OnnxModel, read_onnx
 from gps_denied_c7.runtime import BuildConfig, BuildProgress, EngineCacheEntry
 from gps_denied_c7.runtimes.cuda import Cuda, open_cuda
 from gps_denied_c7.runtimes.half_precision import to_half_precision
 from gps_denied_c7.runtimes.host_profile import local_host_profile
-from gps_denied_c7.runtimes.onnx_model import OnnxModel, read_onnx
 from gps_denied_c7.runtimes.tensorrt_library import (
     dtype_name,
     error_recorder,

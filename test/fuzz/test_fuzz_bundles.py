@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gps_denied_c7.bundle import (
+from gps_denied_c7.errors import ModelBundleError
+from gps_denied_c7.model.bundle import (
     ModelBundle,
 )
-from gps_denied_c7.bundle_files import npz_bytes
-from gps_denied_c7.errors import ModelBundleError
+from gps_denied_c7.model.files import npz_bytes
 from support.fuzz_bundles import OUTPUTS, make_bundle, use
 from support.fuzz_mutations import damaged, fuzz, hostile_json
 

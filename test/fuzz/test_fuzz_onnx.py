@@ -18,12 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper
 
-from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import C7Error, EngineDeserializeError
+from gps_denied_c7.model.bundle import ModelBundle
+from gps_denied_c7.model.onnx_file import read_onnx
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import ProviderSet
-from gps_denied_c7.runtimes.onnx_model import read_onnx
 from gps_denied_c7.worker_host import worker_hosts
 from support.fuzz_mutations import damaged, fuzz
 

@@ -26,9 +26,9 @@ pytest.importorskip('onnxruntime')
 import onnxruntime
 from onnx import load_from_string
 
-from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import C7Error, RuntimeUnavailableError
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import ProviderSet
 from gps_denied_c7.tensors import TensorSpec

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gps_denied_c7.bundle import Artefact, ModelBundle
 from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engine_cache import EngineCache
@@ -27,6 +26,7 @@ from gps_denied_c7.errors import (
 )
 from gps_denied_c7.gate import AdmittedEngine, EngineGate, EngineManifest, manifest_path
 from gps_denied_c7.hosts import in_process_hosts
+from gps_denied_c7.model.bundle import Artefact, ModelBundle
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import BuildConfig, BuildProgress, EngineCacheEntry, EngineHandle, ProviderSet

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from gps_denied_c7 import bundle_maker
-from gps_denied_c7.bundle import AllClose, MatchedDistance, ModelBundle, SetOverlap
 from gps_denied_c7.bundle_maker import (
     TOLERANCES,
     BundleRequest,
@@ -35,9 +34,10 @@ from gps_denied_c7.errors import C7Error, EngineDeserializeError, ModelBundleErr
 from gps_denied_c7.hosts import in_process_hosts
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess import Preprocessor
+from gps_denied_c7.model import onnx_file
+from gps_denied_c7.model.bundle import AllClose, MatchedDistance, ModelBundle, SetOverlap
+from gps_denied_c7.model.onnx_file import read_onnx
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
-from gps_denied_c7.runtimes import onnx_model
-from gps_denied_c7.runtimes.onnx_model import read_onnx
 from support.small_networks import KERNEL, SHAPE, network, plain_answers, saved
 from support.source_tree import REPOSITORY
 
@@ -599,7 +599,7 @@ def test_m1_weights_too_large_for_one_file_stay_in_theirs_under_a_digest(
     (tmp_path / 'source').mkdir()
     path = tmp_path / 'source' / 'net.onnx'
     onnx.save_model(model, path, save_as_external_data=True, location='net.weights', size_threshold=0)
-    monkeypatch.setattr(onnx_model, 'PROTOBUF_LIMIT_BYTES', 2 << 20)
+    monkeypatch.setattr(onnx_file, 'PROTOBUF_LIMIT_BYTES', 2 << 20)
     result = make_bundle(BundleRequest(model=path, output=tmp_path / 'bundle'))
     shutil.rmtree(path.parent)
     digest = hashlib.sha256(weights.tobytes()).hexdigest()

@@ -18,9 +18,9 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import ConfigError
+from gps_denied_c7.model.bundle import ModelBundle
 from support.engine_command import Run
 from support.small_networks import KERNEL, free, handmade, network, saved
 from support.source_tree import REPOSITORY

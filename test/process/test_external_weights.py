@@ -15,16 +15,16 @@ import onnxruntime as ort
 import pytest
 from onnx import helper
 
-from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.errors import (
     ChainExhaustedError,
     EngineSchemaMismatchError,
     WorkerDiedError,
 )
+from gps_denied_c7.model.bundle import ModelBundle
+from gps_denied_c7.model.onnx_file import read_onnx
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import ProviderSet
-from gps_denied_c7.runtimes.onnx_model import read_onnx
 from gps_denied_c7.worker_host import worker_hosts
 from support.external_weights import CONFIG, SHAPE, external, rename_over, scaled, write
 
@@ -135,7 +135,7 @@ def test_only_a_model_with_weights_in_other_files_is_parsed_by_the_node(tmp_path
         onnx.save(model, path)
     code = f"""
 import sys
-from gps_denied_c7.bundle import ModelBundle
+from gps_denied_c7.model.bundle import ModelBundle
 print(len(ModelBundle.load({str(path)!r}).artefacts[0].external_data), 'onnx' in sys.modules)
 """
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)

@@ -116,7 +116,7 @@ def test_r4_refusals_come_before_torch_is_imported(marker: Path, tmp_path: Path)
     program = """
 import json, sys
 from pathlib import Path
-from gps_denied_c7.bundle import ModelBundle
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import EngineDeserializeError
 from gps_denied_c7.runtime import EngineCacheEntry, ProviderSet

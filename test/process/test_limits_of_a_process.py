@@ -11,7 +11,7 @@ import cv2
 import numpy as np
 import pytest
 
-from gps_denied_c7 import bundle as bundle_module
+from gps_denied_c7.model import bundle as bundle_module
 
 MIB = 1 << 20
 IMPORT = """
@@ -38,7 +38,7 @@ def test_a_library_that_found_no_memory_is_tried_again():
 
 LOAD = """
 import sys
-from gps_denied_c7.bundle_files import read_file
+from gps_denied_c7.model.files import read_file
 from gps_denied_c7.errors import ModelBundleError
 from pathlib import Path
 try:
@@ -67,7 +67,7 @@ def test_a_process_in_a_small_memory_cgroup_lives_on(tmp_path):
         done = subprocess.run(
             ['sh', '-c', command, 'sh', sys.executable, '-c', LOAD, str(path)],
             capture_output=True, text=True, check=False, timeout=120,
-            env={**os.environ, 'PYTHONPATH': str(Path(bundle_module.__file__).parents[1])},
+            env={**os.environ, 'PYTHONPATH': str(Path(bundle_module.__file__).parents[2])},
         )  # fmt: skip
     finally:
         group.rmdir()

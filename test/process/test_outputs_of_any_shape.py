@@ -20,14 +20,14 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from gps_denied_c7 import worker_host, worker_service
-from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import EngineDeserializeError, InferenceError
 from gps_denied_c7.hosts import in_process_hosts
+from gps_denied_c7.model.bundle import ModelBundle
+from gps_denied_c7.model.onnx_file import read_onnx
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import ProviderSet
-from gps_denied_c7.runtimes.onnx_model import read_onnx
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.worker_channel import Channel, ChannelClosedError

@@ -30,7 +30,6 @@ import onnx
 from onnx import TensorProto, helper
 
 from gps_denied_c7 import worker_host, worker_process, worker_service
-from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.demo.network import write_demo_bundle
@@ -46,6 +45,7 @@ from gps_denied_c7.errors import (
 )
 from gps_denied_c7.gpu_memory import GpuMemoryBudget
 from gps_denied_c7.hosts import in_process_hosts
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from gps_denied_c7.python_child import worker_environment
 from gps_denied_c7.rungs import Rung
@@ -280,7 +280,7 @@ def test_f1_a_worker_dies_with_its_node(bundle, tmp_path):
     """Also where the node is killed and can free nothing, and the worker is stopped."""
     code = f"""
 import sys, time
-from gps_denied_c7.bundle import ModelBundle
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.runtime import ProviderSet

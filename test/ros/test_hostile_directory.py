@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.demo.processes import Child
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal_sources import NvmlThermal
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import ProviderSet

@@ -17,7 +17,7 @@ import onnxruntime
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import String
 
-from gps_denied_c7.bundle import ModelBundle
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.ros import stream_set
 from support.harness import LocalNode, Peer, image, running_node, tensor, wait_until
 from support.networks import HEIGHT, WIDTH, copying

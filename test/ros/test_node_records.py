@@ -18,7 +18,7 @@ from gps_denied_c7_msgs.msg import FdrRecord as Message
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 
-from gps_denied_c7.bundle import ModelBundle
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.flight_record import KINDS, SCHEMA_VERSION, FdrRecord, read_payload
 from gps_denied_c7.monitoring.host_info import hardware_id
 from gps_denied_c7.ros.flight_recorder import FDR_QOS

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gps_denied_c7.bundle import ModelBundle
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.flight_record import KINDS
 from gps_denied_c7.ros.parameters import PARAMETERS, parameter_table
 from support.source_tree import REPOSITORY

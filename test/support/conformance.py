@@ -24,7 +24,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.config import RUNTIME_LABELS, C7InferenceConfig
 from gps_denied_c7.errors import (
     C7Error,
@@ -34,6 +33,7 @@ from gps_denied_c7.errors import (
     RuntimeUnavailableError,
 )
 from gps_denied_c7.gate import EngineGate, manifest_path
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import ThermalLevel, ThermalState
 from gps_denied_c7.runtime import BuildConfig, EngineCacheEntry, EngineHandle, InferenceRuntime
 from gps_denied_c7.runtimes import create_runtime

@@ -6,8 +6,8 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.gate import EngineManifest, HostProfile, manifest_path
+from gps_denied_c7.model.bundle import ModelBundle
 from support.onnx_models import INPUTS, OUTPUTS, bundle_around
 
 HOST = HostProfile(gpu='Orin', sm=87, tensorrt='8.6.2', platform='linux-aarch64')

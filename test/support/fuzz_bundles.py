@@ -6,7 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from gps_denied_c7.bundle import (
+from gps_denied_c7.errors import ModelBundleError
+from gps_denied_c7.image.preprocess import PreprocessingSpec, ResizeMode
+from gps_denied_c7.model.bundle import (
     ONLY_GOLDEN,
     AllClose,
     Artefact,
@@ -16,8 +18,6 @@ from gps_denied_c7.bundle import (
     default_preprocessing,
     write_bundle,
 )
-from gps_denied_c7.errors import ModelBundleError
-from gps_denied_c7.image.preprocess import PreprocessingSpec, ResizeMode
 from gps_denied_c7.tensors import TensorSpec
 
 WEIGHTS = f'sha256:{"a" * 64}'

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, load_from_string, numpy_helper
 
-from gps_denied_c7.bundle import ONLY_GOLDEN, Artefact, ModelBundle, write_bundle
-from gps_denied_c7.bundle_files import file_sha256
 from gps_denied_c7.demo.network import build_model
+from gps_denied_c7.model.bundle import ONLY_GOLDEN, Artefact, ModelBundle, write_bundle
+from gps_denied_c7.model.files import file_sha256
 
 __all__ = [
     'HEIGHT',

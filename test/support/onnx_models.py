@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
-from gps_denied_c7.bundle import Artefact, ModelBundle
+from gps_denied_c7.model.bundle import Artefact, ModelBundle
 from gps_denied_c7.tensors import TensorSpec
 
 SHAPE = (1, 3, 4)

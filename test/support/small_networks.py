@@ -11,8 +11,8 @@ import onnxruntime
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from gps_denied_c7.bundle import AllClose, Artefact, file_sha256, write_bundle
 from gps_denied_c7.image.preprocess import PreprocessingSpec
+from gps_denied_c7.model.bundle import AllClose, Artefact, file_sha256, write_bundle
 from gps_denied_c7.tensors import TensorSpec
 
 SHAPE = (1, 3, 24, 32)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.demo.flight import Camera, Flight, write_flight
 from gps_denied_c7.demo.network import (
     BORDER,
@@ -21,6 +20,7 @@ from gps_denied_c7.demo.network import (
     write_demo_bundle,
 )
 from gps_denied_c7.errors import ModelBundleError
+from gps_denied_c7.model.bundle import ModelBundle
 
 cv2 = pytest.importorskip('cv2')
 onnx = pytest.importorskip('onnx')

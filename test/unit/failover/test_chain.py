@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.chain_status import ChainState
 from gps_denied_c7.config import C7InferenceConfig
@@ -21,6 +20,7 @@ from gps_denied_c7.errors import (
     join_reasons,
 )
 from gps_denied_c7.hosts import SynchronousHost
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from gps_denied_c7.rungs import Rung, build_rungs
 from gps_denied_c7.runtime import EngineFacts, ProviderSet

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from gps_denied_c7 import engine_loader, proof
-from gps_denied_c7.bundle import ModelBundle, write_bundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.demo.network import expected_outputs, write_demo_bundle
 from gps_denied_c7.engine_loader import EngineLoad, EngineLoader
 from gps_denied_c7.errors import EngineDeserializeError, InferenceError, WorkerDiedError
 from gps_denied_c7.file_watch import FileWatch
+from gps_denied_c7.model.bundle import ModelBundle, write_bundle
 from gps_denied_c7.proof import Proof
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import EngineFacts, ProviderSet

@@ -17,13 +17,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gps_denied_c7 import engine_cli, host_match
-from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engine_cache import EngineCache
 from gps_denied_c7.engine_cli import main
 from gps_denied_c7.engine_inspection import inspect_engine
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, RuntimeUnavailableError
 from gps_denied_c7.gate import EngineGate, HostProfile, manifest_path
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.runtime import BuildConfig, BuildProgress, EngineCacheEntry
 from gps_denied_c7.runtimes import cuda
 from support.engine_cache_files import HOST, age, fake_plan, manifest_of, publish_engine, publish_ort_cache

@@ -16,8 +16,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gps_denied_c7 import bundle as bundle_module
-from gps_denied_c7.bundle import (
+from gps_denied_c7.errors import ModelBundleError
+from gps_denied_c7.image.preprocess import PreprocessingSpec, ResizeMode
+from gps_denied_c7.model import bundle as bundle_module
+from gps_denied_c7.model.bundle import (
     AllClose,
     Artefact,
     BundleFile,
@@ -29,9 +31,7 @@ from gps_denied_c7.bundle import (
     image_input,
     write_bundle,
 )
-from gps_denied_c7.bundle_files import npz_bytes, read_npz
-from gps_denied_c7.errors import ModelBundleError
-from gps_denied_c7.image.preprocess import PreprocessingSpec, ResizeMode
+from gps_denied_c7.model.files import npz_bytes, read_npz
 from gps_denied_c7.tensors import TensorSpec
 
 _WEIGHTS = f'sha256:{"a" * 64}'

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gps_denied_c7.bundle import Alike, AllClose, MatchedDistance, ModelBundle, SetOverlap
-from gps_denied_c7.comparison import compare_output
-from gps_denied_c7.likeness import unlike
+from gps_denied_c7.model.bundle import Alike, AllClose, MatchedDistance, ModelBundle, SetOverlap
+from gps_denied_c7.model.compare import compare_output
+from gps_denied_c7.model.likeness import unlike
 from gps_denied_c7.tensors import TensorSpec
 
 SEEDS = range(20)

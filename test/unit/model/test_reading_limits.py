@@ -11,14 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gps_denied_c7 import bundle as bundle_module
-from gps_denied_c7 import comparison, host_memory
-from gps_denied_c7.bundle import ModelBundle
-from gps_denied_c7.bundle_files import BundleFile, file_sha256, read_file, read_npz, read_pieces
-from gps_denied_c7.comparison import AllClose, MatchedDistance, SetOverlap, compare_output
+from gps_denied_c7 import host_memory
 from gps_denied_c7.demo.network import write_demo_bundle
 from gps_denied_c7.errors import ModelBundleError
 from gps_denied_c7.host_memory import available_memory, require_memory
+from gps_denied_c7.model import bundle as bundle_module
+from gps_denied_c7.model import compare
+from gps_denied_c7.model.bundle import ModelBundle
+from gps_denied_c7.model.compare import AllClose, MatchedDistance, SetOverlap, compare_output
+from gps_denied_c7.model.files import BundleFile, file_sha256, read_file, read_npz, read_pieces
 
 MIB = 1 << 20
 
@@ -193,7 +194,7 @@ def test_dense_answers_are_compared_in_blocks_as_at_once(seed):
 
 def test_millions_of_points_are_compared_in_time(monkeypatch):
     """Each with each would take hours; some of them, seconds."""
-    monkeypatch.setattr(comparison, '_PAIRS', 1 << 24)
+    monkeypatch.setattr(compare, '_PAIRS', 1 << 24)
     noise = np.random.default_rng(0)
     points = noise.random((1_000_000, 2), np.float32) * 1000
     rule = MatchedDistance('points', max_distance=0.5, min_fraction=0.9)

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gps_denied_c7.bundle import Artefact, ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, InferenceError
+from gps_denied_c7.model.bundle import Artefact, ModelBundle
 from gps_denied_c7.monitoring.thermal import ThermalLevel
 from gps_denied_c7.runtime import EngineCacheEntry, EngineFacts
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine

@@ -20,17 +20,18 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from gps_denied_c7.bundle import Artefact, ModelBundle
 from gps_denied_c7.errors import (
     C7Error,
     EngineDeserializeError,
     EngineSchemaMismatchError,
     ModelBundleError,
 )
-from gps_denied_c7.external_data import read_sealed
+from gps_denied_c7.model import onnx_file
+from gps_denied_c7.model.bundle import Artefact, ModelBundle
+from gps_denied_c7.model.external_data import read_sealed
+from gps_denied_c7.model.onnx_file import read_onnx
 from gps_denied_c7.runtime import BuildConfig, ProviderSet
-from gps_denied_c7.runtimes import onnx_model, onnx_trt_ep
-from gps_denied_c7.runtimes.onnx_model import read_onnx
+from gps_denied_c7.runtimes import onnx_trt_ep
 from gps_denied_c7.runtimes.onnx_trt_ep import OnnxTrtEpRuntime
 from support.external_weights import CONFIG, SHAPE, external, outside, rename_over, scaled, value, write
 
@@ -255,7 +256,7 @@ def test_a_file_exchanged_between_its_digest_and_the_session_changes_nothing(
     path = scaled(tmp_path / 'net.onnx', 2.0)
     bundle, expected = ModelBundle.load(path), plain(path)
 
-    def read_and_exchange(*arguments: object) -> onnx_model.OnnxModel:
+    def read_and_exchange(*arguments: object) -> onnx_file.OnnxModel:
         model = read_onnx(*arguments)
         rename_over(tmp_path / what, (tmp_path / 'other' / what).read_bytes())
         return model
@@ -456,7 +457,7 @@ def test_what_has_to_go_inside_and_is_too_large_is_refused(tmp_path: Path, monke
     (tmp_path / 'net.weights').write_bytes(W.tobytes())
     constants = [helper.make_node('Constant', [], [f'w{index}'], value=external('', W)) for index in range(9)]
     path = write(tmp_path / 'net.onnx', [*constants, helper.make_node('MatMul', ['x', 'w1'], ['y'])], [])
-    monkeypatch.setattr(onnx_model, 'PROTOBUF_LIMIT_BYTES', 3 << 20)
+    monkeypatch.setattr(onnx_file, 'PROTOBUF_LIMIT_BYTES', 3 << 20)
     assert '2 GiB' in refusal(path).message
     # Not so what a session is handed.
     np.testing.assert_array_equal(answer(ModelBundle.load(scaled(tmp_path / 'large.onnx', 2.0, 4096)))['y'],

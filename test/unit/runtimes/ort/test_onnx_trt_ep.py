@@ -24,7 +24,6 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from gps_denied_c7.bundle import ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import (
     C7Error,
@@ -36,10 +35,12 @@ from gps_denied_c7.errors import (
     RuntimeUnavailableError,
 )
 from gps_denied_c7.gate import EngineGate
+from gps_denied_c7.model import onnx_file
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.ort_cache import LISTING_NAME, WHOLE_ENGINE, CacheListing
 from gps_denied_c7.runtime import BuildConfig, BuildProgress, EngineCacheEntry, EngineHandle, ProviderSet
 from gps_denied_c7.runtimes import cuda as cuda_module
-from gps_denied_c7.runtimes import onnx_model, onnx_trt_ep, tensorrt_library
+from gps_denied_c7.runtimes import onnx_trt_ep, tensorrt_library
 from gps_denied_c7.runtimes.cuda import GpuFacts
 from gps_denied_c7.runtimes.onnx_trt_ep import OnnxTrtEpRuntime
 from gps_denied_c7.tensors import TensorSpec
@@ -1329,7 +1330,7 @@ def test_g4_built_engine_too_large_for_a_model_around_it_is_built_by_the_provide
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fake = named_gpu()
-    monkeypatch.setattr(onnx_model, 'PROTOBUF_LIMIT_BYTES', (1 << 20) + 200)
+    monkeypatch.setattr(onnx_file, 'PROTOBUF_LIMIT_BYTES', (1 << 20) + 200)
     model = bare_bundle(tmp_path)
     _, handle = load(config, model)
     assert (builds(own_builder), len(fake.builds)) == (1, 1)

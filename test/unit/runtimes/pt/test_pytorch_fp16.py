@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gps_denied_c7.bundle import Artefact, ModelBundle
 from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import EngineDeserializeError, InferenceError, RuntimeUnavailableError
 from gps_denied_c7.hosts import InProcessHost
+from gps_denied_c7.model.bundle import Artefact, ModelBundle
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtime import BuildConfig, EngineCacheEntry, EngineHandle, ProviderSet
 from gps_denied_c7.runtimes.pytorch_fp16 import PytorchFp16Runtime

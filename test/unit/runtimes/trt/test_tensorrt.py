@@ -23,7 +23,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gps_denied_c7.bundle import Artefact, ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engine_cache import EngineCache
 from gps_denied_c7.errors import (
@@ -33,13 +32,14 @@ from gps_denied_c7.errors import (
     RuntimeUnavailableError,
 )
 from gps_denied_c7.gate import EngineGate, EngineManifest, HostProfile, manifest_path
+from gps_denied_c7.model.bundle import Artefact, ModelBundle
+from gps_denied_c7.model.onnx_file import read_onnx
 from gps_denied_c7.runtime import BuildConfig, BuildProgress, EngineCacheEntry, EngineHandle
 from gps_denied_c7.runtimes import cuda as cuda_module
 from gps_denied_c7.runtimes import tensorrt_library
 from gps_denied_c7.runtimes.cuda import Cuda, gpu_devices, open_cuda
 from gps_denied_c7.runtimes.half_precision import to_half_precision
 from gps_denied_c7.runtimes.host_profile import local_host_profile
-from gps_denied_c7.runtimes.onnx_model import read_onnx
 from gps_denied_c7.runtimes.tensorrt import TensorrtRuntime
 from gps_denied_c7.runtimes.tensorrt_build import build_engine
 from support.fake_tensorrt import FakeCudaThisMachineHasNone, FakeTensorrtThisMachineCannotRun, broken, plan_of

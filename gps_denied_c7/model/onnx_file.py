@@ -15,10 +15,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.bundle import image_axes
-from gps_denied_c7.bundle_files import file_size, read_file
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, ModelBundleError
-from gps_denied_c7.external_data import (
+from gps_denied_c7.host_memory import require_memory
+from gps_denied_c7.model.bundle import image_axes
+from gps_denied_c7.model.external_data import (
     PROTOBUF_LIMIT_BYTES,
     content_sha256,
     external_locations,
@@ -27,7 +27,7 @@ from gps_denied_c7.external_data import (
     read_sealed,
     require_protobuf_size,
 )
-from gps_denied_c7.host_memory import require_memory
+from gps_denied_c7.model.files import file_size, read_file
 from gps_denied_c7.tensors import TensorSpec
 
 if TYPE_CHECKING:

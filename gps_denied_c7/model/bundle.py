@@ -51,7 +51,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gps_denied_c7._json import Fields, parse_json, require, require_digest, require_known
-from gps_denied_c7.bundle_files import (
+from gps_denied_c7.config import RUNTIME_LABELS
+from gps_denied_c7.errors import C7Error, ConfigError, ModelBundleError
+from gps_denied_c7.host_memory import require_memory
+from gps_denied_c7.image.preprocess import COLOURS, PreprocessingSpec
+from gps_denied_c7.model.compare import (
+    Alike,
+    AllClose,
+    MatchedDistance,
+    OutputRule,
+    SetOverlap,
+    compare_output,
+    rule_from_json,
+    rule_to_json,
+)
+from gps_denied_c7.model.external_data import check_location, content_sha256, onnx_digests
+from gps_denied_c7.model.files import (
     GOLDEN_LIMIT_BYTES,
     BundleFile,
     expand_home,
@@ -63,21 +78,6 @@ from gps_denied_c7.bundle_files import (
     require_hex,
     write_atomically,
 )
-from gps_denied_c7.comparison import (
-    Alike,
-    AllClose,
-    MatchedDistance,
-    OutputRule,
-    SetOverlap,
-    compare_output,
-    rule_from_json,
-    rule_to_json,
-)
-from gps_denied_c7.config import RUNTIME_LABELS
-from gps_denied_c7.errors import C7Error, ConfigError, ModelBundleError
-from gps_denied_c7.external_data import check_location, content_sha256, onnx_digests
-from gps_denied_c7.host_memory import require_memory
-from gps_denied_c7.image.preprocess import COLOURS, PreprocessingSpec
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = [

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gps_denied_c7._json import Fields, require, require_known
-from gps_denied_c7.likeness import agree_non_finite, nearest, unlike
+from gps_denied_c7.model.likeness import agree_non_finite, nearest, unlike
 
 __all__ = [
     'Alike',

@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from gps_denied_c7.bundle_files import file_digest, file_sha256, file_size, open_regular, read_file, read_pieces
 from gps_denied_c7.errors import ModelBundleError
 from gps_denied_c7.host_memory import require_memory
+from gps_denied_c7.model.files import file_digest, file_sha256, file_size, open_regular, read_file, read_pieces
 
 if TYPE_CHECKING:
     import onnx
