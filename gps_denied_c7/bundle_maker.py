@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.engine_cache import engine_model_name
+from gps_denied_c7.engines.store import engine_model_name
 from gps_denied_c7.errors import (
     EngineDeserializeError,
     EngineSchemaMismatchError,

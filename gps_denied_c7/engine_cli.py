@@ -21,12 +21,12 @@ from gps_denied_c7._json import Fields
 from gps_denied_c7.bundle_maker import TOLERANCES, BundleRequest, make_bundle
 from gps_denied_c7.command_line import log_to_stderr, path_argument
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.engine_cache import EngineCache, fallback_directory
 from gps_denied_c7.engine_inspection import EngineReport, inspect_engine
 from gps_denied_c7.engine_sweep import Caches, Criteria, SweepReport, sweep
 from gps_denied_c7.engine_verification import Checks, verify
+from gps_denied_c7.engines.gate import EngineManifest, read_manifest
+from gps_denied_c7.engines.store import EngineCache, fallback_directory
 from gps_denied_c7.errors import C7Error, ModelBundleError
-from gps_denied_c7.gate import EngineManifest, read_manifest
 from gps_denied_c7.host_match import known_host
 from gps_denied_c7.image.preprocess import LETTERBOX_ANCHORS, LETTERBOX_SCALINGS, Interpolation, ResizeMode
 from gps_denied_c7.model.bundle import ModelBundle, OutputRule

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gps_denied_c7.errors import EngineSchemaMismatchError, ModelBundleError
-from gps_denied_c7.gate import (
+from gps_denied_c7.engines.gate import (
     EngineManifest,
     EngineName,
     HostProfile,
@@ -22,6 +21,7 @@ from gps_denied_c7.gate import (
     same_tensorrt,
     trusted_directory,
 )
+from gps_denied_c7.errors import EngineSchemaMismatchError, ModelBundleError
 from gps_denied_c7.host_match import mismatches
 from gps_denied_c7.model.files import open_regular, read_file
 

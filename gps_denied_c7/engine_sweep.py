@@ -18,11 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gps_denied_c7.engine_cache import LOCK_NAME, PART_SUFFIX, TIMING_SUFFIX
+from gps_denied_c7.engines.gate import EngineName, HostProfile, manifest_path, read_manifest, trusted_directory
+from gps_denied_c7.engines.ort_store import LISTING_NAME, WHOLE_ENGINE, BuiltFor, CacheListing, read_listing
+from gps_denied_c7.engines.store import LOCK_NAME, PART_SUFFIX, TIMING_SUFFIX
 from gps_denied_c7.errors import EngineSchemaMismatchError
-from gps_denied_c7.gate import EngineName, HostProfile, manifest_path, read_manifest, trusted_directory
 from gps_denied_c7.host_match import mismatches
-from gps_denied_c7.ort_cache import LISTING_NAME, WHOLE_ENGINE, BuiltFor, CacheListing, read_listing
 
 __all__ = ['CacheItem', 'Caches', 'Criteria', 'Removal', 'SweepReport', 'list_cache', 'sweep']
 

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from gps_denied_c7.bundle_maker import noise_picture
+from gps_denied_c7.engines.gate import EngineGate, EngineName, HostProfile, manifest_path, read_manifest
+from gps_denied_c7.engines.ort_store import LISTING_NAME, BuiltFor, verify_cache
 from gps_denied_c7.errors import (
     C7Error,
     EngineSchemaMismatchError,
@@ -18,13 +20,11 @@ from gps_denied_c7.errors import (
     ModelBundleError,
     RuntimeUnavailableError,
 )
-from gps_denied_c7.gate import EngineGate, EngineName, HostProfile, manifest_path, read_manifest
 from gps_denied_c7.host_match import mismatches
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.model.bundle import MODEL_JSON, Artefact, ModelBundle
 from gps_denied_c7.model.files import BundleFile
 from gps_denied_c7.model.onnx_file import read_onnx
-from gps_denied_c7.ort_cache import LISTING_NAME, BuiltFor, verify_cache
 from gps_denied_c7.reference import reference_answers
 from gps_denied_c7.serving import ImageSettings, fit_bundle
 from gps_denied_c7.torch_archive import read_torch_archive

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from pathlib import Path
 
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.engine_cache import fallback_directory
+from gps_denied_c7.engines.store import fallback_directory
 from gps_denied_c7.errors import ModelBundleError
 from gps_denied_c7.model.bundle import MODEL_JSON, ModelBundle
 from gps_denied_c7.model.files import expand_home

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+from gps_denied_c7.engines.gate import HostProfile, same_tensorrt
+from gps_denied_c7.engines.ort_store import BuiltFor, driver_version, platform_name
 from gps_denied_c7.errors import RuntimeUnavailableError
-from gps_denied_c7.gate import HostProfile, same_tensorrt
 from gps_denied_c7.monitoring.host_info import package_versions
-from gps_denied_c7.ort_cache import BuiltFor, driver_version, platform_name
 from gps_denied_c7.runtimes.host_profile import local_host_profile, tensorrt_version
 
 __all__ = ['known_host', 'mismatches']

@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 from numpy.typing import NDArray
 
 from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.engines.gate import EngineGate
 from gps_denied_c7.errors import InferenceError, RuntimeUnavailableError
-from gps_denied_c7.gate import EngineGate
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import ThermalStatePublisher
 from gps_denied_c7.rungs import Rung

@@ -8,7 +8,7 @@ from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gps_denied_c7.engine_cache import fallback_directory
+from gps_denied_c7.engines.store import fallback_directory
 from gps_denied_c7.errors import C7Error
 from gps_denied_c7.file_watch import fingerprint, model_files
 from gps_denied_c7.stalling import read_or_give_up

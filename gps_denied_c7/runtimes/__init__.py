@@ -8,8 +8,8 @@ import sys
 from dataclasses import dataclass
 
 from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.engines.gate import EngineGate
 from gps_denied_c7.errors import RuntimeUnavailableError
-from gps_denied_c7.gate import EngineGate
 from gps_denied_c7.monitoring.thermal import ThermalStatePublisher
 from gps_denied_c7.runtime import InferenceRuntime, ProviderSet
 

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.engines.gate import EngineGate
 from gps_denied_c7.errors import (
     C7Error,
     EngineDeserializeError,
@@ -23,7 +24,6 @@ from gps_denied_c7.errors import (
     RuntimeUnavailableError,
     error_and_causes,
 )
-from gps_denied_c7.gate import EngineGate
 from gps_denied_c7.model.bundle import SIZE_REMEDY, Artefact, ModelBundle
 from gps_denied_c7.monitoring.thermal import ThermalState, ThermalStatePublisher, UnknownThermalState
 from gps_denied_c7.runtime import BuildConfig, EngineCacheEntry, EngineFacts, EngineHandle, ProviderSet

@@ -8,8 +8,8 @@ import re
 import sys
 from importlib import metadata
 
+from gps_denied_c7.engines.gate import HostProfile
 from gps_denied_c7.errors import RuntimeUnavailableError
-from gps_denied_c7.gate import HostProfile
 from gps_denied_c7.runtimes.cuda import Cuda, open_cuda
 from gps_denied_c7.runtimes.tensorrt_library import import_tensorrt
 

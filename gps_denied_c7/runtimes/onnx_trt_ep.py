@@ -19,12 +19,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from gps_denied_c7.engine_cache import EngineCache
-from gps_denied_c7.errors import C7Error, EngineDeserializeError, GpuUnavailableError, RuntimeUnavailableError
-from gps_denied_c7.gate import AdmittedEngine, same_tensorrt
-from gps_denied_c7.model.bundle import Artefact
-from gps_denied_c7.model.onnx_file import OnnxModel, ep_context_model, read_onnx
-from gps_denied_c7.ort_cache import (
+from gps_denied_c7.engines.gate import AdmittedEngine, same_tensorrt
+from gps_denied_c7.engines.ort_store import (
     BuiltFor,
     CacheBuild,
     OrtEngineCache,
@@ -33,6 +29,10 @@ from gps_denied_c7.ort_cache import (
     linked_tensorrt,
     platform_name,
 )
+from gps_denied_c7.engines.store import EngineCache
+from gps_denied_c7.errors import C7Error, EngineDeserializeError, GpuUnavailableError, RuntimeUnavailableError
+from gps_denied_c7.model.bundle import Artefact
+from gps_denied_c7.model.onnx_file import OnnxModel, ep_context_model, read_onnx
 from gps_denied_c7.runtime import BuildProgress, EngineCacheEntry, EngineFacts, ProviderSet
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine, fix_shapes, own_input_shapes
 from gps_denied_c7.runtimes.cuda import open_cuda, require_gpu

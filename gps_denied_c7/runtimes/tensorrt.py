@@ -9,14 +9,14 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from gps_denied_c7.engine_cache import EngineCache
+from gps_denied_c7.engines.gate import AdmittedEngine, EngineGate, EngineName, same_tensorrt
+from gps_denied_c7.engines.store import EngineCache
 from gps_denied_c7.errors import (
     EngineDeserializeError,
     EngineSchemaMismatchError,
     InferenceError,
     RuntimeUnavailableError,
 )
-from gps_denied_c7.gate import AdmittedEngine, EngineGate, EngineName, same_tensorrt
 from gps_denied_c7.model.bundle import Artefact, ModelBundle
 from gps_denied_c7.runtime import BuildConfig, EngineCacheEntry, EngineFacts, EngineHandle
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine, own_input_shapes

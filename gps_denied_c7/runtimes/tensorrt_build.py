@@ -14,9 +14,9 @@ from typing import Any
 
 import gps_denied_c7
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.engine_cache import EngineCache, engine_model_name
+from gps_denied_c7.engines.gate import EngineGate, EngineManifest, HostProfile, same_tensorrt
+from gps_denied_c7.engines.store import EngineCache, engine_model_name
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, RuntimeUnavailableError
-from gps_denied_c7.gate import EngineGate, EngineManifest, HostProfile, same_tensorrt
 from gps_denied_c7.model.bundle import Artefact, ModelBundle
 from gps_denied_c7.model.onnx_file import OnnxModel, read_onnx
 from gps_denied_c7.runtime import BuildConfig, BuildProgress, EngineCacheEntry

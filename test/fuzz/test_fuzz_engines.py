@@ -12,8 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gps_denied_c7.engines.gate import (
+    EngineGate,
+    EngineManifest,
+    EngineName,
+    manifest_path,
+    plan_version,
+    read_manifest,
+)
 from gps_denied_c7.errors import EngineSchemaMismatchError
-from gps_denied_c7.gate import EngineGate, EngineManifest, EngineName, manifest_path, plan_version, read_manifest
 from support.fuzz_mutations import damaged, fuzz, hostile_json, json_text, substituted
 from support.gate_files import HOST, PLAN, manifest_of, write_engine
 

@@ -22,9 +22,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from gps_denied_c7.engine_cache import PART_SUFFIX
+from gps_denied_c7.engines.gate import EngineGate
+from gps_denied_c7.engines.store import PART_SUFFIX
 from gps_denied_c7.errors import EngineSchemaMismatchError, RuntimeUnavailableError
-from gps_denied_c7.gate import EngineGate
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.tensorrt_library import import_tensorrt, vendor_logger
 from support.gpu.results import record

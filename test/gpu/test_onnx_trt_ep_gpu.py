@@ -192,7 +192,7 @@ def test_ac2_cold_model_asks_for_all_three_and_is_built_once(cold: list[dict[str
 
 
 def test_g2_what_was_built_is_listed(cold: list[dict[str, Any]], root: Path, tensorrt: str) -> None:
-    from gps_denied_c7.ort_cache import LISTING_NAME, CacheListing
+    from gps_denied_c7.engines.ort_store import LISTING_NAME, CacheListing
 
     (directory,) = (root / 'ort_trt_cache').iterdir()
     listing = CacheListing.from_json((directory / LISTING_NAME).read_bytes())
@@ -254,7 +254,7 @@ def test_g2_plain_warm_cache_takes_longer_and_builds_nothing(
     import shutil
     from dataclasses import replace
 
-    from gps_denied_c7.ort_cache import LISTING_NAME, CacheListing
+    from gps_denied_c7.engines.ort_store import LISTING_NAME, CacheListing
 
     expect(12 * PLAIN_N, f'{PLAIN_N} loads from the plain cache')
     shutil.copytree(by_provider[0] / 'ort_trt_cache', tmp_path / 'ort_trt_cache')

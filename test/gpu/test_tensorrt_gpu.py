@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 
 from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.engine_cache import EngineCache
+from gps_denied_c7.engines.gate import AdmittedEngine, EngineGate, EngineManifest, manifest_path
+from gps_denied_c7.engines.store import EngineCache
 from gps_denied_c7.errors import (
     EngineDeserializeError,
     EngineSchemaMismatchError,
     InferenceError,
     RuntimeUnavailableError,
 )
-from gps_denied_c7.gate import AdmittedEngine, EngineGate, EngineManifest, manifest_path
 from gps_denied_c7.hosts import in_process_hosts
 from gps_denied_c7.model.bundle import Artefact, ModelBundle
 from gps_denied_c7.monitoring.thermal import UnknownThermalState

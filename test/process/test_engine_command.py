@@ -17,7 +17,7 @@ import pytest
 from onnx import helper
 
 from gps_denied_c7.bundle_maker import noise_picture
-from gps_denied_c7.gate import HostProfile
+from gps_denied_c7.engines.gate import HostProfile
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
 from gps_denied_c7.model.bundle import Artefact, ModelBundle, file_sha256, write_bundle

@@ -18,17 +18,17 @@ from pathlib import Path
 
 import pytest
 
-from gps_denied_c7.engine_cache import (
-    PART_SUFFIX,
-    EngineCache,
-)
 from gps_denied_c7.engine_sweep import LEFTOVER_AGE_S, Caches, Criteria, sweep
-from gps_denied_c7.errors import EngineSchemaMismatchError
-from gps_denied_c7.gate import EngineGate, manifest_path
-from gps_denied_c7.ort_cache import (
+from gps_denied_c7.engines.gate import EngineGate, manifest_path
+from gps_denied_c7.engines.ort_store import (
     BuiltFor,
     OrtEngineCache,
 )
+from gps_denied_c7.engines.store import (
+    PART_SUFFIX,
+    EngineCache,
+)
+from gps_denied_c7.errors import EngineSchemaMismatchError
 from support.engine_cache_files import HOST, SOURCE, fake_plan, manifest_of
 from support.numbered_engines import fake_plan_of, manifest_for
 from support.source_tree import REPOSITORY, TESTS
@@ -44,7 +44,7 @@ TORN = 5
 BUILDERS_OF_FAKE_PLANS = """
 import itertools, os, sys
 from gps_denied_c7 import engine_cli
-from gps_denied_c7.engine_cache import EngineCache
+from gps_denied_c7.engines.store import EngineCache
 from gps_denied_c7.runtime import EngineCacheEntry
 from support.numbered_engines import fake_plan_of, manifest_for
 
@@ -121,7 +121,7 @@ def test_g3_publishing_fake_plan_bytes_killed_50_times_leaves_nothing_half_admit
 PUBLISHER_THAT_DIES = """
 import os, sys
 from pathlib import Path
-from gps_denied_c7.engine_cache import EngineCache
+from gps_denied_c7.engines.store import EngineCache
 from support.numbered_engines import fake_plan_of, manifest_for
 
 rename = os.replace
@@ -164,7 +164,7 @@ BUILT_FOR = BuiltFor(
 KILLED = """
 import sys
 from pathlib import Path
-from gps_denied_c7.ort_cache import BuiltFor, OrtEngineCache
+from gps_denied_c7.engines.ort_store import BuiltFor, OrtEngineCache
 
 cache = OrtEngineCache((Path(sys.argv[1]),))
 built_for = BuiltFor(**eval(sys.argv[2]))
@@ -212,7 +212,7 @@ def test_g2_build_killed_at_any_moment_is_warm_only_as_a_whole(tmp_path: Path) -
 WRITER = """
 import sys
 from pathlib import Path
-from gps_denied_c7.engine_cache import EngineCache
+from gps_denied_c7.engines.store import EngineCache
 from support.engine_cache_files import fake_plan, manifest_of
 cache = EngineCache((Path(sys.argv[1]),))
 for seed in range(10**6):

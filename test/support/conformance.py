@@ -25,6 +25,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gps_denied_c7.config import RUNTIME_LABELS, C7InferenceConfig
+from gps_denied_c7.engines.gate import EngineGate, manifest_path
 from gps_denied_c7.errors import (
     C7Error,
     EngineDeserializeError,
@@ -32,7 +33,6 @@ from gps_denied_c7.errors import (
     InferenceError,
     RuntimeUnavailableError,
 )
-from gps_denied_c7.gate import EngineGate, manifest_path
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import ThermalLevel, ThermalState
 from gps_denied_c7.runtime import BuildConfig, EngineCacheEntry, EngineHandle, InferenceRuntime

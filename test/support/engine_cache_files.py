@@ -7,9 +7,9 @@ import os
 import random
 from pathlib import Path
 
-from gps_denied_c7.engine_cache import EngineCache
-from gps_denied_c7.gate import EngineManifest, HostProfile, manifest_path
-from gps_denied_c7.ort_cache import LISTING_NAME, BuiltFor, OrtEngineCache
+from gps_denied_c7.engines.gate import EngineManifest, HostProfile, manifest_path
+from gps_denied_c7.engines.ort_store import LISTING_NAME, BuiltFor, OrtEngineCache
+from gps_denied_c7.engines.store import EngineCache
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = ['HOST', 'SOURCE', 'age', 'fake_plan', 'manifest_of', 'publish_engine', 'publish_ort_cache']

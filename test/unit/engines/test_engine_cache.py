@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from gps_denied_c7.engine_cache import (
+from gps_denied_c7.engines.gate import EngineGate, EngineName, manifest_path
+from gps_denied_c7.engines.store import (
     LOCK_NAME,
     PART_SUFFIX,
     EngineCache,
@@ -23,7 +24,6 @@ from gps_denied_c7.engine_cache import (
     make_private_directory,
 )
 from gps_denied_c7.errors import EngineDeserializeError
-from gps_denied_c7.gate import EngineGate, EngineName, manifest_path
 from support.engine_cache_files import HOST, SOURCE, fake_plan, manifest_of
 
 

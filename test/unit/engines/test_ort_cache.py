@@ -13,8 +13,7 @@ from types import ModuleType
 
 import pytest
 
-from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError
-from gps_denied_c7.ort_cache import (
+from gps_denied_c7.engines.ort_store import (
     LISTING_NAME,
     BuiltFor,
     CachedFile,
@@ -25,6 +24,7 @@ from gps_denied_c7.ort_cache import (
     linked_tensorrt,
     platform_name,
 )
+from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError
 from gps_denied_c7.tensors import TensorSpec
 
 BUILT_FOR = BuiltFor(

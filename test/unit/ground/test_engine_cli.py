@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 
 from gps_denied_c7 import engine_cli, host_match
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.engine_cache import EngineCache
 from gps_denied_c7.engine_cli import main
 from gps_denied_c7.engine_inspection import inspect_engine
+from gps_denied_c7.engines.gate import EngineGate, HostProfile, manifest_path
+from gps_denied_c7.engines.store import EngineCache
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, RuntimeUnavailableError
-from gps_denied_c7.gate import EngineGate, HostProfile, manifest_path
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.runtime import BuildConfig, BuildProgress, EngineCacheEntry
 from gps_denied_c7.runtimes import cuda

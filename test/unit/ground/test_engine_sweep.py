@@ -17,11 +17,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gps_denied_c7 import host_match
-from gps_denied_c7.engine_cache import EngineCache
 from gps_denied_c7.engine_sweep import Caches, Criteria, SweepReport, sweep
+from gps_denied_c7.engines.gate import EngineGate, manifest_path
+from gps_denied_c7.engines.ort_store import WHOLE_ENGINE, BuiltFor, OrtEngineCache
+from gps_denied_c7.engines.store import EngineCache
 from gps_denied_c7.errors import EngineSchemaMismatchError
-from gps_denied_c7.gate import EngineGate, manifest_path
-from gps_denied_c7.ort_cache import WHOLE_ENGINE, BuiltFor, OrtEngineCache
 from support.engine_cache_files import HOST, age, fake_plan, publish_engine, publish_ort_cache
 
 NOW_S = 1_800_000_000.0

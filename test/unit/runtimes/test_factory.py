@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from gps_denied_c7.config import RUNTIME_LABELS, C7InferenceConfig
+from gps_denied_c7.engines.gate import EngineGate
 from gps_denied_c7.errors import RuntimeUnavailableError
-from gps_denied_c7.gate import EngineGate
 from gps_denied_c7.runtime import BuildConfig, InferenceRuntime, ProviderSet
 from gps_denied_c7.runtimes import create_runtime, cuda
 from support.engine_files import HOST, write_engine

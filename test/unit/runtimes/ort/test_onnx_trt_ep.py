@@ -25,6 +25,8 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.engines.gate import EngineGate
+from gps_denied_c7.engines.ort_store import LISTING_NAME, WHOLE_ENGINE, CacheListing
 from gps_denied_c7.errors import (
     C7Error,
     EngineDeserializeError,
@@ -34,10 +36,8 @@ from gps_denied_c7.errors import (
     ModelBundleError,
     RuntimeUnavailableError,
 )
-from gps_denied_c7.gate import EngineGate
 from gps_denied_c7.model import onnx_file
 from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.ort_cache import LISTING_NAME, WHOLE_ENGINE, CacheListing
 from gps_denied_c7.runtime import BuildConfig, BuildProgress, EngineCacheEntry, EngineHandle, ProviderSet
 from gps_denied_c7.runtimes import cuda as cuda_module
 from gps_denied_c7.runtimes import onnx_trt_ep, tensorrt_library

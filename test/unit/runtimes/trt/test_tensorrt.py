@@ -24,14 +24,14 @@ import pytest
 from numpy.typing import NDArray
 
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.engine_cache import EngineCache
+from gps_denied_c7.engines.gate import EngineGate, EngineManifest, HostProfile, manifest_path
+from gps_denied_c7.engines.store import EngineCache
 from gps_denied_c7.errors import (
     EngineDeserializeError,
     EngineSchemaMismatchError,
     InferenceError,
     RuntimeUnavailableError,
 )
-from gps_denied_c7.gate import EngineGate, EngineManifest, HostProfile, manifest_path
 from gps_denied_c7.model.bundle import Artefact, ModelBundle
 from gps_denied_c7.model.onnx_file import read_onnx
 from gps_denied_c7.runtime import BuildConfig, BuildProgress, EngineCacheEntry, EngineHandle

@@ -19,8 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gps_denied_c7.errors import C7Error, EngineDeserializeError, EngineSchemaMismatchError
-from gps_denied_c7.gate import (
+from gps_denied_c7.engines.gate import (
     EngineManifest,
     EngineName,
     HostProfile,
@@ -29,6 +28,7 @@ from gps_denied_c7.gate import (
     same_tensorrt,
     trusted_directory,
 )
+from gps_denied_c7.errors import C7Error, EngineDeserializeError, EngineSchemaMismatchError
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = [

@@ -1,0 +1,1 @@
+"""Engine files on disk: named, described, trusted, cached."""
