@@ -94,7 +94,7 @@ def require_strategy(label: str, config: C7InferenceConfig) -> None:
 
 
 def _remedy(requirements: str) -> str:
-    from gps_denied_c7.runtimes.cuda import gpu_devices
+    from gps_denied_c7.runtimes.gpu.cuda import gpu_devices
 
     install = f'pip install -r {requirements}'
     if requirements != _GPU_REQUIREMENTS or gpu_devices():

@@ -10,8 +10,8 @@ from importlib import metadata
 
 from gps_denied_c7.engines.gate import HostProfile
 from gps_denied_c7.errors import RuntimeUnavailableError
-from gps_denied_c7.runtimes.cuda import Cuda, open_cuda
-from gps_denied_c7.runtimes.tensorrt_library import import_tensorrt
+from gps_denied_c7.runtimes.gpu.cuda import Cuda, open_cuda
+from gps_denied_c7.runtimes.gpu.tensorrt_library import import_tensorrt
 
 __all__ = ['local_host_profile', 'tensorrt_version']
 

@@ -20,16 +20,16 @@ from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchErr
 from gps_denied_c7.model.bundle import Artefact, ModelBundle
 from gps_denied_c7.model.onnx_file import OnnxModel, read_onnx
 from gps_denied_c7.runtime import BuildConfig, BuildProgress, EngineCacheEntry
-from gps_denied_c7.runtimes.cuda import Cuda, open_cuda
-from gps_denied_c7.runtimes.half_precision import to_half_precision
-from gps_denied_c7.runtimes.host_profile import local_host_profile
-from gps_denied_c7.runtimes.tensorrt_library import (
+from gps_denied_c7.runtimes.gpu.cuda import Cuda, open_cuda
+from gps_denied_c7.runtimes.gpu.tensorrt_library import (
     dtype_name,
     error_recorder,
     import_tensorrt,
     listening,
     vendor_logger,
 )
+from gps_denied_c7.runtimes.half_precision import to_half_precision
+from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = [

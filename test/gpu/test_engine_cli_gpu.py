@@ -25,8 +25,8 @@ from onnx import TensorProto, helper, numpy_helper
 from gps_denied_c7.engines.gate import EngineGate
 from gps_denied_c7.engines.store import PART_SUFFIX
 from gps_denied_c7.errors import EngineSchemaMismatchError, RuntimeUnavailableError
+from gps_denied_c7.runtimes.gpu.tensorrt_library import import_tensorrt, vendor_logger
 from gps_denied_c7.runtimes.host_profile import local_host_profile
-from gps_denied_c7.runtimes.tensorrt_library import import_tensorrt, vendor_logger
 from support.gpu.results import record
 from support.gpu.superpoint import write_superpoint
 from support.source_tree import REPOSITORY

@@ -175,7 +175,7 @@ def release(runtime: OnnxTrtEpRuntime, handle: EngineHandle, provider: str) -> d
     if provider == CPU:
         runtime.release_engine(handle)
         return None
-    from gps_denied_c7.runtimes.cuda import open_cuda
+    from gps_denied_c7.runtimes.gpu.cuda import open_cuda
 
     try:
         cuda = open_cuda('onnx_trt_ep')

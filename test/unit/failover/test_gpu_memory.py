@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from gps_denied_c7 import gpu_memory
 from gps_denied_c7.errors import GpuMemoryError
 from gps_denied_c7.gpu_memory import GpuMemoryBudget
-from gps_denied_c7.runtimes.gpu_usage import GpuMemoryWatch
+from gps_denied_c7.runtimes.gpu.memory_usage import GpuMemoryWatch
 
 MIB = 1 << 20
 

@@ -25,7 +25,7 @@ from gps_denied_c7.engines.store import EngineCache
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, RuntimeUnavailableError
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.runtime import BuildConfig, BuildProgress, EngineCacheEntry
-from gps_denied_c7.runtimes import cuda
+from gps_denied_c7.runtimes.gpu import cuda
 from support.engine_cache_files import HOST, age, fake_plan, manifest_of, publish_engine, publish_ort_cache
 from support.engine_command import Run, flip, verdicts
 from support.small_networks import saved

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from gps_denied_c7.runtimes import onnx_io
-from gps_denied_c7.runtimes.cuda import CudaError, FiniteCheck
+from gps_denied_c7.runtimes.gpu.cuda import CudaError, FiniteCheck
 from gps_denied_c7.runtimes.onnx_io import GpuIo, HostIo
 from gps_denied_c7.tensors import TensorSpec
 from support.onnx_models import OUTPUTS, SHAPE, arithmetic, model_of

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from gps_denied_c7.errors import RuntimeUnavailableError
-from gps_denied_c7.runtimes.cuda import open_cuda
+from gps_denied_c7.runtimes.gpu.cuda import open_cuda
 
 __all__ = ['GpuMemoryWatch']
 

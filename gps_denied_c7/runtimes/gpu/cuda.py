@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from gps_denied_c7.errors import EngineDeserializeError, GpuUnavailableError, RuntimeUnavailableError
-from gps_denied_c7.runtimes.finite_kernel import FINITE_KERNEL, FINITE_KERNEL_NAME, FINITE_MASKS, QUAD_BYTES
+from gps_denied_c7.runtimes.gpu.nonfinite import FINITE_KERNEL, FINITE_KERNEL_NAME, FINITE_MASKS, QUAD_BYTES
 from gps_denied_c7.tensors import is_finite
 
 __all__ = ['Cuda', 'CudaError', 'FiniteCheck', 'GpuFacts', 'StagedTensor', 'gpu_devices', 'open_cuda', 'require_gpu']
