@@ -32,7 +32,7 @@ from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.proof import Proof
 from gps_denied_c7.retiring import RetiringEngines
 from gps_denied_c7.rungs import ORT_LABEL, Rung, RungHost, build_rungs
-from gps_denied_c7.runtime import EngineFacts
+from gps_denied_c7.runtimes.protocol import EngineFacts
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = ['Answer', 'RuntimeChain']

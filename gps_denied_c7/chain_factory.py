@@ -12,7 +12,7 @@ from gps_denied_c7.hosts import in_process_hosts
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import ThermalStatePublisher
 from gps_denied_c7.rungs import ORT_LABEL, Rung, RungHost
-from gps_denied_c7.runtime import BuildProgress
+from gps_denied_c7.runtimes.protocol import BuildProgress
 from gps_denied_c7.worker_host import worker_hosts
 from gps_denied_c7.worker_process import SpareWorker
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from gps_denied_c7.rungs import Rung
-from gps_denied_c7.runtime import EngineFacts
+from gps_denied_c7.runtimes.protocol import EngineFacts
 
 __all__ = ['ChainState', 'ChainStatus']
 

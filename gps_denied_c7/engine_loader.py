@@ -16,7 +16,7 @@ from gps_denied_c7.errors import NO_THREADS_REMEDY, C7Error, EngineDeserializeEr
 from gps_denied_c7.file_watch import FileWatch
 from gps_denied_c7.proof import Proof
 from gps_denied_c7.rungs import Rung, RungHost
-from gps_denied_c7.runtime import EngineFacts
+from gps_denied_c7.runtimes.protocol import EngineFacts
 
 __all__ = ['EngineLoad', 'EngineLoader', 'RungEngine']
 

@@ -15,16 +15,16 @@ from gps_denied_c7.errors import InferenceError, RuntimeUnavailableError
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import ThermalStatePublisher
 from gps_denied_c7.rungs import Rung
-from gps_denied_c7.runtime import (
+from gps_denied_c7.runtimes.base import BaseRuntime
+from gps_denied_c7.runtimes.host_profile import local_host_profile
+from gps_denied_c7.runtimes.protocol import (
     BuildConfig,
     BuildProgress,
     EngineFacts,
     EngineHandle,
     InferenceRuntime,
 )
-from gps_denied_c7.runtimes import create_runtime
-from gps_denied_c7.runtimes.base import BaseRuntime
-from gps_denied_c7.runtimes.host_profile import local_host_profile
+from gps_denied_c7.runtimes.registry import create_runtime
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = ['InProcessHost', 'SynchronousHost', 'in_process_hosts']

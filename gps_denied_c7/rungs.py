@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.runtime import EngineFacts, ProviderSet
+from gps_denied_c7.runtimes.protocol import EngineFacts, ProviderSet
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = ['ORT_LABEL', 'Rung', 'RungHost', 'build_rungs']

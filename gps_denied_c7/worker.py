@@ -93,7 +93,7 @@ def _get_ready(strategy: str, channel: Channel) -> None:
 def _import_for(strategy: str) -> None:
     os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LOWEST_PRIORITY)
     from gps_denied_c7 import worker_service  # noqa: F401
-    from gps_denied_c7.runtimes import import_strategy
+    from gps_denied_c7.runtimes.registry import import_strategy
 
     import_strategy(strategy)
 

@@ -21,8 +21,8 @@ from gps_denied_c7.gpu_memory import GpuMemoryBudget, GpuMemoryClaim
 from gps_denied_c7.model.bundle import Artefact, ModelBundle
 from gps_denied_c7.model.external_data import find_external
 from gps_denied_c7.rungs import Rung
-from gps_denied_c7.runtime import BuildProgress, EngineFacts
-from gps_denied_c7.runtimes import require_strategy
+from gps_denied_c7.runtimes.protocol import BuildProgress, EngineFacts
+from gps_denied_c7.runtimes.registry import require_strategy
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.stalling import read_or_give_up
 from gps_denied_c7.tensors import TensorSpec, check_inputs, check_outputs

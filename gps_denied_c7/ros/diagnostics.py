@@ -19,7 +19,7 @@ from gps_denied_c7.model_swap import SwapStatus
 from gps_denied_c7.monitoring.metrics import Percentiles, StreamCounters
 from gps_denied_c7.monitoring.thermal import ThermalLevel, ThermalState
 from gps_denied_c7.monitoring.thermal_policy import ThermalPolicy
-from gps_denied_c7.runtime import BuildProgress
+from gps_denied_c7.runtimes.protocol import BuildProgress
 from gps_denied_c7.text import plain
 
 __all__ = [

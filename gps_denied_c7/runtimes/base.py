@@ -26,7 +26,7 @@ from gps_denied_c7.errors import (
 )
 from gps_denied_c7.model.bundle import SIZE_REMEDY, Artefact, ModelBundle
 from gps_denied_c7.monitoring.thermal import ThermalState, ThermalStatePublisher, UnknownThermalState
-from gps_denied_c7.runtime import BuildConfig, EngineCacheEntry, EngineFacts, EngineHandle, ProviderSet
+from gps_denied_c7.runtimes.protocol import BuildConfig, EngineCacheEntry, EngineFacts, EngineHandle, ProviderSet
 from gps_denied_c7.tensors import TensorSpec, check_finite, check_inputs, check_outputs, noise_inputs, probe_inputs
 
 __all__ = ['BaseRuntime', 'LoadedEngine', 'fix_shapes', 'own_input_shapes']
@@ -108,7 +108,7 @@ class _Bound(Generic[EngineT]):
 
 class BaseRuntime(ABC, Generic[EngineT]):
     """
-    Do for every strategy what :class:`gps_denied_c7.runtime.InferenceRuntime` promises.
+    Do for every strategy what :class:`gps_denied_c7.runtimes.protocol.InferenceRuntime` promises.
 
     A subclass names its ``label`` and fills in ``_load``, ``_run`` and ``_free``, and ``_settle`` and
     ``_found_finite`` where it can; vendor exceptions may leave those, they become the ``__cause__`` of the

@@ -33,12 +33,12 @@ from gps_denied_c7.engines.store import EngineCache
 from gps_denied_c7.errors import C7Error, EngineDeserializeError, GpuUnavailableError, RuntimeUnavailableError
 from gps_denied_c7.model.bundle import Artefact
 from gps_denied_c7.model.onnx_file import OnnxModel, ep_context_model, read_onnx
-from gps_denied_c7.runtime import BuildProgress, EngineCacheEntry, EngineFacts, ProviderSet
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine, fix_shapes, own_input_shapes
 from gps_denied_c7.runtimes.gpu.cuda import open_cuda, require_gpu
 from gps_denied_c7.runtimes.gpu.tensorrt_library import import_tensorrt
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.onnx_io import GpuIo, HostIo, TensorIo
+from gps_denied_c7.runtimes.protocol import BuildProgress, EngineCacheEntry, EngineFacts, ProviderSet
 from gps_denied_c7.runtimes.tensorrt_build import BuildWatch, PlanRequest, build_plan, workspace_bytes
 from gps_denied_c7.tensors import TensorSpec, nearly_equal
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 from gps_denied_c7.errors import EngineDeserializeError, InferenceError, RuntimeUnavailableError
 from gps_denied_c7.model.bundle import Artefact
-from gps_denied_c7.runtime import EngineCacheEntry, EngineFacts, ProviderSet
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine
+from gps_denied_c7.runtimes.protocol import EngineCacheEntry, EngineFacts, ProviderSet
 from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.torch_archive import ArchiveKind, TorchArchive, read_torch_archive
 

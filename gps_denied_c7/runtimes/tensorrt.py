@@ -18,10 +18,10 @@ from gps_denied_c7.errors import (
     RuntimeUnavailableError,
 )
 from gps_denied_c7.model.bundle import Artefact, ModelBundle
-from gps_denied_c7.runtime import BuildConfig, EngineCacheEntry, EngineFacts, EngineHandle
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine, own_input_shapes
 from gps_denied_c7.runtimes.gpu.cuda import Cuda, CudaError, FiniteCheck, StagedTensor, open_cuda
 from gps_denied_c7.runtimes.gpu.tensorrt_library import dtype_name, error_recorder, import_tensorrt, vendor_logger
+from gps_denied_c7.runtimes.protocol import BuildConfig, EngineCacheEntry, EngineFacts, EngineHandle
 from gps_denied_c7.runtimes.tensorrt_build import build_engine, source_artefact, source_shapes
 from gps_denied_c7.tensors import TensorSpec, nearly_equal
 

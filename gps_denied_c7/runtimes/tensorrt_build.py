@@ -19,7 +19,6 @@ from gps_denied_c7.engines.store import EngineCache, engine_model_name
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, RuntimeUnavailableError
 from gps_denied_c7.model.bundle import Artefact, ModelBundle
 from gps_denied_c7.model.onnx_file import OnnxModel, read_onnx
-from gps_denied_c7.runtime import BuildConfig, BuildProgress, EngineCacheEntry
 from gps_denied_c7.runtimes.gpu.cuda import Cuda, open_cuda
 from gps_denied_c7.runtimes.gpu.tensorrt_library import (
     dtype_name,
@@ -30,6 +29,7 @@ from gps_denied_c7.runtimes.gpu.tensorrt_library import (
 )
 from gps_denied_c7.runtimes.half_precision import to_half_precision
 from gps_denied_c7.runtimes.host_profile import local_host_profile
+from gps_denied_c7.runtimes.protocol import BuildConfig, BuildProgress, EngineCacheEntry
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = [

@@ -21,7 +21,7 @@ from gps_denied_c7.errors import (
 )
 from gps_denied_c7.model.bundle import AllClose
 from gps_denied_c7.rungs import Rung
-from gps_denied_c7.runtime import ProviderSet
+from gps_denied_c7.runtimes.protocol import ProviderSet
 from support.scripted_workers import CPU, GPU, OTHER_GPU, Bench, ScriptedWorker
 
 ORT_GPU = Rung('onnx_trt_ep', ProviderSet.GPU)

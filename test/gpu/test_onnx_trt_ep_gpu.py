@@ -20,8 +20,8 @@ import pytest
 from numpy.typing import NDArray
 
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.runtime import BuildConfig, ProviderSet
 from gps_denied_c7.runtimes.onnx_trt_ep import CPU, CUDA, TENSORRT, OnnxTrtEpRuntime
+from gps_denied_c7.runtimes.protocol import BuildConfig, ProviderSet
 from support import conformance
 from support.gpu.results import percentiles, record
 from support.gpu.superpoint import write_superpoint

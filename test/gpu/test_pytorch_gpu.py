@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import EngineDeserializeError, InferenceError
 from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.runtime import BuildConfig, EngineHandle, ProviderSet
+from gps_denied_c7.runtimes.protocol import BuildConfig, EngineHandle, ProviderSet
 from gps_denied_c7.runtimes.pytorch_fp16 import PytorchFp16Runtime
 from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.torch_archive import ArchiveKind, read_torch_archive

@@ -29,10 +29,10 @@ from gps_denied_c7.hosts import in_process_hosts
 from gps_denied_c7.model.bundle import Artefact, ModelBundle
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from gps_denied_c7.rungs import Rung
-from gps_denied_c7.runtime import BuildConfig, BuildProgress, EngineCacheEntry, EngineHandle, ProviderSet
 from gps_denied_c7.runtimes.gpu.cuda import Cuda, FiniteCheck, open_cuda
 from gps_denied_c7.runtimes.gpu.tensorrt_library import import_tensorrt
 from gps_denied_c7.runtimes.host_profile import local_host_profile
+from gps_denied_c7.runtimes.protocol import BuildConfig, BuildProgress, EngineCacheEntry, EngineHandle, ProviderSet
 from gps_denied_c7.runtimes.tensorrt import TensorrtRuntime, _Engine
 from gps_denied_c7.runtimes.tensorrt_build import build_engine
 from gps_denied_c7.worker_host import WorkerHost

@@ -84,8 +84,9 @@ def test_r5_every_label_is_looked_up_without_importing_its_vendor() -> None:
 import sys
 from gps_denied_c7.config import RUNTIME_LABELS, C7InferenceConfig
 from gps_denied_c7.errors import RuntimeUnavailableError
-from gps_denied_c7.runtimes import create_runtime
-assert not [name for name in sys.modules if name.startswith('gps_denied_c7.runtimes.')]
+from gps_denied_c7.runtimes.registry import create_runtime
+vendors = tuple(f'gps_denied_c7.runtimes.{part}' for part in ('gpu', 'ort', 'pt', 'trt'))
+assert not [name for name in sys.modules if name.startswith(vendors)]
 for label in RUNTIME_LABELS:
     try:
         create_runtime(label, C7InferenceConfig())
@@ -119,8 +120,8 @@ from pathlib import Path
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import EngineDeserializeError
-from gps_denied_c7.runtime import EngineCacheEntry, ProviderSet
-from gps_denied_c7.runtimes import create_runtime
+from gps_denied_c7.runtimes.protocol import EngineCacheEntry, ProviderSet
+from gps_denied_c7.runtimes.registry import create_runtime
 model = ModelBundle(name='model', root=Path('/'), weights_digest='sha256:' + '0' * 64)
 for providers in ProviderSet:
     runtime = create_runtime('pytorch_fp16', C7InferenceConfig(), providers=providers)

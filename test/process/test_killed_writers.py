@@ -45,7 +45,7 @@ BUILDERS_OF_FAKE_PLANS = """
 import itertools, os, sys
 from gps_denied_c7 import engine_cli
 from gps_denied_c7.engines.store import EngineCache
-from gps_denied_c7.runtime import EngineCacheEntry
+from gps_denied_c7.runtimes.protocol import EngineCacheEntry
 from support.numbered_engines import fake_plan_of, manifest_for
 
 def build_fake_plan(model, config, build):

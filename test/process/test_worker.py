@@ -49,7 +49,7 @@ from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from gps_denied_c7.python_child import worker_environment
 from gps_denied_c7.rungs import Rung
-from gps_denied_c7.runtime import EngineFacts, ProviderSet
+from gps_denied_c7.runtimes.protocol import EngineFacts, ProviderSet
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.worker_channel import Channel, ChannelClosedError, error_from_json, error_to_json
 from gps_denied_c7.worker_host import WorkerHost, worker_hosts
@@ -283,7 +283,7 @@ import sys, time
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.runtime import ProviderSet
+from gps_denied_c7.runtimes.protocol import ProviderSet
 from gps_denied_c7.worker_host import worker_hosts
 host = worker_hosts(ModelBundle.load(__import__('pathlib').Path({str(bundle.root)!r})), C7InferenceConfig())(
     Rung('onnx_trt_ep', ProviderSet.CPU))

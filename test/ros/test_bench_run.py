@@ -220,8 +220,8 @@ def test_engine_options_are_the_nodes(monkeypatch, tmp_path):
     from gps_denied_c7.bench.models import build_model, engine_session
     from gps_denied_c7.config import C7InferenceConfig
     from gps_denied_c7.model.bundle import ModelBundle
-    from gps_denied_c7.runtime import BuildConfig, ProviderSet
-    from gps_denied_c7.runtimes import create_runtime
+    from gps_denied_c7.runtimes.protocol import BuildConfig, ProviderSet
+    from gps_denied_c7.runtimes.registry import create_runtime
 
     made = []
 

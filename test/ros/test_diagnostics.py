@@ -18,7 +18,7 @@ from gps_denied_c7.ros.diagnostics import (
     thermal_report,
 )
 from gps_denied_c7.rungs import Rung
-from gps_denied_c7.runtime import BuildProgress, EngineFacts, ProviderSet
+from gps_denied_c7.runtimes.protocol import BuildProgress, EngineFacts, ProviderSet
 
 OK, WARN, ERROR = DiagnosticStatus.OK, DiagnosticStatus.WARN, DiagnosticStatus.ERROR
 

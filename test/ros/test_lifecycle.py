@@ -12,7 +12,7 @@ from rclpy.lifecycle import TransitionCallbackReturn
 from gps_denied_c7.errors import C7Error, InferenceError
 from gps_denied_c7.hosts import SynchronousHost, in_process_hosts
 from gps_denied_c7.ros.lifecycle import ResponsiveLifecycleNode
-from gps_denied_c7.runtime import BuildProgress, EngineFacts, ProviderSet
+from gps_denied_c7.runtimes.protocol import BuildProgress, EngineFacts, ProviderSet
 from gps_denied_c7.tensors import TensorSpec
 from support.harness import LocalNode, image, tensor, wait_until
 from support.networks import copying

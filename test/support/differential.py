@@ -17,7 +17,7 @@ from gps_denied_c7.hosts import in_process_hosts
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from gps_denied_c7.rungs import Rung, RungHost
-from gps_denied_c7.runtime import ProviderSet
+from gps_denied_c7.runtimes.protocol import ProviderSet
 from gps_denied_c7.worker_host import worker_hosts
 
 __all__ = ['CPU', 'NUMPY_TYPES', 'Tally', 'compare_host', 'loaded_host', 'plain_session', 'wrong_outputs']

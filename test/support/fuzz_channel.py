@@ -15,7 +15,7 @@ from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import C7Error, EngineSchemaMismatchError, InferenceError
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.rungs import Rung
-from gps_denied_c7.runtime import ProviderSet
+from gps_denied_c7.runtimes.protocol import ProviderSet
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.worker_channel import Channel, error_to_json

@@ -15,7 +15,7 @@ from gps_denied_c7.errors import (
 from gps_denied_c7.gpu_memory import GpuMemoryBudget
 from gps_denied_c7.model.bundle import AllClose, ModelBundle
 from gps_denied_c7.rungs import Rung
-from gps_denied_c7.runtime import EngineFacts, ProviderSet
+from gps_denied_c7.runtimes.protocol import EngineFacts, ProviderSet
 from gps_denied_c7.tensors import TensorSpec
 
 SPEC = TensorSpec('x', 'float32', (1, 2))

@@ -23,7 +23,7 @@ from gps_denied_c7.hosts import SynchronousHost
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from gps_denied_c7.rungs import Rung, build_rungs
-from gps_denied_c7.runtime import EngineFacts, ProviderSet
+from gps_denied_c7.runtimes.protocol import EngineFacts, ProviderSet
 from gps_denied_c7.tensors import TensorSpec, noise_inputs
 
 SPEC = TensorSpec('x', 'float32', (1, 2))

@@ -19,7 +19,7 @@ from gps_denied_c7.file_watch import FileWatch
 from gps_denied_c7.model.bundle import ModelBundle, write_bundle
 from gps_denied_c7.proof import Proof
 from gps_denied_c7.rungs import Rung
-from gps_denied_c7.runtime import EngineFacts, ProviderSet
+from gps_denied_c7.runtimes.protocol import EngineFacts, ProviderSet
 
 pytest.importorskip('onnx')
 pytest.importorskip('onnxruntime')

@@ -7,7 +7,7 @@ import pytest
 from gps_denied_c7 import retiring
 from gps_denied_c7.retiring import RetiringEngines
 from gps_denied_c7.rungs import Rung
-from gps_denied_c7.runtime import ProviderSet
+from gps_denied_c7.runtimes.protocol import ProviderSet
 
 GPU = Rung('tensorrt', ProviderSet.GPU)
 

@@ -24,8 +24,8 @@ from gps_denied_c7.engines.gate import EngineGate, HostProfile, manifest_path
 from gps_denied_c7.engines.store import EngineCache
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, RuntimeUnavailableError
 from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.runtime import BuildConfig, BuildProgress, EngineCacheEntry
 from gps_denied_c7.runtimes.gpu import cuda
+from gps_denied_c7.runtimes.protocol import BuildConfig, BuildProgress, EngineCacheEntry
 from support.engine_cache_files import HOST, age, fake_plan, manifest_of, publish_engine, publish_ort_cache
 from support.engine_command import Run, flip, verdicts
 from support.small_networks import saved

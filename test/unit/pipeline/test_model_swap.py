@@ -16,7 +16,7 @@ from gps_denied_c7.model_swap import ModelSwapper, SwapPhase
 from gps_denied_c7.monitoring.metrics import Statistics
 from gps_denied_c7.pipeline import FramePipeline, InferenceThread
 from gps_denied_c7.rungs import Rung
-from gps_denied_c7.runtime import EngineFacts, ProviderSet
+from gps_denied_c7.runtimes.protocol import EngineFacts, ProviderSet
 from gps_denied_c7.serving import fit_model
 from gps_denied_c7.slots import Frame, FrameSlots
 from gps_denied_c7.tensors import TensorSpec, noise_inputs

@@ -19,7 +19,7 @@ from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.metrics import Statistics
 from gps_denied_c7.pipeline import FramePipeline, InferenceThread, ServedModel
 from gps_denied_c7.rungs import Rung
-from gps_denied_c7.runtime import EngineFacts, ProviderSet
+from gps_denied_c7.runtimes.protocol import EngineFacts, ProviderSet
 from gps_denied_c7.slots import Frame, FrameSlots, PreparedImage
 from gps_denied_c7.tensors import TensorSpec
 

@@ -11,9 +11,9 @@ import pytest
 from gps_denied_c7.config import RUNTIME_LABELS, C7InferenceConfig
 from gps_denied_c7.engines.gate import EngineGate
 from gps_denied_c7.errors import RuntimeUnavailableError
-from gps_denied_c7.runtime import BuildConfig, InferenceRuntime, ProviderSet
-from gps_denied_c7.runtimes import create_runtime
 from gps_denied_c7.runtimes.gpu import cuda
+from gps_denied_c7.runtimes.protocol import BuildConfig, InferenceRuntime, ProviderSet
+from gps_denied_c7.runtimes.registry import create_runtime
 from support.engine_files import HOST, write_engine
 from support.onnx_models import bare_bundle
 from support.source_tree import REPOSITORY

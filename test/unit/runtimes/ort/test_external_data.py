@@ -30,9 +30,9 @@ from gps_denied_c7.model import onnx_file
 from gps_denied_c7.model.bundle import Artefact, ModelBundle
 from gps_denied_c7.model.external_data import read_sealed
 from gps_denied_c7.model.onnx_file import read_onnx
-from gps_denied_c7.runtime import BuildConfig, ProviderSet
 from gps_denied_c7.runtimes import onnx_trt_ep
 from gps_denied_c7.runtimes.onnx_trt_ep import OnnxTrtEpRuntime
+from gps_denied_c7.runtimes.protocol import BuildConfig, ProviderSet
 from support.external_weights import CONFIG, SHAPE, external, outside, rename_over, scaled, value, write
 
 X = np.linspace(-1, 1, 256, dtype=np.float32).reshape(SHAPE)

@@ -38,12 +38,12 @@ from gps_denied_c7.errors import (
 )
 from gps_denied_c7.model import onnx_file
 from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.runtime import BuildConfig, BuildProgress, EngineCacheEntry, EngineHandle, ProviderSet
 from gps_denied_c7.runtimes import onnx_trt_ep
 from gps_denied_c7.runtimes.gpu import cuda as cuda_module
 from gps_denied_c7.runtimes.gpu import tensorrt_library
 from gps_denied_c7.runtimes.gpu.cuda import GpuFacts
 from gps_denied_c7.runtimes.onnx_trt_ep import OnnxTrtEpRuntime
+from gps_denied_c7.runtimes.protocol import BuildConfig, BuildProgress, EngineCacheEntry, EngineHandle, ProviderSet
 from gps_denied_c7.tensors import TensorSpec
 from support.engine_files import HOST, PLAN, write_engine
 from support.fake_onnxruntime import CPU, CUDA, TENSORRT, FakeOnnxRuntimeThisMachineHasNoCuda

@@ -19,7 +19,7 @@ from gps_denied_c7.errors import EngineDeserializeError, InferenceError, Runtime
 from gps_denied_c7.hosts import InProcessHost
 from gps_denied_c7.model.bundle import Artefact, ModelBundle
 from gps_denied_c7.rungs import Rung
-from gps_denied_c7.runtime import BuildConfig, EngineCacheEntry, EngineHandle, ProviderSet
+from gps_denied_c7.runtimes.protocol import BuildConfig, EngineCacheEntry, EngineHandle, ProviderSet
 from gps_denied_c7.runtimes.pytorch_fp16 import PytorchFp16Runtime
 from gps_denied_c7.tensors import TensorSpec
 from support import source_tree

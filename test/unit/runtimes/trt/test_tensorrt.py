@@ -34,12 +34,12 @@ from gps_denied_c7.errors import (
 )
 from gps_denied_c7.model.bundle import Artefact, ModelBundle
 from gps_denied_c7.model.onnx_file import read_onnx
-from gps_denied_c7.runtime import BuildConfig, BuildProgress, EngineCacheEntry, EngineHandle
 from gps_denied_c7.runtimes.gpu import cuda as cuda_module
 from gps_denied_c7.runtimes.gpu import tensorrt_library
 from gps_denied_c7.runtimes.gpu.cuda import Cuda, gpu_devices, open_cuda
 from gps_denied_c7.runtimes.half_precision import to_half_precision
 from gps_denied_c7.runtimes.host_profile import local_host_profile
+from gps_denied_c7.runtimes.protocol import BuildConfig, BuildProgress, EngineCacheEntry, EngineHandle
 from gps_denied_c7.runtimes.tensorrt import TensorrtRuntime
 from gps_denied_c7.runtimes.tensorrt_build import build_engine
 from support.fake_tensorrt import FakeCudaThisMachineHasNone, FakeTensorrtThisMachineCannotRun, broken, plan_of
