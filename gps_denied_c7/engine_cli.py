@@ -33,7 +33,7 @@ from gps_denied_c7.model.bundle import ModelBundle, OutputRule
 from gps_denied_c7.model.compare import rule_from_json, rule_to_json
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.protocol import BuildConfig, BuildProgress
-from gps_denied_c7.runtimes.tensorrt_build import PRECISIONS, build_engine
+from gps_denied_c7.runtimes.trt.build import PRECISIONS, build_engine
 from gps_denied_c7.serving import ImageSettings, fit_bundle
 from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.text import plain

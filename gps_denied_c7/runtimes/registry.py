@@ -34,7 +34,7 @@ class _Strategy:
 _GPU_REQUIREMENTS = 'requirements/gpu.txt'
 _STRATEGIES = {
     'tensorrt': _Strategy(
-        ('tensorrt', 'cuda'), _GPU_REQUIREMENTS, 'gps_denied_c7.runtimes.tensorrt:TensorrtRuntime'
+        ('tensorrt', 'cuda'), _GPU_REQUIREMENTS, 'gps_denied_c7.runtimes.trt.runtime:TensorrtRuntime'
     ),
     'onnx_trt_ep': _Strategy(
         ('onnxruntime', 'onnx'), 'requirements/runtime.txt', 'gps_denied_c7.runtimes.onnx_trt_ep:OnnxTrtEpRuntime'

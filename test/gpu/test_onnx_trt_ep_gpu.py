@@ -128,7 +128,7 @@ def by_provider(tensorrt: str, root: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope='module')
 def direct(tensorrt: str, root: Path) -> dict[str, Any]:
     """An engine that TensorRT itself built, and its answers."""
-    pytest.importorskip('gps_denied_c7.runtimes.tensorrt')
+    pytest.importorskip('gps_denied_c7.runtimes.trt.runtime')
     pytest.importorskip('tensorrt', reason='TensorRT for Python is not installed')
     expect(20, 'a build with TensorRT itself')
     return child(

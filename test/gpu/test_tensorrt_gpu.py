@@ -33,8 +33,8 @@ from gps_denied_c7.runtimes.gpu.cuda import Cuda, FiniteCheck, open_cuda
 from gps_denied_c7.runtimes.gpu.tensorrt_library import import_tensorrt
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.protocol import BuildConfig, BuildProgress, EngineCacheEntry, EngineHandle, ProviderSet
-from gps_denied_c7.runtimes.tensorrt import TensorrtRuntime, _Engine
-from gps_denied_c7.runtimes.tensorrt_build import build_engine
+from gps_denied_c7.runtimes.trt.build import build_engine
+from gps_denied_c7.runtimes.trt.runtime import TensorrtRuntime, _Engine
 from gps_denied_c7.worker_host import WorkerHost
 from support import conformance
 from support.gpu.results import percentiles, record

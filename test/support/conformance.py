@@ -39,7 +39,7 @@ from gps_denied_c7.runtimes.base import BaseRuntime
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.protocol import BuildConfig, EngineCacheEntry, EngineHandle, InferenceRuntime
 from gps_denied_c7.runtimes.registry import create_runtime
-from gps_denied_c7.runtimes.tensorrt_build import build_engine
+from gps_denied_c7.runtimes.trt.build import build_engine
 from gps_denied_c7.tensors import TensorSpec
 from support.onnx_models import INPUTS, OUTPUTS, SHAPE, arithmetic, bare_bundle, write_model
 from support.shared_arrays import shared

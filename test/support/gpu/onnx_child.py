@@ -231,7 +231,7 @@ def embed(task: Mapping[str, Any]) -> dict[str, Any]:
 
 def direct(task: Mapping[str, Any]) -> dict[str, Any]:
     """Build the network with TensorRT itself where there is no engine yet, and run it."""
-    from gps_denied_c7.runtimes.tensorrt import TensorrtRuntime
+    from gps_denied_c7.runtimes.trt.runtime import TensorrtRuntime
 
     runtime = TensorrtRuntime(config_of(task), gate=EngineGate(local_host_profile()))
     start = time.perf_counter()

@@ -37,11 +37,11 @@ from gps_denied_c7.model.onnx_file import read_onnx
 from gps_denied_c7.runtimes.gpu import cuda as cuda_module
 from gps_denied_c7.runtimes.gpu import tensorrt_library
 from gps_denied_c7.runtimes.gpu.cuda import Cuda, gpu_devices, open_cuda
-from gps_denied_c7.runtimes.half_precision import to_half_precision
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.protocol import BuildConfig, BuildProgress, EngineCacheEntry, EngineHandle
-from gps_denied_c7.runtimes.tensorrt import TensorrtRuntime
-from gps_denied_c7.runtimes.tensorrt_build import build_engine
+from gps_denied_c7.runtimes.trt.build import build_engine
+from gps_denied_c7.runtimes.trt.fp16 import to_half_precision
+from gps_denied_c7.runtimes.trt.runtime import TensorrtRuntime
 from support.fake_tensorrt import FakeCudaThisMachineHasNone, FakeTensorrtThisMachineCannotRun, broken, plan_of
 from support.onnx_models import INPUTS, OUTPUTS, SHAPE, arithmetic, bare_bundle, bundle_around, write_model
 from support.shared_arrays import shared
@@ -49,7 +49,7 @@ from support.source_tree import REPOSITORY
 
 HOST = HostProfile(gpu='Fake GPU', sm=90, tensorrt='8.6.0', platform='linux-x86_64')
 BUILD = BuildConfig(allow_build=True, precision='fp32')
-MODULES = ('tensorrt.py', 'tensorrt_build.py', 'tensorrt_library.py', 'cuda.py')
+MODULES = ('trt/runtime.py', 'trt/build.py', 'gpu/tensorrt_library.py', 'gpu/cuda.py')
 
 
 @pytest.fixture
@@ -939,7 +939,7 @@ def test_f5_progress_is_reported(
 ) -> None:
     trt = FakeTensorrtThisMachineCannotRun(cuda, version)
     install(trt, monkeypatch)
-    monkeypatch.setattr('gps_denied_c7.runtimes.tensorrt_build._REPORT_EVERY_S', 0.005)
+    monkeypatch.setattr('gps_denied_c7.runtimes.trt.build._REPORT_EVERY_S', 0.005)
     heard: list[BuildProgress] = []
     works = trt.works
 
@@ -981,7 +981,7 @@ def test_f5_a_listener_that_fails_does_not_cost_the_build(
         return works(what, recorder)
 
     monkeypatch.setattr(trt, 'works', slow)
-    monkeypatch.setattr('gps_denied_c7.runtimes.tensorrt_build._REPORT_EVERY_S', 0.005)
+    monkeypatch.setattr('gps_denied_c7.runtimes.trt.build._REPORT_EVERY_S', 0.005)
     assert build_engine(model, config, replace(BUILD, progress=failing)).path.is_file()
 
 

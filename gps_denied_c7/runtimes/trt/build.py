@@ -27,9 +27,9 @@ from gps_denied_c7.runtimes.gpu.tensorrt_library import (
     listening,
     vendor_logger,
 )
-from gps_denied_c7.runtimes.half_precision import to_half_precision
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.protocol import BuildConfig, BuildProgress, EngineCacheEntry
+from gps_denied_c7.runtimes.trt.fp16 import to_half_precision
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = [

@@ -22,7 +22,7 @@ from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine, own_input_sha
 from gps_denied_c7.runtimes.gpu.cuda import Cuda, CudaError, FiniteCheck, StagedTensor, open_cuda
 from gps_denied_c7.runtimes.gpu.tensorrt_library import dtype_name, error_recorder, import_tensorrt, vendor_logger
 from gps_denied_c7.runtimes.protocol import BuildConfig, EngineCacheEntry, EngineFacts, EngineHandle
-from gps_denied_c7.runtimes.tensorrt_build import build_engine, source_artefact, source_shapes
+from gps_denied_c7.runtimes.trt.build import build_engine, source_artefact, source_shapes
 from gps_denied_c7.tensors import TensorSpec, nearly_equal
 
 __all__ = ['PROVIDER', 'TensorrtRuntime']
