@@ -37,7 +37,7 @@ _STRATEGIES = {
         ('tensorrt', 'cuda'), _GPU_REQUIREMENTS, 'gps_denied_c7.runtimes.trt.runtime:TensorrtRuntime'
     ),
     'onnx_trt_ep': _Strategy(
-        ('onnxruntime', 'onnx'), 'requirements/runtime.txt', 'gps_denied_c7.runtimes.onnx_trt_ep:OnnxTrtEpRuntime'
+        ('onnxruntime', 'onnx'), 'requirements/runtime.txt', 'gps_denied_c7.runtimes.ort.runtime:OnnxTrtEpRuntime'
     ),
     'pytorch_fp16': _Strategy(
         ('torch',), _GPU_REQUIREMENTS, 'gps_denied_c7.runtimes.pytorch_fp16:PytorchFp16Runtime'

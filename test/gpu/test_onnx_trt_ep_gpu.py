@@ -20,7 +20,7 @@ import pytest
 from numpy.typing import NDArray
 
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.runtimes.onnx_trt_ep import CPU, CUDA, TENSORRT, OnnxTrtEpRuntime
+from gps_denied_c7.runtimes.ort.runtime import CPU, CUDA, TENSORRT, OnnxTrtEpRuntime
 from gps_denied_c7.runtimes.protocol import BuildConfig, ProviderSet
 from support import conformance
 from support.gpu.results import percentiles, record

@@ -27,7 +27,7 @@ from gps_denied_c7.errors import C7Error
 from gps_denied_c7.model.bundle import Artefact, ModelBundle
 from gps_denied_c7.model.onnx_file import ep_context_model
 from gps_denied_c7.runtimes.host_profile import local_host_profile
-from gps_denied_c7.runtimes.onnx_trt_ep import CPU, CUDA, TENSORRT, OnnxTrtEpRuntime
+from gps_denied_c7.runtimes.ort.runtime import CPU, CUDA, TENSORRT, OnnxTrtEpRuntime
 from gps_denied_c7.runtimes.protocol import BuildConfig, EngineCacheEntry, EngineHandle, ProviderSet
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import RuntimeUnavailableError
-from gps_denied_c7.runtimes import onnx_trt_ep
+from gps_denied_c7.runtimes.ort import runtime as ort_runtime
 from support.fake_onnxruntime import FakeOnnxRuntimeThisMachineHasNoCuda, GpuBehaviour
 
 
@@ -39,8 +39,8 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeOnnxRuntimeTh
     def no_cuda(label: str) -> None:
         raise RuntimeUnavailableError(label, 'this test has no GPU.')
 
-    monkeypatch.setattr(onnx_trt_ep, 'open_cuda', no_cuda)
-    monkeypatch.setattr(onnx_trt_ep, 'require_gpu', lambda label: None)
+    monkeypatch.setattr(ort_runtime, 'open_cuda', no_cuda)
+    monkeypatch.setattr(ort_runtime, 'require_gpu', lambda label: None)
 
     def install(**behaviour: object) -> FakeOnnxRuntimeThisMachineHasNoCuda:
         fake = FakeOnnxRuntimeThisMachineHasNoCuda(GpuBehaviour(**behaviour))

@@ -30,8 +30,8 @@ from gps_denied_c7.model import onnx_file
 from gps_denied_c7.model.bundle import Artefact, ModelBundle
 from gps_denied_c7.model.external_data import read_sealed
 from gps_denied_c7.model.onnx_file import read_onnx
-from gps_denied_c7.runtimes import onnx_trt_ep
-from gps_denied_c7.runtimes.onnx_trt_ep import OnnxTrtEpRuntime
+from gps_denied_c7.runtimes.ort import runtime as ort_runtime
+from gps_denied_c7.runtimes.ort.runtime import OnnxTrtEpRuntime
 from gps_denied_c7.runtimes.protocol import BuildConfig, ProviderSet
 from support.external_weights import CONFIG, SHAPE, external, outside, rename_over, scaled, value, write
 
@@ -261,7 +261,7 @@ def test_a_file_exchanged_between_its_digest_and_the_session_changes_nothing(
         rename_over(tmp_path / what, (tmp_path / 'other' / what).read_bytes())
         return model
 
-    monkeypatch.setattr(onnx_trt_ep, 'read_onnx', read_and_exchange)
+    monkeypatch.setattr(ort_runtime, 'read_onnx', read_and_exchange)
     np.testing.assert_array_equal(answer(bundle)['y'], expected)
 
 

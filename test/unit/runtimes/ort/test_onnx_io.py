@@ -18,9 +18,9 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from gps_denied_c7.runtimes import onnx_io
 from gps_denied_c7.runtimes.gpu.cuda import CudaError, FiniteCheck
-from gps_denied_c7.runtimes.onnx_io import GpuIo, HostIo
+from gps_denied_c7.runtimes.ort import io_binding
+from gps_denied_c7.runtimes.ort.io_binding import GpuIo, HostIo
 from gps_denied_c7.tensors import TensorSpec
 from support.onnx_models import OUTPUTS, SHAPE, arithmetic, model_of
 
@@ -104,8 +104,8 @@ class CheckOnTheHost(FiniteCheck):
 
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> HostMemoryInsteadOfCuda:
-    monkeypatch.setattr(onnx_io, '_GPU', ('cpu', 0))
-    monkeypatch.setattr(onnx_io, 'FiniteCheck', CheckOnTheHost)
+    monkeypatch.setattr(io_binding, '_GPU', ('cpu', 0))
+    monkeypatch.setattr(io_binding, 'FiniteCheck', CheckOnTheHost)
     monkeypatch.setattr(CheckOnTheHost, 'released', 0)
     return HostMemoryInsteadOfCuda()
 

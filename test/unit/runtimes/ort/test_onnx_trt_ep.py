@@ -38,11 +38,11 @@ from gps_denied_c7.errors import (
 )
 from gps_denied_c7.model import onnx_file
 from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.runtimes import onnx_trt_ep
 from gps_denied_c7.runtimes.gpu import cuda as cuda_module
 from gps_denied_c7.runtimes.gpu import tensorrt_library
 from gps_denied_c7.runtimes.gpu.cuda import GpuFacts
-from gps_denied_c7.runtimes.onnx_trt_ep import OnnxTrtEpRuntime
+from gps_denied_c7.runtimes.ort import runtime as ort_runtime
+from gps_denied_c7.runtimes.ort.runtime import OnnxTrtEpRuntime
 from gps_denied_c7.runtimes.protocol import BuildConfig, BuildProgress, EngineCacheEntry, EngineHandle, ProviderSet
 from gps_denied_c7.tensors import TensorSpec
 from support.engine_files import HOST, PLAN, write_engine
@@ -97,8 +97,8 @@ class NamedGpu:
 @pytest.fixture
 def named_gpu(fake_gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeGpu:
     """Give the stand-in a GPU and a TensorRT with names, so that its engine cache can be told apart."""
-    monkeypatch.setattr(onnx_trt_ep, 'open_cuda', lambda label: NamedGpu())
-    monkeypatch.setattr(onnx_trt_ep, 'linked_tensorrt', lambda ort: '8.6.2')
+    monkeypatch.setattr(ort_runtime, 'open_cuda', lambda label: NamedGpu())
+    monkeypatch.setattr(ort_runtime, 'linked_tensorrt', lambda ort: '8.6.2')
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'xdg'))
     return fake_gpu
 
@@ -972,11 +972,11 @@ def test_g2_cache_built_for_something_else_is_deleted_and_cold(
     load(config, model)
     build = BuildConfig(precision='fp32' if field == 'precision' else 'fp16')
     facts = {'gpu': {'name': 'Thor'}, 'sm': {'sm': 110}}.get(field, {})
-    monkeypatch.setattr(onnx_trt_ep, 'open_cuda', lambda label: NamedGpu(replace(NamedGpu().facts, **facts)))
+    monkeypatch.setattr(ort_runtime, 'open_cuda', lambda label: NamedGpu(replace(NamedGpu().facts, **facts)))
     if field == 'tensorrt':
-        monkeypatch.setattr(onnx_trt_ep, 'linked_tensorrt', lambda ort: '10.3.0')
+        monkeypatch.setattr(ort_runtime, 'linked_tensorrt', lambda ort: '10.3.0')
     if field == 'driver':
-        monkeypatch.setattr(onnx_trt_ep, 'driver_version', lambda: '999.1')
+        monkeypatch.setattr(ort_runtime, 'driver_version', lambda: '999.1')
     if field == 'onnxruntime':
         fake.__version__ = '1.18.0'
     fake.attempts.clear()
@@ -1096,7 +1096,7 @@ def test_risk2_host_without_a_gpu_is_told_before_any_session(
     error: type[C7Error],
 ) -> None:
     fake = fake_gpu()
-    monkeypatch.setattr(onnx_trt_ep, 'require_gpu', cuda_module.require_gpu)
+    monkeypatch.setattr(ort_runtime, 'require_gpu', cuda_module.require_gpu)
     monkeypatch.setattr(cuda_module, 'gpu_devices', list)
     config = replace(config, ort_disallow_cpu_fallback=disallow)
     refused = refusal(config, bare_bundle(tmp_path), ProviderSet.GPU)

@@ -37,7 +37,7 @@ from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine, fix_shapes, o
 from gps_denied_c7.runtimes.gpu.cuda import open_cuda, require_gpu
 from gps_denied_c7.runtimes.gpu.tensorrt_library import import_tensorrt
 from gps_denied_c7.runtimes.host_profile import local_host_profile
-from gps_denied_c7.runtimes.onnx_io import GpuIo, HostIo, TensorIo
+from gps_denied_c7.runtimes.ort.io_binding import GpuIo, HostIo, TensorIo
 from gps_denied_c7.runtimes.protocol import BuildProgress, EngineCacheEntry, EngineFacts, ProviderSet
 from gps_denied_c7.runtimes.trt.build import BuildWatch, PlanRequest, build_plan, workspace_bytes
 from gps_denied_c7.tensors import TensorSpec, nearly_equal

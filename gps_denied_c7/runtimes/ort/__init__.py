@@ -1,0 +1,1 @@
+"""ONNX Runtime on its TensorRT, CUDA and CPU execution providers."""
