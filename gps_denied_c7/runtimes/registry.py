@@ -40,7 +40,7 @@ _STRATEGIES = {
         ('onnxruntime', 'onnx'), 'requirements/runtime.txt', 'gps_denied_c7.runtimes.ort.runtime:OnnxTrtEpRuntime'
     ),
     'pytorch_fp16': _Strategy(
-        ('torch',), _GPU_REQUIREMENTS, 'gps_denied_c7.runtimes.pytorch_fp16:PytorchFp16Runtime'
+        ('torch',), _GPU_REQUIREMENTS, 'gps_denied_c7.runtimes.pt.runtime:PytorchFp16Runtime'
     ),
 }
 

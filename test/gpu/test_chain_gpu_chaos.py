@@ -27,7 +27,7 @@ import os
 import sys
 
 if 'gps_denied_c7.worker' in sys.orig_argv:
-    from gps_denied_c7.runtimes.pytorch_fp16 import PytorchFp16Runtime
+    from gps_denied_c7.runtimes.pt.runtime import PytorchFp16Runtime
 
     infer = PytorchFp16Runtime.infer
 

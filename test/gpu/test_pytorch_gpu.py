@@ -17,10 +17,10 @@ from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import EngineDeserializeError, InferenceError
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.runtimes.protocol import BuildConfig, EngineHandle, ProviderSet
-from gps_denied_c7.runtimes.pytorch_fp16 import PytorchFp16Runtime
+from gps_denied_c7.runtimes.pt.archive_scan.archive import ArchiveKind, read_torch_archive
+from gps_denied_c7.runtimes.pt.export import export_program
+from gps_denied_c7.runtimes.pt.runtime import PytorchFp16Runtime
 from gps_denied_c7.tensors import TensorSpec
-from gps_denied_c7.torch_archive import ArchiveKind, read_torch_archive
-from gps_denied_c7.torch_export import export_program
 from support import conformance
 from support.gpu.results import percentiles, record
 from support.gpu.torch_networks import superpoint

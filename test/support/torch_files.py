@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from gps_denied_c7.strict_zip import read_entries
+from gps_denied_c7.runtimes.pt.archive_scan.strict_zip import read_entries
 from support import source_tree
 
 DATA = source_tree.DATA / 'torch'

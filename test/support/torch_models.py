@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.torch_export import export_program
+from gps_denied_c7.runtimes.pt.export import export_program
 from support.onnx_models import SHAPE
 
 REQUEST = {'left': np.ones(SHAPE, np.float32), 'right': np.full(SHAPE, 2.0, np.float32)}

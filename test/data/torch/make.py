@@ -35,7 +35,7 @@ class Layers(torch.nn.Module):
 
 def main():
     sys.path.insert(0, str(HERE.parents[2]))
-    from gps_denied_c7.torch_export import export_program
+    from gps_denied_c7.runtimes.pt.export import export_program
 
     torch.manual_seed(0)
     pair = (torch.ones(1, 3, 4), torch.full((1, 3, 4), 2.0))

@@ -20,7 +20,7 @@ from gps_denied_c7.hosts import InProcessHost
 from gps_denied_c7.model.bundle import Artefact, ModelBundle
 from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtimes.protocol import BuildConfig, EngineCacheEntry, EngineHandle, ProviderSet
-from gps_denied_c7.runtimes.pytorch_fp16 import PytorchFp16Runtime
+from gps_denied_c7.runtimes.pt.runtime import PytorchFp16Runtime
 from gps_denied_c7.tensors import TensorSpec
 from support import source_tree
 from support.onnx_models import INPUTS, OUTPUTS, SHAPE, bundle_around
@@ -246,18 +246,18 @@ def test_r4_loads_the_bytes_that_were_scanned(
     config: C7InferenceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request_arrays: dict[str, NDArray]
 ) -> None:
     """A file that is exchanged after the scan is not what is loaded."""
-    from gps_denied_c7.runtimes import pytorch_fp16
+    from gps_denied_c7.runtimes.pt import runtime as pt_runtime
 
     model = bundle_of(tmp_path, ('cpu', 'fp32'))
     path = model.artefacts[0].path
-    read = pytorch_fp16.read_torch_archive
+    read = pt_runtime.read_torch_archive
 
     def read_then_exchange(*args: Any) -> Any:
         archive = read(*args)
         path.write_bytes(b'exchanged')
         return archive
 
-    monkeypatch.setattr(pytorch_fp16, 'read_torch_archive', read_then_exchange)
+    monkeypatch.setattr(pt_runtime, 'read_torch_archive', read_then_exchange)
     runtime = PytorchFp16Runtime(config, providers=ProviderSet.CPU)
     assert runtime.infer(load(runtime, model), request_arrays)
 

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError
-from gps_denied_c7.strict_zip import ZipRefusedError, read_entries
-from gps_denied_c7.torch_archive import ArchiveKind, read_torch_archive, scan_torch_archive
+from gps_denied_c7.runtimes.pt.archive_scan.archive import ArchiveKind, read_torch_archive, scan_torch_archive
+from gps_denied_c7.runtimes.pt.archive_scan.strict_zip import ZipRefusedError, read_entries
 from support.torch_attacks import (
     ENTRIES,
     LAYERS,

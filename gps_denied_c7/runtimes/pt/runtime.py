@@ -19,8 +19,8 @@ from gps_denied_c7.errors import EngineDeserializeError, InferenceError, Runtime
 from gps_denied_c7.model.bundle import Artefact
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine
 from gps_denied_c7.runtimes.protocol import EngineCacheEntry, EngineFacts, ProviderSet
+from gps_denied_c7.runtimes.pt.archive_scan.archive import ArchiveKind, TorchArchive, read_torch_archive
 from gps_denied_c7.tensors import TensorSpec
-from gps_denied_c7.torch_archive import ArchiveKind, TorchArchive, read_torch_archive
 
 if TYPE_CHECKING:
     import torch
@@ -29,7 +29,7 @@ __all__ = ['PytorchFp16Runtime']
 
 _CPU, _CUDA = 'cpu', 'cuda'
 _REQUIREMENTS = 'pip install -r requirements/gpu.txt'
-_EXPORT_AGAIN = 'Export the model again with fixed shapes (gps_denied_c7.torch_export).'
+_EXPORT_AGAIN = 'Export the model again with fixed shapes (gps_denied_c7.runtimes.pt.export).'
 
 Tensors = Sequence['torch.Tensor']
 
@@ -93,8 +93,8 @@ class PytorchFp16Runtime(BaseRuntime[_Engine]):
     Run ``.pt2`` programs of torch.export and TorchScript ``.pt`` files, one artefact per device and precision.
 
     A file is read once, its digest taken and its contents looked through before torch is imported, and torch
-    loads those very bytes (:mod:`gps_denied_c7.torch_archive` says what trust remains). Inputs and outputs that
-    the bundle calls float32 may be float16 in the file: they are cast on the device.
+    loads those very bytes (:mod:`gps_denied_c7.runtimes.pt.archive_scan.archive` says what trust remains). Inputs
+    and outputs that the bundle calls float32 may be float16 in the file: they are cast on the device.
     """
 
     label = 'pytorch_fp16'

@@ -22,13 +22,19 @@ from pathlib import Path
 
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, ModelBundleError
 from gps_denied_c7.model.files import read_file
-from gps_denied_c7.strict_zip import ZipRefusedError, read_entries
-from gps_denied_c7.torch_pickle import PickleRefusedError, check_tensor_pickle, check_torchscript_pickle
-from gps_denied_c7.torch_program import ProgramRefusedError, check_payload_config, check_program
+from gps_denied_c7.runtimes.pt.archive_scan.pickles import (
+    PickleRefusedError,
+    check_tensor_pickle,
+    check_torchscript_pickle,
+)
+from gps_denied_c7.runtimes.pt.archive_scan.program import ProgramRefusedError, check_payload_config, check_program
+from gps_denied_c7.runtimes.pt.archive_scan.strict_zip import ZipRefusedError, read_entries
 
 __all__ = ['ArchiveKind', 'TorchArchive', 'read_torch_archive', 'scan_torch_archive']
 
-_REMEDY = 'Export the model again with fixed shapes (gps_denied_c7.torch_export), and take it from its maker alone.'
+_REMEDY = (
+    'Export the model again with fixed shapes (gps_denied_c7.runtimes.pt.export), and take it from its maker alone.'
+)
 
 Entries = Mapping[str, memoryview]
 

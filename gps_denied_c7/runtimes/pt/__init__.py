@@ -1,0 +1,1 @@
+"""PyTorch: artefacts scanned before torch sees them, then run in FP16."""

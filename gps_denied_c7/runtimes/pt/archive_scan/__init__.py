@@ -1,0 +1,1 @@
+"""PyTorch archives, scanned before torch opens them."""
