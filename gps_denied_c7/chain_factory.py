@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from gps_denied_c7.chain import RuntimeChain
-from gps_denied_c7.chain_status import ChainStatus
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.gpu_memory import GpuMemoryBudget
-from gps_denied_c7.hosts import in_process_hosts
+from gps_denied_c7.failover.chain import RuntimeChain
+from gps_denied_c7.failover.in_process import in_process_hosts
+from gps_denied_c7.failover.memory_budget import GpuMemoryBudget
+from gps_denied_c7.failover.rungs import ORT_LABEL, Rung, RungHost
+from gps_denied_c7.failover.status import ChainStatus
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import ThermalStatePublisher
-from gps_denied_c7.rungs import ORT_LABEL, Rung, RungHost
 from gps_denied_c7.runtimes.protocol import BuildProgress
 from gps_denied_c7.worker_host import worker_hosts
 from gps_denied_c7.worker_process import SpareWorker

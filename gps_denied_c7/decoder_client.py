@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.backoff import Backoff
 from gps_denied_c7.errors import C7Error, ImageRejectedError, InferenceError
+from gps_denied_c7.failover.backoff import Backoff
 from gps_denied_c7.image.decode import MAX_PIXELS, MAX_SIDE, ODDITIES, ORDERS, REASONS, Pixels, check_compressed
 from gps_denied_c7.image.preprocess import PreprocessingSpec, planes_shape
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Protocol
 
-from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.errors import C7Error, ConfigError, InferenceError
+from gps_denied_c7.failover.chain import RuntimeChain
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.pipeline import ServedModel

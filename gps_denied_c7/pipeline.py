@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.chain import Answer, RuntimeChain
 from gps_denied_c7.errors import C7Error, ImageRejectedError
+from gps_denied_c7.failover.chain import Answer, RuntimeChain
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
 from gps_denied_c7.model.bundle import ModelBundle

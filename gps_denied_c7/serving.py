@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.errors import ConfigError
+from gps_denied_c7.failover.chain import RuntimeChain
 from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
 from gps_denied_c7.model.bundle import ModelBundle, default_preprocessing, image_input
 from gps_denied_c7.pipeline import ServedModel

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import ImageRejectedError, ModelBundleError
+from gps_denied_c7.failover.chain import RuntimeChain
 from gps_denied_c7.image.decode import Pixels, decode_compressed
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.files import read_file
@@ -28,7 +28,7 @@ __all__ = ['TrialRun', 'read_picture', 'run_picture', 'served_model']
 _PICTURE_LIMIT_BYTES = 256 << 20
 _FEW = 8
 
-_chain_log = logging.getLogger('gps_denied_c7.chain')
+_chain_log = logging.getLogger('gps_denied_c7.failover.chain')
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import InferenceError
-from gps_denied_c7.hosts import in_process_hosts
+from gps_denied_c7.failover.in_process import in_process_hosts
+from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
-from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtimes.gpu.memory_usage import GpuMemoryWatch
 from gps_denied_c7.runtimes.protocol import BuildProgress, EngineFacts
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout, segment_bytes

@@ -12,8 +12,8 @@ from typing import Any
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.node import Node
 
-from gps_denied_c7.chain_status import ChainState, ChainStatus
-from gps_denied_c7.gpu_memory import GpuMemoryBudget
+from gps_denied_c7.failover.memory_budget import GpuMemoryBudget
+from gps_denied_c7.failover.status import ChainState, ChainStatus
 from gps_denied_c7.image_share import CameraCost
 from gps_denied_c7.model_swap import SwapStatus
 from gps_denied_c7.monitoring.metrics import Percentiles, StreamCounters

@@ -16,9 +16,9 @@ from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CompressedImage, Image
 
-from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.chain_factory import ChainFactory
 from gps_denied_c7.errors import C7Error, ConfigError, InferenceError
+from gps_denied_c7.failover.chain import RuntimeChain
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model_swap import SwapStatus
 from gps_denied_c7.monitoring.cpu_latency import CpuWakeup

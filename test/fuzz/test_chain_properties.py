@@ -10,7 +10,6 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from gps_denied_c7.chain_status import ChainState
 from gps_denied_c7.errors import (
     ChainExhaustedError,
     EngineDeserializeError,
@@ -19,8 +18,9 @@ from gps_denied_c7.errors import (
     RuntimeUnavailableError,
     WorkerDiedError,
 )
+from gps_denied_c7.failover.rungs import Rung
+from gps_denied_c7.failover.status import ChainState
 from gps_denied_c7.model.bundle import AllClose
-from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtimes.protocol import ProviderSet
 from support.scripted_workers import CPU, GPU, OTHER_GPU, Bench, ScriptedWorker
 

@@ -20,9 +20,9 @@ from onnx import TensorProto, helper
 
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import C7Error, EngineDeserializeError
+from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.onnx_file import read_onnx
-from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtimes.protocol import ProviderSet
 from gps_denied_c7.worker_host import worker_hosts
 from support.fuzz_mutations import damaged, fuzz

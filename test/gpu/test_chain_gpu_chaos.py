@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.failover.chain import RuntimeChain
 from gps_denied_c7.worker_host import worker_hosts
 from support.gpu.gpu_memory import returned_mib, settled_bytes
 from support.gpu.results import record

@@ -28,8 +28,8 @@ from onnx import load_from_string
 
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import C7Error, RuntimeUnavailableError
+from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtimes.protocol import ProviderSet
 from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.worker_host import WorkerHost, worker_hosts

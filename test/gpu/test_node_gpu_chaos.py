@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engines.gate import EngineManifest, manifest_path
+from gps_denied_c7.failover.chain import RuntimeChain
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.worker_host import worker_hosts
 from support.gpu.gpu_memory import free_bytes, process_mib, returned_mib, settled_bytes

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engines.gate import AdmittedEngine, EngineGate, EngineManifest, manifest_path
 from gps_denied_c7.engines.store import EngineCache
@@ -25,10 +24,11 @@ from gps_denied_c7.errors import (
     InferenceError,
     RuntimeUnavailableError,
 )
-from gps_denied_c7.hosts import in_process_hosts
+from gps_denied_c7.failover.chain import RuntimeChain
+from gps_denied_c7.failover.in_process import in_process_hosts
+from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.model.bundle import Artefact, ModelBundle
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
-from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtimes.gpu.cuda import Cuda, FiniteCheck, open_cuda
 from gps_denied_c7.runtimes.gpu.tensorrt_library import import_tensorrt
 from gps_denied_c7.runtimes.host_profile import local_host_profile

@@ -27,11 +27,11 @@ from gps_denied_c7.bundle_maker import (
     make_bundle,
     noise_picture,
 )
-from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engine_verification import Checks, verify
 from gps_denied_c7.errors import C7Error, EngineDeserializeError, ModelBundleError
-from gps_denied_c7.hosts import in_process_hosts
+from gps_denied_c7.failover.chain import RuntimeChain
+from gps_denied_c7.failover.in_process import in_process_hosts
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess import Preprocessor
 from gps_denied_c7.model import onnx_file

@@ -15,15 +15,15 @@ import onnxruntime as ort
 import pytest
 from onnx import helper
 
-from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.errors import (
     ChainExhaustedError,
     EngineSchemaMismatchError,
     WorkerDiedError,
 )
+from gps_denied_c7.failover.chain import RuntimeChain
+from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.onnx_file import read_onnx
-from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtimes.protocol import ProviderSet
 from gps_denied_c7.worker_host import worker_hosts
 from support.external_weights import CONFIG, SHAPE, external, rename_over, scaled, write

@@ -22,11 +22,11 @@ from onnx import TensorProto, helper, numpy_helper
 from gps_denied_c7 import worker_host, worker_service
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import EngineDeserializeError, InferenceError
-from gps_denied_c7.hosts import in_process_hosts
+from gps_denied_c7.failover.in_process import in_process_hosts
+from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.onnx_file import read_onnx
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
-from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtimes.protocol import ProviderSet
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.tensors import TensorSpec

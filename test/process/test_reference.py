@@ -128,6 +128,6 @@ def test_the_process_has_telemetry_off_and_imports_no_runtime_of_ours(
     with pytest.raises(RuntimeUnavailableError) as caught:
         reference_answers(saved(tmp_path).read_bytes(), [])
     assert "('1', '/'," in str(caught.value) and 'gps_denied_c7.tensors' in str(caught.value)
-    for name in ('runtimes', 'worker', 'chain'):
+    for name in ('runtimes', 'worker', 'failover'):
         assert f'gps_denied_c7.{name}' not in str(caught.value)
     assert os.getcwd() != '/'

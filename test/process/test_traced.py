@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.rungs import Rung
+from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.runtimes.protocol import ProviderSet
 from gps_denied_c7.monitoring.thermal_sources import NvmlThermal
 from gps_denied_c7.worker_host import worker_hosts

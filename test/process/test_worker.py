@@ -30,7 +30,6 @@ import onnx
 from onnx import TensorProto, helper
 
 from gps_denied_c7 import worker_host, worker_process, worker_service
-from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.demo.network import write_demo_bundle
 from gps_denied_c7.errors import (
@@ -43,12 +42,13 @@ from gps_denied_c7.errors import (
     ModelBundleError,
     RuntimeUnavailableError,
 )
-from gps_denied_c7.gpu_memory import GpuMemoryBudget
-from gps_denied_c7.hosts import in_process_hosts
+from gps_denied_c7.failover.chain import RuntimeChain
+from gps_denied_c7.failover.in_process import in_process_hosts
+from gps_denied_c7.failover.memory_budget import GpuMemoryBudget
+from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from gps_denied_c7.python_child import worker_environment
-from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtimes.protocol import EngineFacts, ProviderSet
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.worker_channel import Channel, ChannelClosedError, error_from_json, error_to_json
@@ -281,7 +281,7 @@ def test_f1_a_worker_dies_with_its_node(bundle, tmp_path):
     code = f"""
 import sys, time
 from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.rungs import Rung
+from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.runtimes.protocol import ProviderSet
 from gps_denied_c7.worker_host import worker_hosts

@@ -3,7 +3,8 @@
 import pytest
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 
-from gps_denied_c7.chain_status import ChainState, ChainStatus
+from gps_denied_c7.failover.rungs import Rung
+from gps_denied_c7.failover.status import ChainState, ChainStatus
 from gps_denied_c7.image_share import CameraCost
 from gps_denied_c7.model_swap import SwapPhase, SwapStatus
 from gps_denied_c7.monitoring.metrics import Percentiles, StreamCounters
@@ -17,7 +18,6 @@ from gps_denied_c7.ros.diagnostics import (
     stream_report,
     thermal_report,
 )
-from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtimes.protocol import BuildProgress, EngineFacts, ProviderSet
 
 OK, WARN, ERROR = DiagnosticStatus.OK, DiagnosticStatus.WARN, DiagnosticStatus.ERROR

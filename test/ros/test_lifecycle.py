@@ -10,7 +10,7 @@ from lifecycle_msgs.srv import ChangeState
 from rclpy.lifecycle import TransitionCallbackReturn
 
 from gps_denied_c7.errors import C7Error, InferenceError
-from gps_denied_c7.hosts import SynchronousHost, in_process_hosts
+from gps_denied_c7.failover.in_process import SynchronousHost, in_process_hosts
 from gps_denied_c7.ros.lifecycle import ResponsiveLifecycleNode
 from gps_denied_c7.runtimes.protocol import BuildProgress, EngineFacts, ProviderSet
 from gps_denied_c7.tensors import TensorSpec

@@ -54,7 +54,7 @@ def test_each_level_becomes_its_own(number, level):
 
 
 def test_the_library_is_heard_at_every_level_and_others_from_warnings_up(forwarded):
-    logging.getLogger('gps_denied_c7.chain').info('ours')
+    logging.getLogger('gps_denied_c7.failover.chain').info('ours')
     logging.getLogger('vendor').info('theirs, of no interest')
     logging.getLogger('vendor').warning('theirs')
     assert forwarded.said == [('info', 'ours'), ('warning', 'theirs')]

@@ -16,7 +16,7 @@ from rclpy.serialization import serialize_message
 from sensor_msgs.msg import CompressedImage, Image
 
 from gps_denied_c7.errors import InferenceError
-from gps_denied_c7.hosts import InProcessHost
+from gps_denied_c7.failover.in_process import InProcessHost
 from support.harness import LocalNode, image, running_node, tensor, wait_until
 from support.networks import HEIGHT, WHITE, WIDTH, copying, failing_on_white, slow
 

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import C7Error
-from gps_denied_c7.hosts import in_process_hosts
+from gps_denied_c7.failover.in_process import in_process_hosts
+from gps_denied_c7.failover.rungs import Rung, RungHost
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
-from gps_denied_c7.rungs import Rung, RungHost
 from gps_denied_c7.runtimes.protocol import ProviderSet
 from gps_denied_c7.worker_host import worker_hosts
 

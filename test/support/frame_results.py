@@ -7,7 +7,7 @@ import time
 import numpy as np
 from hypothesis import strategies as st
 
-from gps_denied_c7.chain import Answer
+from gps_denied_c7.failover.chain import Answer
 from gps_denied_c7.pipeline import FrameResult
 from gps_denied_c7.ros.messages import (
     received_image,

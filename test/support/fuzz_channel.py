@@ -13,8 +13,8 @@ import numpy as np
 
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import C7Error, EngineSchemaMismatchError, InferenceError
+from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtimes.protocol import ProviderSet
 from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.tensors import TensorSpec

@@ -7,14 +7,14 @@ import time
 
 import numpy as np
 
-from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import (
     InferenceError,
 )
-from gps_denied_c7.gpu_memory import GpuMemoryBudget
+from gps_denied_c7.failover.chain import RuntimeChain
+from gps_denied_c7.failover.memory_budget import GpuMemoryBudget
+from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.model.bundle import AllClose, ModelBundle
-from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtimes.protocol import EngineFacts, ProviderSet
 from gps_denied_c7.tensors import TensorSpec
 

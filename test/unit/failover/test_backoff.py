@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gps_denied_c7.backoff import Backoff
+from gps_denied_c7.failover.backoff import Backoff
 
 BOUNDS_S = (1.0, 5.0)
 

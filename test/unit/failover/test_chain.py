@@ -9,8 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gps_denied_c7.chain import RuntimeChain
-from gps_denied_c7.chain_status import ChainState
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import (
     ChainExhaustedError,
@@ -19,10 +17,12 @@ from gps_denied_c7.errors import (
     RuntimeUnavailableError,
     join_reasons,
 )
-from gps_denied_c7.hosts import SynchronousHost
+from gps_denied_c7.failover.chain import RuntimeChain
+from gps_denied_c7.failover.in_process import SynchronousHost
+from gps_denied_c7.failover.rungs import Rung, build_rungs
+from gps_denied_c7.failover.status import ChainState
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
-from gps_denied_c7.rungs import Rung, build_rungs
 from gps_denied_c7.runtimes.protocol import EngineFacts, ProviderSet
 from gps_denied_c7.tensors import TensorSpec, noise_inputs
 
@@ -395,7 +395,7 @@ def test_a_loaded_engine_outlives_its_bundle_on_the_disk(tmp_path):
     pytest.importorskip('onnx')
     pytest.importorskip('onnxruntime')
     from gps_denied_c7.demo.network import write_demo_bundle
-    from gps_denied_c7.hosts import in_process_hosts
+    from gps_denied_c7.failover.in_process import in_process_hosts
 
     on_disk = ModelBundle.load(write_demo_bundle(tmp_path / 'bundle'))
     config = C7InferenceConfig(isolation='none', cpu_threads=1)

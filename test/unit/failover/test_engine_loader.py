@@ -10,15 +10,16 @@ import time
 import numpy as np
 import pytest
 
-from gps_denied_c7 import engine_loader, proof
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.demo.network import expected_outputs, write_demo_bundle
-from gps_denied_c7.engine_loader import EngineLoad, EngineLoader
 from gps_denied_c7.errors import EngineDeserializeError, InferenceError, WorkerDiedError
-from gps_denied_c7.file_watch import FileWatch
+from gps_denied_c7.failover import loader as engine_loader
+from gps_denied_c7.failover import self_test
+from gps_denied_c7.failover.file_watch import FileWatch
+from gps_denied_c7.failover.loader import EngineLoad, EngineLoader
+from gps_denied_c7.failover.rungs import Rung
+from gps_denied_c7.failover.self_test import Proof
 from gps_denied_c7.model.bundle import ModelBundle, write_bundle
-from gps_denied_c7.proof import Proof
-from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtimes.protocol import EngineFacts, ProviderSet
 
 pytest.importorskip('onnx')
@@ -215,7 +216,7 @@ def test_m1_a_loaded_engine_answers_every_golden_request_and_a_serving_one_the_f
 
 def test_m1_a_slow_engine_does_not_fail_because_there_are_many_golden_requests(several, monkeypatch):
     bench, limits = Bench(several), []
-    monkeypatch.setattr(proof.time, 'monotonic', lambda: 50.0 * len(limits))
+    monkeypatch.setattr(self_test.time, 'monotonic', lambda: 50.0 * len(limits))
     monkeypatch.setattr(
         Host, 'poll', lambda host, limit_s: limits.append(limit_s) or several.golden_outputs(len(limits) - 1)
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from gps_denied_c7.gpu_health import GpuHealth
+from gps_denied_c7.failover.gpu_health import GpuHealth
 
 
 @pytest.fixture

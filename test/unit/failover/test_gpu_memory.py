@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gps_denied_c7 import gpu_memory
 from gps_denied_c7.errors import GpuMemoryError
-from gps_denied_c7.gpu_memory import GpuMemoryBudget
+from gps_denied_c7.failover import memory_budget
+from gps_denied_c7.failover.memory_budget import GpuMemoryBudget
 from gps_denied_c7.runtimes.gpu.memory_usage import GpuMemoryWatch
 
 MIB = 1 << 20
@@ -105,7 +105,7 @@ def test_f3_the_memory_of_an_engine_that_is_leaving_is_waited_for_where_that_hel
 
 
 def test_f3_an_engine_that_does_not_leave_is_not_waited_for_without_end(monkeypatch):
-    monkeypatch.setattr(gpu_memory, '_LEAVING_S', 0.05)
+    monkeypatch.setattr(memory_budget, '_LEAVING_S', 0.05)
     budget = GpuMemoryBudget(1000 * MIB)
     stuck = budget.claim('onnx_trt_ep/gpu', key='a')
     stuck.settle(700 * MIB)

@@ -11,8 +11,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gps_denied_c7 import file_watch
-from gps_denied_c7.chain_status import ChainState
 from gps_denied_c7.errors import (
     ChainExhaustedError,
     EngineDeserializeError,
@@ -22,6 +20,8 @@ from gps_denied_c7.errors import (
     RuntimeUnavailableError,
     WorkerDiedError,
 )
+from gps_denied_c7.failover import file_watch
+from gps_denied_c7.failover.status import ChainState
 from support.scripted_workers import CPU, GPU, LAST_GPU, OTHER_GPU, Bench, ScriptedWorker
 
 

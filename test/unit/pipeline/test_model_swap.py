@@ -6,16 +6,16 @@ import time
 import numpy as np
 import pytest
 
-from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import C7Error, ConfigError, EngineDeserializeError, InferenceError
-from gps_denied_c7.hosts import SynchronousHost
+from gps_denied_c7.failover.chain import RuntimeChain
+from gps_denied_c7.failover.in_process import SynchronousHost
+from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model_swap import ModelSwapper, SwapPhase
 from gps_denied_c7.monitoring.metrics import Statistics
 from gps_denied_c7.pipeline import FramePipeline, InferenceThread
-from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtimes.protocol import EngineFacts, ProviderSet
 from gps_denied_c7.serving import fit_model
 from gps_denied_c7.slots import Frame, FrameSlots

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gps_denied_c7.chain import RuntimeChain
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import EngineDeserializeError, InferenceError, RuntimeUnavailableError
-from gps_denied_c7.hosts import InProcessHost
+from gps_denied_c7.failover.chain import RuntimeChain
+from gps_denied_c7.failover.in_process import InProcessHost
+from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.model.bundle import Artefact, ModelBundle
-from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtimes.protocol import BuildConfig, EngineCacheEntry, EngineHandle, ProviderSet
 from gps_denied_c7.runtimes.pt.runtime import PytorchFp16Runtime
 from gps_denied_c7.tensors import TensorSpec

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
-from gps_denied_c7.rungs import Rung
+from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.runtimes.protocol import EngineFacts
 
 __all__ = ['ChainState', 'ChainStatus']

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from gps_denied_c7.rungs import Rung, RungHost
+from gps_denied_c7.failover.rungs import Rung, RungHost
 
 __all__ = ['RetiringEngines']
 

@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from gps_denied_c7.file_watch import FileWatch, fingerprint, model_files
+from gps_denied_c7.failover.file_watch import FileWatch, fingerprint, model_files
 
 CHANGES = {
     'written': lambda model: (model / 'net.onnx').write_bytes(b'other'),

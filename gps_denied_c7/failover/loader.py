@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import NO_THREADS_REMEDY, C7Error, EngineDeserializeError, WorkerDiedError
-from gps_denied_c7.file_watch import FileWatch
-from gps_denied_c7.proof import Proof
-from gps_denied_c7.rungs import Rung, RungHost
+from gps_denied_c7.failover.file_watch import FileWatch
+from gps_denied_c7.failover.rungs import Rung, RungHost
+from gps_denied_c7.failover.self_test import Proof
 from gps_denied_c7.runtimes.protocol import EngineFacts
 
 __all__ = ['EngineLoad', 'EngineLoader', 'RungEngine']

@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engines.gate import EngineGate
 from gps_denied_c7.errors import InferenceError, RuntimeUnavailableError
+from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import ThermalStatePublisher
-from gps_denied_c7.rungs import Rung
 from gps_denied_c7.runtimes.base import BaseRuntime
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.protocol import (

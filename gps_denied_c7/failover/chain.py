@@ -12,10 +12,7 @@ from typing import NamedTuple, NoReturn, TypeVar
 
 from numpy.typing import NDArray
 
-from gps_denied_c7.backoff import Backoff
-from gps_denied_c7.chain_status import ChainState, ChainStatus
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.engine_loader import EngineLoad, EngineLoader, RungEngine
 from gps_denied_c7.errors import (
     C7Error,
     ChainExhaustedError,
@@ -26,12 +23,15 @@ from gps_denied_c7.errors import (
     error_and_causes,
     join_reasons,
 )
-from gps_denied_c7.file_watch import FileWatch, bundle_files, cache_directories, fingerprint
-from gps_denied_c7.gpu_health import GpuHealth
+from gps_denied_c7.failover.backoff import Backoff
+from gps_denied_c7.failover.file_watch import FileWatch, bundle_files, cache_directories, fingerprint
+from gps_denied_c7.failover.gpu_health import GpuHealth
+from gps_denied_c7.failover.loader import EngineLoad, EngineLoader, RungEngine
+from gps_denied_c7.failover.reaper import RetiringEngines
+from gps_denied_c7.failover.rungs import ORT_LABEL, Rung, RungHost, build_rungs
+from gps_denied_c7.failover.self_test import Proof
+from gps_denied_c7.failover.status import ChainState, ChainStatus
 from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.proof import Proof
-from gps_denied_c7.retiring import RetiringEngines
-from gps_denied_c7.rungs import ORT_LABEL, Rung, RungHost, build_rungs
 from gps_denied_c7.runtimes.protocol import EngineFacts
 from gps_denied_c7.tensors import TensorSpec
 

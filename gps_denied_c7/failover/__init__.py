@@ -1,0 +1,1 @@
+"""Which engine serves, and what happens when one fails."""
