@@ -15,8 +15,8 @@ import resource
 import socket
 import sys
 
-from gps_denied_c7.worker import begin_child
-from gps_denied_c7.worker_channel import Channel, ChannelClosedError
+from gps_denied_c7.worker.child import begin_child
+from gps_denied_c7.worker.protocol import Channel, ChannelClosedError
 
 __all__ = ['DECODER_NAME', 'main']
 

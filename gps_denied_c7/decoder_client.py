@@ -19,9 +19,9 @@ from gps_denied_c7.errors import C7Error, ImageRejectedError, InferenceError
 from gps_denied_c7.failover.backoff import Backoff
 from gps_denied_c7.image.decode import MAX_PIXELS, MAX_SIDE, ODDITIES, ORDERS, REASONS, Pixels, check_compressed
 from gps_denied_c7.image.preprocess import PreprocessingSpec, planes_shape
-from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
-from gps_denied_c7.worker_channel import plain_text
-from gps_denied_c7.worker_process import WorkerProcess
+from gps_denied_c7.worker.process import WorkerProcess
+from gps_denied_c7.worker.protocol import plain_text
+from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout
 
 __all__ = ['DecodedImage', 'ImageDecoder']
 

@@ -11,8 +11,8 @@ from gps_denied_c7.errors import C7Error
 from gps_denied_c7.image.buffers import Scratch
 from gps_denied_c7.image.decode import Pixels, decode_picture, import_decoders, is_out_of_memory
 from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
-from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
-from gps_denied_c7.worker_channel import Channel, ChannelClosedError
+from gps_denied_c7.worker.protocol import Channel, ChannelClosedError
+from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout
 
 __all__ = ['DecoderService', 'pixels_layout']
 

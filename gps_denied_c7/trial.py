@@ -21,7 +21,7 @@ from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.files import read_file
 from gps_denied_c7.pipeline import ServedModel
 from gps_denied_c7.serving import ImageSettings, fit_bundle, fit_model
-from gps_denied_c7.worker_host import worker_hosts
+from gps_denied_c7.worker.client import worker_hosts
 
 __all__ = ['TrialRun', 'read_picture', 'run_picture', 'served_model']
 

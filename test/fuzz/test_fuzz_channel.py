@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gps_denied_c7.errors import C7Error, InferenceError
-from gps_denied_c7.worker_channel import Channel, ChannelClosedError, error_from_json
+from gps_denied_c7.worker.protocol import Channel, ChannelClosedError, error_from_json
 from support.fuzz_channel import (
     ERROR,
     LAYOUT,
@@ -124,8 +124,8 @@ def test_f1_any_error_told_is_an_error_of_the_family(content: bytes) -> None:
 @pytest.fixture(autouse=True)
 def no_wait_for_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that stands for the worker does not end, though its channel may seem closed."""
-    monkeypatch.setattr('gps_denied_c7.worker_process._EXIT_CODE_S', 0.0)
-    monkeypatch.setattr('gps_denied_c7.worker_host._LONGEST_STEP_S', 0.01)
+    monkeypatch.setattr('gps_denied_c7.worker.process._EXIT_CODE_S', 0.0)
+    monkeypatch.setattr('gps_denied_c7.worker.client._LONGEST_STEP_S', 0.01)
 
 
 @fuzz(140)

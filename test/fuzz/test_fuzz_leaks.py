@@ -56,7 +56,7 @@ def attempts(root: Path, process: subprocess.Popen) -> dict[str, Callable[[rando
 def test_f1_nothing_of_damaged_input_stays(
     tmp_path: Path, idle_process: subprocess.Popen, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    monkeypatch.setattr('gps_denied_c7.worker_process._EXIT_CODE_S', 0.0)
+    monkeypatch.setattr('gps_denied_c7.worker.process._EXIT_CODE_S', 0.0)
     attempt = attempts(make_bundle(tmp_path / 'net'), idle_process)[name]
     chance = random.Random(7)
     usages = []

@@ -24,7 +24,7 @@ from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.onnx_file import read_onnx
 from gps_denied_c7.runtimes.protocol import ProviderSet
-from gps_denied_c7.worker_host import worker_hosts
+from gps_denied_c7.worker.client import worker_hosts
 from support.fuzz_mutations import damaged, fuzz
 
 CPU = Rung('onnx_trt_ep', ProviderSet.CPU)

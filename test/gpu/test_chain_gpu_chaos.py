@@ -13,7 +13,7 @@ import pytest
 
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.failover.chain import RuntimeChain
-from gps_denied_c7.worker_host import worker_hosts
+from gps_denied_c7.worker.client import worker_hosts
 from support.gpu.gpu_memory import returned_mib, settled_bytes
 from support.gpu.results import record
 from support.onnx_models import arithmetic, bundle_around, write_model

@@ -32,7 +32,7 @@ from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.runtimes.protocol import ProviderSet
 from gps_denied_c7.tensors import TensorSpec
-from gps_denied_c7.worker_host import WorkerHost, worker_hosts
+from gps_denied_c7.worker.client import WorkerHost, worker_hosts
 from support.differential import NUMPY_TYPES, Tally, compare_host, plain_session, wrong_outputs
 from support.random_networks import frames, random_network
 

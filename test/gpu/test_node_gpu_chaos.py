@@ -24,7 +24,7 @@ from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engines.gate import EngineManifest, manifest_path
 from gps_denied_c7.failover.chain import RuntimeChain
 from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.worker_host import worker_hosts
+from gps_denied_c7.worker.client import worker_hosts
 from support.gpu.gpu_memory import free_bytes, process_mib, returned_mib, settled_bytes
 from support.gpu.node_stack import MISSING
 from support.gpu.results import percentiles, record

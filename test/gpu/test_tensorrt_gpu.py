@@ -35,7 +35,7 @@ from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.protocol import BuildConfig, BuildProgress, EngineCacheEntry, EngineHandle, ProviderSet
 from gps_denied_c7.runtimes.trt.build import build_engine
 from gps_denied_c7.runtimes.trt.runtime import TensorrtRuntime, _Engine
-from gps_denied_c7.worker_host import WorkerHost
+from gps_denied_c7.worker.client import WorkerHost
 from support import conformance
 from support.gpu.results import percentiles, record
 from support.gpu.superpoint import image, superpoint_inputs, superpoint_outputs, write_superpoint

@@ -34,7 +34,7 @@ from onnx import TensorProto, helper, numpy_helper
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 
-from gps_denied_c7.worker import SPARE_NAME
+from gps_denied_c7.worker.child import SPARE_NAME
 from measure.chaos import CAMERA, Account, Camera, end, settle, workers
 from support.differential import plain_session, wrong_outputs
 from support.harness import NodeProcess, Peer, image, running_node, tensor, wait_until

@@ -38,7 +38,7 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 
 from gps_denied_c7.demo.network import write_demo_bundle
-from gps_denied_c7.worker import SPARE_NAME, WORKER_NAME
+from gps_denied_c7.worker.child import SPARE_NAME, WORKER_NAME
 from support.harness import NodeProcess, Peer, image, running_node, wait_until
 from support.keep_apart import keep_apart
 

@@ -21,12 +21,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gps_denied_c7 import decoder_client, worker_process
+from gps_denied_c7 import decoder_client
 from gps_denied_c7.decoder_client import ImageDecoder
 from gps_denied_c7.errors import ImageRejectedError
 from gps_denied_c7.image.decode import ODDITIES, Pixels
 from gps_denied_c7.image.preprocess import Interpolation, PreprocessingSpec, Preprocessor, ResizeMode
-from gps_denied_c7.worker_process import WorkerProcess
+from gps_denied_c7.worker import process as worker_process
+from gps_denied_c7.worker.process import WorkerProcess
 from support.left_behind import processes_naming
 
 SPEC = PreprocessingSpec(width=64, height=48)

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from gps_denied_c7 import worker_host, worker_service
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import EngineDeserializeError, InferenceError
 from gps_denied_c7.failover.in_process import in_process_hosts
@@ -28,10 +27,12 @@ from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.onnx_file import read_onnx
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from gps_denied_c7.runtimes.protocol import ProviderSet
-from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.tensors import TensorSpec
-from gps_denied_c7.worker_channel import Channel, ChannelClosedError
-from gps_denied_c7.worker_host import worker_hosts
+from gps_denied_c7.worker import client as worker_client
+from gps_denied_c7.worker import server as worker_server
+from gps_denied_c7.worker.client import worker_hosts
+from gps_denied_c7.worker.protocol import Channel, ChannelClosedError
+from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout
 from support.onnx_models import bundle_around, model_of, write_model
 
 pytestmark = pytest.mark.once
@@ -226,12 +227,12 @@ def test_an_answer_too_large_for_the_node_costs_itself_alone(tmp_path: Path, mon
     with served(ModelBundle.load(path), 'process') as host:
         sparse, full = np.zeros(SHAPE, np.float32), np.ones(SHAPE, np.float32)
         for limit in (8192, None, 8192):
-            monkeypatch.setattr(worker_host, '_LARGEST_ANSWER_BYTES', 1 << 30)
+            monkeypatch.setattr(worker_client, '_LARGEST_ANSWER_BYTES', 1 << 30)
             require_same(host.infer({'image': sparse}), answered(session, sparse))
             if limit is None:
                 monkeypatch.setattr(SharedTensors, 'create', no_memory)
             else:
-                monkeypatch.setattr(worker_host, '_LARGEST_ANSWER_BYTES', limit)
+                monkeypatch.setattr(worker_client, '_LARGEST_ANSWER_BYTES', limit)
             with pytest.raises(InferenceError, match='no room for the answer'):
                 host.infer({'image': full})
             monkeypatch.undo()
@@ -459,7 +460,7 @@ def test_f1_no_output_is_written_over_another(script: list[dict[str, NDArray]]) 
     """F-1: whatever grows, shrinks or is moved, the node reads what the engine has answered."""
     expected = [{name: array.copy() for name, array in answer.items()} for answer in script]
     ours, theirs = Channel.pair()
-    service = worker_service.EngineService(theirs)
+    service = worker_server.EngineService(theirs)
     service._host = ScriptedEngine(script)
 
     def serve() -> None:

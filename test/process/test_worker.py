@@ -29,7 +29,6 @@ pytest.importorskip('onnxruntime')
 import onnx
 from onnx import TensorProto, helper
 
-from gps_denied_c7 import worker_host, worker_process, worker_service
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.demo.network import write_demo_bundle
 from gps_denied_c7.errors import (
@@ -50,11 +49,14 @@ from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from gps_denied_c7.python_child import worker_environment
 from gps_denied_c7.runtimes.protocol import EngineFacts, ProviderSet
-from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
-from gps_denied_c7.worker_channel import Channel, ChannelClosedError, error_from_json, error_to_json
-from gps_denied_c7.worker_host import WorkerHost, worker_hosts
-from gps_denied_c7.worker_log import WorkerLog
-from gps_denied_c7.worker_process import SpareWorker, WorkerProcess
+from gps_denied_c7.worker import client as worker_client
+from gps_denied_c7.worker import process as worker_process
+from gps_denied_c7.worker import server as worker_server
+from gps_denied_c7.worker.client import WorkerHost, worker_hosts
+from gps_denied_c7.worker.log import WorkerLog
+from gps_denied_c7.worker.process import SpareWorker, WorkerProcess
+from gps_denied_c7.worker.protocol import Channel, ChannelClosedError, error_from_json, error_to_json
+from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout
 
 CPU = Rung('onnx_trt_ep', ProviderSet.CPU)
 GPU = Rung('onnx_trt_ep', ProviderSet.GPU)
@@ -146,7 +148,7 @@ def test_f1_the_engine_is_told_once_where_requests_come_and_answers_are_wanted()
             return {'twice': inputs['x'] * 2}
 
     ours, theirs = Channel.pair()
-    service = worker_service.EngineService(theirs)
+    service = worker_server.EngineService(theirs)
     service._host = FakeHost()
 
     def serve():
@@ -284,7 +286,7 @@ from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.runtimes.protocol import ProviderSet
-from gps_denied_c7.worker_host import worker_hosts
+from gps_denied_c7.worker.client import worker_hosts
 host = worker_hosts(ModelBundle.load(__import__('pathlib').Path({str(bundle.root)!r})), C7InferenceConfig())(
     Rung('onnx_trt_ep', ProviderSet.CPU))
 host.load()
@@ -347,12 +349,12 @@ def test_f2_the_cpu_rung_sees_no_gpu(bundle, monkeypatch, rung):
             seen.append(os.environ['CUDA_VISIBLE_DEVICES'])
             return EngineFacts('cpu provider', (), True, 0, (), 0.0)
 
-    monkeypatch.setattr(worker_service, 'in_process_hosts', lambda *args, **kwargs: lambda rung: FakeHost())
+    monkeypatch.setattr(worker_server, 'in_process_hosts', lambda *args, **kwargs: lambda rung: FakeHost())
     ours, theirs = Channel.pair()
     with tempfile.TemporaryFile() as file:
-        file.write(pickle.dumps(worker_service.WorkerTask(bundle, CONFIG, rung)))
+        file.write(pickle.dumps(worker_server.WorkerTask(bundle, CONFIG, rung)))
         file.flush()
-        worker_service.EngineService(theirs)._load({'do': 'load'}, [os.dup(file.fileno())])
+        worker_server.EngineService(theirs)._load({'do': 'load'}, [os.dup(file.fileno())])
     assert [ours.receive()[0]['say'] for _ in range(2)] == ['loading', 'loaded']
     assert seen == ['' if rung is CPU else '0']
     ours.close()
@@ -807,7 +809,7 @@ def test_f1_a_channel_waits_whatever_its_descriptor_is():
     """select knows those below 1024 alone, and a large node may have opened as many."""
     code = (
         'import fcntl, resource, socket\n'
-        'from gps_denied_c7.worker_channel import Channel\n'
+        'from gps_denied_c7.worker.protocol import Channel\n'
         'resource.setrlimit(resource.RLIMIT_NOFILE, (2048, 2048))\n'
         'ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n'
         'channel = Channel(socket.socket(fileno=fcntl.fcntl(ours, fcntl.F_DUPFD, 1100)))\n'
@@ -854,9 +856,9 @@ def test_f1_a_network_of_very_many_outputs_answers_or_says_why_not(tmp_path, cou
 
 
 def test_f1_remarks_about_a_load_fit_into_a_packet():
-    kept = worker_service._brief(['x' * 100_000, *(f'remark {number}' for number in range(1000))])
+    kept = worker_server._brief(['x' * 100_000, *(f'remark {number}' for number in range(1000))])
     assert sum(map(len, kept)) < 17_000 and kept[0].endswith(' ...') and kept[-1] == '986 more remarks are left out.'
-    assert worker_service._brief(['one', 'two']) == ('one', 'two')
+    assert worker_server._brief(['one', 'two']) == ('one', 'two')
 
 
 def test_f1_descriptors_beside_an_empty_packet_are_closed():
@@ -937,7 +939,7 @@ def test_f1_what_a_worker_tells_of_its_load_is_an_error_where_it_is_unreadable(b
 
 def test_f5_a_build_that_gets_on_is_waited_for_and_one_that_hangs_is_not(bundle, monkeypatch):
     """F-4, F-5: a worker tells once a second that it builds, also where its builder hangs."""
-    monkeypatch.setattr(worker_host, '_LONGEST_STEP_S', 0.3)
+    monkeypatch.setattr(worker_client, '_LONGEST_STEP_S', 0.3)
     config = dataclasses.replace(CONFIG, load_timeout_s=0.2, build_on_configure=True)
     began, told = [], []
 

@@ -10,7 +10,7 @@ import threading
 
 import pytest
 
-from gps_denied_c7.worker_log import WorkerLog
+from gps_denied_c7.worker.log import WorkerLog
 
 pytestmark = pytest.mark.once
 

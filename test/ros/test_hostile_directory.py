@@ -20,8 +20,8 @@ from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal_sources import NvmlThermal
 from gps_denied_c7.runtimes.protocol import ProviderSet
-from gps_denied_c7.worker_host import worker_hosts
-from gps_denied_c7.worker_process import WorkerProcess
+from gps_denied_c7.worker.client import worker_hosts
+from gps_denied_c7.worker.process import WorkerProcess
 from support import harness
 from support.harness import ROOT, image, running_node, wait_until
 from support.networks import copying

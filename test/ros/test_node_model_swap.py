@@ -14,7 +14,7 @@ from gps_denied_c7_msgs.msg import TensorList
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 
 from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.worker import SPARE_NAME
+from gps_denied_c7.worker.child import SPARE_NAME
 from measure import chaos
 from support.harness import Peer, image, running_node, tensor, wait_until
 from support.networks import copying, scoring_twofold, slow_to_load

@@ -6,7 +6,7 @@ import os
 import signal
 from pathlib import Path
 
-from gps_denied_c7.worker import SPARE_NAME
+from gps_denied_c7.worker.child import SPARE_NAME
 from measure import chaos
 from support.harness import image, running_node, wait_until
 from support.networks import WHITE, copying, hanging_on_white, slow

@@ -18,7 +18,7 @@ from gps_denied_c7.failover.rungs import Rung, RungHost
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from gps_denied_c7.runtimes.protocol import ProviderSet
-from gps_denied_c7.worker_host import worker_hosts
+from gps_denied_c7.worker.client import worker_hosts
 
 __all__ = ['CPU', 'NUMPY_TYPES', 'Tally', 'compare_host', 'loaded_host', 'plain_session', 'wrong_outputs']
 

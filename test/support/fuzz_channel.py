@@ -16,11 +16,11 @@ from gps_denied_c7.errors import C7Error, EngineSchemaMismatchError, InferenceEr
 from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.runtimes.protocol import ProviderSet
-from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.tensors import TensorSpec
-from gps_denied_c7.worker_channel import Channel, error_to_json
-from gps_denied_c7.worker_host import WorkerHost
-from gps_denied_c7.worker_process import WorkerProcess
+from gps_denied_c7.worker.client import WorkerHost
+from gps_denied_c7.worker.process import WorkerProcess
+from gps_denied_c7.worker.protocol import Channel, error_to_json
+from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout
 
 SPEC = TensorSpec('x', 'float32', (1, 2))
 BUNDLE = ModelBundle(name='net', root=Path('/'), weights_digest='sha256:' + '0' * 64, inputs=(SPEC,), outputs=(SPEC,))

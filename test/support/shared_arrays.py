@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from numpy.typing import NDArray
 
-from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
+from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout
 
 __all__ = ['shared']
 

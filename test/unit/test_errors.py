@@ -20,7 +20,7 @@ from gps_denied_c7.errors import (
     RuntimeUnavailableError,
     error_and_causes,
 )
-from gps_denied_c7.worker_channel import error_from_json, error_to_json
+from gps_denied_c7.worker.protocol import error_from_json, error_to_json
 
 
 def test_every_cause_and_context_is_found_once_also_in_a_circle():

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gps_denied_c7.errors import InferenceError
-from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
+from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout
 
 ARRAYS = {
     'scores': np.arange(6, dtype=np.float32).reshape(1, 6),

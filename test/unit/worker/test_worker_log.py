@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from gps_denied_c7.worker import LOG_MARK
-from gps_denied_c7.worker_log import WorkerLog
+from gps_denied_c7.worker.child import LOG_MARK
+from gps_denied_c7.worker.log import WorkerLog
 
 
 def own(level: int, text: str) -> bytes:

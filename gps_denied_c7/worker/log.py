@@ -16,7 +16,7 @@ import select
 import time
 from collections.abc import Callable
 
-from gps_denied_c7.worker import LOG_MARK
+from gps_denied_c7.worker.child import LOG_MARK
 
 __all__ = ['WorkerLog']
 

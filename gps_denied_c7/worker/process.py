@@ -16,8 +16,8 @@ from typing import Any
 
 from gps_denied_c7.errors import NO_THREADS_REMEDY, C7Error, EngineDeserializeError, WorkerDiedError
 from gps_denied_c7.python_child import SAFE_DIRECTORY, python_child, worker_environment
-from gps_denied_c7.worker_channel import Channel, ChannelClosedError
-from gps_denied_c7.worker_log import WorkerLog
+from gps_denied_c7.worker.log import WorkerLog
+from gps_denied_c7.worker.protocol import Channel, ChannelClosedError
 
 __all__ = ['SpareWorker', 'WorkerProcess']
 

@@ -20,9 +20,9 @@ from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from gps_denied_c7.runtimes.gpu.memory_usage import GpuMemoryWatch
 from gps_denied_c7.runtimes.protocol import BuildProgress, EngineFacts
-from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout, segment_bytes
 from gps_denied_c7.tensors import TensorSpec
-from gps_denied_c7.worker_channel import Channel, ChannelClosedError, error_to_json
+from gps_denied_c7.worker.protocol import Channel, ChannelClosedError, error_to_json
+from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout, segment_bytes
 
 __all__ = ['EngineService', 'WorkerTask']
 

@@ -23,12 +23,12 @@ from gps_denied_c7.model.bundle import Artefact, ModelBundle
 from gps_denied_c7.model.external_data import find_external
 from gps_denied_c7.runtimes.protocol import BuildProgress, EngineFacts
 from gps_denied_c7.runtimes.registry import require_strategy
-from gps_denied_c7.shared_tensors import SharedTensors, TensorLayout
 from gps_denied_c7.stalling import read_or_give_up
 from gps_denied_c7.tensors import TensorSpec, check_inputs, check_outputs
-from gps_denied_c7.worker_channel import error_from_json, plain_text
-from gps_denied_c7.worker_process import SpareWorker, WorkerProcess
-from gps_denied_c7.worker_service import WorkerTask
+from gps_denied_c7.worker.process import SpareWorker, WorkerProcess
+from gps_denied_c7.worker.protocol import error_from_json, plain_text
+from gps_denied_c7.worker.server import WorkerTask
+from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout
 
 __all__ = ['WorkerHost', 'worker_hosts']
 

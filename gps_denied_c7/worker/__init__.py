@@ -1,0 +1,1 @@
+"""A runtime in a process of its own, which may die."""
