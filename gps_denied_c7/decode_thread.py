@@ -27,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 
 class Decoded(Protocol):
-    """What a decoder gives for one image, as :class:`gps_denied_c7.decoder_client.DecodedImage`."""
+    """What a decoder gives for one image, as :class:`gps_denied_c7.decoder.client.DecodedImage`."""
 
     @property
     def size(self) -> tuple[int, int]:

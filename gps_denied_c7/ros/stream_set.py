@@ -37,7 +37,7 @@ class _CompressedDecoder:
 
     def __init__(self, topic: str, *, memory_bytes: int, timeout_s: float) -> None:
         # Only for nodes that have a compressed topic.
-        from gps_denied_c7.decoder_client import ImageDecoder
+        from gps_denied_c7.decoder.client import ImageDecoder
 
         self._decoder = ImageDecoder(topic, memory_bytes=memory_bytes, timeout_s=timeout_s)
 

@@ -21,8 +21,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from gps_denied_c7 import decoder_client
-from gps_denied_c7.decoder_client import ImageDecoder
+from gps_denied_c7.decoder import client as decoder_client
+from gps_denied_c7.decoder.client import ImageDecoder
 from gps_denied_c7.errors import ImageRejectedError
 from gps_denied_c7.image.decode import ODDITIES, Pixels
 from gps_denied_c7.image.preprocess import Interpolation, PreprocessingSpec, Preprocessor, ResizeMode
@@ -336,7 +336,7 @@ def threads(name):
 def test_a_decoder_does_not_outlive_its_node_even_where_it_hangs(tmp_path):
     script = (
         'import sys, time\n'
-        'from gps_denied_c7.decoder_client import ImageDecoder\n'
+        'from gps_denied_c7.decoder.client import ImageDecoder\n'
         'decoder = ImageDecoder("camera", memory_bytes=1 << 26, timeout_s=20)\n'
         'print(decoder.pid, flush=True); time.sleep(60)'
     )

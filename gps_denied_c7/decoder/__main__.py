@@ -1,7 +1,7 @@
 """
 Decode the pictures of one camera in a process of its own: ``python -m gps_denied_c7.decoder --channel FD``.
 
-Started by :mod:`gps_denied_c7.decoder_client` alone. What a picture does to the decoder, it does here. Until its
+Started by :mod:`gps_denied_c7.decoder.client` alone. What a picture does to the decoder, it does here. Until its
 parent's death is its own, it imports nothing large.
 """
 
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     _keep_heap()
     # A camera may use one core at most.
     os.environ.update(OPENBLAS_NUM_THREADS='1', OMP_NUM_THREADS='1')
-    from gps_denied_c7.decoder_service import DecoderService
+    from gps_denied_c7.decoder.server import DecoderService
 
     channel = Channel(socket.socket(fileno=options.channel))
     service = DecoderService(channel, options.memory)

@@ -1,0 +1,1 @@
+"""Image decoding in a process of its own, which may die."""
