@@ -31,10 +31,10 @@ from gps_denied_c7.host_match import known_host
 from gps_denied_c7.image.preprocess import LETTERBOX_ANCHORS, LETTERBOX_SCALINGS, Interpolation, ResizeMode
 from gps_denied_c7.model.bundle import ModelBundle, OutputRule
 from gps_denied_c7.model.compare import rule_from_json, rule_to_json
+from gps_denied_c7.pipeline.model_fit import ImageSettings, fit_bundle
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.protocol import BuildConfig, BuildProgress
 from gps_denied_c7.runtimes.trt.build import PRECISIONS, build_engine
-from gps_denied_c7.serving import ImageSettings, fit_bundle
 from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.text import plain
 from gps_denied_c7.trial import TrialRun, figures, read_picture, served_model

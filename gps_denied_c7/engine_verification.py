@@ -25,9 +25,9 @@ from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.model.bundle import MODEL_JSON, Artefact, ModelBundle
 from gps_denied_c7.model.files import BundleFile
 from gps_denied_c7.model.onnx_file import read_onnx
+from gps_denied_c7.pipeline.model_fit import ImageSettings, fit_bundle
 from gps_denied_c7.reference import reference_answers
 from gps_denied_c7.runtimes.pt.archive_scan.archive import read_torch_archive
-from gps_denied_c7.serving import ImageSettings, fit_bundle
 from gps_denied_c7.trial import TrialRun, run_picture, served_model
 
 __all__ = ['Checks', 'Verdict', 'verify']

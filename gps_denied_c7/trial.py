@@ -19,8 +19,8 @@ from gps_denied_c7.failover.chain import RuntimeChain
 from gps_denied_c7.image.decode import Pixels, decode_compressed
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.files import read_file
-from gps_denied_c7.pipeline import ServedModel
-from gps_denied_c7.serving import ImageSettings, fit_bundle, fit_model
+from gps_denied_c7.pipeline.model_fit import ImageSettings, fit_bundle, fit_model
+from gps_denied_c7.pipeline.pipeline import ServedModel
 from gps_denied_c7.worker.client import worker_hosts
 
 __all__ = ['TrialRun', 'read_picture', 'run_picture', 'served_model']

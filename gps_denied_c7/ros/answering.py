@@ -9,13 +9,14 @@ from typing import Any
 
 from rclpy.node import Node
 
-from gps_denied_c7.decode_thread import DecodeThread, LocalDecoder
 from gps_denied_c7.image.buffers import Scratch
-from gps_denied_c7.image_share import ImageShare
-from gps_denied_c7.model_swap import ModelSwapper, SwapOwner
 from gps_denied_c7.monitoring.host_info import usable_cores
 from gps_denied_c7.monitoring.metrics import Statistics
-from gps_denied_c7.pipeline import FramePipeline, FrameResult, InferenceThread, ServedModel
+from gps_denied_c7.pipeline.decode_thread import DecodeThread, LocalDecoder
+from gps_denied_c7.pipeline.image_share import ImageShare
+from gps_denied_c7.pipeline.mailbox import FrameSlots
+from gps_denied_c7.pipeline.model_swap import ModelSwapper, SwapOwner
+from gps_denied_c7.pipeline.pipeline import FramePipeline, FrameResult, InferenceThread, ServedModel
 from gps_denied_c7.ros.events import EventReporter
 from gps_denied_c7.ros.frame_policy import FrameDropPolicy
 from gps_denied_c7.ros.guard import CallbackGuard
@@ -24,7 +25,6 @@ from gps_denied_c7.ros.parameters import LiveSettings, NodeSettings
 from gps_denied_c7.ros.rcl import Rcl
 from gps_denied_c7.ros.stream_set import StreamSet, compressed_decoder
 from gps_denied_c7.ros.streams import ImageStream
-from gps_denied_c7.slots import FrameSlots
 
 __all__ = ['Answering', 'AnsweringParts']
 

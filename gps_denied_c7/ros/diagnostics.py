@@ -14,11 +14,11 @@ from rclpy.node import Node
 
 from gps_denied_c7.failover.memory_budget import GpuMemoryBudget
 from gps_denied_c7.failover.status import ChainState, ChainStatus
-from gps_denied_c7.image_share import CameraCost
-from gps_denied_c7.model_swap import SwapStatus
 from gps_denied_c7.monitoring.metrics import Percentiles, StreamCounters
 from gps_denied_c7.monitoring.thermal import ThermalLevel, ThermalState
 from gps_denied_c7.monitoring.thermal_policy import ThermalPolicy
+from gps_denied_c7.pipeline.image_share import CameraCost
+from gps_denied_c7.pipeline.model_swap import SwapStatus
 from gps_denied_c7.runtimes.protocol import BuildProgress
 from gps_denied_c7.text import plain
 

@@ -9,13 +9,13 @@ from typing import Any
 from rclpy.qos import QoSProfile
 
 from gps_denied_c7.errors import C7Error, ImageRejectedError
-from gps_denied_c7.image_share import CameraCost
 from gps_denied_c7.monitoring.metrics import Statistics
 from gps_denied_c7.monitoring.thermal import ThermalLevel, ThermalState
+from gps_denied_c7.pipeline.image_share import CameraCost
+from gps_denied_c7.pipeline.mailbox import Frame
 from gps_denied_c7.ros.diagnostics import SHARE_REMEDY
 from gps_denied_c7.ros.guard import RateLimiter
 from gps_denied_c7.ros.streams import queue_depth
-from gps_denied_c7.slots import Frame
 from gps_denied_c7.text import with_traceback
 
 __all__ = ['EventReporter']

@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 from gps_denied_c7.monitoring.thermal import ThermalStatePublisher
 from gps_denied_c7.monitoring.thermal_policy import FrameShedding, ThermalPolicy
+from gps_denied_c7.pipeline.mailbox import Frame
 from gps_denied_c7.ros.events import EventReporter
 from gps_denied_c7.ros.messages import stamp_ns
 from gps_denied_c7.ros.parameters import LiveSettings
-from gps_denied_c7.slots import Frame
 
 __all__ = ['FrameDropPolicy']
 

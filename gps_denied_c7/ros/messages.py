@@ -20,7 +20,7 @@ from gps_denied_c7.errors import ImageRejectedError
 from gps_denied_c7.image.buffers import Scratch
 from gps_denied_c7.image.decode import Pixels, RawImage, check_compressed, check_image, decode_compressed, decode_image
 from gps_denied_c7.monitoring.flight_record import FdrRecord
-from gps_denied_c7.pipeline import FrameResult
+from gps_denied_c7.pipeline.pipeline import FrameResult
 from gps_denied_c7.ros.c_message import CMessage, CString
 
 __all__ = [

@@ -20,14 +20,15 @@ from gps_denied_c7.chain_factory import ChainFactory
 from gps_denied_c7.errors import C7Error, ConfigError, InferenceError
 from gps_denied_c7.failover.chain import RuntimeChain
 from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.model_swap import SwapStatus
 from gps_denied_c7.monitoring.cpu_latency import CpuWakeup
 from gps_denied_c7.monitoring.flight_record import cause_of
 from gps_denied_c7.monitoring.host_info import describe_gpu, hardware_id, package_versions
 from gps_denied_c7.monitoring.metrics import Statistics
 from gps_denied_c7.monitoring.thermal import ThermalStatePublisher, UnknownThermalState
 from gps_denied_c7.monitoring.thermal_policy import ThermalPolicy
-from gps_denied_c7.pipeline import ServedModel
+from gps_denied_c7.pipeline.model_fit import fit_bundle, fit_model, read_bundle
+from gps_denied_c7.pipeline.model_swap import SwapStatus
+from gps_denied_c7.pipeline.pipeline import ServedModel
 from gps_denied_c7.ros.answering import Answering, AnsweringParts
 from gps_denied_c7.ros.autostart import Autostart, start_conditions
 from gps_denied_c7.ros.diagnostics import (
@@ -47,7 +48,6 @@ from gps_denied_c7.ros.rcl import load_rcl
 from gps_denied_c7.ros.stream_health import stream_health
 from gps_denied_c7.ros.streams import resolve_topics
 from gps_denied_c7.ros.tensor_publisher import TensorPublisher
-from gps_denied_c7.serving import fit_bundle, fit_model, read_bundle
 
 __all__ = ['DEFAULT_NODE_NAME', 'TENSORS_QOS', 'C7InferenceNode']
 

@@ -19,6 +19,7 @@ from sensor_msgs.msg import CompressedImage, Image
 
 from gps_denied_c7.errors import ConfigError, ImageRejectedError
 from gps_denied_c7.monitoring.metrics import Statistics
+from gps_denied_c7.pipeline.mailbox import Frame
 from gps_denied_c7.ros.executor import PromptCallbackGroup, give_way
 from gps_denied_c7.ros.guard import CallbackGuard
 from gps_denied_c7.ros.losses import MessagesLost, MissedMessages
@@ -32,7 +33,6 @@ from gps_denied_c7.ros.messages import (
 )
 from gps_denied_c7.ros.parameters import LiveSettings
 from gps_denied_c7.ros.rcl import Rcl, SubscriptionReady, UnreadableMessageError, Untaken
-from gps_denied_c7.slots import Frame
 
 __all__ = [
     'DEFAULT_QOS', 'FrameSink', 'ImageStream', 'publisher_mismatches', 'queue_depth', 'resolve_topics', 'type_name',

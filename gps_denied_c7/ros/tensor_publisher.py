@@ -13,7 +13,7 @@ from gps_denied_c7_msgs.msg import Tensor, TensorList
 from numpy.typing import NDArray
 from rclpy.lifecycle import LifecyclePublisher
 
-from gps_denied_c7.pipeline import FrameResult
+from gps_denied_c7.pipeline.pipeline import FrameResult
 from gps_denied_c7.ros.c_message import BorrowedMessage, CSequence, CString
 from gps_denied_c7.ros.messages import Outputs, chosen_outputs, frame_values, origin_values, to_tensor_list
 from gps_denied_c7.ros.rcl import Rcl

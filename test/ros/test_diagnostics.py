@@ -5,10 +5,10 @@ from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 
 from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.failover.status import ChainState, ChainStatus
-from gps_denied_c7.image_share import CameraCost
-from gps_denied_c7.model_swap import SwapPhase, SwapStatus
 from gps_denied_c7.monitoring.metrics import Percentiles, StreamCounters
 from gps_denied_c7.monitoring.thermal import ThermalLevel, ThermalState, UnknownThermalState
+from gps_denied_c7.pipeline.image_share import CameraCost
+from gps_denied_c7.pipeline.model_swap import SwapPhase, SwapStatus
 from gps_denied_c7.ros.diagnostics import (
     DiagnosticsPublisher,
     Report,

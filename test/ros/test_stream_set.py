@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 from sensor_msgs.msg import CompressedImage, Image
 
-from gps_denied_c7.image_share import ImageShare
+from gps_denied_c7.pipeline.image_share import ImageShare
+from gps_denied_c7.pipeline.mailbox import FrameSlots
 from gps_denied_c7.ros import stream_set
 from gps_denied_c7.ros.stream_set import StreamSet
 from gps_denied_c7.ros.streams import DEFAULT_QOS
-from gps_denied_c7.slots import FrameSlots
 
 FRONT, LEFT = '/front', '/left'
 

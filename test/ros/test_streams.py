@@ -14,11 +14,11 @@ from rclpy.subscription import Subscription
 from sensor_msgs.msg import CompressedImage, Image
 
 from gps_denied_c7.monitoring.metrics import Statistics
+from gps_denied_c7.pipeline.mailbox import FrameSlots
 from gps_denied_c7.ros import streams
 from gps_denied_c7.ros.losses import MessagesLost
 from gps_denied_c7.ros.rcl import Rcl, SubscriptionReady
 from gps_denied_c7.ros.streams import ImageStream, queue_depth
-from gps_denied_c7.slots import FrameSlots
 from support.harness import image, wait_until
 
 TOPIC = '/camera/image_raw'

@@ -8,11 +8,11 @@ import numpy as np
 from hypothesis import strategies as st
 
 from gps_denied_c7.failover.chain import Answer
-from gps_denied_c7.pipeline import FrameResult
+from gps_denied_c7.pipeline.mailbox import Frame
+from gps_denied_c7.pipeline.pipeline import FrameResult
 from gps_denied_c7.ros.messages import (
     received_image,
 )
-from gps_denied_c7.slots import Frame
 
 SECOND = 1_000_000_000
 TEXT = st.text(st.characters(exclude_characters='\0', exclude_categories=['Cs']), max_size=9)

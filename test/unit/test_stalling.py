@@ -8,7 +8,7 @@ import pytest
 from gps_denied_c7.errors import C7Error, ModelBundleError
 from gps_denied_c7.failover.self_test import Proof
 from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.serving import read_bundle
+from gps_denied_c7.pipeline.model_fit import read_bundle
 from gps_denied_c7.stalling import StalledReadError, note_progress, read_or_give_up
 from support.stalled_mount import stalled_mount
 

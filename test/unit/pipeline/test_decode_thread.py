@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from gps_denied_c7.decode_thread import DecodeThread, LocalDecoder
 from gps_denied_c7.errors import ImageRejectedError
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
 from gps_denied_c7.monitoring.metrics import Statistics
-from gps_denied_c7.slots import Frame, FrameSlots
+from gps_denied_c7.pipeline.decode_thread import DecodeThread, LocalDecoder
+from gps_denied_c7.pipeline.mailbox import Frame, FrameSlots
 
 TOPIC = '/camera/compressed'
 SPEC = PreprocessingSpec(width=6, height=4, colour='gray', scale=1.0)

@@ -13,12 +13,12 @@ from gps_denied_c7.failover.in_process import SynchronousHost
 from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.model_swap import ModelSwapper, SwapPhase
 from gps_denied_c7.monitoring.metrics import Statistics
-from gps_denied_c7.pipeline import FramePipeline, InferenceThread
+from gps_denied_c7.pipeline.mailbox import Frame, FrameSlots
+from gps_denied_c7.pipeline.model_fit import fit_model
+from gps_denied_c7.pipeline.model_swap import ModelSwapper, SwapPhase
+from gps_denied_c7.pipeline.pipeline import FramePipeline, InferenceThread
 from gps_denied_c7.runtimes.protocol import EngineFacts, ProviderSet
-from gps_denied_c7.serving import fit_model
-from gps_denied_c7.slots import Frame, FrameSlots
 from gps_denied_c7.tensors import TensorSpec, noise_inputs
 
 TOPIC = '/a'
@@ -353,7 +353,7 @@ def test_a_model_that_no_image_fits_leaves_the_old_one(bench, inputs):
 
 
 def test_a_parameter_that_is_not_set_after_all_swaps_nothing(bench, monkeypatch):
-    monkeypatch.setattr('gps_denied_c7.model_swap._ACCEPTED_S', 0.05)
+    monkeypatch.setattr('gps_denied_c7.pipeline.model_swap._ACCEPTED_S', 0.05)
     bench.on_accept = lambda path: False
     assert 'not set' in bench.swap('new')['reason']
     assert bench.scripts['new'].hosts == []

@@ -18,9 +18,9 @@ from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.metrics import Statistics
-from gps_denied_c7.pipeline import FramePipeline, InferenceThread, ServedModel
+from gps_denied_c7.pipeline.mailbox import Frame, FrameSlots, PreparedImage
+from gps_denied_c7.pipeline.pipeline import FramePipeline, InferenceThread, ServedModel
 from gps_denied_c7.runtimes.protocol import EngineFacts, ProviderSet
-from gps_denied_c7.slots import Frame, FrameSlots, PreparedImage
 from gps_denied_c7.tensors import TensorSpec
 
 SPEC = TensorSpec('image', 'float32', (None, 1, 4, 6))

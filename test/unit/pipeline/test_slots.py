@@ -2,7 +2,7 @@
 
 import threading
 
-from gps_denied_c7.slots import Frame, FrameSlots
+from gps_denied_c7.pipeline.mailbox import Frame, FrameSlots
 
 
 def frame(topic, number):

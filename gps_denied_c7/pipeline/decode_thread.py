@@ -17,7 +17,7 @@ from gps_denied_c7.errors import ImageRejectedError
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
 from gps_denied_c7.monitoring.metrics import Statistics
-from gps_denied_c7.slots import Frame, FrameSlots, PreparedImage
+from gps_denied_c7.pipeline.mailbox import Frame, FrameSlots, PreparedImage
 
 __all__ = ['Decoded', 'DecodeThread', 'Decoder', 'LocalDecoder']
 

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from gps_denied_c7.image_share import ImageShare
 from gps_denied_c7.monitoring.host_info import usable_cores
+from gps_denied_c7.pipeline.image_share import ImageShare
 
 MS = 1_000_000
 

@@ -13,8 +13,8 @@ from gps_denied_c7.errors import C7Error, ConfigError, InferenceError
 from gps_denied_c7.failover.chain import RuntimeChain
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.pipeline import ServedModel
-from gps_denied_c7.serving import ModelSettings, fit_bundle, fit_model, read_bundle
+from gps_denied_c7.pipeline.model_fit import ModelSettings, fit_bundle, fit_model, read_bundle
+from gps_denied_c7.pipeline.pipeline import ServedModel
 
 __all__ = ['ModelSwapper', 'SwapPhase', 'SwapStatus']
 

@@ -19,7 +19,7 @@ from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.metrics import Statistics
-from gps_denied_c7.slots import Frame, FrameSlots, PreparedImage
+from gps_denied_c7.pipeline.mailbox import Frame, FrameSlots, PreparedImage
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = ['FramePipeline', 'FrameResult', 'FrameTap', 'InferenceThread', 'ServedModel']
