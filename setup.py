@@ -243,7 +243,7 @@ setup(
             'c7_replay = gps_denied_c7.ros.replay:main',
             'c7_demo = gps_denied_c7.demo.run:main',
             'c7_bench = gps_denied_c7.bench.run:main',
-            'c7_engine = gps_denied_c7.engine_cli:main',
+            'c7_engine = gps_denied_c7.ground.cli:main',
         ],
     },
 )

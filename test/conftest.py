@@ -83,7 +83,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
     """Run a command line of c7_engine; return its status, standard output and standard error."""
-    from gps_denied_c7.engine_cli import main
+    from gps_denied_c7.ground.cli import main
 
     def run_line(*arguments: object) -> tuple[int, str, str]:
         status = main([str(argument) for argument in arguments])
@@ -96,9 +96,10 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> HostProfile:
     """Make this the host that the engines of the tests were built for."""
-    from gps_denied_c7 import engine_cli, host_match
+    from gps_denied_c7.ground import cli as engine_cli
+    from gps_denied_c7.ground import compatibility
     from support.engine_cache_files import HOST
 
     monkeypatch.setattr(engine_cli, 'local_host_profile', lambda: HOST)
-    monkeypatch.setattr(host_match, 'local_host_profile', lambda: HOST)
+    monkeypatch.setattr(compatibility, 'local_host_profile', lambda: HOST)
     return HOST

@@ -38,9 +38,9 @@ from gps_denied_c7.bench.models import BenchModel, calibrated_model
 from gps_denied_c7.bench.plots import draw_plots
 from gps_denied_c7.bench.report import BenchReport
 from gps_denied_c7.bench.resources import cpu_seconds, memory_mb
-from gps_denied_c7.command_line import path_argument
 from gps_denied_c7.demo.processes import Child, DemoError, child_environment, free_domain_id, free_ports
 from gps_denied_c7.errors import C7Error
+from gps_denied_c7.ground.command_line import path_argument
 from gps_denied_c7.monitoring.cpu_latency import CpuLatencyRequest
 from gps_denied_c7.monitoring.host_info import package_versions
 from gps_denied_c7.ros.dds import DdsPorts

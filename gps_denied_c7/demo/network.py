@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.command_line import path_argument
 from gps_denied_c7.demo.terrain import paint_terrain
 from gps_denied_c7.errors import C7Error
+from gps_denied_c7.ground.command_line import path_argument
 from gps_denied_c7.image.preprocess import PreprocessingSpec, ResizeMode
 from gps_denied_c7.model.bundle import ONLY_GOLDEN, AllClose, Artefact, MatchedDistance, write_bundle
 from gps_denied_c7.model.files import write_atomically

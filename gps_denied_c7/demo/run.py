@@ -18,13 +18,13 @@ from typing import Any
 
 import numpy as np
 
-from gps_denied_c7.command_line import path_argument
 from gps_denied_c7.demo.flight import Camera, Flight, write_flight
 from gps_denied_c7.demo.network import HEIGHT, WIDTH, write_demo_bundle
 from gps_denied_c7.demo.picture import Detections, compose, read_frame
 from gps_denied_c7.demo.processes import Child, DemoError, child_environment, free_domain_id, free_ports, wait_for
 from gps_denied_c7.demo.report import DemoReport, FrameCount, stage_percentiles
 from gps_denied_c7.errors import C7Error
+from gps_denied_c7.ground.command_line import path_argument
 from gps_denied_c7.monitoring.flight_record import in_order
 
 __all__ = ['DemoOptions', 'main', 'run_demo']

@@ -27,7 +27,7 @@ from rclpy.signals import SignalHandlerOptions
 from rclpy.validate_topic_name import validate_topic_name
 from rosgraph_msgs.msg import Clock
 
-from gps_denied_c7.command_line import log_to_stderr, path_argument
+from gps_denied_c7.ground.command_line import log_to_stderr, path_argument
 from gps_denied_c7.ros.bag import Bag, BagError, BagTopic
 from gps_denied_c7.ros.bag.storage import count_text
 from gps_denied_c7.ros.dds import apply_profile, transport_warnings, tune_allocator

@@ -51,7 +51,7 @@ def environment() -> dict[str, str]:
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, '-m', 'gps_denied_c7.engine_cli', *map(str, arguments)],
+        [sys.executable, '-m', 'gps_denied_c7.ground.cli', *map(str, arguments)],
         env=environment(), text=True, capture_output=True, check=False, timeout=300,
     )  # fmt: skip
 
@@ -89,7 +89,7 @@ def test_g3_from_an_onnx_to_a_verified_engine(tmp_path: Path, gate: EngineGate) 
 BUILDERS = """
 import os, sys
 import onnx, tensorrt
-from gps_denied_c7 import engine_cli
+from gps_denied_c7.ground import cli as engine_cli
 
 while sys.stdin.readline() == 'build\\n':
     child = os.fork()

@@ -18,8 +18,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from gps_denied_c7 import bundle_maker
-from gps_denied_c7.bundle_maker import (
+from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.errors import C7Error, EngineDeserializeError, ModelBundleError
+from gps_denied_c7.failover.chain import RuntimeChain
+from gps_denied_c7.failover.in_process import in_process_hosts
+from gps_denied_c7.ground import make_bundle as bundle_maker
+from gps_denied_c7.ground.make_bundle import (
     TOLERANCES,
     BundleRequest,
     default_rule,
@@ -27,11 +31,7 @@ from gps_denied_c7.bundle_maker import (
     make_bundle,
     noise_picture,
 )
-from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.engine_verification import Checks, verify
-from gps_denied_c7.errors import C7Error, EngineDeserializeError, ModelBundleError
-from gps_denied_c7.failover.chain import RuntimeChain
-from gps_denied_c7.failover.in_process import in_process_hosts
+from gps_denied_c7.ground.verify import Checks, verify
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess import Preprocessor
 from gps_denied_c7.model import onnx_file

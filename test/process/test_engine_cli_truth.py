@@ -27,7 +27,7 @@ from support.source_tree import REPOSITORY
 
 pytestmark = pytest.mark.once
 
-ENGINE = [sys.executable, '-m', 'gps_denied_c7.engine_cli']
+ENGINE = [sys.executable, '-m', 'gps_denied_c7.ground.cli']
 SIZE = ['--input-size', '32x24']
 
 
@@ -316,7 +316,7 @@ def test_m1_a_directory_that_is_there_already_is_left_as_it_is(tmp_path: Path, r
 def test_every_program_has_a_help(tmp_path: Path) -> None:
     """The node's starts no ROS, which would refuse this domain."""
     programs = {
-        'c7_inference_node': 'ros.main', 'c7_replay': 'ros.replay', 'c7_engine': 'engine_cli', 'c7_demo': 'demo.run',
+        'c7_inference_node': 'ros.main', 'c7_replay': 'ros.replay', 'c7_engine': 'ground.cli', 'c7_demo': 'demo.run',
         'c7_bench': 'bench.run',
     }  # fmt: skip
     pytest.importorskip('rclpy')

@@ -16,8 +16,8 @@ import onnx
 import pytest
 from onnx import helper
 
-from gps_denied_c7.bundle_maker import noise_picture
 from gps_denied_c7.engines.gate import HostProfile
+from gps_denied_c7.ground.make_bundle import noise_picture
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
 from gps_denied_c7.model.bundle import Artefact, ModelBundle, file_sha256, write_bundle
@@ -34,7 +34,7 @@ def executed(*arguments: object, **options: Any) -> subprocess.CompletedProcess[
     """Run the command line as a process of its own."""
     environment = {**os.environ, 'PYTHONPATH': str(REPOSITORY), 'PYTHONDONTWRITEBYTECODE': '1'}
     return subprocess.run(
-        [sys.executable, '-m', 'gps_denied_c7.engine_cli', *map(str, arguments)],
+        [sys.executable, '-m', 'gps_denied_c7.ground.cli', *map(str, arguments)],
         env=environment, text=True, capture_output=True, check=False, **options,
     )  # fmt: skip
 
@@ -63,7 +63,7 @@ def test_g3_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
     try:
         environment = {**os.environ, 'PYTHONPATH': str(REPOSITORY)}
         done = subprocess.run(
-            [sys.executable, '-m', 'gps_denied_c7.engine_cli', 'verify', '--any-host', str(tmp_path)],
+            [sys.executable, '-m', 'gps_denied_c7.ground.cli', 'verify', '--any-host', str(tmp_path)],
             stdout=writing, stderr=subprocess.PIPE, text=True, env=environment, check=False,
         )  # fmt: skip
     finally:
@@ -74,7 +74,7 @@ def test_g3_a_reader_that_goes_away_is_no_traceback(tmp_path: Path) -> None:
 @pytest.mark.parametrize('arguments', [(), ('--json',)])
 def test_g3_a_full_disk_behind_standard_output_is_a_sentence(tmp_path: Path, arguments: tuple[str, ...]) -> None:
     publish_engine(tmp_path)
-    command = [sys.executable, '-m', 'gps_denied_c7.engine_cli', 'verify', '--any-host', str(tmp_path), *arguments]
+    command = [sys.executable, '-m', 'gps_denied_c7.ground.cli', 'verify', '--any-host', str(tmp_path), *arguments]
     environment = {**os.environ, 'PYTHONPATH': str(REPOSITORY)}
     with open('/dev/full', 'w') as full:
         done = subprocess.run(
@@ -86,7 +86,7 @@ def test_g3_a_full_disk_behind_standard_output_is_a_sentence(tmp_path: Path, arg
 
 def test_g3_a_closed_standard_output_changes_no_exit_status(tmp_path: Path) -> None:
     publish_engine(tmp_path)
-    command = [sys.executable, '-m', 'gps_denied_c7.engine_cli', 'verify', '--any-host', str(tmp_path)]
+    command = [sys.executable, '-m', 'gps_denied_c7.ground.cli', 'verify', '--any-host', str(tmp_path)]
     done = subprocess.run(
         ['/bin/sh', '-c', 'exec "$@" >&-', 'sh', *command], stderr=subprocess.PIPE, text=True, check=False,
         env={**os.environ, 'PYTHONPATH': str(REPOSITORY)}, timeout=120,

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 
-from gps_denied_c7.engine_sweep import LEFTOVER_AGE_S, Caches, Criteria, sweep
 from gps_denied_c7.engines.gate import EngineGate, manifest_path
 from gps_denied_c7.engines.ort_store import (
     BuiltFor,
@@ -29,6 +28,7 @@ from gps_denied_c7.engines.store import (
     EngineCache,
 )
 from gps_denied_c7.errors import EngineSchemaMismatchError
+from gps_denied_c7.ground.sweep import LEFTOVER_AGE_S, Caches, Criteria, sweep
 from support.engine_cache_files import HOST, SOURCE, fake_plan, manifest_of
 from support.numbered_engines import fake_plan_of, manifest_for
 from support.source_tree import REPOSITORY, TESTS
@@ -43,7 +43,7 @@ TORN = 5
 # line read, forked from one that has imported everything, so that fifty take seconds.
 BUILDERS_OF_FAKE_PLANS = """
 import itertools, os, sys
-from gps_denied_c7 import engine_cli
+from gps_denied_c7.ground import cli as engine_cli
 from gps_denied_c7.engines.store import EngineCache
 from gps_denied_c7.runtimes.protocol import EngineCacheEntry
 from support.numbered_engines import fake_plan_of, manifest_for

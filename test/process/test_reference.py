@@ -11,9 +11,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from gps_denied_c7 import reference
 from gps_denied_c7.errors import InferenceError, ModelBundleError, RuntimeUnavailableError
-from gps_denied_c7.reference import reference_answers
+from gps_denied_c7.ground import reference
+from gps_denied_c7.ground.reference import reference_answers
 from support.small_networks import network, plain_answers, saved
 
 pytestmark = pytest.mark.once

@@ -73,7 +73,7 @@ def test_c7_engine_makes_no_internet_socket_and_writes_its_output_alone(home, tm
     output.mkdir()
     code = """
 import sys
-from gps_denied_c7.engine_cli import main
+from gps_denied_c7.ground.cli import main
 sys.exit(main(['bundle', sys.argv[1], '--output', sys.argv[2]]) or main(['verify', sys.argv[2]]))
 """
     trace = traced(tmp_path, code, model, output / 'made')

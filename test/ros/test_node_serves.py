@@ -6,7 +6,7 @@ import numpy as np
 import onnxruntime as ort
 from gps_denied_c7_msgs.msg import Tensor
 
-from gps_denied_c7.engine_cli import main
+from gps_denied_c7.ground.cli import main
 from support.harness import image, running_node, tensor
 from support.small_networks import free, handmade
 

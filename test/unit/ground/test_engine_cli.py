@@ -16,13 +16,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gps_denied_c7 import engine_cli, host_match
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.engine_cli import main
-from gps_denied_c7.engine_inspection import inspect_engine
 from gps_denied_c7.engines.gate import EngineGate, HostProfile, manifest_path
 from gps_denied_c7.engines.store import EngineCache
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, RuntimeUnavailableError
+from gps_denied_c7.ground import cli as engine_cli
+from gps_denied_c7.ground import compatibility
+from gps_denied_c7.ground.cli import main
+from gps_denied_c7.ground.inspect import inspect_engine
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.runtimes.gpu import cuda
 from gps_denied_c7.runtimes.protocol import BuildConfig, BuildProgress, EngineCacheEntry
@@ -211,8 +212,8 @@ def test_g3_inspect_needs_no_gpu_and_no_tensorrt(
     def absent() -> str:
         raise RuntimeUnavailableError('tensorrt', 'TensorRT for Python is not installed.')
 
-    monkeypatch.setattr(host_match, 'tensorrt_version', absent)
-    monkeypatch.setattr(host_match, 'platform_name', lambda: 'linux-aarch64')
+    monkeypatch.setattr(compatibility, 'tensorrt_version', absent)
+    monkeypatch.setattr(compatibility, 'platform_name', lambda: 'linux-aarch64')
     status, out, _ = run('inspect', publish_engine(tmp_path), '--json')
     told = json.loads(out)
     assert (status, told['refused']) == (0, [])
@@ -346,7 +347,7 @@ def test_g3_verify_without_a_gpu_admits_nothing_but_looks_for_damage(
 def test_g3_verify_takes_onnx_runtime_caches_by_their_listing(
     tmp_path: Path, run: Run, here: HostProfile, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_match, 'package_versions', dict)
+    monkeypatch.setattr(compatibility, 'package_versions', dict)
     directory = publish_ort_cache(tmp_path)
     assert run('verify', tmp_path) [0] == run('verify', directory)[0] == 0
     files = sorted(directory.iterdir())

@@ -16,12 +16,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gps_denied_c7 import host_match
-from gps_denied_c7.engine_sweep import Caches, Criteria, SweepReport, sweep
 from gps_denied_c7.engines.gate import EngineGate, manifest_path
 from gps_denied_c7.engines.ort_store import WHOLE_ENGINE, BuiltFor, OrtEngineCache
 from gps_denied_c7.engines.store import EngineCache
 from gps_denied_c7.errors import EngineSchemaMismatchError
+from gps_denied_c7.ground import compatibility
+from gps_denied_c7.ground.sweep import Caches, Criteria, SweepReport, sweep
 from support.engine_cache_files import HOST, age, fake_plan, publish_engine, publish_ort_cache
 
 NOW_S = 1_800_000_000.0
@@ -120,8 +120,8 @@ def test_g3_engines_of_other_hosts_go(caches: Caches, changes: dict[str, object]
 def test_g3_onnx_runtime_caches_of_other_hosts_go(
     caches: Caches, field: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_match, 'driver_version', lambda: '540.4.0')
-    monkeypatch.setattr(host_match, 'package_versions', lambda: {'onnxruntime-gpu': '1.17.1'})
+    monkeypatch.setattr(compatibility, 'driver_version', lambda: '540.4.0')
+    monkeypatch.setattr(compatibility, 'package_versions', lambda: {'onnxruntime-gpu': '1.17.1'})
     other = {'sm': 90}.get(field, 'another')
     ours = publish_ort_cache(caches.ort[0], b'ours', driver='540.4.0')
     theirs = publish_ort_cache(caches.ort[0], b'theirs', **{'driver': '540.4.0', field: other})
@@ -132,7 +132,7 @@ def test_g3_onnx_runtime_caches_of_other_hosts_go(
 
 
 def test_g3_what_cannot_be_told_is_no_reason(caches: Caches, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_match, 'package_versions', dict)
+    monkeypatch.setattr(compatibility, 'package_versions', dict)
     publish_ort_cache(caches.ort[0], driver='unknown', onnxruntime='1.17.1')
     assert removed(swept(caches, not_for=HOST)) == []
 

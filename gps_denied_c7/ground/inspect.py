@@ -22,7 +22,7 @@ from gps_denied_c7.engines.gate import (
     trusted_directory,
 )
 from gps_denied_c7.errors import EngineSchemaMismatchError, ModelBundleError
-from gps_denied_c7.host_match import mismatches
+from gps_denied_c7.ground.compatibility import mismatches
 from gps_denied_c7.model.files import open_regular, read_file
 
 __all__ = ['EngineReport', 'Refusal', 'inspect_engine']

@@ -18,16 +18,17 @@ from pathlib import Path
 from typing import Any
 
 from gps_denied_c7._json import Fields
-from gps_denied_c7.bundle_maker import TOLERANCES, BundleRequest, make_bundle
-from gps_denied_c7.command_line import log_to_stderr, path_argument
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.engine_inspection import EngineReport, inspect_engine
-from gps_denied_c7.engine_sweep import Caches, Criteria, SweepReport, sweep
-from gps_denied_c7.engine_verification import Checks, verify
 from gps_denied_c7.engines.gate import EngineManifest, read_manifest
 from gps_denied_c7.engines.store import EngineCache, fallback_directory
 from gps_denied_c7.errors import C7Error, ModelBundleError
-from gps_denied_c7.host_match import known_host
+from gps_denied_c7.ground.command_line import log_to_stderr, path_argument
+from gps_denied_c7.ground.compatibility import known_host
+from gps_denied_c7.ground.inspect import EngineReport, inspect_engine
+from gps_denied_c7.ground.make_bundle import TOLERANCES, BundleRequest, make_bundle
+from gps_denied_c7.ground.sweep import Caches, Criteria, SweepReport, sweep
+from gps_denied_c7.ground.trial import TrialRun, figures, read_picture, served_model
+from gps_denied_c7.ground.verify import Checks, verify
 from gps_denied_c7.image.preprocess import LETTERBOX_ANCHORS, LETTERBOX_SCALINGS, Interpolation, ResizeMode
 from gps_denied_c7.model.bundle import ModelBundle, OutputRule
 from gps_denied_c7.model.compare import rule_from_json, rule_to_json
@@ -37,7 +38,6 @@ from gps_denied_c7.runtimes.protocol import BuildConfig, BuildProgress
 from gps_denied_c7.runtimes.trt.build import PRECISIONS, build_engine
 from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.text import plain
-from gps_denied_c7.trial import TrialRun, figures, read_picture, served_model
 
 __all__ = ['main']
 

@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gps_denied_c7.bundle_maker import noise_picture
 from gps_denied_c7.engines.gate import EngineGate, EngineName, HostProfile, manifest_path, read_manifest
 from gps_denied_c7.engines.ort_store import LISTING_NAME, BuiltFor, verify_cache
 from gps_denied_c7.errors import (
@@ -20,15 +19,16 @@ from gps_denied_c7.errors import (
     ModelBundleError,
     RuntimeUnavailableError,
 )
-from gps_denied_c7.host_match import mismatches
+from gps_denied_c7.ground.compatibility import mismatches
+from gps_denied_c7.ground.make_bundle import noise_picture
+from gps_denied_c7.ground.reference import reference_answers
+from gps_denied_c7.ground.trial import TrialRun, run_picture, served_model
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.model.bundle import MODEL_JSON, Artefact, ModelBundle
 from gps_denied_c7.model.files import BundleFile
 from gps_denied_c7.model.onnx_file import read_onnx
 from gps_denied_c7.pipeline.model_fit import ImageSettings, fit_bundle
-from gps_denied_c7.reference import reference_answers
 from gps_denied_c7.runtimes.pt.archive_scan.archive import read_torch_archive
-from gps_denied_c7.trial import TrialRun, run_picture, served_model
 
 __all__ = ['Checks', 'Verdict', 'verify']
 

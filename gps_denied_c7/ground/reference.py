@@ -99,7 +99,7 @@ def _axes(shape: list[int | None] | None) -> Any:
 
 
 def _run_child(request: bytes) -> tuple[int, bytes, bytes]:
-    command, environment = python_child('gps_denied_c7.reference', environ=worker_environment(os.environ))
+    command, environment = python_child('gps_denied_c7.ground.reference', environ=worker_environment(os.environ))
     ended = subprocess.run(
         command,
         input=request,

@@ -30,6 +30,8 @@ from gps_denied_c7.errors import (
     InferenceError,
     ModelBundleError,
 )
+from gps_denied_c7.ground.reference import reference_answers
+from gps_denied_c7.ground.trial import read_picture
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
 from gps_denied_c7.model.bundle import (
@@ -51,11 +53,9 @@ from gps_denied_c7.model.external_data import find_external
 from gps_denied_c7.model.files import GOLDEN_LIMIT_BYTES, read_npz, write_atomically
 from gps_denied_c7.model.onnx_file import OnnxModel, read_onnx
 from gps_denied_c7.pipeline.model_fit import ImageSettings, fit_tensors
-from gps_denied_c7.reference import reference_answers
 from gps_denied_c7.runtimes.protocol import BuildConfig, ProviderSet
 from gps_denied_c7.runtimes.registry import create_runtime
 from gps_denied_c7.tensors import TensorSpec, check_finite
-from gps_denied_c7.trial import read_picture
 
 if TYPE_CHECKING:
     import onnx

@@ -22,7 +22,7 @@ from gps_denied_c7.engines.gate import EngineName, HostProfile, manifest_path, r
 from gps_denied_c7.engines.ort_store import LISTING_NAME, WHOLE_ENGINE, BuiltFor, CacheListing, read_listing
 from gps_denied_c7.engines.store import LOCK_NAME, PART_SUFFIX, TIMING_SUFFIX
 from gps_denied_c7.errors import EngineSchemaMismatchError
-from gps_denied_c7.host_match import mismatches
+from gps_denied_c7.ground.compatibility import mismatches
 
 __all__ = ['CacheItem', 'Caches', 'Criteria', 'Removal', 'SweepReport', 'list_cache', 'sweep']
 

@@ -1,0 +1,1 @@
+"""What is done before take-off and after landing."""
