@@ -11,7 +11,7 @@ from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import Node
 from launch_ros.parameter_descriptions import ParameterValue
 
-from gps_denied_c7.ros.dds import apply_profile
+from gps_denied_c7.ros.fastdds import apply_profile
 
 
 def generate_launch_description() -> LaunchDescription:

@@ -19,7 +19,7 @@ from sensor_msgs.msg import CompressedImage, Image
 
 from gps_denied_c7.bench.cases import JPEG
 from gps_denied_c7.bench.commands import CommandLine
-from gps_denied_c7.ros.dds import apply_profile, tune_allocator
+from gps_denied_c7.ros.fastdds import apply_profile, tune_allocator
 from gps_denied_c7.ros.rcl import Rcl
 
 __all__ = ['Cameras', 'main']

@@ -20,7 +20,7 @@ from rclpy.signals import SignalHandlerOptions
 from rclpy.subscription import Subscription
 
 from gps_denied_c7.bench.commands import CommandLine
-from gps_denied_c7.ros.dds import apply_profile, tune_allocator
+from gps_denied_c7.ros.fastdds import apply_profile, tune_allocator
 from gps_denied_c7.ros.messages import stage_durations
 from gps_denied_c7.ros.rcl import Rcl, SubscriptionReady, Untaken
 

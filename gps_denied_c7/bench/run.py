@@ -43,7 +43,7 @@ from gps_denied_c7.errors import C7Error
 from gps_denied_c7.ground.command_line import path_argument
 from gps_denied_c7.monitoring.cpu_latency import CpuLatencyRequest
 from gps_denied_c7.monitoring.host_info import package_versions
-from gps_denied_c7.ros.dds import DdsPorts
+from gps_denied_c7.ros.fastdds import DdsPorts
 
 __all__ = ['BenchOptions', 'main', 'run_bench']
 

@@ -17,7 +17,7 @@ from types import TracebackType
 
 from gps_denied_c7.errors import C7Error
 from gps_denied_c7.python_child import SAFE_DIRECTORY, python_child
-from gps_denied_c7.ros.dds import (
+from gps_denied_c7.ros.fastdds import (
     BUILTIN_TRANSPORTS,
     OWN_PORTS,
     SEGMENT_OVERHEAD,

@@ -1,1 +1,1 @@
-"""The ROS 2 side: node, parameters, messages, diagnostics, replay."""
+"""The ROS 2 side, the only folder that imports ROS: node, parameters, messages, diagnostics, replay."""

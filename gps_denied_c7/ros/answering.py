@@ -20,11 +20,11 @@ from gps_denied_c7.pipeline.pipeline import FramePipeline, FrameResult, Inferenc
 from gps_denied_c7.ros.events import EventReporter
 from gps_denied_c7.ros.frame_policy import FrameDropPolicy
 from gps_denied_c7.ros.guard import CallbackGuard
+from gps_denied_c7.ros.image_stream import ImageStream
 from gps_denied_c7.ros.messages import decode_message
 from gps_denied_c7.ros.parameters import LiveSettings, NodeSettings
 from gps_denied_c7.ros.rcl import Rcl
 from gps_denied_c7.ros.stream_set import StreamSet, compressed_decoder
-from gps_denied_c7.ros.streams import ImageStream
 
 __all__ = ['Answering', 'AnsweringParts']
 

@@ -15,7 +15,7 @@ from gps_denied_c7.pipeline.image_share import CameraCost
 from gps_denied_c7.pipeline.mailbox import Frame
 from gps_denied_c7.ros.diagnostics import SHARE_REMEDY
 from gps_denied_c7.ros.guard import RateLimiter
-from gps_denied_c7.ros.streams import queue_depth
+from gps_denied_c7.ros.image_stream import queue_depth
 from gps_denied_c7.text import with_traceback
 
 __all__ = ['EventReporter']

@@ -42,11 +42,11 @@ from gps_denied_c7.ros.diagnostics import (
 from gps_denied_c7.ros.events import EventReporter
 from gps_denied_c7.ros.flight_recorder import FlightRecorder
 from gps_denied_c7.ros.frame_policy import FrameDropPolicy
+from gps_denied_c7.ros.image_stream import resolve_topics
 from gps_denied_c7.ros.lifecycle import ResponsiveLifecycleNode
 from gps_denied_c7.ros.parameters import WITH_MODEL, LiveSettings, NodeParameters, NodeSettings
 from gps_denied_c7.ros.rcl import load_rcl
 from gps_denied_c7.ros.stream_health import stream_health
-from gps_denied_c7.ros.streams import resolve_topics
 from gps_denied_c7.ros.tensor_publisher import TensorPublisher
 
 __all__ = ['DEFAULT_NODE_NAME', 'TENSORS_QOS', 'C7InferenceNode']

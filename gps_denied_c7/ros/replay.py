@@ -30,7 +30,7 @@ from rosgraph_msgs.msg import Clock
 from gps_denied_c7.ground.command_line import log_to_stderr, path_argument
 from gps_denied_c7.ros.bag import Bag, BagError, BagTopic
 from gps_denied_c7.ros.bag.storage import count_text
-from gps_denied_c7.ros.dds import apply_profile, transport_warnings, tune_allocator
+from gps_denied_c7.ros.fastdds import apply_profile, transport_warnings, tune_allocator
 from gps_denied_c7.ros.replay_report import Gap, ReplayReport, TopicReport
 from gps_denied_c7.ros.signals import on_first_signal
 from gps_denied_c7.text import plain

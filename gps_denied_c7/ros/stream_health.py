@@ -8,8 +8,8 @@ from gps_denied_c7.monitoring.metrics import StatisticsSnapshot, StreamCounters
 from gps_denied_c7.ros.diagnostics import StreamHealth
 from gps_denied_c7.ros.events import EventReporter
 from gps_denied_c7.ros.frame_policy import FrameDropPolicy
+from gps_denied_c7.ros.image_stream import queue_depth, type_name
 from gps_denied_c7.ros.stream_set import StreamSet
-from gps_denied_c7.ros.streams import queue_depth, type_name
 
 __all__ = ['stream_health']
 

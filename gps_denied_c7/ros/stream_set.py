@@ -15,9 +15,9 @@ from gps_denied_c7.image.preprocess import PreprocessingSpec
 from gps_denied_c7.pipeline.decode_thread import Decoded, Decoder, DecodeThread
 from gps_denied_c7.pipeline.image_share import ImageShare
 from gps_denied_c7.pipeline.mailbox import FrameSlots
+from gps_denied_c7.ros.image_stream import FrameSink, ImageStream, publisher_mismatches, type_name
 from gps_denied_c7.ros.messages import CompressedData, ReceivedImage, image_type
 from gps_denied_c7.ros.parameters import NodeSettings
-from gps_denied_c7.ros.streams import FrameSink, ImageStream, publisher_mismatches, type_name
 
 __all__ = ['StreamSet', 'compressed_decoder']
 

@@ -24,7 +24,7 @@ from std_msgs.msg import String
 
 from gps_denied_c7.demo.processes import free_domain_id
 from gps_denied_c7.image.decode import RawImage
-from gps_denied_c7.ros.dds import ports_in_force
+from gps_denied_c7.ros.fastdds import ports_in_force
 from gps_denied_c7.ros.messages import taken_image
 from gps_denied_c7.ros.rcl import Rcl, UnreadableMessageError, Untaken
 

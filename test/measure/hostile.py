@@ -43,7 +43,7 @@ from rclpy.serialization import serialize_message
 from sensor_msgs.msg import CompressedImage, Image
 
 from gps_denied_c7.demo.network import HEIGHT, WIDTH, write_demo_bundle
-from gps_denied_c7.ros.dds import apply_profile
+from gps_denied_c7.ros.fastdds import apply_profile
 from support.differential import plain_session, wrong_outputs
 from support.harness import ROOT, NodeProcess, Peer, free_domain_id, image, tensor, wait_until
 from support.hostile.hostile_bundles import hostile_bundle

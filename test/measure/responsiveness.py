@@ -33,7 +33,7 @@ from rcl_interfaces.srv import GetParameters
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 
-from gps_denied_c7.ros.dds import apply_profile
+from gps_denied_c7.ros.fastdds import apply_profile
 from support.harness import ROOT, Peer, image, running_node, wait_until
 from support.keep_apart import keep_apart
 from support.networks import slow, slow_to_load

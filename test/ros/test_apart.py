@@ -14,7 +14,7 @@ import pytest
 
 from gps_denied_c7.demo import processes, run
 from gps_denied_c7.demo.processes import DemoError, child_environment, free_domain_id, free_ports
-from gps_denied_c7.ros.dds import OWN_PORTS, named_profile, ports_in_force, uses_fast_dds
+from gps_denied_c7.ros.fastdds import OWN_PORTS, named_profile, ports_in_force, uses_fast_dds
 from support.harness import NodeProcess, Peer, image, wait_until
 from support.networks import copying
 

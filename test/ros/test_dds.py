@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from gps_denied_c7.ros import dds
-from gps_denied_c7.ros.dds import (
+from gps_denied_c7.ros import fastdds
+from gps_denied_c7.ros.fastdds import (
     HD_IMAGE_BYTES,
     HostTransport,
     apply_profile,
@@ -93,9 +93,9 @@ def test_finds_the_profile_from_an_installed_prefix(tmp_path):
     module.mkdir(parents=True)
     config = tmp_path / 'share' / 'gps_denied_c7' / 'config'
     config.mkdir(parents=True)
-    for name in ('__init__.py', 'ros/__init__.py', 'ros/dds.py'):
+    for name in ('__init__.py', 'ros/__init__.py', 'ros/fastdds.py'):
         shutil.copy(REPOSITORY / 'gps_denied_c7' / name, module.parent / name)
-    code = 'from gps_denied_c7.ros import dds; print(dds.__file__, dds.profile_path())'
+    code = 'from gps_denied_c7.ros import fastdds; print(fastdds.__file__, fastdds.profile_path())'
     found = []
     for copy in (False, True):
         if copy:
@@ -106,8 +106,8 @@ def test_finds_the_profile_from_an_installed_prefix(tmp_path):
         )  # fmt: skip
         found.append(run.stdout.split())
     assert found == [
-        [str(module / 'dds.py'), 'None'],
-        [str(module / 'dds.py'), str(config / 'fastdds_shm.xml')],
+        [str(module / 'fastdds.py'), 'None'],
+        [str(module / 'fastdds.py'), str(config / 'fastdds_shm.xml')],
     ]
 
 
@@ -164,11 +164,11 @@ def test_names_a_profile_that_came_too_late():
 CHILD = """
 import json, os, sys
 from pathlib import Path
-from gps_denied_c7.ros import dds
-from gps_denied_c7.ros.dds import OWN_PORTS, HostTransport, apply_profile, transport_warnings, write_profile
+from gps_denied_c7.ros import fastdds
+from gps_denied_c7.ros.fastdds import OWN_PORTS, HostTransport, apply_profile, transport_warnings, write_profile
 asked = sys.argv[1] == 'profile'
 written = write_profile(Path(sys.argv[2]), ports=OWN_PORTS, transports=asked)
-dds.profile_path = lambda: written
+fastdds.profile_path = lambda: written
 environ = os.environ if asked else dict(os.environ)
 decision = apply_profile(environ)
 judged = dict(os.environ)
@@ -248,7 +248,7 @@ def test_what_killed_processes_left_of_fast_dds_is_removed_and_nothing_else(tmp_
 
 def test_a_node_removes_what_a_killed_one_left(monkeypatch):
     """With the real Fast DDS: a live participant keeps its memory, and a killed one's is gone."""
-    monkeypatch.setattr(dds, '_SETTLED_S', 0.0)
+    monkeypatch.setattr(fastdds, '_SETTLED_S', 0.0)
     with free_domain_id() as domain_id:
         killed, living = (NodeProcess(domain_id, {}, ('-r', f'__node:={name}')) for name in ('killed', 'living'))
         try:
@@ -299,7 +299,7 @@ def test_a_small_shared_memory_is_noticed_for_real(tmp_path):
 # With the C library's own functions, after the settings that the argument asks for.
 ALLOCATIONS = """
 import ctypes, resource, sys, threading
-from gps_denied_c7.ros.dds import tune_allocator
+from gps_denied_c7.ros.fastdds import tune_allocator
 done = tune_allocator() if sys.argv[1] == 'tune' else None
 library = ctypes.CDLL(None)
 library.malloc.restype = ctypes.c_void_p

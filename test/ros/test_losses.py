@@ -13,8 +13,8 @@ from rclpy.impl.implementation_singleton import rclpy_implementation
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 
-from gps_denied_c7.ros.dds import OWN_PORTS, profile_variable, write_profile
-from gps_denied_c7.ros.losses import MessagesLost, MissedMessages, SequenceGaps
+from gps_denied_c7.ros.fastdds import OWN_PORTS, profile_variable, write_profile
+from gps_denied_c7.ros.loss_counter import MessagesLost, MissedMessages, SequenceGaps
 from support.harness import active_node, image, wait_until
 from support.networks import copying
 
@@ -258,7 +258,7 @@ import rclpy
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
-from gps_denied_c7.ros.losses import MessagesLost
+from gps_denied_c7.ros.loss_counter import MessagesLost
 
 rclpy.init()
 node = rclpy.create_node('receiver', enable_rosout=False, start_parameter_services=False)

@@ -82,7 +82,7 @@ def counted(peer, callback):
 
 def test_n5_image_callback(active, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr('gps_denied_c7.ros.streams.check_message', boom)
+        patch.setattr('gps_denied_c7.ros.image_stream.check_message', boom)
         for number in range(3):
             active.publisher(CAMERA).publish(image(10 + number))
         wait_until(lambda: active.values('Runtime').get(f'failures in image callback {CAMERA}') == '3', 'all three')

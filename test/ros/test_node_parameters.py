@@ -15,8 +15,8 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 
 from gps_denied_c7.monitoring.cpu_latency import CpuLatencyRequest
+from gps_denied_c7.ros.image_stream import ImageStream
 from gps_denied_c7.ros.parameters import PARAMETERS
-from gps_denied_c7.ros.streams import ImageStream
 from support.harness import LocalNode, NodeProcess, Peer, free_domain_id, image, running_node, wait_until
 from support.networks import copying
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable
 
 import pytest
 
-from gps_denied_c7.ros.dds import ports_in_force
+from gps_denied_c7.ros.fastdds import ports_in_force
 from support import harness
 from support.harness import image, running_node
 from support.networks import copying

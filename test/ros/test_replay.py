@@ -788,7 +788,7 @@ def test_ros_remapping_arguments_work(bag, node):
 
 HD_LISTENER = """
 import os, sys
-from gps_denied_c7.ros.dds import apply_profile, tune_allocator
+from gps_denied_c7.ros.fastdds import apply_profile, tune_allocator
 apply_profile(os.environ)
 tune_allocator()
 import rclpy

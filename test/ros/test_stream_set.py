@@ -8,8 +8,8 @@ from sensor_msgs.msg import CompressedImage, Image
 from gps_denied_c7.pipeline.image_share import ImageShare
 from gps_denied_c7.pipeline.mailbox import FrameSlots
 from gps_denied_c7.ros import stream_set
+from gps_denied_c7.ros.image_stream import DEFAULT_QOS
 from gps_denied_c7.ros.stream_set import StreamSet
-from gps_denied_c7.ros.streams import DEFAULT_QOS
 
 FRONT, LEFT = '/front', '/left'
 

@@ -15,10 +15,10 @@ from sensor_msgs.msg import CompressedImage, Image
 
 from gps_denied_c7.monitoring.metrics import Statistics
 from gps_denied_c7.pipeline.mailbox import FrameSlots
-from gps_denied_c7.ros import streams
-from gps_denied_c7.ros.losses import MessagesLost
+from gps_denied_c7.ros import image_stream
+from gps_denied_c7.ros.image_stream import ImageStream, queue_depth
+from gps_denied_c7.ros.loss_counter import MessagesLost
 from gps_denied_c7.ros.rcl import Rcl, SubscriptionReady
-from gps_denied_c7.ros.streams import ImageStream, queue_depth
 from support.harness import image, wait_until
 
 TOPIC = '/camera/image_raw'
@@ -99,7 +99,7 @@ def test_an_image_nothing_waits_before_is_handed_on_at_once(stream):
 def test_who_answers_an_image_comes_before_what_is_noted_of_it(stream, monkeypatch):
     """The inference thread needs the interpreter, too; one that has an image before it was not woken."""
     order = []
-    monkeypatch.setattr(streams, 'give_way', lambda: order.append(f'gives way to {stream.made.sink.has(TOPIC)}'))
+    monkeypatch.setattr(image_stream, 'give_way', lambda: order.append(f'gives way to {stream.made.sink.has(TOPIC)}'))
     monkeypatch.setattr(stream.made, '_note_stamp', lambda stamp: order.append('notes'))
     for number, done in ((1, ['gives way to True', 'notes']), (2, ['notes'])):
         stream.publish(image(number))
@@ -149,7 +149,7 @@ def full_turns(stream, monkeypatch):
     def turns(count, apart_s):
         with monkeypatch.context() as patched:
             patched.setattr(ImageStream, '_take', taken_while_more_arrive)
-            patched.setattr(streams.time, 'monotonic', lambda: now[0])
+            patched.setattr(image_stream.time, 'monotonic', lambda: now[0])
             for _ in range(count):
                 stream.ready()
                 now[0] += apart_s
@@ -367,7 +367,7 @@ def test_a_queue_that_cannot_be_opened_leaves_no_subscription(stream, full_turns
         raise RuntimeError('no memory')
 
     with monkeypatch.context() as patched:
-        patched.setattr(streams, 'SubscriptionReady', refuse)
+        patched.setattr(image_stream, 'SubscriptionReady', refuse)
         with pytest.raises(RuntimeError):
             full_turns(10, apart_s=0.05)
     stream.listeners(1)

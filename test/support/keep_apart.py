@@ -9,7 +9,7 @@ import tempfile
 from pathlib import Path
 
 from gps_denied_c7.demo.processes import FOREIGN_NETWORK, free_domain_id
-from gps_denied_c7.ros.dds import (
+from gps_denied_c7.ros.fastdds import (
     OWN_PORTS,
     named_profile,
     ports_in_force,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 
-from gps_denied_c7.ros.dds import apply_profile
+from gps_denied_c7.ros.fastdds import apply_profile
 
 __all__ = ['MISSING']
 

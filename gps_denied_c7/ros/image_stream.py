@@ -22,7 +22,7 @@ from gps_denied_c7.monitoring.metrics import Statistics
 from gps_denied_c7.pipeline.mailbox import Frame
 from gps_denied_c7.ros.executor import PromptCallbackGroup, give_way
 from gps_denied_c7.ros.guard import CallbackGuard
-from gps_denied_c7.ros.losses import MessagesLost, MissedMessages
+from gps_denied_c7.ros.loss_counter import MessagesLost, MissedMessages
 from gps_denied_c7.ros.messages import (
     ReceivedImage,
     check_message,
