@@ -15,7 +15,8 @@ from pathlib import Path
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engines.store import fallback_directory
 from gps_denied_c7.errors import ModelBundleError
-from gps_denied_c7.model.bundle import MODEL_JSON, ModelBundle
+from gps_denied_c7.model.bundle import ModelBundle
+from gps_denied_c7.model.bundle_json import MODEL_JSON
 from gps_denied_c7.model.files import expand_home
 
 __all__ = ['FileWatch', 'bundle_files', 'cache_directories', 'fingerprint', 'model_files']

@@ -30,8 +30,8 @@ from gps_denied_c7.ground.sweep import Caches, Criteria, SweepReport, sweep
 from gps_denied_c7.ground.trial import TrialRun, figures, read_picture, served_model
 from gps_denied_c7.ground.verify import Checks, verify
 from gps_denied_c7.image.preprocess import LETTERBOX_ANCHORS, LETTERBOX_SCALINGS, Interpolation, ResizeMode
-from gps_denied_c7.model.bundle import ModelBundle, OutputRule
-from gps_denied_c7.model.compare import rule_from_json, rule_to_json
+from gps_denied_c7.model.bundle import ModelBundle
+from gps_denied_c7.model.compare import OutputRule, rule_from_json, rule_to_json
 from gps_denied_c7.pipeline.model_fit import ImageSettings, fit_bundle
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.protocol import BuildConfig, BuildProgress

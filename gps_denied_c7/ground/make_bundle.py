@@ -34,23 +34,13 @@ from gps_denied_c7.ground.reference import reference_answers
 from gps_denied_c7.ground.trial import read_picture
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
-from gps_denied_c7.model.bundle import (
-    Alike,
-    AllClose,
-    Artefact,
-    BundleFile,
-    ModelBundle,
-    OutputRule,
-    default_preprocessing,
-    file_sha256,
-    image_axes,
-    image_input,
-    image_layout,
-    write_bundle,
-)
-from gps_denied_c7.model.compare import compare_output
+from gps_denied_c7.model.artefact import Artefact
+from gps_denied_c7.model.bundle import ModelBundle
+from gps_denied_c7.model.bundle_write import write_bundle
+from gps_denied_c7.model.compare import Alike, AllClose, OutputRule, compare_output
 from gps_denied_c7.model.external_data import find_external
-from gps_denied_c7.model.files import GOLDEN_LIMIT_BYTES, read_npz, write_atomically
+from gps_denied_c7.model.files import GOLDEN_LIMIT_BYTES, BundleFile, file_sha256, read_npz, write_atomically
+from gps_denied_c7.model.image_input import default_preprocessing, image_axes, image_input, image_layout
 from gps_denied_c7.model.onnx_file import OnnxModel, read_onnx
 from gps_denied_c7.pipeline.model_fit import ImageSettings, fit_tensors
 from gps_denied_c7.runtimes.protocol import BuildConfig, ProviderSet

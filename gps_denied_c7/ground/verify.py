@@ -24,7 +24,9 @@ from gps_denied_c7.ground.make_bundle import noise_picture
 from gps_denied_c7.ground.reference import reference_answers
 from gps_denied_c7.ground.trial import TrialRun, run_picture, served_model
 from gps_denied_c7.image.decode import Pixels
-from gps_denied_c7.model.bundle import MODEL_JSON, Artefact, ModelBundle
+from gps_denied_c7.model.artefact import Artefact
+from gps_denied_c7.model.bundle import ModelBundle
+from gps_denied_c7.model.bundle_json import MODEL_JSON
 from gps_denied_c7.model.files import BundleFile
 from gps_denied_c7.model.onnx_file import read_onnx
 from gps_denied_c7.pipeline.model_fit import ImageSettings, fit_bundle

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, ModelBundleError
 from gps_denied_c7.host_memory import require_memory
-from gps_denied_c7.model.bundle import image_axes
 from gps_denied_c7.model.external_data import (
     PROTOBUF_LIMIT_BYTES,
     content_sha256,
@@ -28,6 +27,7 @@ from gps_denied_c7.model.external_data import (
     require_protobuf_size,
 )
 from gps_denied_c7.model.files import file_size, read_file
+from gps_denied_c7.model.image_input import image_axes
 from gps_denied_c7.tensors import TensorSpec
 
 if TYPE_CHECKING:

@@ -17,7 +17,8 @@ from typing import Any, Protocol
 from gps_denied_c7.errors import ConfigError
 from gps_denied_c7.failover.chain import RuntimeChain
 from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
-from gps_denied_c7.model.bundle import ModelBundle, default_preprocessing, image_input
+from gps_denied_c7.model.bundle import ModelBundle
+from gps_denied_c7.model.image_input import default_preprocessing, image_input
 from gps_denied_c7.pipeline.pipeline import ServedModel
 from gps_denied_c7.stalling import read_or_give_up
 from gps_denied_c7.tensors import TensorSpec

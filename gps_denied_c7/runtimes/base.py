@@ -24,7 +24,9 @@ from gps_denied_c7.errors import (
     RuntimeUnavailableError,
     error_and_causes,
 )
-from gps_denied_c7.model.bundle import SIZE_REMEDY, Artefact, ModelBundle
+from gps_denied_c7.model.artefact import Artefact
+from gps_denied_c7.model.bundle import ModelBundle
+from gps_denied_c7.model.image_input import SIZE_REMEDY
 from gps_denied_c7.monitoring.thermal import ThermalState, ThermalStatePublisher, UnknownThermalState
 from gps_denied_c7.runtimes.protocol import BuildConfig, EngineCacheEntry, EngineFacts, EngineHandle, ProviderSet
 from gps_denied_c7.tensors import TensorSpec, check_finite, check_inputs, check_outputs, noise_inputs, probe_inputs

@@ -10,7 +10,8 @@ from typing import Protocol, runtime_checkable
 
 from numpy.typing import NDArray
 
-from gps_denied_c7.model.bundle import Artefact, ModelBundle
+from gps_denied_c7.model.artefact import Artefact
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import ThermalState
 from gps_denied_c7.tensors import TensorSpec
 

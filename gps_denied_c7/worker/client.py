@@ -19,7 +19,8 @@ from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import EngineDeserializeError, InferenceError, ModelBundleError, WorkerDiedError
 from gps_denied_c7.failover.memory_budget import GpuMemoryBudget, GpuMemoryClaim
 from gps_denied_c7.failover.rungs import Rung
-from gps_denied_c7.model.bundle import Artefact, ModelBundle
+from gps_denied_c7.model.artefact import Artefact
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.external_data import find_external
 from gps_denied_c7.runtimes.protocol import BuildProgress, EngineFacts
 from gps_denied_c7.runtimes.registry import require_strategy

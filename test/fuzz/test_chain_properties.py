@@ -20,7 +20,7 @@ from gps_denied_c7.errors import (
 )
 from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.failover.status import ChainState
-from gps_denied_c7.model.bundle import AllClose
+from gps_denied_c7.model.compare import AllClose
 from gps_denied_c7.runtimes.protocol import ProviderSet
 from support.scripted_workers import CPU, GPU, OTHER_GPU, Bench, ScriptedWorker
 

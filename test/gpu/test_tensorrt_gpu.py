@@ -27,7 +27,8 @@ from gps_denied_c7.errors import (
 from gps_denied_c7.failover.chain import RuntimeChain
 from gps_denied_c7.failover.in_process import in_process_hosts
 from gps_denied_c7.failover.rungs import Rung
-from gps_denied_c7.model.bundle import Artefact, ModelBundle
+from gps_denied_c7.model.artefact import Artefact
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from gps_denied_c7.runtimes.gpu.cuda import Cuda, FiniteCheck, open_cuda
 from gps_denied_c7.runtimes.gpu.tensorrt_library import import_tensorrt

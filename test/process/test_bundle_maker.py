@@ -35,7 +35,8 @@ from gps_denied_c7.ground.verify import Checks, verify
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess import Preprocessor
 from gps_denied_c7.model import onnx_file
-from gps_denied_c7.model.bundle import AllClose, MatchedDistance, ModelBundle, SetOverlap
+from gps_denied_c7.model.bundle import ModelBundle
+from gps_denied_c7.model.compare import AllClose, MatchedDistance, SetOverlap
 from gps_denied_c7.model.onnx_file import read_onnx
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from support.small_networks import KERNEL, SHAPE, network, plain_answers, saved

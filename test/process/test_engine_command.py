@@ -20,7 +20,10 @@ from gps_denied_c7.engines.gate import HostProfile
 from gps_denied_c7.ground.make_bundle import noise_picture
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
-from gps_denied_c7.model.bundle import Artefact, ModelBundle, file_sha256, write_bundle
+from gps_denied_c7.model.artefact import Artefact
+from gps_denied_c7.model.bundle import ModelBundle
+from gps_denied_c7.model.bundle_write import write_bundle
+from gps_denied_c7.model.files import file_sha256
 from gps_denied_c7.runtimes.gpu import cuda
 from support.engine_cache_files import fake_plan, publish_engine
 from support.engine_command import Run, flip, verdicts

@@ -8,7 +8,8 @@ from pathlib import Path
 import onnx
 from onnx import TensorProto, helper
 
-from gps_denied_c7.model.bundle import Artefact, ModelBundle
+from gps_denied_c7.model.artefact import Artefact
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.tensors import TensorSpec
 
 SHAPE = (1, 3, 4)

@@ -14,7 +14,8 @@ from gps_denied_c7.errors import (
 from gps_denied_c7.failover.chain import RuntimeChain
 from gps_denied_c7.failover.memory_budget import GpuMemoryBudget
 from gps_denied_c7.failover.rungs import Rung
-from gps_denied_c7.model.bundle import AllClose, ModelBundle
+from gps_denied_c7.model.bundle import ModelBundle
+from gps_denied_c7.model.compare import AllClose
 from gps_denied_c7.runtimes.protocol import EngineFacts, ProviderSet
 from gps_denied_c7.tensors import TensorSpec
 

@@ -12,7 +12,10 @@ import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
 from gps_denied_c7.image.preprocess import PreprocessingSpec
-from gps_denied_c7.model.bundle import AllClose, Artefact, file_sha256, write_bundle
+from gps_denied_c7.model.artefact import Artefact
+from gps_denied_c7.model.bundle_write import write_bundle
+from gps_denied_c7.model.compare import AllClose
+from gps_denied_c7.model.files import file_sha256
 from gps_denied_c7.tensors import TensorSpec
 
 SHAPE = (1, 3, 24, 32)

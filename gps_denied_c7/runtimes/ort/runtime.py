@@ -31,7 +31,7 @@ from gps_denied_c7.engines.ort_store import (
 )
 from gps_denied_c7.engines.store import EngineCache
 from gps_denied_c7.errors import C7Error, EngineDeserializeError, GpuUnavailableError, RuntimeUnavailableError
-from gps_denied_c7.model.bundle import Artefact
+from gps_denied_c7.model.artefact import Artefact
 from gps_denied_c7.model.onnx_file import OnnxModel, ep_context_model, read_onnx
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine, fix_shapes, own_input_shapes
 from gps_denied_c7.runtimes.gpu.cuda import open_cuda, require_gpu

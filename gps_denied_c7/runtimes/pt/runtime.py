@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gps_denied_c7.errors import EngineDeserializeError, InferenceError, RuntimeUnavailableError
-from gps_denied_c7.model.bundle import Artefact
+from gps_denied_c7.model.artefact import Artefact
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine
 from gps_denied_c7.runtimes.protocol import EngineCacheEntry, EngineFacts, ProviderSet
 from gps_denied_c7.runtimes.pt.archive_scan.archive import ArchiveKind, TorchArchive, read_torch_archive

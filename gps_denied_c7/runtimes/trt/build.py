@@ -17,7 +17,8 @@ from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engines.gate import EngineGate, EngineManifest, HostProfile, same_tensorrt
 from gps_denied_c7.engines.store import EngineCache, engine_model_name
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, RuntimeUnavailableError
-from gps_denied_c7.model.bundle import Artefact, ModelBundle
+from gps_denied_c7.model.artefact import Artefact
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.onnx_file import OnnxModel, read_onnx
 from gps_denied_c7.runtimes.gpu.cuda import Cuda, open_cuda
 from gps_denied_c7.runtimes.gpu.tensorrt_library import (

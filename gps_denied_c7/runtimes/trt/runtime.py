@@ -17,7 +17,8 @@ from gps_denied_c7.errors import (
     InferenceError,
     RuntimeUnavailableError,
 )
-from gps_denied_c7.model.bundle import Artefact, ModelBundle
+from gps_denied_c7.model.artefact import Artefact
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine, own_input_shapes
 from gps_denied_c7.runtimes.gpu.cuda import Cuda, CudaError, FiniteCheck, StagedTensor, open_cuda
 from gps_denied_c7.runtimes.gpu.tensorrt_library import dtype_name, error_recorder, import_tensorrt, vendor_logger

@@ -24,7 +24,8 @@ from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engines.gate import EngineGate
 from gps_denied_c7.engines.ort_store import CacheListing, linked_tensorrt
 from gps_denied_c7.errors import C7Error
-from gps_denied_c7.model.bundle import Artefact, ModelBundle
+from gps_denied_c7.model.artefact import Artefact
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.onnx_file import ep_context_model
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.ort.runtime import CPU, CUDA, TENSORRT, OnnxTrtEpRuntime

@@ -18,20 +18,13 @@ from hypothesis import strategies as st
 
 from gps_denied_c7.errors import ModelBundleError
 from gps_denied_c7.image.preprocess import PreprocessingSpec, ResizeMode
-from gps_denied_c7.model import bundle as bundle_module
-from gps_denied_c7.model.bundle import (
-    AllClose,
-    Artefact,
-    BundleFile,
-    MatchedDistance,
-    ModelBundle,
-    SetOverlap,
-    default_preprocessing,
-    file_sha256,
-    image_input,
-    write_bundle,
-)
-from gps_denied_c7.model.files import npz_bytes, read_npz
+from gps_denied_c7.model import bundle_json
+from gps_denied_c7.model.artefact import Artefact
+from gps_denied_c7.model.bundle import ModelBundle
+from gps_denied_c7.model.bundle_write import write_bundle
+from gps_denied_c7.model.compare import AllClose, MatchedDistance, SetOverlap
+from gps_denied_c7.model.files import BundleFile, file_sha256, npz_bytes, read_npz
+from gps_denied_c7.model.image_input import default_preprocessing, image_input
 from gps_denied_c7.tensors import TensorSpec
 
 _WEIGHTS = f'sha256:{"a" * 64}'
@@ -143,7 +136,7 @@ def test_m1_a_bundle_survives_the_disk(root):
 
 def test_m1_the_documented_model_json_is_one(tmp_path):
     """The example in the module's docstring, with digests put in."""
-    text = bundle_module.__doc__.split('::')[1].split('The other rules')[0]
+    text = bundle_json.__doc__.split('::')[1].split('The other rules')[0]
     text = text.replace('<of the file>', 'a' * 64).replace('<of the source weights>', 'b' * 64)
     (tmp_path / 'model.json').write_text(text.replace('<as above>', 'b' * 64))
     bundle = ModelBundle.load(tmp_path)

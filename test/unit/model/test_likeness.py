@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gps_denied_c7.model.bundle import Alike, AllClose, MatchedDistance, ModelBundle, SetOverlap
-from gps_denied_c7.model.compare import compare_output
+from gps_denied_c7.model.bundle import ModelBundle
+from gps_denied_c7.model.compare import Alike, AllClose, MatchedDistance, SetOverlap, compare_output
 from gps_denied_c7.model.likeness import unlike
 from gps_denied_c7.tensors import TensorSpec
 

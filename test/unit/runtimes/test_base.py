@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, InferenceError
-from gps_denied_c7.model.bundle import Artefact, ModelBundle
+from gps_denied_c7.model.artefact import Artefact
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import ThermalLevel
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine
 from gps_denied_c7.runtimes.protocol import EngineCacheEntry, EngineFacts

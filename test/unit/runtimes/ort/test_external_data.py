@@ -27,7 +27,8 @@ from gps_denied_c7.errors import (
     ModelBundleError,
 )
 from gps_denied_c7.model import onnx_file
-from gps_denied_c7.model.bundle import Artefact, ModelBundle
+from gps_denied_c7.model.artefact import Artefact
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.external_data import read_sealed
 from gps_denied_c7.model.onnx_file import read_onnx
 from gps_denied_c7.runtimes.ort import runtime as ort_runtime

@@ -18,7 +18,8 @@ from gps_denied_c7.errors import EngineDeserializeError, InferenceError, Runtime
 from gps_denied_c7.failover.chain import RuntimeChain
 from gps_denied_c7.failover.in_process import InProcessHost
 from gps_denied_c7.failover.rungs import Rung
-from gps_denied_c7.model.bundle import Artefact, ModelBundle
+from gps_denied_c7.model.artefact import Artefact
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.runtimes.protocol import BuildConfig, EngineCacheEntry, EngineHandle, ProviderSet
 from gps_denied_c7.runtimes.pt.runtime import PytorchFp16Runtime
 from gps_denied_c7.tensors import TensorSpec

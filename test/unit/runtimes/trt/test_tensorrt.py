@@ -32,7 +32,8 @@ from gps_denied_c7.errors import (
     InferenceError,
     RuntimeUnavailableError,
 )
-from gps_denied_c7.model.bundle import Artefact, ModelBundle
+from gps_denied_c7.model.artefact import Artefact
+from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.onnx_file import read_onnx
 from gps_denied_c7.runtimes.gpu import cuda as cuda_module
 from gps_denied_c7.runtimes.gpu import tensorrt_library
