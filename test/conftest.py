@@ -20,7 +20,7 @@ from support.keep_apart import keep_apart  # noqa: E402
 from support.source_tree import TESTS  # noqa: E402
 
 if TYPE_CHECKING:
-    from gps_denied_c7.engines.gate import HostProfile
+    from gps_denied_c7.engines.manifest import HostProfile
 
 # launch_testing's pytest plugin imports launch, whose logger class does not propagate: caplog would see nothing of the
 # loggers that our modules make.

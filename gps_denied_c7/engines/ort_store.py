@@ -27,8 +27,8 @@ from types import ModuleType
 from typing import Any
 
 from gps_denied_c7._json import Fields, parse_json
-from gps_denied_c7.engines.gate import read_trusted, trusted_directory
 from gps_denied_c7.engines.store import fallback_directory, make_private_directory
+from gps_denied_c7.engines.trusted_files import read_trusted, trusted_directory
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, ModelBundleError
 from gps_denied_c7.model.files import write_atomically
 from gps_denied_c7.tensors import TensorSpec

@@ -19,15 +19,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gps_denied_c7.engines.gate import (
-    EngineManifest,
-    EngineName,
-    HostProfile,
-    manifest_path,
-    read_trusted,
-    same_tensorrt,
-    trusted_directory,
-)
+from gps_denied_c7.engines.manifest import EngineManifest, EngineName, HostProfile, manifest_path, same_tensorrt
+from gps_denied_c7.engines.trusted_files import read_trusted, trusted_directory
 from gps_denied_c7.errors import C7Error, EngineDeserializeError, EngineSchemaMismatchError
 from gps_denied_c7.tensors import TensorSpec
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from numpy.typing import NDArray
 
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.engines.gate import EngineGate
+from gps_denied_c7.engines.admission import EngineGate
 from gps_denied_c7.errors import InferenceError, RuntimeUnavailableError
 from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.model.bundle import ModelBundle

@@ -19,7 +19,7 @@ from typing import Any
 
 from gps_denied_c7._json import Fields
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.engines.gate import EngineManifest, read_manifest
+from gps_denied_c7.engines.manifest import EngineManifest, read_manifest
 from gps_denied_c7.engines.store import EngineCache, fallback_directory
 from gps_denied_c7.errors import C7Error, ModelBundleError
 from gps_denied_c7.ground.command_line import log_to_stderr, path_argument

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from gps_denied_c7.engines.gate import HostProfile, same_tensorrt
+from gps_denied_c7.engines.manifest import HostProfile, same_tensorrt
 from gps_denied_c7.engines.ort_store import BuiltFor, driver_version, platform_name
 from gps_denied_c7.errors import RuntimeUnavailableError
 from gps_denied_c7.monitoring.host_info import package_versions

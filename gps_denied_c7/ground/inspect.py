@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from gps_denied_c7.engines.gate import (
+from gps_denied_c7.engines.admission import plan_version
+from gps_denied_c7.engines.manifest import (
     EngineManifest,
     EngineName,
     HostProfile,
     manifest_path,
-    plan_version,
     read_manifest,
-    read_trusted,
     same_tensorrt,
-    trusted_directory,
 )
+from gps_denied_c7.engines.trusted_files import read_trusted, trusted_directory
 from gps_denied_c7.errors import EngineSchemaMismatchError, ModelBundleError
 from gps_denied_c7.ground.compatibility import mismatches
 from gps_denied_c7.model.files import open_regular, read_file

@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gps_denied_c7.engines.gate import EngineName, HostProfile, manifest_path, read_manifest, trusted_directory
+from gps_denied_c7.engines.manifest import EngineName, HostProfile, manifest_path, read_manifest
 from gps_denied_c7.engines.ort_store import LISTING_NAME, WHOLE_ENGINE, BuiltFor, CacheListing, read_listing
 from gps_denied_c7.engines.store import LOCK_NAME, PART_SUFFIX, TIMING_SUFFIX
+from gps_denied_c7.engines.trusted_files import trusted_directory
 from gps_denied_c7.errors import EngineSchemaMismatchError
 from gps_denied_c7.ground.compatibility import mismatches
 

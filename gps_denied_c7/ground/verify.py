@@ -10,7 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from gps_denied_c7.engines.gate import EngineGate, EngineName, HostProfile, manifest_path, read_manifest
+from gps_denied_c7.engines.admission import EngineGate
+from gps_denied_c7.engines.manifest import EngineName, HostProfile, manifest_path, read_manifest
 from gps_denied_c7.engines.ort_store import LISTING_NAME, BuiltFor, verify_cache
 from gps_denied_c7.errors import (
     C7Error,

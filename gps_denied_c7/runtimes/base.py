@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.engines.gate import EngineGate
+from gps_denied_c7.engines.admission import EngineGate
 from gps_denied_c7.errors import (
     C7Error,
     EngineDeserializeError,

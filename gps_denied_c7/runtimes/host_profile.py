@@ -8,7 +8,7 @@ import re
 import sys
 from importlib import metadata
 
-from gps_denied_c7.engines.gate import HostProfile
+from gps_denied_c7.engines.manifest import HostProfile
 from gps_denied_c7.errors import RuntimeUnavailableError
 from gps_denied_c7.runtimes.gpu.cuda import Cuda, open_cuda
 from gps_denied_c7.runtimes.gpu.tensorrt_library import import_tensorrt

@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.engines.gate import EngineGate
+from gps_denied_c7.engines.admission import EngineGate
 from gps_denied_c7.errors import RuntimeUnavailableError
 from gps_denied_c7.monitoring.thermal import ThermalStatePublisher
 from gps_denied_c7.runtimes.protocol import InferenceRuntime, ProviderSet

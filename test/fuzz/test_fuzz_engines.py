@@ -12,14 +12,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gps_denied_c7.engines.gate import (
-    EngineGate,
-    EngineManifest,
-    EngineName,
-    manifest_path,
-    plan_version,
-    read_manifest,
-)
+from gps_denied_c7.engines.admission import EngineGate, plan_version
+from gps_denied_c7.engines.manifest import EngineManifest, EngineName, manifest_path, read_manifest
 from gps_denied_c7.errors import EngineSchemaMismatchError
 from support.fuzz_mutations import damaged, fuzz, hostile_json, json_text, substituted
 from support.gate_files import HOST, PLAN, manifest_of, write_engine

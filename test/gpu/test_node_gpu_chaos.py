@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.engines.gate import EngineManifest, manifest_path
+from gps_denied_c7.engines.manifest import EngineManifest, manifest_path
 from gps_denied_c7.failover.chain import RuntimeChain
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.worker.client import worker_hosts

@@ -16,7 +16,8 @@ import pytest
 from numpy.typing import NDArray
 
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.engines.gate import AdmittedEngine, EngineGate, EngineManifest, manifest_path
+from gps_denied_c7.engines.admission import AdmittedEngine, EngineGate
+from gps_denied_c7.engines.manifest import EngineManifest, manifest_path
 from gps_denied_c7.engines.store import EngineCache
 from gps_denied_c7.errors import (
     EngineDeserializeError,

@@ -16,7 +16,7 @@ import onnx
 import pytest
 from onnx import helper
 
-from gps_denied_c7.engines.gate import HostProfile
+from gps_denied_c7.engines.manifest import HostProfile
 from gps_denied_c7.ground.make_bundle import noise_picture
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor

@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from gps_denied_c7.engines.gate import EngineGate, manifest_path
+from gps_denied_c7.engines.admission import EngineGate
+from gps_denied_c7.engines.manifest import manifest_path
 from gps_denied_c7.engines.ort_store import (
     BuiltFor,
     OrtEngineCache,

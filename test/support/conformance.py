@@ -25,7 +25,8 @@ import pytest
 from numpy.typing import NDArray
 
 from gps_denied_c7.config import RUNTIME_LABELS, C7InferenceConfig
-from gps_denied_c7.engines.gate import EngineGate, manifest_path
+from gps_denied_c7.engines.admission import EngineGate
+from gps_denied_c7.engines.manifest import manifest_path
 from gps_denied_c7.errors import (
     C7Error,
     EngineDeserializeError,

@@ -7,7 +7,7 @@ import os
 import random
 from pathlib import Path
 
-from gps_denied_c7.engines.gate import EngineManifest, HostProfile, manifest_path
+from gps_denied_c7.engines.manifest import EngineManifest, HostProfile, manifest_path
 from gps_denied_c7.engines.ort_store import LISTING_NAME, BuiltFor, OrtEngineCache
 from gps_denied_c7.engines.store import EngineCache
 from gps_denied_c7.tensors import TensorSpec

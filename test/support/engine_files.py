@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
-from gps_denied_c7.engines.gate import EngineManifest, HostProfile, manifest_path
+from gps_denied_c7.engines.manifest import EngineManifest, HostProfile, manifest_path
 from gps_denied_c7.model.bundle import ModelBundle
 from support.onnx_models import INPUTS, OUTPUTS, bundle_around
 

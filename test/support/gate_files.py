@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 from pathlib import Path
 
-from gps_denied_c7.engines.gate import EngineManifest, HostProfile, manifest_path
+from gps_denied_c7.engines.manifest import EngineManifest, HostProfile, manifest_path
 from gps_denied_c7.tensors import TensorSpec
 
 HOST = HostProfile(gpu='Orin', sm=87, tensorrt='8.6.2', platform='linux-aarch64')

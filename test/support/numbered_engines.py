@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from gps_denied_c7.engines.gate import EngineManifest
+from gps_denied_c7.engines.manifest import EngineManifest
 from support.engine_cache_files import fake_plan, manifest_of
 
 __all__ = ['fake_plan_of', 'manifest_for']

@@ -19,7 +19,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from gps_denied_c7.engines.gate import AdmittedEngine, same_tensorrt
+from gps_denied_c7.engines.admission import AdmittedEngine
+from gps_denied_c7.engines.manifest import same_tensorrt
 from gps_denied_c7.engines.ort_store import (
     BuiltFor,
     CacheBuild,

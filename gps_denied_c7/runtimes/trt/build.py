@@ -14,7 +14,8 @@ from typing import Any
 
 import gps_denied_c7
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.engines.gate import EngineGate, EngineManifest, HostProfile, same_tensorrt
+from gps_denied_c7.engines.admission import EngineGate
+from gps_denied_c7.engines.manifest import EngineManifest, HostProfile, same_tensorrt
 from gps_denied_c7.engines.store import EngineCache, engine_model_name
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, RuntimeUnavailableError
 from gps_denied_c7.model.artefact import Artefact

@@ -9,7 +9,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from gps_denied_c7.engines.gate import AdmittedEngine, EngineGate, EngineName, same_tensorrt
+from gps_denied_c7.engines.admission import AdmittedEngine, EngineGate
+from gps_denied_c7.engines.manifest import EngineName, same_tensorrt
 from gps_denied_c7.engines.store import EngineCache
 from gps_denied_c7.errors import (
     EngineDeserializeError,

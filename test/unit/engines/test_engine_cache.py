@@ -14,7 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from gps_denied_c7.engines.gate import EngineGate, EngineName, manifest_path
+from gps_denied_c7.engines.admission import EngineGate
+from gps_denied_c7.engines.manifest import EngineName, manifest_path
 from gps_denied_c7.engines.store import (
     LOCK_NAME,
     PART_SUFFIX,

@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gps_denied_c7.engines.gate import EngineGate, EngineManifest, EngineName, manifest_path, read_manifest
+from gps_denied_c7.engines.admission import EngineGate
+from gps_denied_c7.engines.manifest import EngineManifest, EngineName, manifest_path, read_manifest
 from gps_denied_c7.errors import EngineSchemaMismatchError
 from support.gate_files import HOST, PLAN, SOURCE_SHA256, manifest_of, write_engine
 

@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.engines.gate import EngineGate, HostProfile, manifest_path
+from gps_denied_c7.engines.admission import EngineGate
+from gps_denied_c7.engines.manifest import HostProfile, manifest_path
 from gps_denied_c7.engines.store import EngineCache
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, RuntimeUnavailableError
 from gps_denied_c7.ground import cli as engine_cli

@@ -16,7 +16,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from gps_denied_c7.engines.gate import EngineGate, manifest_path
+from gps_denied_c7.engines.admission import EngineGate
+from gps_denied_c7.engines.manifest import manifest_path
 from gps_denied_c7.engines.ort_store import WHOLE_ENGINE, BuiltFor, OrtEngineCache
 from gps_denied_c7.engines.store import EngineCache
 from gps_denied_c7.errors import EngineSchemaMismatchError

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gps_denied_c7.config import RUNTIME_LABELS, C7InferenceConfig
-from gps_denied_c7.engines.gate import EngineGate
+from gps_denied_c7.engines.admission import EngineGate
 from gps_denied_c7.errors import RuntimeUnavailableError
 from gps_denied_c7.runtimes.gpu import cuda
 from gps_denied_c7.runtimes.protocol import BuildConfig, InferenceRuntime, ProviderSet

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.engines.gate import EngineGate
+from gps_denied_c7.engines.admission import EngineGate
 from gps_denied_c7.engines.ort_store import LISTING_NAME, WHOLE_ENGINE, CacheListing
 from gps_denied_c7.errors import (
     C7Error,
