@@ -31,7 +31,8 @@ from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.model.artefact import Artefact
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
-from gps_denied_c7.runtimes.gpu.cuda import Cuda, FiniteCheck, open_cuda
+from gps_denied_c7.runtimes.gpu.cuda import Cuda, open_cuda
+from gps_denied_c7.runtimes.gpu.nonfinite import FiniteCheck
 from gps_denied_c7.runtimes.gpu.tensorrt_library import import_tensorrt
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.protocol import BuildConfig, BuildProgress, EngineCacheEntry, EngineHandle, ProviderSet

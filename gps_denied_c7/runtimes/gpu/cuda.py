@@ -7,7 +7,7 @@ import importlib
 import logging
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,11 +16,12 @@ from typing import Any, NoReturn
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from gps_denied_c7.errors import EngineDeserializeError, GpuUnavailableError, RuntimeUnavailableError
-from gps_denied_c7.runtimes.gpu.nonfinite import FINITE_KERNEL, FINITE_KERNEL_NAME, FINITE_MASKS, QUAD_BYTES
-from gps_denied_c7.tensors import is_finite
+from gps_denied_c7.errors import GpuUnavailableError, RuntimeUnavailableError
 
-__all__ = ['Cuda', 'CudaError', 'FiniteCheck', 'GpuFacts', 'StagedTensor', 'gpu_devices', 'open_cuda', 'require_gpu']
+__all__ = ['QUAD_BYTES', 'Cuda', 'CudaError', 'GpuFacts', 'address_of', 'gpu_devices', 'open_cuda', 'require_gpu']
+
+QUAD_BYTES = 16
+"""GPU memory is a whole number of these, so that a kernel can read four words of 32 bits at a time to its end."""
 
 # cuda-python 12.8 renamed its modules and 13 dropped the old names.
 _MODULES = (('cuda.bindings.runtime', 'cuda.bindings.driver'), ('cuda.cudart', 'cuda.cuda'))
@@ -30,8 +31,6 @@ _DEVICE_NODES = ('nvidia[0-9]*', 'nvhost-gpu', 'nvhost-ctrl-gpu', 'nvgpu', 'dxg'
 
 # cudaHostRegisterReadOnly, since CUDA 11.1; bindings may lack its name.
 _REGISTER_READ_ONLY = 8
-_THREADS = 256
-_MAX_BLOCKS = 1024
 
 _log = logging.getLogger(__name__)
 
@@ -224,18 +223,18 @@ class Cuda:
         """
         flags = self.runtime.cudaHostRegisterDefault if array.flags.writeable else _REGISTER_READ_ONLY
         try:
-            self.call('cudaHostRegister', _address(array), array.nbytes, flags)
+            self.call('cudaHostRegister', address_of(array), array.nbytes, flags)
         except CudaError:
             self.runtime.cudaGetLastError()
             raise
 
     def copy_to_device(self, address: int, array: NDArray, stream: Any) -> Callable[[], None]:
         """Return a call that copies a pinned array to the GPU, in the order of ``stream``."""
-        return self._copy(address, _address(array), array.nbytes, self._to_device, stream)
+        return self._copy(address, address_of(array), array.nbytes, self._to_device, stream)
 
     def copy_to_host(self, array: NDArray, address: int, stream: Any) -> Callable[[], None]:
         """Return a call that copies from the GPU to a pinned array, in the order of ``stream``."""
-        return self._copy(_address(array), address, array.nbytes, self._to_host, stream)
+        return self._copy(address_of(array), address, array.nbytes, self._to_host, stream)
 
     def new_stream(self) -> Any:
         """Return a stream that does not wait for the default one."""
@@ -300,179 +299,9 @@ class Cuda:
         return values[0] if len(values) == 1 else tuple(values) or None
 
 
-class StagedTensor:
-    """
-    Hold a tensor on both sides: GPU memory at an address that stays, and page-locked memory of the host.
-
-    :param stream: whose order the copies keep.
-    :param inward: it is copied to the GPU, else from it.
-    :raises CudaError: no memory.
-    """
-
-    def __init__(self, cuda: Cuda, shape: tuple[int, ...], dtype: DTypeLike, stream: Any, *, inward: bool) -> None:
-        self.host = cuda.pinned(shape, dtype)
-        """The array that :meth:`copy` reads or fills."""
-        self.address = cuda.device_memory(self.host.nbytes)
-        """Of the GPU's memory."""
-        self.own = self.host if inward else None
-        """Its own memory on the way to the GPU, None on the way back, where it is given up for what is placed."""
-        self._cuda = cuda
-        self._stream = stream
-        self._inward = inward
-        self._locked = 0
-        self.copy = self._make_copy()
-        """Put the copy on the stream."""
-
-    def fill(self, array: NDArray) -> bool:
-        """
-        Have what is copied to the GPU hold ``array``: nothing is to be done where it lies there.
-
-        What was placed is its owner's, and not written to: another array than that is copied from :attr:`own`. The
-        stream must be idle.
-
-        :return: whether that is a change of where the copy reads.
-        """
-        if array is self.host or _address(array) == _address(self.host):
-            return False
-        assert self.own is not None
-        moved = self.host is not self.own
-        if moved:
-            self._unlock()
-            self.host = self.own
-            self.copy = self._make_copy()
-        np.copyto(self.host, array)
-        return moved
-
-    def place(self, array: NDArray) -> bool:
-        """
-        Copy from or to ``array`` from now on; the stream must be idle.
-
-        :param array: shaped as its own; kept until another takes its place. One that is copied to the GPU is only read.
-        :return: whether that is a change; False also for an array that does not do, and for pages that the driver does
-            not lock.
-        """
-        fits = (array.shape, array.dtype) == (self.host.shape, self.host.dtype) and array.nbytes
-        fits = fits and array.flags.c_contiguous and (self._inward or array.flags.writeable)
-        if not fits or _address(array) == _address(self.host):
-            return False
-        try:
-            self._cuda.lock_pages(array)
-        except CudaError as error:
-            _log.info('tensors of %d bytes are copied once more on their way: %s', array.nbytes, error)
-            return False
-        self._unlock()
-        self.host, self._locked = array, _address(array)
-        self.copy = self._make_copy()
-        return True
-
-    def release(self) -> None:
-        """Free the GPU's memory and unlock what was placed, once the stream is idle; safe to repeat."""
-        self._unlock()
-        address, self.address = self.address, 0
-        if address:
-            self._cuda.try_call('cudaFree', address)
-
-    def _make_copy(self) -> Callable[[], None]:
-        if self._inward:
-            return self._cuda.copy_to_device(self.address, self.host, self._stream)
-        return self._cuda.copy_to_host(self.host, self.address, self._stream)
-
-    def _unlock(self) -> None:
-        locked, self._locked = self._locked, 0
-        if locked:
-            self._cuda.try_call('cudaHostUnregister', locked)
-
-
-class FiniteCheck:
-    """
-    Look for NaN and infinity on the GPU, in the order of a stream.
-
-    The processor would need longer to read the outputs of a frame than the GPU needs to make them.
-
-    :param checks: GPU address, bytes and NumPy dtype of each tensor, allocated by :meth:`Cuda.device_memory`.
-    :raises CudaError: the driver cannot compile or load the kernel.
-    """
-
-    def __init__(self, cuda: Cuda, checks: list[tuple[int, int, str]], stream: Any) -> None:
-        self._cuda = cuda
-        self._found = cuda.pinned((1,), np.uint32)
-        self._stream = cuda.driver.CUstream(int(stream))
-        self._module: Any = cuda.drive('cuModuleLoadData', FINITE_KERNEL + b'\0')
-        self._kernel = cuda.drive('cuModuleGetFunction', self._module, FINITE_KERNEL_NAME)
-        self._launches = [self._launch(*check) for check in checks]
-
-    @classmethod
-    def proven(cls, cuda: Cuda, outputs: Mapping[str, StagedTensor], stream: Any) -> FiniteCheck | None:
-        """
-        Return a check of these outputs that was shown a NaN at the end of each, and then none, and told them apart.
-
-        :param outputs: by name; the last value of each is overwritten.
-        :return: None where one has a type that it cannot read.
-        :raises CudaError: as the constructor.
-        :raises EngineDeserializeError: it missed or made up a NaN.
-        """
-        hosts = {name: tensor.host for name, tensor in outputs.items()}
-        floats = {name: host for name, host in hosts.items() if host.dtype.kind == 'f' and host.size}
-        if any(str(host.dtype) not in FINITE_MASKS for host in floats.values()):
-            return None
-        wanted = [(outputs[name].address, host.nbytes, str(host.dtype)) for name, host in floats.items()]
-        check = cls(cuda, wanted, stream)
-        try:
-            for name in floats:
-                check._prove(name, outputs[name], stream)
-        except BaseException:
-            check.release()
-            raise
-        return check
-
-    def _prove(self, name: str, tensor: StagedTensor, stream: Any) -> None:
-        for value in (np.nan, 0.0):
-            tensor.host.reshape(-1)[-1] = value
-            self._cuda.copy_to_device(tensor.address, tensor.host, stream)()
-            self.reset()
-            self.enqueue()
-            self._cuda.call('cudaStreamSynchronize', stream)
-            if self.found == is_finite(tensor.host):
-                raise EngineDeserializeError(f'the GPU missed or made up a NaN in {name!r}.')
-
-    @property
-    def found(self) -> bool:
-        """Whether the last run found one; to be read after the stream was synchronised."""
-        return bool(self._found[0])
-
-    def reset(self) -> None:
-        """Forget what was found; to be called before each run."""
-        self._found[0] = 0
-
-    def enqueue(self) -> None:
-        """Put the look at every tensor on the stream."""
-        launch_kernel = self._cuda.driver.cuLaunchKernel
-        for blocks, _, parameters in self._launches:
-            (status,) = launch_kernel(
-                self._kernel, blocks, 1, 1, _THREADS, 1, 1, 0, self._stream, ctypes.addressof(parameters), 0
-            )
-            if status:
-                self._cuda.refuse('cuLaunchKernel', status)
-
-    def release(self) -> None:
-        """Unload the kernel; safe to repeat."""
-        module, self._module = self._module, None
-        if module is not None:
-            self._cuda.try_drive('cuModuleUnload', module)
-
-    def _launch(self, address: int, size: int, dtype: str) -> tuple[int, tuple[Any, ...], Any]:
-        """Return the grid, and what a launch passes, in memory that stays where it is."""
-        quads = -(-size // QUAD_BYTES)
-        low, high = FINITE_MASKS[dtype]
-        values = (
-            ctypes.c_uint64(address),
-            ctypes.c_uint32(quads),
-            ctypes.c_uint32(low),
-            ctypes.c_uint32(high),
-            ctypes.c_uint64(_address(self._found)),
-        )
-        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        return min(_MAX_BLOCKS, -(-quads // _THREADS)), values, pointers
+def address_of(array: NDArray) -> int:
+    """Return where the first value of ``array`` lies."""
+    return int(array.__array_interface__['data'][0])
 
 
 def _attempt(call: Callable[..., Any], name: str, arguments: tuple[Any, ...]) -> None:
@@ -480,10 +309,6 @@ def _attempt(call: Callable[..., Any], name: str, arguments: tuple[Any, ...]) ->
         call(name, *arguments)
     except CudaError as error:
         _log.warning('%s', error)
-
-
-def _address(array: NDArray) -> int:
-    return int(array.__array_interface__['data'][0])
 
 
 def _text(value: Any) -> str:

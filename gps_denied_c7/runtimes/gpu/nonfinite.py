@@ -1,17 +1,25 @@
-"""A kernel that finds NaN and infinity, as PTX: the driver compiles it for whatever GPU there is."""
+"""Find NaN and infinity on the GPU, with a kernel in PTX that the driver compiles for whatever GPU there is."""
 
 from __future__ import annotations
 
-__all__ = ['FINITE_KERNEL', 'FINITE_KERNEL_NAME', 'FINITE_MASKS', 'QUAD_BYTES']
+import ctypes
+from collections.abc import Mapping
+from typing import Any
 
-FINITE_KERNEL_NAME = b'find_non_finite'
+import numpy as np
 
-# A thread reads four words of 32 bits at a time.
-QUAD_BYTES = 16
+from gps_denied_c7.errors import EngineDeserializeError
+from gps_denied_c7.runtimes.gpu.cuda import QUAD_BYTES, Cuda, address_of
+from gps_denied_c7.runtimes.gpu.staging import StagedTensor
+from gps_denied_c7.tensors import is_finite
+
+__all__ = ['FiniteCheck']
+
+_KERNEL_NAME = b'find_non_finite'
 
 # IEEE 754: a value is NaN or infinite where every bit of its exponent is set, and only there. A word holds one
 # float32, or two float16 with a mask for each half.
-FINITE_MASKS = {'float32': (0x7F800000, 0x7F800000), 'float16': (0x00007C00, 0x7C000000)}
+_MASKS = {'float32': (0x7F800000, 0x7F800000), 'float16': (0x00007C00, 0x7C000000)}
 
 _WORD = b"""
     and.b32 %%t, %%w%(word)d, %%low;
@@ -23,7 +31,7 @@ _WORD = b"""
 
 # Each thread walks over every n-th quad, n being the number of threads, and writes the flag only where it found
 # something, so that a good frame costs no traffic over the bus. All who write, write the same.
-FINITE_KERNEL = b"""\
+_KERNEL = b"""\
 .version 6.0
 .target sm_50
 .address_size 64
@@ -68,3 +76,97 @@ done:
     ret;
 }
 """ % {b'words': b''.join(_WORD % {b'word': word} for word in range(4))}
+_THREADS = 256
+_MAX_BLOCKS = 1024
+
+
+class FiniteCheck:
+    """
+    Look for NaN and infinity on the GPU, in the order of a stream.
+
+    The processor would need longer to read the outputs of a frame than the GPU needs to make them.
+
+    :param checks: GPU address, bytes and NumPy dtype of each tensor, allocated by :meth:`Cuda.device_memory`.
+    :raises CudaError: the driver cannot compile or load the kernel.
+    """
+
+    def __init__(self, cuda: Cuda, checks: list[tuple[int, int, str]], stream: Any) -> None:
+        self._cuda = cuda
+        self._found = cuda.pinned((1,), np.uint32)
+        self._stream = cuda.driver.CUstream(int(stream))
+        self._module: Any = cuda.drive('cuModuleLoadData', _KERNEL + b'\0')
+        self._kernel = cuda.drive('cuModuleGetFunction', self._module, _KERNEL_NAME)
+        self._launches = [self._launch(*check) for check in checks]
+
+    @classmethod
+    def proven(cls, cuda: Cuda, outputs: Mapping[str, StagedTensor], stream: Any) -> FiniteCheck | None:
+        """
+        Return a check of these outputs that was shown a NaN at the end of each, and then none, and told them apart.
+
+        :param outputs: by name; the last value of each is overwritten.
+        :return: None where one has a type that it cannot read.
+        :raises CudaError: as the constructor.
+        :raises EngineDeserializeError: it missed or made up a NaN.
+        """
+        hosts = {name: tensor.host for name, tensor in outputs.items()}
+        floats = {name: host for name, host in hosts.items() if host.dtype.kind == 'f' and host.size}
+        if any(str(host.dtype) not in _MASKS for host in floats.values()):
+            return None
+        wanted = [(outputs[name].address, host.nbytes, str(host.dtype)) for name, host in floats.items()]
+        check = cls(cuda, wanted, stream)
+        try:
+            for name in floats:
+                check._prove(name, outputs[name], stream)
+        except BaseException:
+            check.release()
+            raise
+        return check
+
+    def _prove(self, name: str, tensor: StagedTensor, stream: Any) -> None:
+        for value in (np.nan, 0.0):
+            tensor.host.reshape(-1)[-1] = value
+            self._cuda.copy_to_device(tensor.address, tensor.host, stream)()
+            self.reset()
+            self.enqueue()
+            self._cuda.call('cudaStreamSynchronize', stream)
+            if self.found == is_finite(tensor.host):
+                raise EngineDeserializeError(f'the GPU missed or made up a NaN in {name!r}.')
+
+    @property
+    def found(self) -> bool:
+        """Whether the last run found one; to be read after the stream was synchronised."""
+        return bool(self._found[0])
+
+    def reset(self) -> None:
+        """Forget what was found; to be called before each run."""
+        self._found[0] = 0
+
+    def enqueue(self) -> None:
+        """Put the look at every tensor on the stream."""
+        launch_kernel = self._cuda.driver.cuLaunchKernel
+        for blocks, _, parameters in self._launches:
+            (status,) = launch_kernel(
+                self._kernel, blocks, 1, 1, _THREADS, 1, 1, 0, self._stream, ctypes.addressof(parameters), 0
+            )
+            if status:
+                self._cuda.refuse('cuLaunchKernel', status)
+
+    def release(self) -> None:
+        """Unload the kernel; safe to repeat."""
+        module, self._module = self._module, None
+        if module is not None:
+            self._cuda.try_drive('cuModuleUnload', module)
+
+    def _launch(self, address: int, size: int, dtype: str) -> tuple[int, tuple[Any, ...], Any]:
+        """Return the grid, and what a launch passes, in memory that stays where it is."""
+        quads = -(-size // QUAD_BYTES)
+        low, high = _MASKS[dtype]
+        values = (
+            ctypes.c_uint64(address),
+            ctypes.c_uint32(quads),
+            ctypes.c_uint32(low),
+            ctypes.c_uint32(high),
+            ctypes.c_uint64(address_of(self._found)),
+        )
+        pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
+        return min(_MAX_BLOCKS, -(-quads // _THREADS)), values, pointers

@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.runtimes.gpu.cuda import Cuda, FiniteCheck, StagedTensor
+from gps_denied_c7.runtimes.gpu.cuda import Cuda
+from gps_denied_c7.runtimes.gpu.nonfinite import FiniteCheck
+from gps_denied_c7.runtimes.gpu.staging import StagedTensor
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = ['GpuIo', 'HostIo', 'TensorIo']

@@ -21,7 +21,9 @@ from gps_denied_c7.errors import (
 from gps_denied_c7.model.artefact import Artefact
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine, own_input_shapes
-from gps_denied_c7.runtimes.gpu.cuda import Cuda, CudaError, FiniteCheck, StagedTensor, open_cuda
+from gps_denied_c7.runtimes.gpu.cuda import Cuda, CudaError, open_cuda
+from gps_denied_c7.runtimes.gpu.nonfinite import FiniteCheck
+from gps_denied_c7.runtimes.gpu.staging import StagedTensor
 from gps_denied_c7.runtimes.gpu.tensorrt_library import dtype_name, error_recorder, import_tensorrt, vendor_logger
 from gps_denied_c7.runtimes.protocol import BuildConfig, EngineCacheEntry, EngineFacts, EngineHandle
 from gps_denied_c7.runtimes.trt.build import build_engine, source_artefact, source_shapes

@@ -18,7 +18,8 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
-from gps_denied_c7.runtimes.gpu.cuda import CudaError, FiniteCheck
+from gps_denied_c7.runtimes.gpu.cuda import CudaError
+from gps_denied_c7.runtimes.gpu.nonfinite import FiniteCheck
 from gps_denied_c7.runtimes.ort import io_binding
 from gps_denied_c7.runtimes.ort.io_binding import GpuIo, HostIo
 from gps_denied_c7.tensors import TensorSpec

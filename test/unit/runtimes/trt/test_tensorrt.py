@@ -51,7 +51,10 @@ from support.source_tree import REPOSITORY
 
 HOST = HostProfile(gpu='Fake GPU', sm=90, tensorrt='8.6.0', platform='linux-x86_64')
 BUILD = BuildConfig(allow_build=True, precision='fp32')
-MODULES = ('trt/runtime.py', 'trt/build.py', 'gpu/tensorrt_library.py', 'gpu/cuda.py')
+MODULES = (
+    *('trt/runtime.py', 'trt/build.py', 'gpu/tensorrt_library.py'),
+    *('gpu/cuda.py', 'gpu/staging.py', 'gpu/nonfinite.py'),
+)
 
 
 @pytest.fixture
