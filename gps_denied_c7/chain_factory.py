@@ -14,7 +14,7 @@ from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import ThermalStatePublisher
 from gps_denied_c7.runtimes.protocol import BuildProgress
 from gps_denied_c7.worker.client import worker_hosts
-from gps_denied_c7.worker.process import SpareWorker
+from gps_denied_c7.worker.spare import SpareWorker
 
 __all__ = ['ChainFactory']
 

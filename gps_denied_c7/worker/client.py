@@ -26,10 +26,11 @@ from gps_denied_c7.runtimes.protocol import BuildProgress, EngineFacts
 from gps_denied_c7.runtimes.registry import require_strategy
 from gps_denied_c7.stalling import read_or_give_up
 from gps_denied_c7.tensors import TensorSpec, check_inputs, check_outputs
-from gps_denied_c7.worker.process import SpareWorker, WorkerProcess
+from gps_denied_c7.worker.process import WorkerProcess
 from gps_denied_c7.worker.protocol import error_from_json, plain_text
 from gps_denied_c7.worker.server import WorkerTask
 from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout
+from gps_denied_c7.worker.spare import SpareWorker
 
 __all__ = ['WorkerHost', 'worker_hosts']
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import queue
 import select
@@ -14,12 +13,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from gps_denied_c7.errors import NO_THREADS_REMEDY, C7Error, EngineDeserializeError, WorkerDiedError
+from gps_denied_c7.errors import NO_THREADS_REMEDY, EngineDeserializeError, WorkerDiedError
 from gps_denied_c7.python_child import SAFE_DIRECTORY, python_child, worker_environment
 from gps_denied_c7.worker.log import WorkerLog
 from gps_denied_c7.worker.protocol import Channel, ChannelClosedError
 
-__all__ = ['SpareWorker', 'WorkerProcess']
+__all__ = ['WorkerProcess']
 
 # Its exit code comes a moment after its channel has closed; no frame waits for a driver to let go of it.
 _EXIT_CODE_S = 0.1
@@ -28,8 +27,6 @@ _EXPENDABLE = """
 { read -r score && echo $((score > 400 ? 1000 : score + 600)) >/proc/self/oom_score_adj; } </proc/self/oom_score_adj
 exec "$@"
 """
-
-_log = logging.getLogger(__name__)
 
 
 class _Spawner:
@@ -260,63 +257,6 @@ class WorkerProcess:
         code = self._process.wait()
         how = f'was ended by {_signal_name(-code)}' if code < 0 else f'ended with exit code {code}'
         return WorkerDiedError(f'{self.name} {how}.')
-
-
-class SpareWorker:
-    """
-    Keep one worker process that has imported its vendor's library already; safe to call from any thread.
-
-    What then remains of loading the next engine is its model: 0.04 s instead of 0.31 for the demo network on a CPU.
-
-    :param strategy: whose library it imports.
-    """
-
-    def __init__(self, strategy: str) -> None:
-        self.strategy = strategy
-        self._lock = threading.Lock()
-        self._process: WorkerProcess | None = None
-        self._closed = False
-
-    def prepare(self) -> None:
-        """Start one where there is none; it gets ready beside, at the lowest priority."""
-        with self._lock:
-            if self._closed or (self._process is not None and self._process.alive):
-                return
-            if self._process is not None:
-                self._process.release()
-                self._process = None
-            try:
-                self._process = WorkerProcess.start('the spare worker', ('--spare', self.strategy))
-            except EngineDeserializeError as error:
-                _log.warning('no spare worker: %s', error)
-
-    def take(self) -> WorkerProcess | None:
-        """Return the spare, which the caller then owns; None where none is ready."""
-        with self._lock:
-            process, self._process = self._process, None
-            if process is None:
-                return None
-            try:
-                ready = process.receive(0.0) is not None
-            except C7Error as error:
-                _log.warning('%s', error)
-                ready = False
-            if ready and process.alive:
-                return process
-            if process.alive:
-                self._process = process
-            else:
-                process.release()
-            return None
-
-    def close(self, timeout_s: float = 2.0) -> None:
-        """End the spare for good and wait for it; safe to repeat."""
-        with self._lock:
-            self._closed = True
-            process, self._process = self._process, None
-        if process is not None:
-            process.release()
-            process.join(timeout_s)
 
 
 def _signal_name(number: int) -> str:

@@ -25,7 +25,8 @@ from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.runtimes.protocol import ProviderSet
 from gps_denied_c7.monitoring.thermal_sources import NvmlThermal
 from gps_denied_c7.worker.client import worker_hosts
-from gps_denied_c7.worker.process import SpareWorker, WorkerProcess
+from gps_denied_c7.worker.spare import SpareWorker
+from gps_denied_c7.worker.process import WorkerProcess
 config = C7InferenceConfig(engine_cache_dir=sys.argv[2], ort_trt_cache_dir=sys.argv[2])
 host = worker_hosts(ModelBundle.load(Path(sys.argv[1])), config)(Rung('onnx_trt_ep', ProviderSet.CPU))
 host.load()

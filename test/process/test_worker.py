@@ -54,9 +54,10 @@ from gps_denied_c7.worker import process as worker_process
 from gps_denied_c7.worker import server as worker_server
 from gps_denied_c7.worker.client import WorkerHost, worker_hosts
 from gps_denied_c7.worker.log import WorkerLog
-from gps_denied_c7.worker.process import SpareWorker, WorkerProcess
+from gps_denied_c7.worker.process import WorkerProcess
 from gps_denied_c7.worker.protocol import Channel, ChannelClosedError, error_from_json, error_to_json
 from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout
+from gps_denied_c7.worker.spare import SpareWorker
 
 CPU = Rung('onnx_trt_ep', ProviderSet.CPU)
 GPU = Rung('onnx_trt_ep', ProviderSet.GPU)
