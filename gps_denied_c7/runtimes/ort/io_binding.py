@@ -13,22 +13,25 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gps_denied_c7.errors import EngineDeserializeError
 from gps_denied_c7.runtimes.gpu.cuda import Cuda
 from gps_denied_c7.runtimes.gpu.nonfinite import FiniteCheck
 from gps_denied_c7.runtimes.gpu.staging import StagedTensor
-from gps_denied_c7.tensors import TensorSpec
+from gps_denied_c7.tensors import TensorSpec, nearly_equal
 
-__all__ = ['GpuIo', 'HostIo', 'TensorIo']
+__all__ = ['GpuIo', 'HostIo', 'TensorIo', 'compare_runs']
 
 # What every ONNX Runtime's binding calls an NVIDIA GPU, and the first that this process sees.
 _GPU = ('cuda', 0)
+# Share of an output's range by which two runs of one session may differ.
+_SAME = 1e-4
 
 _log = logging.getLogger(__name__)
 
@@ -320,3 +323,39 @@ class GpuIo(TensorIo):
         check, self._check = self._check, None
         if check is not None:
             check.release()
+
+def compare_runs(io: TensorIo, inputs: Mapping[str, NDArray], *, random: bool = False) -> Iterator[str]:
+    """
+    Run one request as frames are run and as ``session.run`` does, and yield what is to be said of the difference.
+
+    :param random: the network throws dice, so that two runs may be equal by chance and the next one not.
+    :raises EngineDeserializeError: outputs differ, also where nothing is bound.
+    """
+    try:
+        plain = io.run_plain(inputs)
+    except Exception:
+        # A network may refuse a request of this kind, as one without detections; that says nothing about places.
+        return
+    found = {name: array.copy() for name, array in io.run(inputs).items()}
+    if not (wrong := _different(found, plain)):
+        return
+    changing = 'Outputs {} differ from run to run, so that they cannot be compared.'
+    if differing := wrong & _different(io.run_plain(inputs), plain):
+        yield changing.format(sorted(differing))
+        wrong -= differing
+    if placed := wrong & io.placed:
+        io.unbind(placed)
+        wrong &= _different(io.run(inputs), plain)
+        if placed - wrong:
+            yield f'Outputs {sorted(placed - wrong)} are not written where they are bound, and are allocated each time.'
+    if wrong and random:
+        yield changing.format(sorted(wrong))
+    elif wrong:
+        raise EngineDeserializeError(
+            f'outputs {sorted(wrong)} of a bound run are not those of a plain one.',
+            remedy='Report this with the model, and use another runtime.',
+        )
+
+
+def _different(found: Mapping[str, NDArray], expected: Mapping[str, NDArray]) -> set[str]:
+    return {name for name, array in expected.items() if not nearly_equal(found[name], array, _SAME)}
