@@ -55,6 +55,17 @@ def only_numpy(tmp_path: Path) -> str:
     return str(tmp_path)
 
 
+def test_the_package_itself_imports_nothing_but_the_standard_library() -> None:
+    """B-4: ``import gps_denied_c7`` alone loads no NumPy, no vendor library and no module of the package."""
+    program = (
+        f'import sys; sys.path.insert(0, {str(REPOSITORY)!r}); before = set(sys.modules); import {PACKAGE}; '
+        'print(*(set(sys.modules) - before))'
+    )
+    done = subprocess.run([sys.executable, '-I', '-S', '-c', program], capture_output=True, text=True, check=True)
+    brought = {name for name in done.stdout.split() if name.partition('.')[0] not in sys.stdlib_module_names}
+    assert brought == {PACKAGE}
+
+
 def test_b4_the_library_imports_in_a_bare_interpreter(only_numpy: str) -> None:
     """B-4: without site-packages, with NumPy alone, every module that is not about ROS imports."""
     brought = imported_by(plain_modules(), [str(REPOSITORY), only_numpy], '-I', '-S')
