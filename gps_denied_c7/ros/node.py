@@ -16,7 +16,6 @@ from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CompressedImage, Image
 
-from gps_denied_c7.chain_factory import ChainFactory
 from gps_denied_c7.errors import C7Error, ConfigError, InferenceError
 from gps_denied_c7.failover.chain import RuntimeChain
 from gps_denied_c7.model.bundle import ModelBundle
@@ -26,6 +25,7 @@ from gps_denied_c7.monitoring.host_info import describe_gpu, hardware_id, packag
 from gps_denied_c7.monitoring.metrics import Statistics
 from gps_denied_c7.monitoring.thermal import ThermalStatePublisher, UnknownThermalState
 from gps_denied_c7.monitoring.thermal_policy import ThermalPolicy
+from gps_denied_c7.pipeline.chain_factory import ChainFactory
 from gps_denied_c7.pipeline.model_fit import fit_bundle, fit_model, read_bundle
 from gps_denied_c7.pipeline.model_swap import SwapStatus
 from gps_denied_c7.pipeline.pipeline import ServedModel

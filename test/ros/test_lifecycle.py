@@ -164,7 +164,7 @@ class GpuBench:
 @pytest.fixture
 def gpu(monkeypatch):
     bench = GpuBench()
-    monkeypatch.setattr('gps_denied_c7.chain_factory.in_process_hosts', bench.hosts)
+    monkeypatch.setattr('gps_denied_c7.pipeline.chain_factory.in_process_hosts', bench.hosts)
     return bench
 
 
