@@ -115,7 +115,7 @@ __all__ = [
     'write_bundle',
 ]
 
-__version__ = '0.1.0'
+__version__ = '0.2.0'
 
 # ONNX Runtime's Linux wheels from 1.29 on report to a vendor's host and keep a database under the home directory unless
 # they find this when they are imported. All that imports ONNX Runtime here imports this package first, and children
