@@ -1,4 +1,4 @@
-"""Turn the GPU suite's results into docs/gpu-results.md."""
+"""Turn the GPU suite's results into docs/gpu-results.md and docs/notes/gpu-findings.md."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 from support.source_tree import REPOSITORY
 
-__all__ = ['RESULTS', 'read_results', 'render', 'write_report']
+__all__ = ['RESULTS', 'read_results', 'render', 'render_findings', 'write_report']
 
 DOCS = REPOSITORY / 'docs'
 RESULTS = DOCS / 'gpu-results.jsonl'
@@ -19,27 +19,24 @@ Figures = Mapping[str, Any]
 
 _HEAD = """# Results on a GPU
 
-Written by the GPU suite (`test/gpu/`) from what its runs have left in [gpu-results.jsonl](gpu-results.jsonl); do not
-edit. To add a run, on a machine with an NVIDIA GPU, once in each environment that is to be tested:
+The GPU suite (`test/gpu/`) writes this page from the results of its runs in [gpu-results.jsonl](gpu-results.jsonl);
+do not edit it. To add a run, on a machine with an NVIDIA GPU, once in each environment:
 
 ```sh
 C7_GPU_RESULTS=docs/gpu-results.jsonl python3 -m pytest -m gpu test/gpu -rs
 ```
 
-An environment is a GPU and a Python with one vendor stack, named above its tables; of each result its latest run
+An environment is a GPU and a Python with one vendor stack, named above its tables; the latest run of each result
 counts. Tests of a stack that an environment lacks are skipped with the reason. Latencies are of one process on one
-machine: compare within an environment. The network is shaped like SuperPoint, 1.3 million weights, 640x480 in, 6 MB of
-float32 out.
+machine: compare within an environment. The network is shaped like SuperPoint: 1.3 million weights, 640x480 in, 6 MB
+of float32 out. [Findings](notes/gpu-findings.md) lists what else the tests recorded;
+[notes](notes/performance.md#tensorrt-builds) explains the time of cold sessions.
 """
 
-_REMARKS = """\
-Cold sessions: TensorRT 8.6 itself takes 22 s for this network in FP16 at `builder_optimization_level` 2, of which 8 go
-into loading the builder's kernels (3 GB of memory that nobody has touched before) and 13 into timing tactics. One build
-at each level on the H200, and the network's p50 in it: level 3 36 s and 0.293 ms, 2 22 s and 0.304 ms, 1 18 s and
-0.321 ms, 0 17 s and 0.357 ms. CUDA_MODULE_LOADING changes nothing, since LAZY is the driver's default. Where Python has
-no TensorRT, ONNX Runtime builds by itself, at level 3 (`r3_session_cold_by_provider`); on the H100 only that was ever
-measured, 43 s at most of two. Build on the ground:
-`c7_engine build`, or start once with `build_on_configure`."""
+_FINDINGS_HEAD = """# Findings on a GPU
+
+The GPU suite writes this page, for maintainers, together with the [results](../gpu-results.md); do not edit it.
+"""
 
 _LONGEST = 240
 
@@ -57,22 +54,40 @@ def read_results(lines: Iterable[str]) -> dict[str, dict[str, Figures]]:
 
 
 def render(environments: dict[str, dict[str, Figures]]) -> str:
-    """Return the report as Markdown."""
+    """Return the results as Markdown."""
     parts = [_HEAD, _summary(environments), _stages(environments)]
+    for name, results in _unstaged(environments):
+        if rows := [row for result, figures in results.items() for row in _durations(result, figures)]:
+            parts += [name, _table(('durations', 'p50', 'p95', 'p99', 'largest', 'n', 'unit'), rows)]
+    return _page(parts)
+
+
+def render_findings(environments: dict[str, dict[str, Figures]]) -> str:
+    """Return as Markdown what is neither a duration nor a requirement."""
+    parts = [_FINDINGS_HEAD]
+    for name, results in _unstaged(environments):
+        others = [(result, _line(figures)) for result, figures in results.items()]
+        parts += [name, _table(('what', 'found'), [(result, text) for result, text in others if text])]
+    return _page(parts)
+
+
+def write_report(lines: Iterable[str], docs: Path = DOCS) -> None:
+    """Write both pages."""
+    environments = read_results(lines)
+    (docs / 'gpu-results.md').write_text(render(environments), encoding='utf-8')
+    (docs / 'notes' / 'gpu-findings.md').write_text(render_findings(environments), encoding='utf-8')
+
+
+def _unstaged(environments: dict[str, dict[str, Figures]]) -> Iterator[tuple[str, dict[str, Figures]]]:
+    """Yield the heading of each environment, and its results that are not stages of one whole."""
     for name, every in environments.items():
         gpu, versions = name.split('; ', 1)
         results = {result: figures for result, figures in every.items() if not result.startswith(_STAGED)}
-        parts.append(f'## {gpu}\n\n{versions}')
-        if rows := [row for result, figures in results.items() for row in _durations(result, figures)]:
-            parts.append(_table(('durations', 'p50', 'p95', 'p99', 'largest', 'n', 'unit'), rows))
-        others = [(result, _line(figures)) for result, figures in results.items()]
-        parts.append(_table(('what', 'found'), [(result, text) for result, text in others if text]))
+        yield f'## {gpu}\n\n{versions}', results
+
+
+def _page(parts: Iterable[str]) -> str:
     return '\n\n'.join(part.strip() for part in parts) + '\n'
-
-
-def write_report(lines: Iterable[str], path: Path = DOCS / 'gpu-results.md') -> None:
-    """Write the report of all results."""
-    path.write_text(render(read_results(lines)), encoding='utf-8')
 
 
 def _short(environment: str) -> str:
@@ -145,7 +160,7 @@ def _summary(environments: dict[str, dict[str, Figures]]) -> str:
                 rows.append((f'{what} {which}'.strip(), _short(name), f'{value:.3g} {unit}', f'{most:g} {unit}',
                              'yes' if value <= most else '**no**'))  # fmt: skip
     table = _table(('requirement', 'where', 'measured', 'at most', 'holds'), rows)
-    return f'## Against what is required\n\n{table}\n\n{_REMARKS}'
+    return f'## Against the requirements\n\n{table}'
 
 
 # --- where the time goes ---------------------------------------------------------------------------------------------
@@ -153,13 +168,14 @@ def _summary(environments: dict[str, dict[str, Figures]]) -> str:
 # Results whose durations are stages of one whole.
 _STAGED = ('node, ', 'tensorrt stages')
 _STAGE_REMARKS = """\
-Of a request to the engine alone, each stage waited for by itself; `infer, in place` is all of them but the copies
-before and after, in one go. A worker's engine writes its answers into the memory that it shares with the node, whose
-pages are locked, and reads its requests there where the GPU can lock what is mapped for reading alone (`tensors in
-shared memory`). In the node, `hand off` ends when the worker's engine
-begins, `engine` holds its copies to and from the GPU, and the GPU's look for values that are not finite, `hand back`
-ends with the tensors in the node; `publish` makes a message of 6 MB of tensors and hands it to DDS; `camera to
-listener` ends in another Python process that has the tensors."""
+For an engine alone, each stage of a request is waited for separately; `infer, in place` is all of them in one call,
+without the copies before and after. A worker's engine writes its answers into the memory that it shares with the
+node, whose pages are locked, and reads its requests there if the GPU can lock read-only mappings (`tensors in
+shared memory`).
+
+In the node, `hand off` ends when the worker's engine begins; `engine` includes the copies to and from the GPU and
+the GPU's check for non-finite values; `hand back` ends with the tensors in the node; `publish` makes a message of 6
+MB of tensors and passes it to DDS; `camera to listener` ends in another Python process that has the tensors."""
 
 
 def _stages(environments: dict[str, dict[str, Figures]]) -> str:
