@@ -343,7 +343,7 @@ def decode_compressed(format: str, data: Any, scratch: Scratch | None = None) ->
     ``compressed bgr``, and refused in others. A grey file is grey where three colours are named, as for cv_bridge.
 
     A picture is not turned as its EXIF orientation says: neither of the two does so. A damaged file is refused, where
-    the two may return half of it; docs/images.md says what is damage.
+    the two may return half of it; docs/reference/compressed-images.md says what is damage.
 
     :param format: of the message.
     :param scratch: where a JPEG or a demosaiced picture is kept; the result is then valid until its next use.

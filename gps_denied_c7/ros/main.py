@@ -46,8 +46,8 @@ options:
   --ros-args    what follows is for ROS 2: -p NAME:=VALUE, --params-file FILE, -r FROM:=TO, --log-level LEVEL
 
 parameters:
-  config/c7_inference.yaml, installed with the package, has all of them with their defaults, and the README explains
-  them. Of a running node: ros2 param list /{DEFAULT_NODE_NAME}, ros2 param describe /{DEFAULT_NODE_NAME} NAME
+  config/c7_inference.yaml, installed with the package, lists all with their defaults; docs/reference/parameters.md
+  explains them. Of a running node: ros2 param list /{DEFAULT_NODE_NAME}, ros2 param describe /{DEFAULT_NODE_NAME} NAME
 
 It ends with SIGINT (Ctrl-C) or SIGTERM, and exits with 0; with 2 where the command line cannot be used.
 """

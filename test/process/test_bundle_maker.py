@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -666,10 +665,3 @@ def test_m1_parents_are_made_and_others_may_read(tmp_path: Path) -> None:
     bundle = tmp_path / 'a' / 'b' / 'bundle'
     assert bundle.stat().st_mode & 0o777 == 0o755
     assert json.loads((bundle / 'model.json').read_text())['name'] == 'net'
-
-
-def test_readme_shows_a_model_json_that_is_read(tmp_path: Path) -> None:
-    readme = (REPOSITORY / 'README.md').read_text(encoding='utf-8')
-    (example,) = re.findall(r'```json\n(.*?)```', readme, re.DOTALL)
-    (tmp_path / 'model.json').write_text(example.replace('…', '0' * 64), encoding='utf-8')
-    assert ModelBundle.load(tmp_path).name == 'superpoint'

@@ -14,7 +14,7 @@ from support.left_behind import processes_naming
 
 __all__ = ['Trace', 'elsewhere', 'why_not']
 
-# "Files and sockets" in README.md.
+# docs/reference/files-and-sockets.md.
 _NAMED = ('/dev/shm/fastrtps_', '/dev/shm/fastdds_', '/dev/shm/sem.', '/dev/null', '/dev/tty', '/proc/self/')
 
 _CALLS = (

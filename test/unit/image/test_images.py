@@ -1,4 +1,4 @@
-"""What docs/images.md says of each kind of damage: files of the formats' own writers are bent here."""
+"""Each kind of damage in docs/reference/compressed-images.md gives the documented result."""
 
 from __future__ import annotations
 
@@ -259,7 +259,7 @@ PNGS = {
 
 def rows_of(section):
     """The rows of the table under a heading of the document: kind to result."""
-    text = (REPOSITORY / 'docs/images.md').read_text(encoding='utf-8')
+    text = (REPOSITORY / 'docs/reference/compressed-images.md').read_text(encoding='utf-8')
     part = text.partition(f'\n### {section}\n')[2].partition('\n#')[0]
     return dict(re.fullmatch(r'\| (.+?) \| (.+?) \|', line).groups() for line in part.splitlines() if line[:2] == '| ')
 

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from support.source_tree import REPOSITORY as ROOT
+
 ARCHITECTURE = ROOT / 'docs' / 'architecture.md'
 
 _ID = re.compile(r'\b(?:AC|B|F|G|M|N|R|Risk)-\d+\b')
