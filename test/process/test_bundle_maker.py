@@ -39,7 +39,6 @@ from gps_denied_c7.model.compare import AllClose, MatchedDistance, SetOverlap
 from gps_denied_c7.model.onnx_file import read_onnx
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from support.small_networks import KERNEL, SHAPE, network, plain_answers, saved
-from support.source_tree import REPOSITORY
 
 pytestmark = pytest.mark.once
 

@@ -3,8 +3,8 @@
 import re
 from pathlib import Path
 
-from gps_denied_c7.bundle import ModelBundle
-from gps_denied_c7.fdr import KINDS
+from gps_denied_c7.model.bundle import ModelBundle
+from gps_denied_c7.monitoring.flight_record import KINDS
 from gps_denied_c7.ros.parameters import PARAMETERS, parameter_table
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 from support.source_tree import REPOSITORY as ROOT
 
 PAGES = [ROOT / 'README.md', ROOT / 'CONTRIBUTING.md', *sorted((ROOT / 'docs').rglob('*.md'))]
