@@ -25,10 +25,10 @@ from gps_denied_c7.monitoring.host_info import describe_gpu, hardware_id, packag
 from gps_denied_c7.monitoring.metrics import Statistics
 from gps_denied_c7.monitoring.thermal import ThermalStatePublisher, UnknownThermalState
 from gps_denied_c7.monitoring.thermal_policy import ThermalPolicy
+from gps_denied_c7.pipeline.chain_factory import ChainFactory
 from gps_denied_c7.pipeline.model_fit import fit_bundle, fit_model, read_bundle
 from gps_denied_c7.pipeline.model_swap import SwapStatus
 from gps_denied_c7.pipeline.pipeline import ServedModel
-from gps_denied_c7.pipeline.chain_factory import ChainFactory
 from gps_denied_c7.ros.answering import Answering, AnsweringParts
 from gps_denied_c7.ros.autostart import Autostart, start_conditions
 from gps_denied_c7.ros.diagnostics import (
