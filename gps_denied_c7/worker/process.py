@@ -23,8 +23,10 @@ __all__ = ['WorkerProcess']
 # Its exit code comes a moment after its channel has closed; no frame waits for a driver to let go of it.
 _EXIT_CODE_S = 0.1
 # Before anything is loaded: while another worker's memory is being freed, only the node would be left to take.
+# The kernel adds thousandths of the limit to what a process holds, and ends the highest. With 800, a node that holds
+# eight tenths of its memory cgroup comes after the smallest worker, and a decoder, with 1000, before most workers.
 _EXPENDABLE = """
-{ read -r score && echo $((score > 400 ? 1000 : score + 600)) >/proc/self/oom_score_adj; } </proc/self/oom_score_adj
+{ read -r score && echo $((score > 200 ? 1000 : score + 800)) >/proc/self/oom_score_adj; } </proc/self/oom_score_adj
 exec "$@"
 """
 

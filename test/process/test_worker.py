@@ -327,7 +327,7 @@ def test_f1_a_worker_comes_first_where_memory_runs_out_before_it_runs_any_python
     host = worker_hosts(bundle, CONFIG)(CPU)
     host.load()
     host.release()
-    assert int(found.read_text()) == min(1000, int(Path('/proc/self/oom_score_adj').read_text()) + 600)
+    assert int(found.read_text()) == min(1000, int(Path('/proc/self/oom_score_adj').read_text()) + 800)
 
 
 def test_f1_a_worker_inherits_nothing_of_ros():
