@@ -271,7 +271,8 @@ def test_m1_a_bundle_that_is_interrupted_leaves_nothing(tmp_path: Path, number: 
     process = subprocess.Popen(
         [*ENGINE, 'bundle', str(saved(tmp_path)), '--output', str(tmp_path / 'b')],
         stderr=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, 'PYTHONPATH': str(REPOSITORY)},
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
+        # A shell's background job, or nohup, has them ignored.
+        preexec_fn=lambda: [signal.signal(each, signal.SIG_DFL) for each in (signal.SIGINT, signal.SIGHUP)],
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not list(tmp_path.glob('.b.*/net.onnx')):
