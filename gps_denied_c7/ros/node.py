@@ -218,11 +218,11 @@ class C7InferenceNode(ResponsiveLifecycleNode):
                 loaded.model.chain.release(0.2)
 
     def record(self, kind: str, **payload: Any) -> None:
-        """Write a flight record and, since it may come with a change of level, look at diagnostics."""
+        """Write a flight record."""
         self._flight_recorder().recorder.emit(kind, **payload)
 
     def operator_transition(self, label: str) -> None:
-        """Leave the lifecycle to whoever asked."""
+        """End autostart: a client has taken over the lifecycle."""
         if self._autostart.running:
             self.get_logger().info(f'{label} was asked for from outside: autostart ends')
         self._autostart.stop()
