@@ -131,6 +131,8 @@ def _serve(requests: BinaryIO, out: BinaryIO) -> None:
     head = json.loads(requests.readline())
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    # Up to 1.18 memory reused at this level spoils answers of graphs that have nodes whose results nothing reads.
+    options.enable_mem_reuse = options.enable_mem_pattern = False
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
     content = requests.read(head['sizes'][0])

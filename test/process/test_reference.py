@@ -33,6 +33,35 @@ def test_answers_are_those_of_plain_session_run_to_the_bit(tmp_path: Path) -> No
             assert np.array_equal(answer['features'], plain_answers(path, {'image': image})['features'])
 
 
+def test_a_graph_with_nodes_that_nothing_reads_is_answered_by_the_arithmetic() -> None:
+    """ONNX Runtime up to 1.18 reuses memory wrongly there, without optimisation and with its defaults."""
+    nodes = [
+        helper.make_node('Cast', ['image'], ['values'], to=TensorProto.FLOAT),
+        helper.make_node('Reshape', ['values', 'flat'], ['row']),
+        helper.make_node('Conv', ['values', 'kernel'], ['unread'], pads=[1, 1, 1, 1]),
+        helper.make_node('Slice', ['row', 'first', 'last'], ['unread too']),
+        helper.make_node('Mul', ['values', 'one'], ['scaled']),
+        helper.make_node('Round', ['scaled'], ['rounded']),
+        helper.make_node('Cast', ['rounded'], ['whole'], to=TensorProto.INT64),
+        helper.make_node('Identity', ['whole'], ['output']),
+    ]
+    constants = {
+        'flat': np.array([-1]), 'first': np.array([0]), 'last': np.array([64]), 'one': np.float32(1),
+        'kernel': np.ones((1, 1, 3, 3), np.float32),
+    }  # fmt: skip
+    graph = helper.make_graph(
+        nodes, 'unread', [helper.make_tensor_value_info('image', TensorProto.INT32, [1, 1, 32, 11])],
+        [helper.make_tensor_value_info('output', TensorProto.INT64, [1, 1, 32, 11])],
+        [onnx.numpy_helper.from_array(np.asarray(value), name) for name, value in constants.items()],
+    )  # fmt: skip
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid('', 17)], ir_version=8)
+    images = [np.random.RandomState(seed).randint(0, 16, (1, 1, 32, 11)).astype(np.int32) for seed in range(6)]
+    found = reference_answers(model.SerializeToString(), [{'image': image} for image in images])
+    for image, answer in zip(images, found.answers, strict=True):
+        assert isinstance(answer, dict)
+        assert np.array_equal(answer['output'], image)
+
+
 def test_weights_in_files_of_their_own_are_found(tmp_path: Path) -> None:
     onnx.save_model(network(), tmp_path / 'net.onnx', save_as_external_data=True, location='w', size_threshold=0)
     (answer,) = reference_answers(str(tmp_path / 'net.onnx'), [{'image': IMAGES[0]}]).answers

@@ -142,6 +142,8 @@ def _session_options(ort: ModuleType, plan: SessionPlan, attempt: Attempt, confi
     options.intra_op_num_threads = config.cpu_threads or max(1, len(os.sched_getaffinity(0)) - 1)
     options.inter_op_num_threads = 1
     options.log_severity_level = _ERRORS_ONLY
+    # Up to 1.18 memory planned by one request spoils the answers to later ones, where lengths depend on the data.
+    options.enable_mem_pattern = False
     # Spinning threads burn the cores that fly the drone.
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     if reports_placement(ort.InferenceSession):
