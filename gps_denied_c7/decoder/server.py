@@ -37,7 +37,7 @@ class DecoderService:
         self._memory_bytes = memory_bytes
         self._data: memoryview = memoryview(b'')
         self._outputs: dict[int, SharedTensors] = {}
-        self._scratch = Scratch()
+        self._scratch = Scratch(_KEPT_BYTES)
         self._preprocessor: Preprocessor | None = None
         self._spec: Any = None
         self._pixels: Pixels | None = None
@@ -88,7 +88,7 @@ class DecoderService:
         self._channel.send({**answer, 'id': packet['id']})
         if large:
             # Also what was refused may have left much.
-            self._scratch, self._preprocessor, self._spec = Scratch(), None, None
+            self._scratch, self._preprocessor, self._spec = Scratch(_KEPT_BYTES), None, None
             ctypes.CDLL(None).malloc_trim(0)
 
     def _answer(self, packet: dict[str, Any]) -> dict[str, Any]:

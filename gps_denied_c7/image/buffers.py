@@ -9,16 +9,22 @@ from numpy.typing import DTypeLike, NDArray
 
 __all__ = ['Scratch']
 
+# A 4K image of 8-bit colour takes 25 MB.
+_KEPT_BYTES = 32 << 20
+
 
 class Scratch:
     """
-    Lend work arrays by name, from memory that only ever grows to the largest one asked for.
+    Lend work arrays by name, from memory that grows to the largest one asked for.
 
     Freshly mapped megabytes cost more in page faults than in copying. Cameras of different sizes
     share the memory, so that taking turns costs nothing. For one thread.
+
+    :param kept_bytes: larger arrays are made anew each time, so that one very large image does not keep its memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kept_bytes: int = _KEPT_BYTES) -> None:
+        self._kept_bytes = kept_bytes
         self._memory: dict[str, NDArray[np.uint8]] = {}
 
     def array(self, name: str, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray:
@@ -27,5 +33,7 @@ class Scratch:
         size = math.prod(shape) * dtype.itemsize
         memory = self._memory.get(name)
         if memory is None or memory.size < size:
-            memory = self._memory[name] = np.empty(size, np.uint8)
+            memory = np.empty(size, np.uint8)
+            if size <= self._kept_bytes:
+                self._memory[name] = memory
         return memory[:size].view(dtype).reshape(shape)

@@ -286,6 +286,20 @@ def test_n9_converted_pixels_reuse_the_scratch(encoding):
     assert peak < again.nbytes / 20
 
 
+@pytest.mark.parametrize('encoding', ['bayer_rggb8', 'nv24', 'mono16'])
+def test_n7_the_work_memory_of_a_very_large_image_is_freed_with_its_pixels(encoding):
+    scratch = Scratch()
+    image = _image(encoding, 8192, 4096, big=encoding in _WIDE)
+    tracemalloc.start()
+    try:
+        pixels = decode_image(image, scratch)
+        assert tracemalloc.get_traced_memory()[0] >= pixels.array.nbytes
+        del pixels
+        assert tracemalloc.get_traced_memory()[0] < 1 << 20
+    finally:
+        tracemalloc.stop()
+
+
 def test_n9_without_a_scratch_every_image_is_its_own():
     first = decode_image(_image('nv12', seed=1)).array
     kept = first.copy()
