@@ -10,7 +10,7 @@ import re
 import stat
 import time
 import xml.etree.ElementTree as ElementTree
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +25,7 @@ __all__ = [
     'ProfileDecision',
     'SweptSegments',
     'apply_profile',
+    'free_taken_messages',
     'named_profile',
     'ports_in_force',
     'profile_path',
@@ -45,6 +46,8 @@ _VARIABLES = ('FASTRTPS_DEFAULT_PROFILES_FILE', 'FASTDDS_DEFAULT_PROFILES_FILE')
 BUILTIN_TRANSPORTS = 'FASTDDS_BUILTIN_TRANSPORTS'
 # Fast DDS would read DEFAULT_FASTRTPS_PROFILES.xml in the working directory, from any author.
 _NO_PROFILE_OF_DIRECTORY = 'SKIP_DEFAULT_XML_FILE'
+# Only with this does rmw_fastrtps use the profile's memory policies, and then it ignores the other variable.
+_QOS_FROM_XML, _PUBLICATION_MODE = 'RMW_FASTRTPS_USE_QOS_FROM_XML', 'RMW_FASTRTPS_PUBLICATION_MODE'
 _FAST_DDS = ('rmw_fastrtps_cpp', 'rmw_fastrtps_dynamic_cpp')
 _OLD_DISTRIBUTIONS = ('foxy', 'galactic', 'humble', 'iron', 'jazzy')
 _FRAMES_IN_FLIGHT = 4
@@ -132,6 +135,23 @@ def apply_profile(environ: MutableMapping[str, str]) -> ProfileDecision:
     )
 
 
+def free_taken_messages(environ: MutableMapping[str, str], profile: Path | None) -> bool:
+    """
+    Have Fast DDS free each message's memory as soon as it has been taken, if the profile in force says how.
+
+    Otherwise the memory of a topic's largest messages stays for as long as the process subscribes to the topic, even
+    where another subscription takes the place of the first. Call this before ``rclpy.init``.
+
+    :param environ: changed in place.
+    :param profile: in force; the shipped one and its copies say how.
+    :return: False where it does not, or where the user chose how rmw_fastrtps publishes.
+    """
+    chosen = environ.get(_QOS_FROM_XML) or environ.get(_PUBLICATION_MODE)
+    if profile and not chosen and any(each.get('profile_name') == 'c7_readers' for each in _elements(profile)):
+        environ[_QOS_FROM_XML] = '1'
+    return environ.get(_QOS_FROM_XML) == '1'
+
+
 def uses_fast_dds(environ: Mapping[str, str]) -> bool:
     """Return whether the RMW of this environment is Fast DDS."""
     return environ.get('RMW_IMPLEMENTATION', '') in ('', *_FAST_DDS)
@@ -181,17 +201,20 @@ def segment_size(profile: Path) -> int:
 
 def _numbers(profile: Path, names: tuple[str, ...]) -> dict[str, int]:
     """Return the largest number of each of the elements ``names`` that ``profile`` holds."""
-    try:
-        root = ElementTree.parse(profile).getroot()
-    except (OSError, ElementTree.ParseError):
-        # Fast DDS goes on without a file it cannot read; so does this judgement of it.
-        return {}
     found: dict[str, int] = {}
-    for element in root.iter():
+    for element in _elements(profile):
         name, text = element.tag.rpartition('}')[2], (element.text or '').strip()
         if name in names and text.isdigit():
             found[name] = max(int(text), found.get(name, 0))
     return found
+
+
+def _elements(profile: Path) -> Iterator[ElementTree.Element]:
+    try:
+        return ElementTree.parse(profile).getroot().iter()
+    except (OSError, ElementTree.ParseError):
+        # Fast DDS goes on without a file it cannot read; so does this judgement of it.
+        return iter(())
 
 
 _BARE_PROFILE = """<?xml version="1.0" encoding="UTF-8"?>

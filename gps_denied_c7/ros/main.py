@@ -18,7 +18,13 @@ from rclpy.signals import SignalHandlerOptions
 from gps_denied_c7.monitoring.thermal import ThermalSource
 from gps_denied_c7.monitoring.thermal_sources import find_thermal_source
 from gps_denied_c7.ros.executor import PoolExecutor
-from gps_denied_c7.ros.fastdds import apply_profile, sweep_segments, transport_warnings, tune_allocator
+from gps_denied_c7.ros.fastdds import (
+    apply_profile,
+    free_taken_messages,
+    sweep_segments,
+    transport_warnings,
+    tune_allocator,
+)
 from gps_denied_c7.ros.log import forward_to, log_files_problem
 from gps_denied_c7.ros.node import DEFAULT_NODE_NAME, C7InferenceNode
 from gps_denied_c7.ros.signals import on_first_signal
@@ -99,6 +105,7 @@ def main(args: list[str] | None = None) -> int:
     # not, send this process a SIGINT.
     os.environ.setdefault('OPENBLAS_NUM_THREADS', '1')
     profile = apply_profile(os.environ)
+    free_taken_messages(os.environ, profile.path)
     tune_allocator()
     swept = sweep_segments()
     stop = _Stop()

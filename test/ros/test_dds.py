@@ -19,6 +19,7 @@ from gps_denied_c7.ros.fastdds import (
     HD_IMAGE_BYTES,
     HostTransport,
     apply_profile,
+    free_taken_messages,
     profile_path,
     segment_size,
     sweep_segments,
@@ -29,6 +30,7 @@ from support.source_tree import REPOSITORY
 
 OLD, NEW = 'FASTRTPS_DEFAULT_PROFILES_FILE', 'FASTDDS_DEFAULT_PROFILES_FILE'
 SKIP = 'SKIP_DEFAULT_XML_FILE'
+QOS_FROM_XML = 'RMW_FASTRTPS_USE_QOS_FROM_XML'
 GOOD = HostTransport(shm_free_bytes=1 << 30, segment_bytes=70 << 20, rmem_max_bytes=1 << 26)
 BARE = HostTransport(shm_free_bytes=1 << 30, segment_bytes=549_408, rmem_max_bytes=212_992)
 
@@ -80,6 +82,31 @@ def test_a_child_inherits_the_profile_without_complaint():
     assert apply_profile(environ).applied
     again = apply_profile(environ)
     assert not again.applied and again.path == profile_path()
+
+
+def test_the_memory_of_taken_messages_is_freed_with_the_shipped_profile_and_with_copies_of_it(tmp_path):
+    own = tmp_path / 'own.xml'
+    own.write_text(profile_path().read_text().replace('67108864', '1048576'))
+    for profile in (profile_path(), own):
+        environ: dict[str, str] = {}
+        assert free_taken_messages(environ, profile) and environ == {QOS_FROM_XML: '1'}
+        assert free_taken_messages(environ, profile)
+
+
+@pytest.mark.parametrize('content', [None, '<dds/>', 'no xml', '<dds><data_reader profile_name="mine"/></dds>'])
+def test_a_profile_of_the_user_says_itself_what_memory_is_kept(tmp_path, content):
+    profile = tmp_path / 'own.xml'
+    if content is not None:
+        profile.write_text(content)
+    environ: dict[str, str] = {}
+    assert not free_taken_messages(environ, profile) and not free_taken_messages(environ, None)
+    assert environ == {}
+
+
+@pytest.mark.parametrize('chosen', [{QOS_FROM_XML: '0'}, {'RMW_FASTRTPS_PUBLICATION_MODE': 'ASYNCHRONOUS'}], ids=str)
+def test_how_the_user_has_messages_published_stays(chosen):
+    environ = dict(chosen)
+    assert not free_taken_messages(environ, profile_path()) and environ == chosen
 
 
 def test_the_profile_holds_many_images():
