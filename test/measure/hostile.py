@@ -156,8 +156,12 @@ class Rig:
     def memory(self) -> str:
         """Say what the node alone holds, and how many processes of the group were killed."""
         with contextlib.suppress(OSError):
-            pages = int(Path(f'/proc/{self.process.process.pid}/statm').read_text().split()[1])
-            return f'node {pages * os.sysconf("SC_PAGE_SIZE") / 1e6:.0f} MB resident, {self.kills()} processes killed'
+            lines = Path(f'/proc/{self.process.process.pid}/status').read_text().splitlines()
+            resident, own = (
+                next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(f'{name}:'))
+                for name in ('VmRSS', 'RssAnon')
+            )
+            return f'node {resident:.0f} MB resident, {own:.0f} of it its own, {self.kills()} processes killed'
         return 'node gone'
 
     def switches(self) -> int:
