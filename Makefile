@@ -17,9 +17,10 @@ demo:  ## replay a synthetic flight through the node; results in demo_output/
 bench:  ## this node beside the bare engine and a forty-line node, 4 minutes; results in bench_output/
 	@$(ENVIRONMENT) run c7_bench --quick --output bench_output
 
-lint:  ## ruff and mypy
+lint:  ## ruff, mypy and the list of words to avoid
 	$(ENVIRONMENT) run ruff check .
 	$(ENVIRONMENT) run mypy
+	$(ENVIRONMENT) run python3 tools/plain_words.py
 
 check: lint  ## ruff, mypy and the unit tests, in two minutes
 	$(ENVIRONMENT) run python3 -m pytest $(PARALLEL) test/unit
