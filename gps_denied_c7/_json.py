@@ -1,4 +1,4 @@
-"""Read JSON strictly: every error names its key, nothing unknown or doubled goes through."""
+"""Read JSON strictly: every error names its key; unknown and repeated keys are refused."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Fields:
     Read one JSON object key by key.
 
     :param value: what the parser returned.
-    :param where: its own place in the file, as ``artefacts[1]``; empty for the whole.
+    :param where: the key that leads to it, as ``artefacts[1]``; empty for the whole.
     :raises ModelBundleError: by every method, naming the key.
     """
 
@@ -35,7 +35,7 @@ class Fields:
         self._where = where
         self._taken: set[str] = set()
         for name in value:
-            require(_is_plain(name), where or 'the file', f'has a key {name!a}, which is no text.')
+            require(_is_plain(name), where or 'the file', f'has a key {name!a}, which is not valid text.')
 
     def names(self) -> list[str]:
         """Return the keys found."""
@@ -46,7 +46,7 @@ class Fields:
         return [(key, self.object(key)) for key in self._values]
 
     def key(self, name: str) -> str:
-        """Return the full key, as it stands in errors."""
+        """Return the full key, as errors spell it."""
         return f'{self._where}.{name}' if self._where else name
 
     def check(self, holds: bool, name: str, message: str, remedy: str = '') -> None:
@@ -64,7 +64,7 @@ class Fields:
         """Return a required string."""
         value = self.take(name)
         self.check(isinstance(value, str), name, f'expected a string, found {_json_type(value)}.')
-        self.check(_is_plain(value), name, f'{value!a} is no text: half of a surrogate pair cannot be written.')
+        self.check(_is_plain(value), name, f'{value!a} is not valid text: it holds half of a surrogate pair.')
         return str(value)
 
     def integer(self, name: str) -> int:
@@ -104,7 +104,7 @@ class Fields:
             return default
         value = self.take(name)
         self.check(
-            isinstance(value, list) and all(isinstance(item, str) for item in value), name, 'is no list of strings.'
+            isinstance(value, list) and all(isinstance(item, str) for item in value), name, 'is not a list of strings.'
         )
         return tuple(value)
 
@@ -117,14 +117,14 @@ class Fields:
         self.check(
             plain and '..' not in parts,
             name,
-            f'{text!r} is no plain relative file name.',
+            f'{text!r} is not a plain relative file name.',
             'Name a file inside the bundle, without "..".',
         )
         path = root.joinpath(*parts)
         try:
             inside = path.resolve().is_relative_to(root.resolve())
         except (OSError, RuntimeError, ValueError) as error:
-            raise ModelBundleError(f'{self.key(name)}: {text!r} cannot be followed: {error}.') from error
+            raise ModelBundleError(f'{self.key(name)}: {text!r} cannot be resolved: {error}.') from error
         self.check(inside, name, f'{text!r} is a link that leaves the bundle.', 'Copy the file into the bundle.')
         return path
 
@@ -158,7 +158,7 @@ def _is_plain(text: str) -> bool:
 
 def decode_json(text: str, unique: Callable[[list[tuple[str, Any]]], Any] | None = None) -> object:
     """
-    Parse JSON that is nested 32 levels deep at most, so that whoever walks, prints or writes it again comes to an end.
+    Parse JSON that is nested 32 levels deep at most, so that code that walks, prints or writes it ends.
 
     :param unique: makes an object from its pairs of key and value, where it is to refuse some.
     :raises ValueError: the text is none, or nested deeper.
@@ -182,7 +182,7 @@ def decode_json(text: str, unique: Callable[[list[tuple[str, Any]]], Any] | None
 
 def parse_json(content: bytes) -> object:
     """
-    Parse UTF-8 JSON without doubled keys; NaN and infinity are left to who takes the number.
+    Parse UTF-8 JSON without doubled keys; NaN and infinity are left to the reader of the number.
 
     :raises ModelBundleError: the content is none.
     """

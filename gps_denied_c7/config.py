@@ -32,11 +32,11 @@ class C7InferenceConfig:
     :param engine_cache_dir: where engine files lie; in each directory, ``~`` is the home directory.
     :param ort_trt_cache_dir: where ONNX Runtime's TensorRT provider keeps its engines; a sibling of
         ``engine_cache_dir``, so that one sweep cleans both.
-    :param ort_disallow_cpu_fallback: refuse to fly on the CPU.
+    :param ort_disallow_cpu_fallback: refuse to run on the CPU.
     :param gpu_memory_budget_bytes: bytes of GPU memory for all engines together.
     :param gpu_fault_window_s: seconds in which failures of two different GPU rungs mean that the GPU is lost.
-    :param restart_backoff_s: first and longest pause in seconds before an exhausted chain, or what stands by, is tried
-        again; where a frame is late and nothing stands by, an engine is loaded without it, once in such a pause.
+    :param restart_backoff_s: first and longest pause in seconds before a failed chain, or a standby, is tried again;
+        if a frame is late and there is no standby, one engine is loaded before the pause is over, once per pause.
     :param build_on_configure: engines may be built while configuring (minutes).
     :param builder_optimization_level: how long TensorRT's builder searches for fast kernels, 0 to 5; TensorRT before
         8.6 has no such choice. An engine that is there already is taken, whatever its level.
@@ -56,7 +56,7 @@ class C7InferenceConfig:
     :param output_tensors: canonical names of the outputs that are published, all of them where empty. Only these, and
         those that the bundle has a rule for, are taken from an engine and looked at.
     :param allow_non_finite: canonical names of the outputs in which NaN and infinity mean something.
-    :param cpu_threads: threads of one CPU inference, 0 for all cores but one, which flies the drone.
+    :param cpu_threads: threads of one CPU inference, 0 for all cores but one, which other programs may use.
     :raises ConfigError: naming the field.
     """
 
@@ -114,7 +114,7 @@ class C7InferenceConfig:
             raise ConfigError('cpu_threads', f'{self.cpu_threads} is negative.', remedy='0 means all cores but one.')
 
     def digest(self) -> str:
-        """Return a SHA-256 over every field, so that two flights with the same settings can be told."""
+        """Return a SHA-256 over every field, which shows whether two flights had the same settings."""
         values: dict[str, Any] = dataclasses.asdict(self)
         text = json.dumps(values, sort_keys=True, default=str)
         return f'sha256:{hashlib.sha256(text.encode()).hexdigest()}'

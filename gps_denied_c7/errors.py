@@ -108,7 +108,7 @@ class GpuMemoryError(EngineDeserializeError):
     An engine that does not fit into what is left of the budget for GPU memory.
 
     :param needed_bytes: what it needs.
-    :param left_bytes: what nobody else holds.
+    :param left_bytes: what no other engine holds.
     """
 
     def __init__(self, message: str, *, needed_bytes: int, left_bytes: int, remedy: str = '') -> None:
@@ -118,7 +118,7 @@ class GpuMemoryError(EngineDeserializeError):
 
     @property
     def lack_bytes(self) -> int:
-        """How much others would have to give back for it."""
+        """How much memory other engines would have to free for it."""
         return self.needed_bytes - self.left_bytes
 
 
@@ -164,13 +164,13 @@ class FdrSchemaError(C7Error, ValueError):
     """A flight record of an unknown kind, or one that lacks a required field."""
 
 
-# What comes of a path that is wrong or may not be read. Other errors of a system pass, as that of a stalled disk.
+# The errors of a path that is wrong or may not be read. Other errors of a system pass, such as a stalled disk's.
 _LASTING_ERRNO = frozenset(
     (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG, errno.ENXIO)
 )
 
 
-# How glibc says that a library found no memory or descriptor (elf/dl-load.c): Python passes on the text alone.
+# glibc's messages for a library that got no memory or descriptor (elf/dl-load.c): Python passes on the text alone.
 _SHORT_OF = re.compile('failed to map segment|cannot map zero-fill pages|Cannot allocate memory|Too many open files')
 
 

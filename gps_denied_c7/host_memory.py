@@ -12,7 +12,7 @@ __all__ = ['available_memory', 'require_memory']
 
 _SMALL_BYTES = 8 << 20
 _AVAILABLE = re.compile(r'^MemAvailable:\s*(\d+) kB$', re.MULTILINE)
-# Names of what a group may have and has, and of the file cache that the kernel takes back first: cgroup v2, then v1.
+# Names of what a group may have and has, and of the file cache that the kernel reclaims first: cgroup v2, then v1.
 _FILES = {
     'cgroup2': ('memory.max', 'memory.current', ('inactive_file', 'active_file')),
     'cgroup': ('memory.limit_in_bytes', 'memory.usage_in_bytes', ('total_inactive_file', 'total_active_file')),
@@ -41,7 +41,7 @@ def require_memory(what: object, size: int, *, remedy: str, copies: int = 1) -> 
 
 def available_memory(root: Path = Path('/')) -> tuple[int | None, str]:
     """
-    Return the bytes that this process can still take, and what sets the limit; None where the kernel does not tell.
+    Return the bytes that this process can still take, and what sets the limit; None if the kernel does not report it.
 
     File cache counts as free, in the machine (``MemAvailable``) and in each memory cgroup, v1 and v2, up to the root.
 
@@ -84,7 +84,7 @@ def _own_groups(root: Path) -> dict[str, str]:
 
 def _room(group: Path, limit_name: str, usage_name: str, cache_names: tuple[str, ...]) -> int | None:
     limit, usage = _text(group / limit_name).strip(), _text(group / usage_name).strip()
-    # 'max' is no limit.
+    # 'max' means no limit.
     if not limit.isdecimal() or not usage.isdecimal():
         return None
     statistics = dict(line.split(' ', 1) for line in _text(group / 'memory.stat').splitlines() if ' ' in line)

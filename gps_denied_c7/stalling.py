@@ -1,7 +1,7 @@
 """
 Reads that may never return: a network mount whose server is gone, a FUSE program that does not answer.
 
-The kernel gives no way to end such a read. So it runs in a thread of its own, which is left behind when it stalls.
+The kernel cannot end such a read. So it runs in a thread of its own, which is left behind when it stalls.
 """
 
 from __future__ import annotations

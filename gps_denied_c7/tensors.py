@@ -75,7 +75,7 @@ def check_finite(arrays: Arrays) -> None:
     """
     Raise InferenceError for a non-finite output.
 
-    A silently wrong answer is worse than a late one, so every floating-point value is looked at.
+    A silently wrong answer is worse than a late one, so every floating-point value is checked.
     """
     for name, array in arrays.items():
         if array.dtype.kind == 'f' and not is_finite(array):
@@ -86,7 +86,7 @@ def check_finite(arrays: Arrays) -> None:
 
 def nearly_equal(one: NDArray, other: NDArray, share: float) -> bool:
     """
-    Tell whether two arrays are alike but for rounding.
+    Tell whether two arrays are alike except for rounding.
 
     :param share: of the range of ``other`` by which floating-point values may differ; anything else must be equal.
     """

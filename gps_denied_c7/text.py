@@ -39,7 +39,7 @@ def shortened(text: str, limit: int = TEXT_CHARACTERS) -> str:
     """
     Return ``text``, without its middle where it is longer than ``limit`` characters.
 
-    The end is kept, since the remedy stands there: ``beginning… (4,194,304 characters) …end``.
+    The end is kept, since the remedy is there: ``beginning… (4,194,304 characters) …end``.
     """
     if len(text) <= limit:
         return text

@@ -96,10 +96,9 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> HostProfile:
     """Make this the host that the engines of the tests were built for."""
-    from gps_denied_c7.ground import cli as engine_cli
-    from gps_denied_c7.ground import compatibility
+    from gps_denied_c7.ground import command_sweep, command_verify, compatibility
     from support.engine_cache_files import HOST
 
-    monkeypatch.setattr(engine_cli, 'local_host_profile', lambda: HOST)
-    monkeypatch.setattr(compatibility, 'local_host_profile', lambda: HOST)
+    for module in (command_sweep, command_verify, compatibility):
+        monkeypatch.setattr(module, 'local_host_profile', lambda: HOST)
     return HOST

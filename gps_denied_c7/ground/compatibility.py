@@ -1,4 +1,4 @@
-"""Compare what built engines were built for with what this host is, as far as either says."""
+"""Compare the host that an engine was built for with this host, as far as both are known."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def known_host() -> tuple[HostProfile, tuple[str, ...]]:
     """
     Return what is known of this host, its parts empty (``sm`` 0) where they are not, and why they are not.
 
-    It works without a GPU and without TensorRT; where there is a GPU, CUDA is asked for its name.
+    It works without a GPU and without TensorRT; where there is a GPU, CUDA provides its name.
     """
     try:
         return local_host_profile(), ()
@@ -33,14 +33,14 @@ def known_host() -> tuple[HostProfile, tuple[str, ...]]:
 
 def mismatches(built: HostProfile | BuiltFor, host: HostProfile) -> list[tuple[str, object, object]]:
     """
-    Return what differs: name, expected here, found there. What either side leaves open does not.
+    Return the differences: name, expected here, found there. What is unknown on either side is not compared.
 
     :param built: an engine's host, or what ONNX Runtime's engines were built for, by and from.
     """
     here: dict[str, object] = dataclasses.asdict(host)
     if isinstance(built, BuiltFor):
         versions = package_versions()
-        # ONNX Runtime may link another TensorRT than Python's: only its own version tells.
+        # ONNX Runtime may link another TensorRT than Python's: only its own version counts.
         del here['tensorrt']
         here['driver'] = driver_version()
         here['onnxruntime'] = versions.get('onnxruntime-gpu') or versions.get('onnxruntime')
@@ -48,11 +48,11 @@ def mismatches(built: HostProfile | BuiltFor, host: HostProfile) -> list[tuple[s
     return [
         (name, expected, found)
         for name, expected, found in pairs
-        if _told(expected) and _told(found) and not _same(name, expected, found)
+        if _is_known(expected) and _is_known(found) and not _same(name, expected, found)
     ]
 
 
-def _told(value: object) -> bool:
+def _is_known(value: object) -> bool:
     return value not in ('', 0, None, 'unknown')
 
 

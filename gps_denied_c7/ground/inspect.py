@@ -1,4 +1,4 @@
-"""Tell all there is to know of an engine file, and what the gate of a host would refuse (G-3)."""
+"""Describe an engine file, and what the gate of a host would refuse (G-3)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from gps_denied_c7.model.files import open_regular, read_file
 __all__ = ['EngineReport', 'Refusal', 'inspect_engine']
 
 _NO_LIMIT = 1 << 62
-_REMEDY = 'Build the engine again on this host, or fly the .onnx.'
+_REMEDY = 'Build the engine again on this host, or use the .onnx.'
 
 _HEADER_BYTES = 512
 _MANIFEST_LIMIT_BYTES = 1 << 20
@@ -61,8 +61,8 @@ class EngineReport:
     :param manifest: None where there is none that can be read.
     :param size: of the file in bytes.
     :param sha256: hex digest of the file as it is.
-    :param plan: TensorRT version in the plan's header, None for what is no plan.
-    :param refusals: everything that the gate would refuse; empty where it would let the file through.
+    :param plan: TensorRT version in the plan's header, None if it is not a plan.
+    :param refusals: everything that the gate would refuse; empty where it would accept the file.
     """
 
     path: Path
@@ -106,7 +106,7 @@ def inspect_engine(path: Path, host: HostProfile) -> EngineReport:
             refusals.append(Refusal(error.field, error.expected, error.found, error.remedy))
             return None
 
-    # What is refused is still shown: read once more, without asking who may have written it.
+    # What is refused is still shown: read again, without checking which users may write it.
     name = checked(lambda: EngineName.parse(path.name))
     checked(lambda: trusted_directory(path.parent))
     content = checked(lambda: read_trusted(path, _NO_LIMIT))
@@ -154,8 +154,8 @@ def _refuse_foreign(path: Path) -> None:
     elif not kind:
         kind = 'text' if begin.decode(errors='replace').replace('\n', ' ').isprintable() else 'of another kind'
     raise ModelBundleError(
-        f'{path} is no TensorRT engine; it is {kind}.',
-        remedy='Name an .engine file; c7_engine verify looks at models and bundles.',
+        f'{path} is not a TensorRT engine; it is {kind}.',
+        remedy='Name an .engine file; c7_engine verify checks models and bundles.',
     )
 
 

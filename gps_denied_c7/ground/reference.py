@@ -41,7 +41,7 @@ class Reference:
 
     :param outputs: as the file declares them; a size that the file leaves free, gives as 0, or gives other than an
         answer has it is None, and so is the shape where the file does not say how many axes there are.
-    :param left_out: outputs that are no tensors of numbers.
+    :param left_out: outputs that are not numeric tensors.
     :param answers: for each request: arrays by output name, an error where the model fails on it, None where it was
         left out because those before it are large enough.
     """
@@ -59,7 +59,7 @@ def reference_answers(
 
     :param model: content of an ``.onnx``, or its path where weights lie in files of their own.
     :param limit_bytes: of all answers together; the first one counts, but is never left out.
-    :raises ModelBundleError: ONNX Runtime does not take the model, or its process died.
+    :raises ModelBundleError: ONNX Runtime does not accept the model, or its process died.
     :raises RuntimeUnavailableError: there is no ONNX Runtime.
     """
     blobs = [model if isinstance(model, bytes) else b'', *(npz_bytes(request) for request in requests)]
@@ -67,29 +67,29 @@ def reference_answers(
     head = {'path': path, 'sizes': [len(blob) for blob in blobs], 'limit': limit_bytes}
     code, output, errors = _run_child(b''.join((json.dumps(head).encode(), b'\n', *blobs)))
     if code != 0 or not output:
-        last = errors.decode(errors='replace').strip().splitlines()[-1:] or ['it said nothing']
+        last = errors.decode(errors='replace').strip().splitlines()[-1:] or ['it wrote no message']
         raise ModelBundleError(
             f'the process that computes the reference answers ended with {code}: {last[0][:500]}.',
             remedy='Free memory, or run the model outside of this package and correct it.',
         )
     stream = io.BytesIO(output)
-    told: dict[str, Any] = json.loads(stream.readline())
-    if told['missing']:
-        raise RuntimeUnavailableError('plain session.run', told['missing'], remedy=_PACKAGES)
-    if told['refused']:
+    reply: dict[str, Any] = json.loads(stream.readline())
+    if reply['missing']:
+        raise RuntimeUnavailableError('plain session.run', reply['missing'], remedy=_PACKAGES)
+    if reply['refused']:
         raise ModelBundleError(
-            f'ONNX Runtime does not take the model: {told["refused"]}', remedy='Export the model again.'
+            f'ONNX Runtime does not accept the model: {reply["refused"]}', remedy='Export the model again.'
         )
     answers: list[dict[str, NDArray] | InferenceError | None] = []
-    for fault, size in told['answers']:
+    for fault, size in reply['answers']:
         if size is not None:
             with np.load(io.BytesIO(stream.read(size)), allow_pickle=False) as arrays:
                 answers.append(dict(arrays))
         else:
             answers.append(InferenceError(f'plain session.run fails: {fault}') if fault else None)
     return Reference(
-        tuple(TensorSpec(name, dtype, _axes(shape)) for name, dtype, shape in told['outputs']),
-        tuple(told['left_out']),
+        tuple(TensorSpec(name, dtype, _axes(shape)) for name, dtype, shape in reply['outputs']),
+        tuple(reply['left_out']),
         tuple(answers),
     )
 
@@ -122,7 +122,7 @@ def main() -> None:
     try:
         _serve(requests, out)
     except ImportError as error:
-        _tell(out, missing=str(error))
+        _reply(out, missing=str(error))
 
 
 def _serve(requests: BinaryIO, out: BinaryIO) -> None:
@@ -139,27 +139,27 @@ def _serve(requests: BinaryIO, out: BinaryIO) -> None:
     try:
         session = ort.InferenceSession(head['path'] or content, options, providers=['CPUExecutionProvider'])
     except Exception as error:  # ONNX Runtime has no base class for its errors
-        _tell(out, refused=str(error))
+        _reply(out, refused=str(error))
         return
     del content
     declared = session.get_outputs()
     numbers = [output for output in declared if _NUMBERS.fullmatch(output.type)]
     left_out = list(dict.fromkeys(output.name for output in declared if output not in numbers))
     left: int | None = head['limit']
-    told: list[tuple[str | None, int | None]] = []
+    results: list[tuple[str | None, int | None]] = []
     blobs: list[bytes] = []
     outputs: dict[str, list[Any]] = {}
     for size in head['sizes'][1:]:
         with np.load(io.BytesIO(requests.read(size)), allow_pickle=False) as arrays:
             request = dict(arrays)
         if left is not None and left < 0:
-            told.append((None, None))
+            results.append((None, None))
             continue
         try:
             # Without names, it would give all.
             values = session.run([output.name for output in numbers], request) if numbers else []
         except Exception as error:  # as above
-            told.append((str(error), None))
+            results.append((str(error), None))
             continue
         answer = {}
         for output, value in zip(numbers, values, strict=True):
@@ -169,11 +169,11 @@ def _serve(requests: BinaryIO, out: BinaryIO) -> None:
         if left is not None:
             left -= sum(value.nbytes for value in answer.values())
             if left < 0 and blobs:
-                told.append((None, None))
+                results.append((None, None))
                 continue
         blobs.append(npz_bytes(answer))
-        told.append((None, len(blobs[-1])))
-    _tell(out, outputs=list(outputs.values()), left_out=left_out, answers=told)
+        results.append((None, len(blobs[-1])))
+    _reply(out, outputs=list(outputs.values()), left_out=left_out, answers=results)
     for blob in blobs:
         out.write(blob)
     out.flush()
@@ -192,9 +192,9 @@ def _reconciled(shape: list[int | None] | None, found: Sequence[int]) -> list[in
     return [axis if axis == size else None for axis, size in zip(shape, found, strict=True)]
 
 
-def _tell(out: BinaryIO, **values: Any) -> None:
-    told = {'missing': '', 'refused': '', 'outputs': [], 'left_out': [], 'answers': [], **values}
-    out.write(json.dumps(told).encode() + b'\n')
+def _reply(out: BinaryIO, **values: Any) -> None:
+    reply = {'missing': '', 'refused': '', 'outputs': [], 'left_out': [], 'answers': [], **values}
+    out.write(json.dumps(reply).encode() + b'\n')
     out.flush()
 
 

@@ -1,9 +1,9 @@
 """
 Sweep the caches of built engines, TensorRT's own and ONNX Runtime's, by age, size and host (G-3).
 
-Only what the caches themselves write is looked at, told by name; everything else is left alone and reported.
-What admits an engine, its manifest or its cache's listing, goes first: a sweep that dies on the way leaves
-nothing that could be taken for whole.
+Only what the caches themselves write is removed, recognised by name; everything else is reported and not touched.
+The manifest or the listing, without which no engine is admitted, is removed first: an interrupted sweep leaves
+nothing that looks complete.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ _ORT_FILE = re.compile(
 @dataclass(frozen=True, slots=True)
 class Criteria:
     """
-    Say what goes; an item goes that meets any of these. Leftovers of interrupted builds always go.
+    Say what is removed: items that meet any of these. Leftovers of interrupted builds always go.
 
     :param older_than_s: seconds since an item was written.
     :param max_bytes: that may be left in all caches together; the oldest go first.
@@ -83,7 +83,7 @@ class CacheItem:
     :param files: names below ``directory`` in the order of removal, with what they were when looked at.
     :param written_s: when its newest file was written, seconds since the epoch.
     :param bytes: size of its files.
-    :param built_for: what it was built for, None where that cannot be told.
+    :param built_for: what it was built for, None where that is unknown.
     """
 
     kind: str
@@ -97,7 +97,7 @@ class CacheItem:
 
 @dataclass(frozen=True, slots=True)
 class Removal:
-    """Say why an item goes, and what kept it from going."""
+    """Say why an item is removed, and what prevented it."""
 
     item: CacheItem
     reason: str
@@ -107,10 +107,10 @@ class Removal:
 @dataclass(slots=True)
 class SweepReport:
     """
-    Tell what a sweep did.
+    Hold what a sweep did.
 
     :param removed: gone, or to go in a dry run.
-    :param failed: what should have gone and could not.
+    :param failed: what should have been removed and could not.
     :param kept: what stays.
     :param foreign: paths in the caches that are not theirs, left alone.
     :param refused: directories that were not swept, and why.
@@ -125,7 +125,7 @@ class SweepReport:
 
     @property
     def freed_bytes(self) -> int:
-        """Bytes that were given back, or would be."""
+        """Bytes that were freed, or would be."""
         return sum(removal.item.bytes for removal in self.removed)
 
     @property
@@ -136,16 +136,17 @@ class SweepReport:
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON can hold it."""
 
-        def told(item: CacheItem) -> dict[str, Any]:
+        def described(item: CacheItem) -> dict[str, Any]:
             return {'kind': item.kind, 'path': str(item.path), 'bytes': item.bytes, 'written_s': item.written_s}
 
         return {
             'dry_run': self.dry_run,
-            'removed': [told(removal.item) | {'reason': removal.reason} for removal in self.removed],
+            'removed': [described(removal.item) | {'reason': removal.reason} for removal in self.removed],
             'failed': [
-                told(removal.item) | {'reason': removal.reason, 'problem': removal.problem} for removal in self.failed
+                described(removal.item) | {'reason': removal.reason, 'problem': removal.problem}
+                for removal in self.failed
             ],
-            'kept': [told(item) for item in self.kept],
+            'kept': [described(item) for item in self.kept],
             'foreign': [str(path) for path in self.foreign],
             'refused': [{'path': str(path), 'problem': problem} for path, problem in self.refused],
             'freed_bytes': self.freed_bytes,
@@ -157,7 +158,7 @@ def sweep(caches: Caches, criteria: Criteria, *, now_s: float, dry_run: bool = F
     """
     Remove from the caches what ``criteria`` name, and say what was done.
 
-    A directory that others can write is not swept: what lies there under our names may not be ours. Nothing is
+    A directory that others can write is not swept: files with our names there may be another user's. Nothing is
     raised for what cannot be removed, it is reported.
 
     :param now_s: seconds since the epoch.
@@ -331,7 +332,7 @@ def _reason(item: CacheItem, criteria: Criteria, now_s: float) -> str | None:
 
 
 def _not_for(item: CacheItem, host: HostProfile) -> str | None:
-    """Say in what an item differs from what this host needs, None where it does not, or does not tell."""
+    """Say in what an item differs from what this host needs, None where it does not, or is unknown."""
     if item.built_for is None:
         return None
     differs = mismatches(item.built_for, host)
@@ -339,7 +340,7 @@ def _not_for(item: CacheItem, host: HostProfile) -> str | None:
 
 
 class _InUseError(Exception):
-    """Somebody writes an item at this moment."""
+    """An item is being written at this moment."""
 
 
 def _remove(item: CacheItem) -> None:
@@ -359,7 +360,7 @@ def _remove(item: CacheItem) -> None:
                 raise _InUseError(name)
         for name, _ in item.files:
             os.unlink(name, dir_fd=directory)
-            # One by one onto the disk: a power cut must not undo the first and keep the second.
+            # Synced one by one: a power cut must not undo the first removal and keep the second.
             os.fsync(directory)
         if item.path == item.directory:
             os.rmdir(item.path)
@@ -367,7 +368,7 @@ def _remove(item: CacheItem) -> None:
 
 @contextmanager
 def _locked(item: CacheItem) -> Iterator[int]:
-    """Hold the lock that whoever writes there takes, and hand out the directory's descriptor."""
+    """Hold the lock that writers of the directory take, and yield its descriptor."""
     directory = os.open(item.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         if item.path == item.directory:

@@ -76,14 +76,14 @@ def figures(array: NDArray) -> dict[str, Any]:
 @contextmanager
 def served_model(bundle: ModelBundle, settings: ImageSettings) -> Iterator[ServedModel]:
     """
-    Load and prove a model as a configure of the node does with default parameters; its workers end with this.
+    Load and self-test a model as a configure of the node does with default parameters; its workers end with this.
 
     :raises C7Error: the node would refuse it on this host, for the same reason.
     """
     bundle = fit_bundle(bundle, settings)
     config = C7InferenceConfig(hot_standby=False, spare_worker=False)
     chain = RuntimeChain(bundle, config, worker_hosts(bundle, config), emit=lambda kind, **payload: None)
-    # A missing GPU is not worth a warning here; where nothing can serve, the error names every reason.
+    # No warning about a missing GPU here; if no engine can serve, the error names every reason.
     level = _chain_log.level
     if not _chain_log.isEnabledFor(logging.INFO):
         _chain_log.setLevel(logging.ERROR)
@@ -97,7 +97,7 @@ def served_model(bundle: ModelBundle, settings: ImageSettings) -> Iterator[Serve
 
 def run_picture(model: ServedModel, pixels: Pixels) -> TrialRun:
     """
-    Answer a picture by the way that the node's frames go.
+    Answer a picture as the node answers a frame.
 
     :raises C7Error: no engine answers it.
     """
@@ -120,5 +120,5 @@ def read_picture(path: Path) -> Pixels:
         return decode_compressed('png' if content[:4] == b'\x89PNG' else 'jpeg', content)
     except ImageRejectedError as error:
         raise ModelBundleError(
-            f'{path} is no picture to use: {error.message}', remedy='Save it as JPEG or PNG.'
+            f'{path} cannot be used as a picture: {error.message}', remedy='Save it as JPEG or PNG.'
         ) from error

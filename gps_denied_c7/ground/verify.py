@@ -1,4 +1,4 @@
-"""Take engines, caches and bundles through the checks that they meet before a flight, one verdict for each (G-3)."""
+"""Check engines, caches and bundles as the node does before a flight, one verdict for each (G-3)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gps_denied_c7.errors import (
     RuntimeUnavailableError,
 )
 from gps_denied_c7.ground.compatibility import mismatches
-from gps_denied_c7.ground.make_bundle import noise_picture
+from gps_denied_c7.ground.golden_pictures import noise_picture
 from gps_denied_c7.ground.reference import reference_answers
 from gps_denied_c7.ground.trial import TrialRun, run_picture, served_model
 from gps_denied_c7.image.decode import Pixels
@@ -109,7 +109,7 @@ def verify(path: Path, checks: Checks) -> Iterator[Verdict]:
 
     :raises ModelBundleError: there is nothing at ``path`` that could be verified.
     """
-    # os.path: Path.is_file() and the like raise where a directory may not be read, and for a name that is too long.
+    # os.path, since Path.is_file() raises where a directory may not be read, and for a name that is too long.
     bare = path.suffix == '.onnx' and not os.path.isdir(path)
     if bare or path.name == MODEL_JSON or os.path.lexists(path / MODEL_JSON):
         yield from _verify_bundle(path, checks)
@@ -123,7 +123,7 @@ def verify(path: Path, checks: Checks) -> Iterator[Verdict]:
         if not found:
             raise ModelBundleError(f'{path} holds no engine, cache or bundle.', remedy='Correct the path.')
     else:
-        what = 'is neither an .engine, an .onnx, a cache nor a bundle' if os.path.lexists(path) else 'does not exist'
+        what = 'is not an .engine, an .onnx, a cache or a bundle' if os.path.lexists(path) else 'does not exist'
         raise ModelBundleError(f'{path} {what}.', remedy='Correct the path.')
 
 
@@ -221,7 +221,7 @@ def _check_answers(bundle: ModelBundle, artefact: Artefact) -> None:
     if problems:
         raise ModelBundleError(
             f'the golden answers are not those of plain session.run without optimisation: {" ".join(problems[:8])}',
-            remedy='Make the bundle again; look for what the two ONNX Runtimes have different.',
+            remedy='Make the bundle again; compare the versions of the two ONNX Runtimes.',
         )
 
 
@@ -260,8 +260,8 @@ def _compare(built: HostProfile | BuiltFor, host: Host | None) -> None:
         here = host()
     except RuntimeUnavailableError as error:
         raise C7Error(
-            f'it is whole, but no engine runs on this host: {error.message}',
-            remedy='Verify it where it will fly, or look for damage alone (--any-host).',
+            f'it is undamaged, but no engine runs on this host: {error.message}',
+            remedy='Verify it on the drone, or check for damage only (--any-host).',
         ) from error
     for name, expected, found in mismatches(built, here):
         raise EngineSchemaMismatchError(name, expected=expected, found=found, remedy=_REBUILD)
@@ -272,15 +272,15 @@ def _check_artefact(bundle: ModelBundle, artefact: Artefact, host: Host | None) 
     if artefact.weights_digest != bundle.weights_digest:
         raise ModelBundleError(
             f'{artefact.path} was made from weights {artefact.weights_digest}, the bundle holds '
-            f'{bundle.weights_digest}: no chain will use it.',
-            remedy='Build it again from these weights, or take it out of model.json.',
+            f'{bundle.weights_digest}: the node will not use it.',
+            remedy='Build it again from these weights, or remove it from model.json.',
         )
     if artefact.path.suffix == '.engine':
         _admit(artefact.path, host, artefact.sha256)
     elif artefact.path.suffix == '.onnx':
         if random := read_onnx(artefact.path, artefact.sha256, artefact.external_data).random:
             raise ModelBundleError(
-                f'the same image has other answers each time, because of {", ".join(random[:8])}.',
+                f'answers to the same image differ from run to run, because of {", ".join(random[:8])}.',
                 remedy='Export the model in evaluation mode, and make the bundle again.',
             )
     elif artefact.path.suffix in _TORCH:

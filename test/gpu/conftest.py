@@ -23,7 +23,8 @@ conformed: dict[str, Counter[str]] = {}
 @pytest.fixture(scope='session')
 def superpoint_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle around the SuperPoint-shaped network, golden answers from ONNX Runtime on the CPU in FP32."""
-    from gps_denied_c7.ground.make_bundle import BundleRequest, make_bundle
+    from gps_denied_c7.ground.bundle_request import BundleRequest
+    from gps_denied_c7.ground.make_bundle import make_bundle
     from support.gpu.superpoint import write_superpoint
 
     directory = tmp_path_factory.mktemp('superpoint_bundle')

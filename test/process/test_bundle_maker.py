@@ -22,14 +22,10 @@ from gps_denied_c7.errors import C7Error, EngineDeserializeError, ModelBundleErr
 from gps_denied_c7.failover.chain import RuntimeChain
 from gps_denied_c7.failover.in_process import in_process_hosts
 from gps_denied_c7.ground import make_bundle as bundle_maker
-from gps_denied_c7.ground.make_bundle import (
-    TOLERANCES,
-    BundleRequest,
-    default_rule,
-    golden_pictures,
-    make_bundle,
-    noise_picture,
-)
+from gps_denied_c7.ground.bundle_request import BundleRequest
+from gps_denied_c7.ground.golden_pictures import golden_pictures, noise_picture
+from gps_denied_c7.ground.make_bundle import make_bundle
+from gps_denied_c7.ground.output_rules import TOLERANCES, default_rule
 from gps_denied_c7.ground.verify import Checks, verify
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess import Preprocessor
@@ -302,7 +298,7 @@ def test_m1_notes_tell_what_proves_little(tmp_path: Path) -> None:
     notes = make_bundle(BundleRequest(model=model, output=tmp_path / 'bundle', force=True)).notes
     for told in (
         "'nothing' is nearly constant", "'rounded' holds whole numbers only", "['nothing'] are the same for all",
-        "'noise' was left out of the golden requests: half precision of its input alone changes the answer",
+        "'noise' was left out of the golden requests: rounding its input to half precision changes the answer",
     ):  # fmt: skip
         assert any(told in note for note in notes), told
 
@@ -319,13 +315,13 @@ def test_m1_pictures_that_no_half_precision_engine_could_answer_are_left_out_and
     # A request of the user's is not left out behind his back.
     np.savez(tmp_path / 'request.npz', image=np.random.RandomState(0).rand(*SHAPE).astype(np.float32))
     shutil.rmtree(tmp_path / 'bundle')
-    assert "'request' proves little" in refused(tmp_path, model, golden_input=tmp_path / 'request.npz').message
+    assert "'request' is a weak test" in refused(tmp_path, model, golden_input=tmp_path / 'request.npz').message
 
 
 def test_m1_a_model_that_throws_dice_is_refused(tmp_path: Path) -> None:
     noise = helper.make_node('RandomNormalLike', ['features'], ['noise'])
     model = network(nodes=[noise], outputs={'noise': (TensorProto.FLOAT, [1, 4, 24, 32])})
-    assert "other answers to the same image each time, because of RandomNormalLike 'noise'" in refused(
+    assert "answers to the same image differ from run to run, because of RandomNormalLike 'noise'" in refused(
         tmp_path, model
     ).message
 
@@ -363,7 +359,7 @@ def test_m1_a_serving_path_that_answers_wrong_makes_no_bundle(
     monkeypatch.setattr(
         bundle_maker, 'create_runtime', lambda *args, **options: WrongOn(real(*args, **options), is_wrong)
     )
-    assert 'otherwise than plain session.run' in refused(tmp_path, model).message
+    assert 'differently from plain session.run' in refused(tmp_path, model).message
 
 
 def test_m1_golden_answers_are_those_of_plain_session_run_to_the_bit(tmp_path: Path) -> None:
@@ -412,7 +408,7 @@ def test_m1_golden_answers_without_one_detection_prove_nothing(tmp_path: Path) -
 
 def test_m1_a_bundle_is_refused_whose_every_golden_answer_would_pass_for_each_other(tmp_path: Path) -> None:
     error = refused(tmp_path, rules=(AllClose('features', 0.0, 1e6),))
-    assert 'passes for that to each of the 6' in error.message and '--force' in error.remedy
+    assert 'passes as the answer to each of the 6' in error.message and '--force' in error.remedy
 
 
 @pytest.mark.parametrize(('scale', 'offset'), [(4e-6, 0.0153), (1e-6, 0.0), (0.01, 1000.0), (0.0, 5.0)])

@@ -113,12 +113,12 @@ def test_g3_verify_run_prints_what_session_run_answers(tmp_path: Path, run: Run)
 
 @pytest.mark.parametrize(
     ('picture', 'problem'),
-    [('none.png', 'No such file'), ('.', 'directory'), ('fifo', 'no regular file'), ('text.jpg', 'no picture'),
-     ('huge.png', 'more than')],
+    [('none.png', 'No such file'), ('.', 'directory'), ('fifo', 'no regular file'),
+     ('text.jpg', 'cannot be used as a picture'), ('huge.png', 'more than')],
 )  # fmt: skip
 def test_g3_verify_run_of_what_is_no_picture_says_so(tmp_path: Path, run: Run, picture: str, problem: str) -> None:
     os.mkfifo(tmp_path / 'fifo')
-    (tmp_path / 'text.jpg').write_text('no picture')
+    (tmp_path / 'text.jpg').write_text('cannot be used as a picture')
     (tmp_path / 'huge.png').touch()
     os.truncate(tmp_path / 'huge.png', 1 << 40)
     status, _, errors = run('verify', saved(tmp_path), '--run', tmp_path / picture)
@@ -170,9 +170,9 @@ def test_g3_inspect_of_a_foreign_file_exits_with_1_and_a_sentence(
     (tmp_path / name).write_bytes(content)
     status, out, errors = run('inspect', tmp_path / name)
     assert (status, out) == (1, '')
-    assert 'is no TensorRT engine' in errors and kind in errors and errors.count('\n') == 1
+    assert 'is not a TensorRT engine' in errors and kind in errors and errors.count('\n') == 1
     status, out, _ = run('inspect', '--json', tmp_path / name)
-    assert status == 1 and 'is no TensorRT engine' in json.loads(out)['error']['message']
+    assert status == 1 and 'is not a TensorRT engine' in json.loads(out)['error']['message']
 
 
 def test_g3_inspect_of_what_cannot_be_read_at_once_says_so(tmp_path: Path, run: Run) -> None:
@@ -183,7 +183,7 @@ def test_g3_inspect_of_what_cannot_be_read_at_once_says_so(tmp_path: Path, run: 
         os.truncate(tmp_path / name, size)
     for name, problem in (
         ('.', 'is a directory'), ('fifo', 'no regular file'), ('loop', 'symbolic links'), ('none', 'No such file'),
-        ('sparse', 'no TensorRT engine'), ('sparse.engine', f'no memory for its {8 << 40} bytes'),
+        ('sparse', 'not a TensorRT engine'), ('sparse.engine', f'no memory for its {8 << 40} bytes'),
         ('/dev/zero', 'no regular file'),
     ):  # fmt: skip
         status, _, errors = run('inspect', tmp_path / name)

@@ -17,7 +17,7 @@ import pytest
 from onnx import helper
 
 from gps_denied_c7.engines.manifest import HostProfile
-from gps_denied_c7.ground.make_bundle import noise_picture
+from gps_denied_c7.ground.golden_pictures import noise_picture
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
 from gps_denied_c7.model.artefact import Artefact
@@ -144,7 +144,7 @@ def test_m1_verify_tells_of_artefacts_of_other_weights(bundle: Path, run: Run) -
     (bundle / 'model.json').write_text(json.dumps(described))
     status, out, _ = run('verify', bundle)
     assert status == 1
-    assert 'no chain will use it' in out
+    assert 'the node will not use it' in out
 
 
 def test_m1_verify_names_the_answer_that_a_wrong_serving_path_once_gave(bundle: Path, run: Run) -> None:

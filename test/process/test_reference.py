@@ -117,7 +117,7 @@ def test_answers_end_at_a_limit_of_memory_but_for_the_first(tmp_path: Path) -> N
 
 
 def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelBundleError, match='does not take the model'):
+    with pytest.raises(ModelBundleError, match='does not accept the model'):
         reference_answers(b'no model', [])
 
 

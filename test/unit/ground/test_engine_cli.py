@@ -21,8 +21,7 @@ from gps_denied_c7.engines.admission import EngineGate
 from gps_denied_c7.engines.manifest import HostProfile, manifest_path
 from gps_denied_c7.engines.store import EngineCache
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, RuntimeUnavailableError
-from gps_denied_c7.ground import cli as engine_cli
-from gps_denied_c7.ground import compatibility
+from gps_denied_c7.ground import command_build, compatibility
 from gps_denied_c7.ground.cli import main
 from gps_denied_c7.ground.inspect import inspect_engine
 from gps_denied_c7.model.bundle import ModelBundle
@@ -126,7 +125,7 @@ class FakeBuilderThisMachineHasNoGpu:
 @pytest.fixture
 def builder(monkeypatch: pytest.MonkeyPatch) -> FakeBuilderThisMachineHasNoGpu:
     fake = FakeBuilderThisMachineHasNoGpu()
-    monkeypatch.setattr(engine_cli, 'build_engine', fake)
+    monkeypatch.setattr(command_build, 'build_engine', fake)
     return fake
 
 
@@ -240,8 +239,8 @@ def test_g3_inspect_tells_what_it_can_of_anything(tmp_path: Path, run: Run, here
     path = tmp_path / 'superpoint.engine'
     path.write_bytes(b'no plan')
     status, out, errors = run('inspect', path)
-    assert status == 1 and 'is no TensorRT engine' in errors
-    for field in ('file_name', 'plan_header', 'none of a TensorRT plan', '7 bytes'):
+    assert status == 1 and 'is not a TensorRT engine' in errors
+    for field in ('file_name', 'plan_header', 'not a TensorRT plan', '7 bytes'):
         assert field in out
     lone = publish_engine(tmp_path)
     manifest_path(lone).unlink()
@@ -338,7 +337,7 @@ def test_g3_verify_without_a_gpu_admits_nothing_but_looks_for_damage(
     flip(bad)
     status, out, _ = run('verify', engine)
     assert status == 1
-    assert 'it is whole, but no engine runs on this host' in out and '--any-host' in out
+    assert 'it is undamaged, but no engine runs on this host' in out and '--any-host' in out
     assert 'engine_sha256' in run('verify', bad)[1]
     assert run('verify', '--any-host', engine)[0] == 0
     assert run('verify', '--any-host', bad)[0] == 1
@@ -505,7 +504,7 @@ def test_g3_sweep_by_command_line(tmp_path: Path, run: Run, here: HostProfile) -
     line = ('sweep', '--cache', tmp_path / 'e', '--ort-cache', tmp_path / 'o', '--older-than', '30')
     status, out, _ = run(*line, '--dry-run')
     assert status == 0
-    assert f'would remove {old}\n' in out and out.endswith('3 stay (5.2 KiB)\n') and old.exists()
+    assert f'would remove {old}\n' in out and out.endswith('3 kept (5.2 KiB)\n') and old.exists()
     report = json.loads(run(*line, '--not-for-this-host', '--json')[1])
     assert {Path(item['path']) for item in report['removed']} == {old, other, ort}
     assert [Path(item['path']) for item in report['kept']] == [kept]

@@ -884,7 +884,7 @@ def test_m1_a_name_that_cannot_be_published_is_refused(root):
     text = json.dumps(_json(root))
     for surrogate in (r'\ud800', r'\udfff'):
         _rewrite(root, text.replace('"heat"', f'"{surrogate}"'))
-        with pytest.raises(ModelBundleError, match='no text'):
+        with pytest.raises(ModelBundleError, match='not valid text'):
             ModelBundle.load(root)
 
 
