@@ -161,7 +161,7 @@ def decode_json(text: str, unique: Callable[[list[tuple[str, Any]]], Any] | None
     Parse JSON that is nested 32 levels deep at most, so that code that walks, prints or writes it ends.
 
     :param unique: makes an object from its pairs of key and value, where it is to refuse some.
-    :raises ValueError: the text is none, or nested deeper.
+    :raises ValueError: the text is not JSON, or is nested deeper.
     """
     try:
         value = json.loads(text, object_pairs_hook=unique)
@@ -184,7 +184,7 @@ def parse_json(content: bytes) -> object:
     """
     Parse UTF-8 JSON without doubled keys; NaN and infinity are left to the reader of the number.
 
-    :raises ModelBundleError: the content is none.
+    :raises ModelBundleError: the content is not JSON.
     """
 
     def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -18,8 +18,8 @@ def generate_launch_description() -> LaunchDescription:
     """
     Describe one inference node.
 
-    The node takes itself to active (``autostart``). No lifecycle event is emitted from here: after a
-    respawn it would go to the dead process's service and hang.
+    The node activates itself (``autostart``). No lifecycle event is emitted from here: after a respawn it would
+    call the dead process's service and hang.
     """
     share = get_package_share_directory('gps_denied_c7')
     return LaunchDescription(
@@ -27,7 +27,7 @@ def generate_launch_description() -> LaunchDescription:
             DeclareLaunchArgument(
                 'params_file',
                 default_value=os.path.join(share, 'config', 'c7_inference.yaml'),
-                description='Parameter file; arguments given here go before what it says.',
+                description='Parameter file; the other arguments override it.',
             ),
             DeclareLaunchArgument('namespace', default_value='', description='Namespace of the node.'),
             DeclareLaunchArgument('name', default_value='c7_inference', description='Name of the node.'),
@@ -45,7 +45,7 @@ def generate_launch_description() -> LaunchDescription:
             DeclareLaunchArgument(
                 'autostart',
                 default_value='true',
-                description='Let the node configure and activate itself; false leaves it to a lifecycle manager.',
+                description='Let the node configure and activate itself; false: a lifecycle manager does it.',
             ),
             DeclareLaunchArgument(
                 'use_sim_time',
@@ -56,10 +56,10 @@ def generate_launch_description() -> LaunchDescription:
                 'log_level',
                 default_value='info',
                 choices=['debug', 'info', 'warn', 'error', 'fatal'],
-                description='Least severity that is logged.',
+                description='Lowest severity that is logged.',
             ),
-            DeclareLaunchArgument('respawn', default_value='true', description='Start the node again when it dies.'),
-            DeclareLaunchArgument('respawn_delay', default_value='0.2', description='Pause before that, seconds.'),
+            DeclareLaunchArgument('respawn', default_value='true', description='Restart the node when it dies.'),
+            DeclareLaunchArgument('respawn_delay', default_value='0.2', description='Pause before a restart, seconds.'),
             DeclareLaunchArgument(
                 'dds_profile',
                 default_value='true',

@@ -2,7 +2,7 @@
 """
 Find words that a reader on a field trip has to think about; ``plain_words.txt`` beside this file lists them.
 
-Without arguments everything that a person reads is checked, but for what the list calls pending; with paths, those
+Without arguments everything that a person reads is checked, except what the list calls pending; with paths, those
 files and folders, pending or not. Prose is strings, docstrings, comments and pages: code in backticks and in code
 blocks is left out, labels of Mermaid diagrams are not.
 """
@@ -43,7 +43,7 @@ class WordList:
     """
     What ``plain_words.txt`` says.
 
-    :param people: phrases in which "who" and "nobody" are people.
+    :param people: phrases about people, in which words like ``who`` are right.
     :param pending: files and folders that are not checked unless they are named.
     """
 
@@ -57,7 +57,7 @@ class WordList:
         """
         Read a list.
 
-        :raises ValueError: a line is not ``pattern -> plain form``, or stands in no known section.
+        :raises ValueError: a line is not ``pattern -> plain form``, or is in no known section.
         """
         sections: dict[str, list[str]] = {'words': [], 'names': [], 'people': [], 'pending': []}
         lines: list[str] | None = None
@@ -67,7 +67,7 @@ class WordList:
                 lines = sections[text[1:-1]]
             elif text and not text.startswith('#'):
                 if lines is None:
-                    raise ValueError(f'{path}:{number}: this line stands in no section.')
+                    raise ValueError(f'{path}:{number}: this line is in no section.')
                 lines.append(text)
         words, names = (tuple(map(_rule, sections[name])) for name in ('words', 'names'))
         return cls(words, names, tuple(sections['people']), tuple(sections['pending']))
@@ -114,7 +114,7 @@ def python_prose(source: str) -> Iterator[tuple[int, str]]:
                 each.value if isinstance(each, ast.Constant) and isinstance(each.value, str) else '{}'
                 for each in node.values
             )
-            # What stands in a nested string is text as well.
+            # A string inside the braces is text as well.
             for each in inner:
                 if isinstance(each.value, str) and each not in node.values:
                     yield each.lineno, each.value

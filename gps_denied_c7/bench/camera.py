@@ -1,4 +1,4 @@
-"""The cameras: one process that publishes the same images at the same rate to whoever is being measured."""
+"""The cameras: one process that publishes the same images at the same rate to the contestant that is being measured."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Cameras:
     """
     Publish images that are kept as C structures, of which only the stamp changes.
 
-    They leave through rcl, which costs what it costs a driver written in C++ and hides nothing of the contestants:
+    They leave through rcl, which costs the same as in a driver written in C++ and favours no contestant:
     rclpy would copy each of them once more.
 
     :param topics: of each contestant by its name, one for each camera.
@@ -66,7 +66,7 @@ class Cameras:
         """
         Publish to one contestant, return the stamps sent once the last frame's time is over.
 
-        The cameras take turns within a period, as cameras that nobody triggers together do. A frame that is late is
+        The cameras take turns within a period, as cameras without a common trigger do. A frame that is late is
         sent late and none is left out, unless it is more than a second behind.
         """
         publishers = self._publishers[name]
@@ -83,7 +83,7 @@ class Cameras:
             stamp.sec, stamp.nanosec = divmod(stamp_ns, 10**9)
             self._rcl.publish(publishers[number % len(publishers)], image)
             stamps.append(stamp_ns)
-        # What is sent next, to whomever, keeps the rate.
+        # The next frame, to any contestant, keeps the rate.
         _wait_until(began + len(stamps) * period)
         return stamps
 

@@ -1,4 +1,4 @@
-"""What is measured: who competes, on which images, networks, rates and numbers of cameras."""
+"""What is measured: the contestants, images, networks, rates and numbers of cameras."""
 
 from __future__ import annotations
 
@@ -105,14 +105,14 @@ def present_contestants(declared: Collection[str]) -> tuple[Contestant, ...]:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
     """
-    Say what is sent, and to whom.
+    Describe what is sent, and to which contestants.
 
     :param encoding: of the images, ``mono8`` or ``rgb8``; the network takes as many channels. ``jpeg`` for rgb8
         pictures that are compressed beforehand.
-    :param model_ms: what one inference takes, about; the networks are made to measure on this machine.
+    :param model_ms: what one inference takes, about; the networks are sized on this machine.
     :param dense_maps: 640x480 float32 maps that the network returns beside 1 KB, 1.23 MB each.
     :param rate_hz: images per second and camera; 0 for more than the engine can answer.
-    :param contestants: names of those who compete.
+    :param contestants: names of the contestants.
     :param transport: ``shipped``, or ``default`` for what Fast DDS does without a profile.
     :param seconds: of one measurement, its own length where None.
     :param repetitions: likewise.
@@ -157,12 +157,12 @@ class Case:
         return self.dense_maps > 0
 
     @property
-    def anew(self) -> bool:
+    def separate_processes(self) -> bool:
         """
         Whether each repetition has processes of its own.
 
         How a process has come to place its blocks in memory can decide about the time of every large one from then on;
-        one process's luck is not a contestant's.
+        so one process is not representative.
         """
         return self.large_outputs or self.width * self.height * self.channels >= _LARGE_BYTES
 
@@ -199,7 +199,7 @@ class Case:
 
     @property
     def words(self) -> dict[str, str]:
-        """What is sent to whom, word by word, each by the name of its axis."""
+        """The case in words, each by the name of its axis."""
         words = {
             IMAGE_SIZE: f'{self._size} {self.encoding}',
             'model': f'{self.model_ms} ms model',

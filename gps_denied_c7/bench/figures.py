@@ -1,4 +1,4 @@
-"""From stamps, durations and counters to the figures that are compared."""
+"""The figures that are compared, from stamps, durations and counters."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ class Result:
     :param outside: callback entry to the message being complete, the engine's own run left out.
     :param publish_call_ms: p50 of message and publish call together, by the node's own diagnostics; None for others.
     :param sent: frames of all repetitions, warm-up included.
-    :param dropped: by policy, by the node's own count; None for those who cannot tell.
+    :param dropped: by policy, by the node's own count; None for contestants that do not count it.
     :param lost: neither answered nor dropped by policy: lost on the way, or pushed out of a queue.
     :param cpu_ms_per_answer: processor time by process, for each answer.
     :param cpu_percent: of one core, by process.
@@ -178,7 +178,7 @@ class Result:
 @dataclass(frozen=True, slots=True)
 class CaseResult:
     """
-    Hold a case with what everyone did in it.
+    Hold a case with the result of each contestant.
 
     :param engine_ms: what the network took when it was made.
     """
@@ -246,7 +246,7 @@ def compared(cases: Sequence[CaseResult]) -> list[CaseResult]:
 
 
 def has_overview(cases: Sequence[CaseResult]) -> bool:
-    """Return whether so many cases can be compared that nobody reads them one by one."""
+    """Return whether there are too many comparable cases to read one by one."""
     return len(compared(cases)) >= _MANY
 
 
@@ -408,7 +408,7 @@ def _outside_engine(case: CaseResult) -> list[Verdict]:
     node = case.results.get(SHIPPED)
     if node is None or node.outside is None or case.case.is_overloaded or case.case.large_outputs:
         return []
-    # With several cameras a frame waits while another one's is answered, which is no work of the node's.
+    # With several cameras a frame waits while another one's is answered, which is not the node's work.
     if case.case.transport != SHIPPED_TRANSPORT or case.case.cameras > 1:
         return []
     # Callback entry to publish returned: the message's own durations end before the publish call.

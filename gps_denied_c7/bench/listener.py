@@ -1,4 +1,4 @@
-"""Who waits for the tensors: one process that notes when each answer was in its hands."""
+"""The subscriber to the tensors: one process that notes when it had received each answer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Networks made to measure: so many milliseconds on this machine, with small or large outputs."""
+"""Networks that take a given time on this machine, with small or large outputs."""
 
 from __future__ import annotations
 

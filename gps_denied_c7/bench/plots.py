@@ -122,12 +122,12 @@ def ratio_plot(cases: Sequence[CaseResult]) -> NDArray | None:
     """
     import cv2
 
-    told = compared(cases)
-    if len(told) < 2:
+    comparable = compared(cases)
+    if len(comparable) < 2:
         return None
-    rates = list(dict.fromkeys(case.case.words[RATE] for case in told))
+    rates = list(dict.fromkeys(case.case.words[RATE] for case in comparable))
     rows: dict[str, list[CaseResult]] = {}
-    for case in told:
+    for case in comparable:
         others = [word for axis, word in case.case.words.items() if axis not in (RATE, CAMERAS)]
         rows.setdefault(', '.join(others), []).append(case)
     bottom = 2 * _TITLE + _ROW * len(rows)
@@ -180,8 +180,8 @@ def scaling_plot(cases: Sequence[CaseResult]) -> NDArray | None:
         for left, text in _COLUMNS:
             _write(picture, text, (left, top + 22), colour=_FAINT)
         top += _TITLE
-        told = [result.latency.p99 for _, results in points for result in results if result.latency]
-        scale = (_COLUMNS[0][0] - _BARS - _GAP) / max(told, default=1.0)
+        p99s = [result.latency.p99 for _, results in points for result in results if result.latency]
+        scale = (_COLUMNS[0][0] - _BARS - _GAP) / max(p99s, default=1.0)
         for point, results in points:
             _write(picture, point.case.point(series), (24, top + 15))
             for result in results:

@@ -89,7 +89,7 @@ class BenchReport:
         return tabulate(rows, headers=['limit on', 'case', 'limit', 'measured', ''], tablefmt=style)
 
     def case_table(self, case: CaseResult, style: str = 'github') -> str:
-        """Return latency, throughput and frames of everyone in one case."""
+        """Return latency, throughput and frames of each contestant in one case."""
         from tabulate import tabulate
 
         reference = case.results.get(FORTY_LINES)
@@ -179,7 +179,7 @@ class BenchReport:
         Return the report as a Markdown document, or a part of one.
 
         :param heading: of the whole, one sign for each level.
-        :param sections: which of :data:`SECTIONS` it has; facts about the run come before them.
+        :param sections: which of :data:`SECTIONS` it has; facts about the run precede them.
         :param folder: where the plots lie from where the document does, ending in a slash; '' for beside it.
         """
         parts = [f'{heading} Benchmark', '\n'.join(f'- {name}: {value}' for name, value in self.facts.items())]
@@ -241,5 +241,5 @@ def _latency(result: Result | None) -> Sequence[str]:
 
 
 def _frames(result: Result) -> Sequence[object]:
-    dropped = 'cannot tell' if result.dropped is None else result.dropped
+    dropped = 'not counted' if result.dropped is None else result.dropped
     return [result.sent, result.answered, dropped, result.lost]

@@ -28,7 +28,7 @@ class Detections:
 
     :param image: HxWx3 uint8, BGR.
     :param keypoints: Nx2, x and y in network pixels.
-    :param scores: N; those of 0 are no keypoints.
+    :param scores: N; those of 0 are not keypoints.
     :param heatmap: 2-D, any scale, over the whole network input.
     :param network_to_image: 2x3, pixel centres at integers.
     :param network_size: width and height of the network input.

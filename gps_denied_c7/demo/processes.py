@@ -17,12 +17,11 @@ from types import TracebackType
 
 from gps_denied_c7.errors import C7Error
 from gps_denied_c7.python_child import SAFE_DIRECTORY, python_child
+from gps_denied_c7.ros.dds_memory import MORE_SHM, SEGMENT_OVERHEAD, HostTransport
 from gps_denied_c7.ros.fastdds import (
     BUILTIN_TRANSPORTS,
     OWN_PORTS,
-    SEGMENT_OVERHEAD,
     DdsPorts,
-    HostTransport,
     apply_profile,
     named_profile,
     ports_in_force,
@@ -228,8 +227,6 @@ def _fitting_segment(processes: int, profile: Path) -> int | None:
     fitting = int(0.9 * free / processes / SEGMENT_OVERHEAD)
     if fitting < _LEAST_SEGMENT_BYTES:
         raise DemoError(
-            f'/dev/shm has {free / 1e6:.1f} MB left, too little for large images.',
-            remedy='Give the container more (docker run --shm-size=1g), or remove what killed processes left '
-            'behind (fastdds shm clean).',
+            f'/dev/shm has {free / 1e6:.1f} MB left, too little for large images.', remedy=MORE_SHM
         )
     return fitting

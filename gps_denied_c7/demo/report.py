@@ -1,4 +1,4 @@
-"""What a demo run found, whether that is good, and how it is told: table, Markdown, JSON."""
+"""What a demo run found, and whether that is good, as table, Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class DemoReport:
             if kinds.count(alert) != 1:
                 problems.append(f'{alert} was recorded {kinds.count(alert)} times on ~/fdr, not once.')
             if alert not in self.standing_alerts:
-                problems.append(f'{alert} does not stand on /diagnostics.')
+                problems.append(f'{alert} is not on /diagnostics.')
         if 'c7.session_ended' not in kinds:
             problems.append('the node did not record the end of its session.')
         if self.node_exit_code != 0:

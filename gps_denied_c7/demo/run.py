@@ -107,7 +107,7 @@ class _Feed:
         return values
 
     def lifecycle_state(self) -> str:
-        """Return the node's lifecycle state as it last told."""
+        """Return the node's lifecycle state as last reported."""
         return self.values('Runtime').get('lifecycle_state', 'unknown')
 
     def counter(self, topic: str, *names: str) -> int:
@@ -138,7 +138,7 @@ def run_demo(options: DemoOptions, say: Callable[[str], None], *, progress: bool
         report = run.account(say)
         if not report.dropped:
             break
-        # Newest wins where frames come faster than they are answered: right in flight, no basis for an account.
+        # The newest frame wins if they come too fast: right in flight, but then not every frame can be accounted for.
         say(f'{report.dropped} frames were dropped by policy: this machine is too busy for a pace of {pace:g}')
     assert report is not None
     (output / 'report.json').write_text(json.dumps(report.to_json(), indent=2) + '\n', encoding='utf-8')
@@ -175,7 +175,7 @@ class _Run:
     progress: bool
 
     def account(self, say: Callable[[str], None]) -> DemoReport:
-        """Return what came of it, and draw the picture."""
+        """Return the report, and draw the picture."""
         output = self.output
         topics = [f'{camera.name}/image_raw' for camera in self.options.cameras]
         with ExitStack() as stack:
@@ -380,22 +380,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument(
         '--output', type=path_argument, default=defaults.output, metavar='DIR',
-        help='made where missing; replaces what an earlier demo left there; default: %(default)s',
+        help='directory for the results; replaces those of an earlier demo; default: %(default)s',
     )  # fmt: skip
     parser.add_argument(
         '--duration', type=float, default=defaults.duration_s, metavar='SECONDS', help='default: %(default)g'
     )
     parser.add_argument(
-        '--rate', type=float, default=defaults.rate_hz, metavar='HZ', help='of the 640x480 camera; default: %(default)g'
-    )
+        '--rate', type=float, default=defaults.rate_hz, metavar='HZ',
+        help='rate of the 640x480 camera; default: %(default)g',
+    )  # fmt: skip
     parser.add_argument(
         '--hd-rate', type=float, default=defaults.hd_rate_hz, metavar='HZ',
-        help='of the 1920x1080 camera; 0: none; default: %(default)g',
+        help='rate of the 1920x1080 camera; 0: none; default: %(default)g',
     )  # fmt: skip
     parser.add_argument(
         '--domain-id', type=int, default=os.environ.get('ROS_DOMAIN_ID') or None, metavar='N',
-        help='ROS domain; default: ROS_DOMAIN_ID, or where that is not set one on ports of its own, which no other '
-        'program finds',
+        help='ROS domain; default: ROS_DOMAIN_ID; if that is not set, one on separate ports that no other program uses',
     )  # fmt: skip
     parser.add_argument('--no-progress', action='store_true', help='draw no bars')
     parsed = parser.parse_args(arguments)

@@ -113,7 +113,7 @@ def read_picture(path: Path) -> Pixels:
     """
     Return the pixels of a JPEG or PNG file, decoded as the node does.
 
-    :raises ModelBundleError: it is none, or cannot be read.
+    :raises ModelBundleError: it is not such a file, or cannot be read.
     """
     content = read_file(path, limit=_PICTURE_LIMIT_BYTES)
     try:

@@ -22,8 +22,8 @@ from gps_denied_c7.ros.frame_policy import FrameDropPolicy
 from gps_denied_c7.ros.guard import CallbackGuard
 from gps_denied_c7.ros.image_stream import ImageStream
 from gps_denied_c7.ros.messages import decode_message
-from gps_denied_c7.ros.parameters import LiveSettings, NodeSettings
 from gps_denied_c7.ros.rcl import Rcl
+from gps_denied_c7.ros.settings import LiveSettings, NodeSettings
 from gps_denied_c7.ros.stream_set import StreamSet, compressed_decoder
 
 __all__ = ['Answering', 'AnsweringParts']
@@ -101,7 +101,7 @@ class Answering:
         self.streams.open()
 
     def look(self) -> None:
-        """Follow publishers and the cost of images; now and then, from one thread."""
+        """Follow publishers and the cost of images; called regularly, from one thread."""
         events, streams = self._parts.events, self.streams
         streams.look()
         for topic in streams.topics:
@@ -112,16 +112,16 @@ class Answering:
 
     def close(self, left_behind: Callable[[str], object]) -> None:
         """
-        Cancel a swap, end the streams and finish the frame in hand; again where something failed.
+        Cancel a swap, end the streams and finish the current frame; may be repeated after a failure.
 
-        :param left_behind: called with what goes on in spite of that.
+        :param left_behind: called with what still runs after that.
         """
         if not self.swapper.stop(_CANCEL_SWAP_S):
-            left_behind('the load of another model cannot be ended')
+            left_behind('the load of another model cannot be stopped')
         if not self.streams.close(_END_DECODING_S):
-            left_behind('an image is still being decoded though its decoder was ended')
+            left_behind('an image is still being decoded although its decoder was stopped')
         if not self._inference.stop(_FINISH_FRAME_S):
-            left_behind(f'the frame in hand is not answered after {_FINISH_FRAME_S:.0f} s')
+            left_behind(f'the current frame is still not answered after {_FINISH_FRAME_S:.0f} s')
 
     def _make_streams(self, types: dict[str, str]) -> StreamSet:
         parts = self._parts

@@ -1,4 +1,4 @@
-"""Take the node to active without being asked, for as long as it takes (N-2)."""
+"""Configure and activate the node by itself, and retry until it works (N-2)."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ class Autostart:
         while not self._stopped.is_set():
             wait = False
             try:
-                # Before the attempt: what changes meanwhile is worth another one.
+                # Read before the attempt: a change during it is a reason for another one.
                 before = self._conditions()
                 if self._attempt():
                     return
@@ -105,7 +105,7 @@ class Autostart:
             except Exception as error:
                 self._on_failure(error)
             if self._stopped.is_set():
-                # Stopped in the middle of the attempt: that it has not come to active is no failure.
+                # Stopped in the middle of the attempt: that the node is not active is not a failure.
                 return
             if wait:
                 self._on_wait()

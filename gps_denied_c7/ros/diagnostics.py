@@ -90,7 +90,7 @@ _MOST_VALUES = 256
 _SILENT_S = 2.0
 _TROUBLE_LASTS_S = 3.0
 _TOO_OLD_IN_A_ROW = 10
-_LOSS_REMEDY = "large ones need the node's DDS profile on the camera's side, too"
+_LOSS_REMEDY = "large images need the node's DDS profile in the camera driver too"
 
 
 def runtime_report(
@@ -104,11 +104,11 @@ def runtime_report(
     gpu_memory: GpuMemoryBudget | None = None,
 ) -> Report:
     """
-    Judge the runtime: what serves, and what stands against it.
+    Judge the runtime: what serves, and what is wrong with it.
 
     :param start_problem: why the last configure or activate failed, empty when it did not.
-    :param notices: lasting remarks on the host, each a full sentence with its remedy.
-    :param building: how far the engine is that is being built now, None where none is.
+    :param notices: lasting notes on the host, each a full sentence with its remedy.
+    :param building: progress of the engine that is being built now, None if none is.
     :param swap: the latest swap of the model since configure, None before the first.
     :param gpu_memory: the budget that engines hold parts of.
     """
@@ -124,25 +124,7 @@ def runtime_report(
             'gpu_memory_held_mib': ', '.join(held) or 'none',
         }
     if chain is not None:
-        facts = chain.facts
-        values |= {
-            'model': chain.model_name,
-            'weights_digest': chain.weights_digest,
-            'chain_state': chain.state.value,
-            'runtime': chain.active.strategy if chain.active else 'none',
-            'provider': facts.active_provider if facts else 'none',
-            'requested_providers': ', '.join(facts.requested_providers) if facts else '',
-            'cpu_nodes': 'unknown' if facts is None or facts.cpu_nodes is None else facts.cpu_nodes,
-            'worker_pid': chain.worker_pid or 'none',
-            'standby': chain.standby.name if chain.standby else 'none',
-            'standby_pid': chain.standby_pid or 'none',
-            'is_fallback': chain.is_fallback,
-            'alerts': ', '.join(chain.alerts),
-            'switches': chain.switches,
-            'gpu_lost': chain.gpu_lost,
-        }
-        values |= {f'longest_load_s {rung}': f'{seconds:.3f}' for rung, seconds in chain.longest_load_s}
-        values |= {f'out {rung}': reason for rung, reason in chain.failures}
+        values |= _chain_values(chain)
     values |= {f'failures in {callback}': count for callback, count in callback_failures.items()}
     values |= {f'notice {number}': notice for number, notice in enumerate(notices, 1)}
     level, message = _judge_runtime(lifecycle_state, chain, start_problem)
@@ -155,6 +137,29 @@ def runtime_report(
     elif swap is not None and swap.unsuccessful:
         level, message = max(level, WARN), f'{message}; the swap to {swap.path} {swap.phase.value}: {swap.reason}'
     return Report('Runtime', level, message, values)
+
+
+def _chain_values(chain: ChainStatus) -> dict[str, Any]:
+    facts = chain.facts
+    values: dict[str, Any] = {
+        'model': chain.model_name,
+        'weights_digest': chain.weights_digest,
+        'chain_state': chain.state.value,
+        'runtime': chain.active.strategy if chain.active else 'none',
+        'provider': facts.active_provider if facts else 'none',
+        'requested_providers': ', '.join(facts.requested_providers) if facts else '',
+        'cpu_nodes': 'unknown' if facts is None or facts.cpu_nodes is None else facts.cpu_nodes,
+        'worker_pid': chain.worker_pid or 'none',
+        'standby': chain.standby.name if chain.standby else 'none',
+        'standby_pid': chain.standby_pid or 'none',
+        'is_fallback': chain.is_fallback,
+        'alerts': ', '.join(chain.alerts),
+        'switches': chain.switches,
+        'gpu_lost': chain.gpu_lost,
+    }
+    values |= {f'longest_load_s {rung}': f'{seconds:.3f}' for rung, seconds in chain.longest_load_s}
+    values |= {f'out {rung}': reason for rung, reason in chain.failures}
+    return values
 
 
 def _judge_runtime(lifecycle_state: str, chain: ChainStatus | None, start_problem: str) -> tuple[bytes, str]:
@@ -205,20 +210,20 @@ def stream_report(health: StreamHealth, *, active: bool) -> Report:
     slowed = active and cost is not None and cost.slowed
     level, message = OK, 'images arrive' if active else 'closed'
     if active and health.mismatches:
-        level, message = ERROR, f'publishers that cannot reach this node: {"; ".join(health.mismatches)}'
+        level, message = ERROR, f'publishers whose images cannot reach this node: {"; ".join(health.mismatches)}'
     elif active and _is_recent(health.unanswered_s):
-        level, message = ERROR, f'images are left without an answer, so far {counters.unanswered}; the log says why'
+        level, message = ERROR, f'images are not answered, so far {counters.unanswered}; the log has the reason'
     elif slowed or (active and _is_recent(health.refused_s)):
         refused = ', '.join(f'{count} × {reason}' for reason, count in counters.refused.items())
-        reasons = [f'slowed, since its images cost more than its share: {cost}; {SHARE_REMEDY}'] if slowed else []
+        reasons = [f'slowed, since its images need more than its CPU share: {cost}; {SHARE_REMEDY}'] if slowed else []
         reasons += [f'images are being refused, so far {refused}'] if _is_recent(health.refused_s) else []
         level, message = WARN, ' '.join(reasons)
     elif active and _is_recent(health.lost_s):
-        level, message = WARN, f'images are lost on their way, so far {counters.lost}; {_LOSS_REMEDY}'
+        level, message = WARN, f'images are lost between camera and node, so far {counters.lost}; {_LOSS_REMEDY}'
     elif active and health.silent_s > _SILENT_S:
         level, message = WARN, f'no image for {health.silent_s:.0f} s; is the camera publishing {health.topic}?'
     elif active and health.too_old >= _TOO_OLD_IN_A_ROW:
-        level, message = WARN, f'the last {health.too_old} images were older than max_frame_age_ms; use_sim_time?'
+        level, message = WARN, f'the last {health.too_old} images were older than max_frame_age_ms; set use_sim_time?'
     return Report(f'Stream {health.topic}', level, message, values)
 
 
@@ -254,13 +259,13 @@ def thermal_report(
     state: ThermalState, policy: str = ThermalPolicy.REPORT.value, answered_of: int = 1
 ) -> Report:
     """
-    Judge the thermal state; an unknown one is said to be unknown, not to be well.
+    Judge the thermal state; an unknown state is reported as unknown, not as good.
 
     :param policy: of ThermalPolicy.
     :param answered_of: one frame of so many is answered, because of heat.
     """
     if policy == ThermalPolicy.OFF:
-        return Report('Thermal', OK, 'not looked at (thermal_policy off)')
+        return Report('Thermal', OK, 'not monitored (thermal_policy off)')
     level = {ThermalLevel.THROTTLED: WARN, ThermalLevel.CRITICAL: ERROR}.get(state.level, OK)
     message = state.level.value
     if state.reasons:

@@ -55,7 +55,7 @@ class EventReporter:
         return _since_s(self._unanswered_ns.get(topic))
 
     def replaced(self, frame: Frame) -> None:
-        """Count a frame whose place a newer one took."""
+        """Count a frame that a newer one replaced."""
         self._statistics.count(frame.topic, 'replaced')
 
     def refused(self, topic: str, error: ImageRejectedError) -> None:
@@ -78,17 +78,19 @@ class EventReporter:
         """Warn of images whose header stamps are too old; the inference thread counts them."""
         if self._more(('age', topic)) is not None:
             self._logger().warning(
-                f'{topic}: the last {in_a_row} images were dropped, their header stamps lie {age_ms:.0f} ms back, more '
-                'than max_frame_age_ms. Where they come from a bag, set use_sim_time and play it with --clock; else '
+                f'{topic}: the last {in_a_row} images were dropped: their header stamps are {age_ms:.0f} ms old, more '
+                'than max_frame_age_ms. For a bag, set use_sim_time and play it with --clock; otherwise '
                 'synchronise the clocks or raise max_frame_age_ms.'
             )
 
     def time_reset(self, topic: str, backwards_s: float) -> None:
         """Report header stamps that jumped back."""
         self._record('c7.time_reset', topic=topic, backwards_s=backwards_s)
-        # Two publishers whose clocks differ have this happen with every other image.
+        # With two publishers whose clocks differ, this happens with every other image.
         if (more := self._more((topic, 'time reset'))) is not None:
-            self._logger().warning(f'{topic}: stamps jumped back by {backwards_s:.1f} s; going on from there{more}')
+            self._logger().warning(
+                f'{topic}: header stamps jumped back by {backwards_s:.1f} s; the node continues from there{more}'
+            )
 
     def overrun(self, topic: str, qos: QoSProfile, keeps_newest: bool) -> None:
         """Report a queue of the middleware that is full again and again."""
@@ -97,23 +99,23 @@ class EventReporter:
             return
         override = f'qos_overrides.{topic}.subscription'
         remedy = (
-            'Until the streams are opened anew, the newest alone is kept.'
+            'Until the next activation, only the newest image is kept.'
             if keeps_newest
-            else f'Have the newest alone be kept: {override}.history keep_last, {override}.depth 1.'
+            else f'To keep only the newest image, set {override}.history keep_last and {override}.depth 1.'
         )
         self._logger().warning(
-            f'{topic}: images come faster than this machine can receive them; they queue up, and the oldest is taken '
-            f'first. {remedy} Lower their rate or size.'
+            f'{topic}: images arrive faster than this machine can receive them, so answers are late. '
+            f'{remedy} Lower the rate or size of the images.'
         )
 
     def retyped(self, topic: str, message_type: str, before: str) -> None:
-        """Report a topic that is subscribed anew, because its publisher has another message type."""
+        """Report a topic that is subscribed again, because its publisher has another message type."""
         self._statistics.count(topic, 'retyped')
         self._record('c7.stream_retyped', topic=topic, type=message_type, previous_type=before)
         if (more := self._more((topic, 'retyped'))) is not None:
             self._logger().info(
                 f'{topic} is published as {message_type}, so it is no longer subscribed as {before}. Set '
-                f'image_topic_types to miss no images at the start.{more}'
+                f'image_topic_types to lose no images at the start.{more}'
             )
 
     def share_changed(self, cost: CameraCost) -> None:

@@ -13,31 +13,31 @@ from rclpy.context import Context
 from rclpy.exceptions import InvalidHandle
 from rclpy.executors import Executor, ExternalShutdownException, ShutdownException, TimeoutException
 
-__all__ = ['PoolExecutor', 'PromptCallbackGroup', 'give_way']
+__all__ = ['PoolExecutor', 'PromptCallbackGroup', 'yield_gil']
 
 _WAKE_S = 0.2
 _YIELD_S = 0.001
 _PAUSE_S = 0.001
 
-# What the callback that runs in a thread has given way so far.
-_given = threading.local()
+# Seconds for which the callback of a thread has yielded so far.
+_yielded = threading.local()
 
 
-def give_way() -> None:
+def yield_gil() -> None:
     """
-    Let go of the interpreter for as long as whoever was woken just now needs to come to what runs without it.
+    Release the GIL long enough for a notified thread to start its next call that runs without it.
 
-    For callbacks; a PoolExecutor takes it off its own pause.
+    For callbacks; a PoolExecutor subtracts the time from its own pause.
     """
     time.sleep(_PAUSE_S)
-    _given.seconds = getattr(_given, 'seconds', 0.0) + _PAUSE_S
+    _yielded.seconds = getattr(_yielded, 'seconds', 0.0) + _PAUSE_S
 
 
 class PromptCallbackGroup(MutuallyExclusiveCallbackGroup):
     """
     Hold callbacks that return at once, one at a time: a PoolExecutor runs them in the thread that spins.
 
-    That saves an image the wake-up of one thread more, on its way to the one that answers it.
+    That saves one thread wake-up on an image's way to the inference thread.
     """
 
 
@@ -47,14 +47,14 @@ class PoolExecutor(Executor):
 
     rclpy's MultiThreadedExecutor hands a callback to its pool again and again until one of the threads
     has begun with it. To begin, the thread needs the interpreter's lock, which the loop keeps taking from
-    it: measured beside an inference thread, every callback was handed over eight times, and now and then
+    it: measured beside an inference thread, every callback was handed over eight times, and occasionally
     thousands of them queued up and nothing was served for a second. Here each is handed over once, and
-    the loop pauses: it takes the interpreter for a third of a millisecond each time that it waits anew, which
-    the callback, and whoever it has woken, would wait for (0.45 ms to the inference thread, 0.23 with it).
+    the loop pauses: each new wait holds the interpreter for a third of a millisecond, which delays the callback
+    and the thread that it notifies (0.45 ms to the inference thread, 0.23 with the pause).
 
     :param threads: how many callbacks run at the same time.
-    :param on_escape: called with each exception that a callback let out; spinning goes on.
-    :param pause_s: seconds after each callback, less what it gave way itself; 0 where nobody waits for the interpreter.
+    :param on_escape: called with each exception that a callback raised; spinning continues.
+    :param pause_s: seconds after each callback, less those that it yielded itself; 0 if no thread waits for the GIL.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class PoolExecutor(Executor):
         self._handed_over: set[Any] = set()
 
     def spin_until(self, stopped: Callable[[], bool]) -> None:
-        """Spin until ``stopped``, which is looked at several times a second, or the end of the context."""
+        """Spin until ``stopped``, which is checked several times a second, or the end of the context."""
         while not stopped():
             try:
                 self.spin_once(timeout_sec=_WAKE_S)
@@ -80,10 +80,10 @@ class PoolExecutor(Executor):
                 return
             except Exception as error:
                 if not self.context.ok():
-                    # Its end is not always told as such: whatever is made for the next wait fails.
+                    # Its end is not always reported as such: anything made for the next wait fails.
                     return
                 self._escaped(error)
-                # Where it fails again and again, others are to get on.
+                # If it fails repeatedly, other threads must be able to continue.
                 time.sleep(_YIELD_S)
 
     def spin_once(self, timeout_sec: float | None = None) -> None:
@@ -94,12 +94,12 @@ class PoolExecutor(Executor):
             return
         task, entity, _ = ready
         if isinstance(getattr(entity, 'callback_group', None), PromptCallbackGroup):
-            _given.seconds = 0.0
+            _yielded.seconds = 0.0
             self._execute(task)
-            time.sleep(max(0.0, self._pause_s - _given.seconds))
+            time.sleep(max(0.0, self._pause_s - _yielded.seconds))
             return
         if task in self._handed_over or task.done():
-            # Every thread is busy. Without a pause, this loop would keep them from getting on.
+            # Every thread is busy. Without a pause, this loop would starve them.
             time.sleep(_YIELD_S)
             return
         self._handed_over.add(task)
@@ -127,6 +127,6 @@ class PoolExecutor(Executor):
             self._escaped(error)
 
     def _escaped(self, error: Exception) -> None:
-        # InvalidHandle: a subscription that was closed while its message was in hand.
+        # InvalidHandle: a subscription that was closed while its message was being handled.
         if not isinstance(error, InvalidHandle):
             self._on_escape(error)

@@ -1,14 +1,10 @@
-"""Choose the DDS transports that large images need, and say what is missing on this host."""
+"""Choose the DDS profile and ports that large images need."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
-import fcntl
 import os
 import re
-import stat
-import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -16,14 +12,10 @@ from pathlib import Path
 
 __all__ = [
     'BUILTIN_TRANSPORTS',
-    'HD_IMAGE_BYTES',
     'OWN_PORTS',
     'PROFILE_NAME',
-    'SEGMENT_OVERHEAD',
     'DdsPorts',
-    'HostTransport',
     'ProfileDecision',
-    'SweptSegments',
     'apply_profile',
     'free_taken_messages',
     'named_profile',
@@ -31,15 +23,12 @@ __all__ = [
     'profile_path',
     'profile_variable',
     'segment_size',
-    'sweep_segments',
-    'transport_warnings',
     'tune_allocator',
     'uses_fast_dds',
     'write_profile',
 ]
 
 PROFILE_NAME = 'fastdds_shm.xml'
-HD_IMAGE_BYTES = 1920 * 1080 * 3
 
 # Kilted's Fast DDS 3 warns about the old name, Jazzy's Fast DDS 2 does not know the new one.
 _VARIABLES = ('FASTRTPS_DEFAULT_PROFILES_FILE', 'FASTDDS_DEFAULT_PROFILES_FILE')
@@ -50,13 +39,6 @@ _NO_PROFILE_OF_DIRECTORY = 'SKIP_DEFAULT_XML_FILE'
 _QOS_FROM_XML, _PUBLICATION_MODE = 'RMW_FASTRTPS_USE_QOS_FROM_XML', 'RMW_FASTRTPS_PUBLICATION_MODE'
 _FAST_DDS = ('rmw_fastrtps_cpp', 'rmw_fastrtps_dynamic_cpp')
 _OLD_DISTRIBUTIONS = ('foxy', 'galactic', 'humble', 'iron', 'jazzy')
-_FRAMES_IN_FLIGHT = 4
-_SEGMENT = re.compile(r'fast(?:rtps|dds)_[0-9a-f]{16}')
-# So long after its lock file a process has certainly locked it.
-_SETTLED_S = 10.0
-
-SEGMENT_OVERHEAD = 1.06
-"""What a segment takes of /dev/shm for each byte asked for; 1.047 measured with Fast DDS 2.14."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +100,7 @@ def apply_profile(environ: MutableMapping[str, str]) -> ProfileDecision:
     environ.setdefault(_NO_PROFILE_OF_DIRECTORY, '1')
     if variable := named_profile(environ):
         named = Path(environ[variable])
-        # A child of a process that applied the profile finds it set, which is no choice of the user's.
+        # A child of a process that applied the profile finds it set, although the user did not choose it.
         own = ' for large images' if named == profile_path() else ''
         return ProfileDecision(False, variable, named, f'DDS profile{own}, as {variable} names it: {named}.')
     if builtin := environ.get(BUILTIN_TRANSPORTS):
@@ -256,181 +238,11 @@ def write_profile(
     return path
 
 
-@dataclass(frozen=True, slots=True)
-class HostTransport:
-    """
-    Hold what this host and process have for carrying images.
-
-    :param shm_free_bytes: free space in /dev/shm, None where there is no /dev/shm.
-    :param segment_bytes: largest shared-memory segment that Fast DDS made for this process, 0 where it made none.
-    :param rmem_max_bytes: net.core.rmem_max, the limit on a socket's receive buffer; None where unknown.
-    """
-
-    shm_free_bytes: int | None
-    segment_bytes: int
-    rmem_max_bytes: int | None
-
-    @classmethod
-    def read(cls) -> HostTransport:
-        """Look at this process, which must have a DDS participant by now, and its host."""
-        try:
-            shm = os.statvfs('/dev/shm')
-            free: int | None = shm.f_bavail * shm.f_frsize
-        except OSError:
-            free = None
-        try:
-            rmem: int | None = int(Path('/proc/sys/net/core/rmem_max').read_text())
-        except (OSError, ValueError):
-            rmem = None
-        return cls(free, max(_own_segments(), default=0), rmem)
-
-
-def _own_segments() -> list[int]:
-    """Return the sizes of this process's segments: it holds the lock file of each open, of no one else's."""
-    sizes = []
-    for descriptor in Path('/proc/self/fd').glob('*'):
-        with contextlib.suppress(OSError):
-            # A descriptor or segment that was closed meanwhile, as the one of this very listing, is none.
-            if lock := re.fullmatch(rf'(/dev/shm/{_SEGMENT.pattern})_el', os.readlink(descriptor)):
-                sizes.append(os.stat(lock[1]).st_size)
-    return sizes
-
-
-@dataclass(frozen=True, slots=True)
-class SweptSegments:
-    """
-    Count the shared memory that Fast DDS left behind.
-
-    :param removed: segments whose processes had been killed, and which are gone now.
-    :param removed_bytes: what they had taken of /dev/shm.
-    :param refused: segments of the kind that another user owns.
-    """
-
-    removed: int = 0
-    removed_bytes: int = 0
-    refused: int = 0
-
-    def __str__(self) -> str:
-        """Say what was done, and what is left to others; empty where there was nothing."""
-        parts = []
-        if self.removed:
-            parts.append(
-                f'Removed {self.removed} shared-memory segments of Fast DDS ({_mb(self.removed_bytes)}), whose '
-                f'processes had been killed.'
-            )
-        if self.refused:
-            parts.append(
-                f'{self.refused} more belong to another user; free their memory with: sudo fastdds shm clean'
-            )
-        return ' '.join(parts)
-
-
-def sweep_segments(folder: Path = Path('/dev/shm')) -> SweptSegments:
-    """
-    Remove the segments that Fast DDS has left behind where processes were killed.
-
-    A process cannot do it for itself then, and each segment holds 70 MB of memory until somebody does: a node that is
-    started again and again would fill the host's. A living process holds a lock (flock) on the file beside its
-    segment, in other containers too; the kernel drops it with the process. Sound with Fast DDS 2.14 and 3.2.
-    """
-    removed = removed_bytes = refused = 0
-    for lock in folder.glob('fast*_el'):
-        segment = lock.with_name(lock.name.removesuffix('_el'))
-        if not _SEGMENT.fullmatch(segment.name):
-            continue
-        try:
-            # Anybody may have put anything there.
-            with open(os.open(lock, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW), 'rb') as file:
-                found = os.fstat(file.fileno())
-                if not stat.S_ISREG(found.st_mode) or time.time() - found.st_mtime < _SETTLED_S:
-                    continue
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                size = segment.stat().st_size if segment.exists() else 0
-                segment.unlink(missing_ok=True)
-                lock.unlink()
-        except PermissionError:
-            refused += 1
-        except OSError:
-            # It is in use, or another process sweeps as well.
-            continue
-        else:
-            removed, removed_bytes = removed + 1, removed_bytes + size
-    return SweptSegments(removed, removed_bytes, refused)
-
-
-def transport_warnings(
-    environ: Mapping[str, str], *, image_bytes: int = HD_IMAGE_BYTES, host: HostTransport | None = None
-) -> tuple[str, ...]:
-    """
-    Say why images would be lost on their way into this process, each with its remedy; empty where all is well.
-
-    :param environ: the environment in which the process made its DDS participant.
-    :param image_bytes: size of the largest image expected.
-    :param host: what to judge, read from this process where None; it must have its DDS participant by then.
-    """
-    if not uses_fast_dds(environ) or environ.get(BUILTIN_TRANSPORTS):
-        return ()
-    host = HostTransport.read() if host is None else host
-    needed = _FRAMES_IN_FLIGHT * image_bytes
-    if host.segment_bytes >= needed:
-        return _room_for_others(environ, host)
-    warnings = [_why_no_segment(environ, host, needed)]
-    if host.rmem_max_bytes is not None and host.rmem_max_bytes < needed:
-        warnings.append(
-            f'Images that come over UDP are lost as well: net.core.rmem_max is {host.rmem_max_bytes}. Raise it: '
-            f'sudo sysctl -w net.core.rmem_max={needed} net.core.rmem_default={needed}'
-        )
-    return tuple(warnings)
-
-
-def _room_for_others(environ: Mapping[str, str], host: HostTransport) -> tuple[str, ...]:
-    if host.shm_free_bytes is None or host.shm_free_bytes >= host.segment_bytes:
-        return ()
-    return (
-        f'/dev/shm has {_mb(host.shm_free_bytes)} left, and the next process that uses the DDS profile needs '
-        f'{_mb(host.segment_bytes)}; it would lose large images. {_MORE_SHM}',
-    )
-
-
-_MORE_SHM = (
-    'Give the container more (docker run --shm-size=1g), or remove what killed processes left behind '
-    '(fastdds shm clean).'
-)
-
-
-def _why_no_segment(environ: Mapping[str, str], host: HostTransport, needed: int) -> str:
-    what = f'Large images will be lost: {_FRAMES_IN_FLIGHT} of them take {_mb(needed)},'
-    variable = named_profile(environ)
-    if not variable:
-        shipped = profile_path()
-        return (
-            f'{what} the default shared memory of Fast DDS holds {_mb(host.segment_bytes or 1 << 19)}. '
-            f'Start this process with {profile_variable(environ)}={shipped or PROFILE_NAME}'
-        )
-    profile = Path(environ[variable])
-    asked = segment_size(profile)
-    if asked < needed:
-        state = 'cannot be read' if not profile.is_file() else f'gives {_mb(asked)} of shared memory'
-        return f'{what} and {variable} names {profile}, which {state}. Raise its segment_size to {needed}.'
-    if host.shm_free_bytes is None or host.shm_free_bytes < asked * SEGMENT_OVERHEAD:
-        free = host.shm_free_bytes
-        room = 'there is no /dev/shm' if free is None else f'/dev/shm has {_mb(free)} left'
-        return f'{what} the DDS profile asks for {_mb(asked)}, and {room}. {_MORE_SHM}'
-    return (
-        f'{what} and this process did not get the shared memory that {profile} asks for. Set '
-        f'{profile_variable(environ)} before the process starts, and look for RTPS_TRANSPORT_SHM errors above.'
-    )
-
-
-def _mb(size: float) -> str:
-    return f'{size / 1e6:.1f} MB'
-
-
 def tune_allocator() -> bool:
     """
     Tell glibc to keep the memory of large messages instead of returning it to the kernel after each.
 
-    An image is several megabytes, which glibc maps anew for every message, and the page faults cost as much as the
+    An image is several megabytes, which glibc maps again for every message, and the page faults cost as much as the
     copying: 1500 faults for each 1080p rgb8 frame. Sets M_MMAP_THRESHOLD, M_TRIM_THRESHOLD and M_TOP_PAD (mallopt(3)),
     which also ends glibc's own adapting of the first two. Costs up to the trim threshold of memory that stays, once:
     with M_ARENA_MAX threads share it, where by default each engine that is loaded in a thread of its own could find

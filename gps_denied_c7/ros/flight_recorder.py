@@ -52,7 +52,7 @@ class FlightRecorder:
         publisher.publish(to_fdr_message(record))
 
     def drain(self, timeout_s: float) -> bool:
-        """Wait until every matched subscriber has acknowledged everything; False when time ran out."""
+        """Wait until every matched subscriber has acknowledged everything; False on timeout."""
         deadline = time.monotonic() + timeout_s
         while not self._all_acked():
             if time.monotonic() >= deadline:

@@ -20,7 +20,7 @@ from sensor_msgs.msg import CompressedImage, Image
 from gps_denied_c7.errors import ConfigError, ImageRejectedError
 from gps_denied_c7.monitoring.metrics import Statistics
 from gps_denied_c7.pipeline.mailbox import Frame
-from gps_denied_c7.ros.executor import PromptCallbackGroup, give_way
+from gps_denied_c7.ros.executor import PromptCallbackGroup, yield_gil
 from gps_denied_c7.ros.guard import CallbackGuard
 from gps_denied_c7.ros.loss_counter import MessagesLost, MissedMessages
 from gps_denied_c7.ros.messages import (
@@ -31,8 +31,8 @@ from gps_denied_c7.ros.messages import (
     stamp_ns,
     taken_image,
 )
-from gps_denied_c7.ros.parameters import LiveSettings
 from gps_denied_c7.ros.rcl import Rcl, SubscriptionReady, UnreadableMessageError, Untaken
+from gps_denied_c7.ros.settings import LiveSettings
 
 __all__ = [
     'DEFAULT_QOS', 'FrameSink', 'ImageStream', 'publisher_mismatches', 'queue_depth', 'resolve_topics', 'type_name',
@@ -197,7 +197,7 @@ class ImageStream:
             lost, pushed_out = self._missed.counted()
             if lost is not None and lost > self._lost_before:
                 self._lost_before = lost
-                if self._missed.told_apart:
+                if self._missed.distinguishes:
                     self.last_lost_ns = time.monotonic_ns()
             if not self._missed.begun and self._continued:
                 lost, pushed_out = lost or 0, 0
@@ -326,7 +326,7 @@ class ImageStream:
             self._statistics.count(self.topic, 'closed')
         elif not waiting:
             # Nobody answers by what follows, and the thread that takes the frame may have been woken.
-            give_way()
+            yield_gil()
 
     def _publishers(self, info: dict[str, Any] | None) -> int:
         """Return how many publishers a message may be of, 1 where it says so itself or nobody can tell."""

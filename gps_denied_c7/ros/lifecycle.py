@@ -50,7 +50,7 @@ class ResponsiveLifecycleNode(LifecycleNodeMixin, Node):
             service.callback = self.guard(f'service {service.srv_name.rpartition("/")[2]}', callback)
 
     def get_logger(self) -> Any:
-        """Return the node's logger, which makes text from outside fit for a line of a log."""
+        """Return the node's logger, which escapes text from outside."""
         if self._plain_logger is None:
             self._plain_logger = PlainLogger(super().get_logger().name)
         return self._plain_logger
@@ -61,18 +61,18 @@ class ResponsiveLifecycleNode(LifecycleNodeMixin, Node):
         return str(self._state_machine.current_state[1])
 
     def report_callback_failure(self, callback: str, error: Exception) -> None:
-        """Log an exception that a callback let out."""
+        """Log an exception that a callback raised."""
         self.get_logger().error(f'{callback} failed: {type(error).__name__}: {error}')
 
     def operator_transition(self, label: str) -> None:
-        """Note that somebody else asked for a transition; called before it runs."""
+        """Note that a client asked for a transition; called before it runs."""
 
     def transition(self, label: str, *, timeout_s: float = -1.0) -> bool:
         """
         Run a transition from inside the node.
 
         :param label: ``configure``, ``activate``, ``deactivate``, ``cleanup`` or ``shutdown``.
-        :param timeout_s: how long to wait for a transition that is under way, negative for ever.
+        :param timeout_s: how long to wait for a transition that is under way, negative for no limit.
         :return: whether it succeeded; False also where the state allows no such transition.
         """
         if not self._transition_running.acquire(timeout=timeout_s):
@@ -96,10 +96,10 @@ class ResponsiveLifecycleNode(LifecycleNodeMixin, Node):
         failed: TransitionCallbackReturn = TransitionCallbackReturn.FAILURE,
     ) -> TransitionCallbackReturn:
         """
-        Run a transition callback's body; rclpy would swallow its exceptions without a word.
+        Run a transition callback's body; rclpy would swallow its exceptions silently.
 
         :param undo: releases what a failed ``body`` left behind.
-        :param failed: what a failed ``body`` comes to: FAILURE leaves the state, ERROR calls :meth:`on_error`.
+        :param failed: the result of a failed ``body``: FAILURE leaves the state, ERROR calls :meth:`on_error`.
         """
         try:
             body()
@@ -107,7 +107,7 @@ class ResponsiveLifecycleNode(LifecycleNodeMixin, Node):
         except C7Error as error:
             reason, lasting = str(error), error.lasting
             if self.ending:
-                self.get_logger().info(f'{label} was given up: {reason}')
+                self.get_logger().info(f'{label} was cancelled: {reason}')
             else:
                 self.get_logger().error(f'{label} failed: {reason}')
         except Exception as error:

@@ -70,7 +70,7 @@ def forward_to(logger: Any) -> RosLogHandler:
     root = logging.getLogger()
     root.addHandler(handler)
     root.setLevel(logging.WARNING)
-    # Each ROS logger filters by its own level; third parties are heard from WARNING up.
+    # Each ROS logger filters by its own level; third parties' records are logged from WARNING up.
     logging.getLogger('gps_denied_c7').setLevel(logging.DEBUG)
     return handler
 

@@ -1,8 +1,8 @@
 """
 What a subscription missed, and why: lost on its way, or pushed out of the middleware's queue by newer messages.
 
-Gaps between publication sequence numbers tell that messages are missing, the middleware's status of messages lost how
-many of them never arrived (DDS 1.4, 2.2.4.1, SAMPLE_LOST): what a queue of some depth lets go of is none of those.
+Gaps between publication sequence numbers show how many messages are missing. The middleware's status of messages lost
+shows how many never arrived (DDS 1.4, 2.2.4.1, SAMPLE_LOST); messages that a full queue drops are not among those.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class SequenceGaps:
     """
     Count messages that were published and never taken, from publication sequence numbers.
 
-    Each publisher numbers its own messages. Where nobody says which one sent a message, as rclpy on
-    Jazzy, more than one publisher makes the count unknown, and unknown is never told as 0.
+    Each publisher numbers its own messages. Where the sender of a message is unknown, as with rclpy on
+    Jazzy, more than one publisher makes the count unknown, and unknown is never reported as 0.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class SequenceGaps:
         self._unreadable = 0
 
     def note_unreadable(self) -> None:
-        """Take a message that came and could not be read, its number included: it is none of the missing."""
+        """Take a message that came and could not be read, its number included: it is not missing."""
         self._unreadable += 1
 
     def note(self, info: dict[str, Any] | None, publishers: int) -> int | None:
@@ -50,7 +50,7 @@ class SequenceGaps:
         if self._unknown or number is None:
             return None
         last = self._last.get(key)
-        # A number that does not grow is a publisher started anew, which begins a new count.
+        # A number that does not grow is from a restarted publisher, which begins a new count.
         gap = number - last - 1 if last is not None and number > last else 0
         missing = max(0, gap - self._unreadable)
         self._unreadable = 0
@@ -79,21 +79,21 @@ def _origin(info: dict[str, Any] | None) -> tuple[int | None, bytes]:
 
 
 class LossCount(Protocol):
-    """Tell how many messages of one subscription never arrived."""
+    """Count the messages of one subscription that never arrived."""
 
     @property
     def total(self) -> int | None:
         """How many so far, None where the middleware does not count them."""
 
     def look(self) -> None:
-        """Have the total hold what the middleware has counted until now."""
+        """Update the total to what the middleware has counted so far."""
 
 
 class MessagesLost(Waitable):
     """
     Follow how many messages of a subscription never arrived, as its middleware counts them.
 
-    Once anybody asks the middleware for this count, each loss ends every wait for the subscription until the count is
+    Once the middleware has been asked for this count, each loss ends every wait for the subscription until the count is
     taken: by an executor, from :meth:`listen` on, or by :meth:`look`. Only the thread that takes the subscription's
     messages is to do so: it holds the interpreter meanwhile, and another would wait for an image that is being copied.
 
@@ -122,7 +122,7 @@ class MessagesLost(Waitable):
                     self._event = make(subscription.handle, kind)
                 self._total = 0
         except rclpy_implementation.RCLError as error:
-            _log.info('%s: what is lost is not told apart from what the queue drops: %s', self._topic, error)
+            _log.info('%s: lost images are not distinguished from those that the queue drops: %s', self._topic, error)
 
     @property
     def total(self) -> int | None:
@@ -136,7 +136,7 @@ class MessagesLost(Waitable):
             self._listens = True
 
     def look(self) -> None:
-        """Have the total hold what the middleware has counted until now."""
+        """Update the total to what the middleware has counted so far."""
         if self._event is not None:
             try:
                 with self._event:
@@ -144,13 +144,13 @@ class MessagesLost(Waitable):
             except InvalidHandle:  # closed
                 return
             except rclpy_implementation.RCLError as error:
-                _log.warning('%s: lost images are counted no further: %s', self._topic, error)
+                _log.warning('%s: lost images are no longer counted: %s', self._topic, error)
                 self.close()
                 return
             self._total = status.total_count if status is not None else self._total
 
     def close(self) -> None:
-        """Count no further, and let go of the subscription; safe to repeat."""
+        """Stop counting, and release the subscription; safe to repeat."""
         if self._listens:
             self._listens = False
             self._node.remove_waitable(self)
@@ -190,11 +190,11 @@ class MessagesLost(Waitable):
 
 class MissedMessages:
     """
-    Tell apart what of a topic was lost and what was pushed out.
+    Distinguish the messages of a topic that were lost from those that a full queue pushed out.
 
-    For the one thread that takes the messages, but for :meth:`counted`. A loss may be counted before the message after
-    it is taken: such a loss hides as many that were pushed out, until that message comes. Where a second publisher
-    begins just then, its like are told as both.
+    For the one thread that takes the messages, except for :meth:`counted`. A loss may be counted before the message
+    after it is taken: such a loss hides as many that were pushed out, until that message comes. If a second
+    publisher begins just then, such messages are counted as both.
     """
 
     def __init__(self) -> None:
@@ -213,7 +213,7 @@ class MissedMessages:
         return self._begun
 
     @property
-    def told_apart(self) -> bool:
+    def distinguishes(self) -> bool:
         """Whether the middleware counts what was lost; otherwise what was pushed out is called lost, too."""
         return self._source is not None and self._source.total is not None
 
@@ -230,7 +230,7 @@ class MissedMessages:
                 self._shift = (lost or 0) - (self._lost() or 0)
 
     def note_unreadable(self) -> None:
-        """Take a message that came and could not be read: it is none of the missing."""
+        """Take a message that came and could not be read: it is not missing."""
         self._gaps.note_unreadable()
 
     def has_passed(self, info: dict[str, Any] | None) -> bool:
@@ -248,7 +248,7 @@ class MissedMessages:
         with self._lock:
             lost = self._lost() or 0
             if begins:
-                # What no gap tells of was lost before a publisher's first message that came, or after its last.
+                # A loss without a gap happened before a publisher's first message that came, or after its last.
                 self._in_no_gap = lost - ((self._missing or 0) - self._pushed_out)
             self._missing = missing
             self._pushed_out = max(self._pushed_out, (missing or 0) - (lost - self._in_no_gap))

@@ -17,12 +17,11 @@ from rclpy.signals import SignalHandlerOptions
 
 from gps_denied_c7.monitoring.thermal import ThermalSource
 from gps_denied_c7.monitoring.thermal_sources import find_thermal_source
+from gps_denied_c7.ros.dds_memory import sweep_segments, transport_warnings
 from gps_denied_c7.ros.executor import PoolExecutor
 from gps_denied_c7.ros.fastdds import (
     apply_profile,
     free_taken_messages,
-    sweep_segments,
-    transport_warnings,
     tune_allocator,
 )
 from gps_denied_c7.ros.log import forward_to, log_files_problem
@@ -61,7 +60,7 @@ It ends with SIGINT (Ctrl-C) or SIGTERM, and exits with 0; with 2 where the comm
 
 class _Stop:
     """
-    Turn the first SIGINT, SIGTERM or SIGHUP into an orderly end that is over within 4 s (N-8).
+    Turn the first SIGINT, SIGTERM or SIGHUP into a clean shutdown within 4 s (N-8).
 
     SIGHUP, which a terminal that is closed sends, is left alone where it was ignored before, as by nohup.
     """
@@ -77,7 +76,7 @@ class _Stop:
     def _end(self, number: signal.Signals) -> None:
         self.reason = number.name
         self._asked.set()
-        # An engine or a DDS teardown that hangs must not hold the process; what had to be told was told.
+        # An engine or a DDS teardown that hangs must not hold the process; all records are out by now.
         time.sleep(_GIVE_UP_S)
         os._exit(0)
 
@@ -130,16 +129,16 @@ def main(args: list[str] | None = None) -> int:
     del node
     if not left_behind:
         # The participant goes with its context once nothing refers to it, and only then the shared memory that
-        # Fast DDS reserved for it: 70 MB of /dev/shm for each process that leaves without.
+        # Fast DDS reserved for it: 70 MB of /dev/shm for each process that omits it.
         gc.collect()
         try:
             context.destroy()
         except Exception as error:
-            _say(f'c7_inference_node could not leave its DDS domain in order: {error}')
+            _say(f'c7_inference_node could not leave its DDS domain: {error}')
     for stream in filter(None, (sys.stdout, sys.stderr)):
         with contextlib.suppress(OSError, ValueError):  # its reader is gone
             stream.flush()
-    # Everything has been told and freed; the exit code must not depend on the order in which vendor
+    # Everything has been reported and freed; the exit code must not depend on the order in which vendor
     # libraries run their static destructors.
     os._exit(0)
 
@@ -169,7 +168,7 @@ def _run(node: C7InferenceNode, thermal: ThermalSource, stop: _Stop, notices: tu
         spinning.join(1.0)
         logging.getLogger().removeHandler(logging_bridge)
         if clean and not spinning.is_alive():
-            # Leaving the domain in order spares peers the wait for a lease to run out. Where a callback or an
+            # Leaving the domain properly spares peers the wait for a lease to run out. Where a callback or an
             # engine is still busy, tearing DDS down under it could crash instead.
             executor.shutdown(timeout_sec=0.5)
             node.destroy_node()
@@ -179,7 +178,7 @@ def _run(node: C7InferenceNode, thermal: ThermalSource, stop: _Stop, notices: tu
         try:
             node.report_callback_failure('shutdown', error)
         except Exception:  # there is nothing left to report it with
-            _say(f'c7_inference_node could not end in order: {type(error).__name__}: {error}')
+            _say(f'c7_inference_node failed while shutting down: {type(error).__name__}: {error}')
     return False
 
 
@@ -202,18 +201,18 @@ def _open_standard_streams() -> None:
 
 def _wait_for_no_reader() -> None:
     """
-    Have log lines be lost where nobody reads them: a full pipe, or a terminal that Ctrl-S has stopped.
+    Drop log lines that have no reader: a full pipe, or a terminal that Ctrl-S has stopped.
 
-    rclpy writes them under the interpreter's lock, so that a write that waits would hold up every thread. Opened anew,
+    rclpy writes them under the interpreter's lock, so that a write that waits would hold up every thread. Opened again,
     since the flag belongs to the open file, which others share; what cannot be opened so, as a socket, stays as it is.
     """
     for number in (1, 2):
         if not (stat.S_ISFIFO(os.fstat(number).st_mode) or os.isatty(number)):
             continue
         with contextlib.suppress(OSError):
-            anew = os.open(f'/proc/self/fd/{number}', os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
-            os.dup2(anew, number)
-            os.close(anew)
+            again = os.open(f'/proc/self/fd/{number}', os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+            os.dup2(again, number)
+            os.close(again)
 
 
 if __name__ == '__main__':

@@ -47,7 +47,7 @@ __all__ = [
 _NS = 1_000_000_000
 # Of texts in an image's message, which are read in the thread that spins. No encoding or format is nearly as long.
 _ENCODING_BYTES, _FRAME_ID_CHARACTERS = 256, 1 << 14
-_TOLD_STAGES = ('queue', 'decode', 'preprocess', 'hand_off', 'engine', 'total')
+_MEASURED_STAGES = ('queue', 'decode', 'preprocess', 'hand_off', 'engine', 'total')
 
 Outputs = Mapping[str, NDArray]
 """Tensors by name, in the order in which they are published."""
@@ -87,7 +87,7 @@ def check_stamp(stamp: Time | ImageHeader, now_ns: int, max_ahead_s: float) -> N
     if now_ns and max_ahead_s and ahead_s > max_ahead_s:
         raise ImageRejectedError(
             'stamp',
-            f'header stamp lies {ahead_s:.1f} s ahead of ROS time.',
+            f'header stamp is {ahead_s:.1f} s ahead of ROS time.',
             remedy='Synchronise the clocks, set use_sim_time for a bag, or raise max_stamp_ahead_s (0: no limit).',
         )
 
@@ -242,8 +242,8 @@ def stage_durations(answer: Any) -> dict[str, int]:
 
     :param answer: a TensorList, or its C structure.
     """
-    told = {stage: int(getattr(answer, f'{stage}_ns')) for stage in _TOLD_STAGES}
-    return {**told, 'hand_back': int(answer.inference_ns) - told['hand_off'] - told['engine']}
+    measured = {stage: int(getattr(answer, f'{stage}_ns')) for stage in _MEASURED_STAGES}
+    return {**measured, 'hand_back': int(answer.inference_ns) - measured['hand_off'] - measured['engine']}
 
 
 def _bytes_of(values: NDArray) -> array.array:

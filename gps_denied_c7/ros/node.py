@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
+import functools
 import threading
 import time
-from dataclasses import dataclass
 from typing import Any
 
 from gps_denied_c7_msgs.msg import Tensor, TensorList
@@ -16,7 +14,7 @@ from rclpy.lifecycle import LifecycleState, TransitionCallbackReturn
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CompressedImage, Image
 
-from gps_denied_c7.errors import C7Error, ConfigError, InferenceError
+from gps_denied_c7.errors import C7Error, ConfigError
 from gps_denied_c7.failover.chain import RuntimeChain
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.cpu_latency import CpuWakeup
@@ -26,7 +24,6 @@ from gps_denied_c7.monitoring.metrics import Statistics
 from gps_denied_c7.monitoring.thermal import ThermalStatePublisher, UnknownThermalState
 from gps_denied_c7.monitoring.thermal_policy import ThermalPolicy
 from gps_denied_c7.pipeline.chain_factory import ChainFactory
-from gps_denied_c7.pipeline.model_fit import fit_bundle, fit_model, read_bundle
 from gps_denied_c7.pipeline.model_swap import SwapStatus
 from gps_denied_c7.pipeline.pipeline import ServedModel
 from gps_denied_c7.ros.answering import Answering, AnsweringParts
@@ -44,9 +41,12 @@ from gps_denied_c7.ros.flight_recorder import FlightRecorder
 from gps_denied_c7.ros.frame_policy import FrameDropPolicy
 from gps_denied_c7.ros.image_stream import resolve_topics
 from gps_denied_c7.ros.lifecycle import ResponsiveLifecycleNode
-from gps_denied_c7.ros.parameters import WITH_MODEL, LiveSettings, NodeParameters, NodeSettings
+from gps_denied_c7.ros.loaded_model import LoadedModel
+from gps_denied_c7.ros.parameter_table import WITH_MODEL
+from gps_denied_c7.ros.parameters import NodeParameters
 from gps_denied_c7.ros.rcl import load_rcl
-from gps_denied_c7.ros.stream_health import stream_health
+from gps_denied_c7.ros.settings import LiveSettings, NodeSettings
+from gps_denied_c7.ros.stream_health import answered_of, stream_health
 from gps_denied_c7.ros.tensor_publisher import TensorPublisher
 
 __all__ = ['DEFAULT_NODE_NAME', 'TENSORS_QOS', 'C7InferenceNode']
@@ -55,23 +55,14 @@ DEFAULT_NODE_NAME = 'c7_inference'
 TENSORS_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.RELIABLE)
 
 _DRAIN_S = 0.5
-# Of the time for an end: from when on a frame in hand is given up, and what is left for the last record to arrive.
+# Of the time for an end: the part after which the current frame is abandoned, and the part for the last record.
 _END_FRAME_S = 1.6
 _SAY_GOODBYE_S = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Loaded:
-    """What a configure builds and a cleanup frees."""
-
-    settings: NodeSettings
-    topics: tuple[str, ...]
-    model: ServedModel
-
-
 class C7InferenceNode(ResponsiveLifecycleNode):
     """
-    Answer images with tensors, and stay up whatever happens.
+    Answer images with tensors, and survive failures of engines, inputs and callbacks.
 
     Threads: a PoolExecutor of a few threads runs callbacks, none of which waits for an
     engine except a transition, which blocks one of those threads while the others serve. Lifecycle
@@ -91,7 +82,6 @@ class C7InferenceNode(ResponsiveLifecycleNode):
     ) -> None:
         self._statistics = Statistics()
         self._thermal = thermal or UnknownThermalState()
-        self._loaded: _Loaded | None = None
         self._answering: Answering | None = None
         self._swap: SwapStatus | None = None
         self._left_behind = False
@@ -102,6 +92,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         self._factory = ChainFactory(
             self._thermal, emit=self.record, on_change=lambda status: self._publish_changes()
         )
+        self._model = LoadedModel(self._factory, self.get_logger)
         self._events = EventReporter(self._statistics, self.record, self.get_logger)
         self._policy = FrameDropPolicy(
             lambda: self._live, self._thermal, self._events, lambda: int(self.get_clock().now().nanoseconds)
@@ -132,14 +123,17 @@ class C7InferenceNode(ResponsiveLifecycleNode):
             publish_answer=lambda result: self._answers.publish(result),
         )
         self._diagnostics = DiagnosticsPublisher(self, self._reports, hardware_id())
-        # The steady clock: simulated time may stand still, and diagnostics must not.
+        # The steady clock: simulated time may stop, and diagnostics must not.
         self._timer = self.create_timer(
             1.0,
             self.guard('diagnostics timer', self._tick),
             callback_group=MutuallyExclusiveCallbackGroup(),
             clock=Clock(clock_type=ClockType.STEADY_TIME),
         )
-        self._autostart = Autostart(
+        self._autostart = self._make_autostart()
+
+    def _make_autostart(self) -> Autostart:
+        return Autostart(
             lambda: self.lifecycle_state,
             self.transition,
             on_pause=lambda pause_s: self.get_logger().error(f'not active; next attempt in {pause_s:.0f} s'),
@@ -157,7 +151,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         """
         Record the session's start, and take the node to active where ``autostart`` asks for it.
 
-        :param notices: lasting remarks on the host, shown on diagnostics.
+        :param notices: lasting notes on the host, shown on diagnostics.
         """
         self._notices = notices
         for notice in notices:
@@ -174,7 +168,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         else:
             self.get_logger().info(
                 f'unconfigured, waiting for a transition (ros2 lifecycle set {self.get_fully_qualified_name()} '
-                'configure); with autostart, the node goes to active by itself'
+                'configure); with autostart, the node activates itself'
             )
 
     def end(self, reason: str, timeout_s: float) -> bool:
@@ -197,25 +191,17 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         try:
             threading.Thread(target=shut_down, name='c7-shutdown', daemon=True).start()
         except RuntimeError:
-            # No memory for one more thread: better an end that may be cut short than none.
+            # No memory for one more thread: shut down in this one, which may be cut short.
             shut_down()
         for_frame_s = max(0.0, timeout_s - _END_FRAME_S)
         if not done.wait(for_frame_s):
-            self._give_up_frame()
+            self._model.abandon_frame()
         clean = done.wait(max(0.0, timeout_s - for_frame_s - _SAY_GOODBYE_S)) and not self._left_behind
         self._flight_recorder().recorder.flush(force=True)
         self.record('c7.session_ended', reason=reason, clean=clean, lifecycle_state=self.lifecycle_state)
         # Fast DDS acknowledges with its heartbeats, seconds apart; what was sent is out long before that.
         self._flight_recorder().drain(min(_DRAIN_S, max(0.0, deadline - time.monotonic())))
         return clean
-
-    def _give_up_frame(self) -> None:
-        """End the engine that keeps the shutdown waiting: a worker can be ended, a thread of this process cannot."""
-        loaded = self._loaded
-        if loaded is not None:
-            self.get_logger().warning('the frame in hand is not answered in time and is given up')
-            with contextlib.suppress(InferenceError):
-                loaded.model.chain.release(0.2)
 
     def record(self, kind: str, **payload: Any) -> None:
         """Write a flight record."""
@@ -224,7 +210,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
     def operator_transition(self, label: str) -> None:
         """End autostart: a client has taken over the lifecycle."""
         if self._autostart.running:
-            self.get_logger().info(f'{label} was asked for from outside: autostart ends')
+            self.get_logger().info(f'a client requested {label}: autostart ends')
         self._autostart.stop()
 
     def transition_failed(self, label: str, reason: str, lasting: bool) -> None:
@@ -238,7 +224,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         self._publish_changes()
 
     def report_callback_failure(self, callback: str, error: Exception) -> None:
-        """Log, count and record an exception that a callback let out (N-5)."""
+        """Log, count and record an exception that a callback raised (N-5)."""
         super().report_callback_failure(callback, error)
         self._statistics.callback_failed(callback)
         if self._recorder is not None:
@@ -247,34 +233,35 @@ class C7InferenceNode(ResponsiveLifecycleNode):
     # --- transitions ------------------------------------------------------------------------------
 
     def on_configure(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Load and prove the first usable rung."""
+        """Load and self-test the first usable rung."""
         return self._finish(self.run_transition('configure', self._configure, undo=self._release))
 
     def on_activate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Prove the serving rung, then open the streams."""
+        """Self-test the serving rung, then open the streams."""
         return self._finish(
             self.run_transition('activate', lambda: self._activate(state), undo=lambda: self._deactivate(state))
         )
 
     def on_deactivate(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Close the streams and finish the frame in hand."""
+        """Close the streams and finish the current frame."""
         return self._finish(
             self.run_transition('deactivate', lambda: self._deactivate(state), failed=TransitionCallbackReturn.ERROR),
-            f'inactive, {self._answered()}; the streams are closed, the engines stay loaded',
+            f'inactive, {answered_of(self._statistics.snapshot())}; the streams are closed, the engines stay loaded',
         )
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Free everything that configure built."""
         outcome = self.run_transition('cleanup', self._release, failed=TransitionCallbackReturn.ERROR)
-        return self._finish(outcome, 'unconfigured; the engines are ended and their memory is free')
+        return self._finish(outcome, 'unconfigured; the engines have ended and their memory is free')
 
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Free everything, from any state."""
         outcome = self.run_transition('shutdown', self._release, failed=TransitionCallbackReturn.ERROR)
-        return self._finish(outcome, f'finalized, {self._answered()}; start the node again to go on')
+        answered = answered_of(self._statistics.snapshot())
+        return self._finish(outcome, f'finalized, {answered}; restart the node to continue')
 
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Free everything and return to unconfigured; why stays on diagnostics."""
+        """Free everything and return to unconfigured; diagnostics keep the reason."""
         self.run_transition('error processing', self._release)
         self._publish_changes()
         return TransitionCallbackReturn.SUCCESS
@@ -288,36 +275,16 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         self._publish_changes()
         return outcome
 
-    def _answered(self) -> str:
-        streams = self._statistics.snapshot().streams.values()
-        answered, received = (sum(getattr(each, name) for each in streams) for name in ('answered', 'received'))
-        return f'{answered} of {received} images answered since configure'
-
     def _configure(self) -> None:
         self._release()
-        settings = self._settings.settings()
-        if not settings.model_path:
-            raise ConfigError('model_path', 'is not set.', remedy='Name a model bundle or an .onnx file.')
-        bundle = read_bundle(settings.model_path, limit_s=settings.config.load_timeout_s)
-        bundle = fit_bundle(bundle, settings)
-        topics = resolve_topics(self, settings.image_topics)
-        self._factory.configure(settings.config)
-        chain = self._factory.make(bundle, settings.config)
-        try:
-            self._factory.load(chain)
-            model = fit_model(bundle, chain, settings)
-        except BaseException:
-            chain.release()
-            self._factory.close()
-            raise
+        loaded = self._model.on_configure(self._settings.settings(), functools.partial(resolve_topics, self))
         self._swap = None
-        self._statistics.open_streams(topics)
+        self._statistics.open_streams(loaded.topics)
         self._events.reset()
         self._policy.on_configure()
-        self._loaded = _Loaded(settings, topics, model)
 
     def _activate(self, state: LifecycleState) -> None:
-        loaded = self._require_loaded()
+        loaded = self._model.require()
         loaded.model.chain.prove()
         if super().on_activate(state) != TransitionCallbackReturn.SUCCESS:
             raise C7Error('the tensor publisher could not be activated.')
@@ -345,39 +312,30 @@ class C7InferenceNode(ResponsiveLifecycleNode):
 
     def _release(self) -> None:
         self._close_streams()
-        loaded, self._loaded = self._loaded, None
-        if loaded is not None:
-            try:
-                loaded.model.chain.release()
-            except C7Error as error:
-                self.get_logger().error(str(error))
-        self._factory.close()
+        self._model.on_cleanup()
 
     # --- model swap -------------------------------------------------------------------------------
 
     def make_chain(self, bundle: ModelBundle, settings: NodeSettings) -> RuntimeChain:
         """Return a chain for another model; engines are not built in flight (F-5)."""
-        return self._factory.make(bundle, dataclasses.replace(settings.config, build_on_configure=False))
+        return self._model.make_chain(bundle, settings)
 
     def path_accepted(self, path: str) -> bool:
-        """Return whether ``model_path`` is ``path`` for everybody who asks."""
+        """Return whether clients see ``path`` as ``model_path`` now."""
         return bool(self.get_parameter('model_path').value == path)
 
     def model_swapped(self, path: str, model: ServedModel, settings: NodeSettings) -> None:
-        """Have diagnostics and the next cleanup see the model that answers now."""
-        self._loaded = dataclasses.replace(self._require_loaded(), settings=settings, model=model)
+        """Note the model that answers now, for diagnostics and the next cleanup."""
+        self._model.swapped(settings, model)
 
     def keep_model(self, path: str) -> None:
-        """Take ``model_path`` and its companions back to the model that goes on answering."""
-        self._settings.restore_model(self._require_loaded().settings)
+        """Restore ``model_path`` and its companions to the model that keeps answering."""
+        self._settings.restore_model(self._model.require().settings)
 
     def swap_changed(self, status: SwapStatus) -> None:
-        """Show how far the swap is, at once."""
+        """Show the swap's progress at once."""
         self._swap = status
-        try:
-            self._diagnostics.publish()
-        except Exception as error:
-            self.report_callback_failure('diagnostics', error)
+        self.guard('diagnostics', self._diagnostics.publish)()
 
     def _begin_swap(self, settings: NodeSettings) -> None:
         answering = self._answering
@@ -393,10 +351,10 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         if state == 'unconfigured' or (name == 'model_path' and self._answering is not None):
             return None
         if state == 'finalized':
-            return 'cannot change any more; start the node again.'
+            return 'cannot be changed any more; restart the node.'
         steps = 'deactivate and cleanup' if state == 'active' else 'cleanup'
         instead = ' Or set it together with model_path.' if state == 'active' and name in WITH_MODEL else ''
-        return f'cannot change while {state}; run {steps} first, then set it and configure.{instead}'
+        return f'cannot be changed while {state}; run {steps} first, then set it and configure.{instead}'
 
     def _set_live(self, live: LiveSettings) -> None:
         self._live = live
@@ -421,14 +379,11 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         self._diagnostics.publish()
 
     def _publish_changes(self) -> None:
-        try:
-            self._diagnostics.publish_changes()
-        except Exception as error:
-            self.report_callback_failure('diagnostics', error)
+        self.guard('diagnostics', self._diagnostics.publish_changes)()
 
     def _reports(self) -> list[Report]:
         snapshot = self._statistics.snapshot()
-        loaded = self._loaded
+        loaded = self._model.current
         reports = [
             runtime_report(
                 self.lifecycle_state,
@@ -454,8 +409,3 @@ class C7InferenceNode(ResponsiveLifecycleNode):
     def _flight_recorder(self) -> FlightRecorder:
         assert self._recorder is not None
         return self._recorder
-
-    def _require_loaded(self) -> _Loaded:
-        if self._loaded is None:
-            raise C7Error('no model is loaded.', remedy='Run the configure transition first.')
-        return self._loaded

@@ -1,4 +1,4 @@
-"""Listen to a node from a process of its own and print what it says, one JSON object a line."""
+"""Listen to a node from a separate process and print its messages, one JSON object a line."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Observer:
     Subscribe to a node's tensors, flight records and diagnostics.
 
     :param target: fully qualified name of the node listened to.
-    :param tell: takes every event, ready for JSON.
+    :param report: takes every event, ready for JSON.
     """
 
-    def __init__(self, node: rclpy.node.Node, target: str, tell: Any) -> None:
+    def __init__(self, node: rclpy.node.Node, target: str, report: Any) -> None:
         self._target = target
-        self._tell = tell
+        self._report = report
         self.tensors: dict[str, NDArray] = {}
         # Deeper than the publisher's history: this process may be held up, and what it misses counts as lost.
         answers = QoSProfile(depth=200, reliability=ReliabilityPolicy.RELIABLE)
@@ -59,7 +59,7 @@ class Observer:
                 array = np.frombuffer(tensor.data, np.dtype(tensor.dtype).newbyteorder('<'))
                 key = f'{message.source_topic}|{message.frame_seq}|{tensor.name}'
                 self.tensors[key] = array.reshape(tuple(tensor.shape)).copy()
-        self._tell(
+        self._report(
             {
                 'event': 'answer',
                 'topic': message.source_topic,
@@ -78,7 +78,7 @@ class Observer:
         )
 
     def _on_record(self, message: FdrRecord) -> None:
-        self._tell(
+        self._report(
             {
                 'event': 'record',
                 'kind': message.kind,
@@ -101,12 +101,12 @@ class Observer:
             if status.name.startswith(prefix)
         }
         if statuses:
-            self._tell({'event': 'diagnostics', 'statuses': statuses})
+            self._report({'event': 'diagnostics', 'statuses': statuses})
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Listen until SIGINT or SIGTERM, then write the small tensors of all answers; returns 0."""
-    parser = argparse.ArgumentParser(prog='c7_observer', description='Print what an inference node says, as JSON.')
+    parser = argparse.ArgumentParser(prog='c7_observer', description='Print the messages of an inference node as JSON.')
     parser.add_argument('--node', default='/c7_inference', help='fully qualified name')
     parser.add_argument('--tensors', type=Path, metavar='FILE', help='.npz for tensors of up to 64 KiB each')
     options = parser.parse_args(args)

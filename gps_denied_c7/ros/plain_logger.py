@@ -66,7 +66,7 @@ class PlainLogger(_RosLogger):  # type: ignore[misc]
         return (text := self._admit('fatal', message)) is not None and bool(super().fatal(text, **kwargs))
 
     def _admit(self, level: str, message: str) -> str | None:
-        """Return what is logged of a message, None where its like have been logged often enough just now."""
+        """Return what is logged of a message, None if similar messages have just been logged often enough."""
         text = _plain(message)
         # A level that is switched off costs what this does; few messages come there.
         key, now = (level, cause_of(text[:_BEGINNING_CHARACTERS])), time.monotonic()
@@ -75,7 +75,7 @@ class PlainLogger(_RosLogger):  # type: ignore[misc]
             if now - began >= _WINDOW_S:
                 began, logged = now, 0
             admitted = logged < _BURST
-            # The latest stands last, so that the first is the one to forget.
+            # The latest is last, so that the first is the one to forget.
             self._causes[key] = [began, logged + 1, 0 if admitted else left_out + 1]
             if len(self._causes) > _MOST_CAUSES:
                 del self._causes[next(iter(self._causes))]
@@ -84,7 +84,7 @@ class PlainLogger(_RosLogger):  # type: ignore[misc]
         if not left_out:
             return text
         first, newline, others = text.partition('\n')
-        return f'{first} ({left_out:,.0f} more like this were left out){newline}{others}'
+        return f'{first} ({left_out:,.0f} similar messages left out){newline}{others}'
 
 
 def _plain(message: str) -> str:

@@ -44,9 +44,9 @@ class TopicReport:
         return (self.sent - 1) / self.span_s if self.sent > 1 and self.span_s > 0 else 0.0
 
     def subscribers(self) -> str:
-        """Say what subscribers could not receive, '' where they were there all the time."""
+        """Say what subscribers could not receive, '' if they were there from the start."""
         if self.first_matched_s is None:
-            return ', nobody subscribed'
+            return ', no subscriber'
         if not self.sent_unmatched:
             return ''
         if self.matched:
@@ -58,7 +58,7 @@ class TopicReport:
 @dataclass(frozen=True, slots=True)
 class Gap:
     """
-    Tell of a silence in the bag that was cut short.
+    Describe a silence in the bag that was shortened.
 
     :param after_ns: bag time of the last message before it.
     :param recorded_s: its length in the bag.
@@ -71,13 +71,13 @@ class Gap:
 
     def __str__(self) -> str:
         before, after = time_text(self.after_ns), time_text(self.after_ns + round(self.recorded_s * 1e9))
-        return f'no message for {_duration(self.recorded_s)}, from {before} to {after}: cut down to {self.played_s:g} s'
+        return f'no message for {_duration(self.recorded_s)} ({before} to {after}), shortened to {self.played_s:g} s'
 
 
 @dataclass(slots=True)
 class ReplayReport:
     """
-    Tell what a replay did.
+    Hold what a replay did.
 
     :param skipped: topic → why it, or a part of it, was left out.
     :param missing: sentences, one for each part of what was asked for that was not in the bag or could not be sent.
@@ -124,12 +124,12 @@ class ReplayReport:
             text += f', {topic.bytes / 1e6:.1f} MB in {topic.span_s:.2f} s'
             text += f' = {topic.rate_hz:.2f} Hz' if topic.rate_hz else ''
             text += topic.subscribers()
-            text += '' if topic.acknowledged else ', not acknowledged by all'
+            text += '' if topic.acknowledged else ', not acknowledged by all subscribers'
             lines.append(text)
         lines += [f'{name}: skipped, {reason}' for name, reason in self.skipped.items()]
         lines += [f'missing: {sentence}' for sentence in self.missing]
-        lines += [f'gaps cut down: {self.gap_count}, see --max-gap'] if self.gap_count else []
-        lines.append(f'latest message {self.latest_s * 1e3:.1f} ms behind its time')
+        lines += [f'gaps shortened: {self.gap_count}, see --max-gap'] if self.gap_count else []
+        lines.append(f'latest message {self.latest_s * 1e3:.1f} ms late')
         return lines
 
 

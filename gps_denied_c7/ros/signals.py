@@ -1,4 +1,4 @@
-"""Take signals where they can do no harm."""
+"""Handle signals where they can do no harm."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def on_first_signal(numbers: Iterable[signal.Signals], act: Callable[[signal.Sig
     Call ``act`` once, in a thread of its own, with the first of ``numbers`` that the process gets.
 
     A handler written in Python runs in the main thread between any two bytecodes, inside another handler and under
-    locks that it may itself want: one that sets a threading.Event for which that thread waits can wait for ever. So
+    locks that it may itself want: one that sets a threading.Event for which that thread waits can block forever. So
     the handlers do nothing, and a thread learns of signals from the descriptor that the interpreter writes them to.
 
     To be called from the main thread, once in a process: there is one such descriptor.
@@ -26,11 +26,11 @@ def on_first_signal(numbers: Iterable[signal.Signals], act: Callable[[signal.Sig
     signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
     for number in awaited:
         signal.signal(number, lambda number, frame: None)
-    # Who started this process may have blocked them, and what is blocked there stays so here.
+    # The parent process may have blocked them, and blocked signals stay blocked here.
     signal.pthread_sigmask(signal.SIG_UNBLOCK, awaited)
 
     def watch() -> None:
-        # Whatever else has a handler is written as well.
+        # Other signals with a handler are written as well.
         while (number := os.read(reader, 1)[0]) not in awaited:
             pass
         act(signal.Signals(number))

@@ -1,4 +1,4 @@
-"""What diagnostics say of one image topic, gathered from the parts that know of it."""
+"""The state of the image topics, gathered from the parts that count."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gps_denied_c7.ros.frame_policy import FrameDropPolicy
 from gps_denied_c7.ros.image_stream import queue_depth, type_name
 from gps_denied_c7.ros.stream_set import StreamSet
 
-__all__ = ['stream_health']
+__all__ = ['answered_of', 'stream_health']
 
 
 def stream_health(
@@ -43,3 +43,10 @@ def stream_health(
         message_type=type_name(stream.message_type) if stream else '',
         cost=streams.share.cost(topic) if streams is not None else None,
     )
+
+
+def answered_of(snapshot: StatisticsSnapshot) -> str:
+    """Say how many of the images that arrived on all topics were answered."""
+    streams = snapshot.streams.values()
+    answered, received = sum(each.answered for each in streams), sum(each.received for each in streams)
+    return f'{answered} of {received} images answered since configure'

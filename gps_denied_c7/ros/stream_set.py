@@ -17,7 +17,7 @@ from gps_denied_c7.pipeline.image_share import ImageShare
 from gps_denied_c7.pipeline.mailbox import FrameSlots
 from gps_denied_c7.ros.image_stream import FrameSink, ImageStream, publisher_mismatches, type_name
 from gps_denied_c7.ros.messages import CompressedData, ReceivedImage, image_type
-from gps_denied_c7.ros.parameters import NodeSettings
+from gps_denied_c7.ros.settings import NodeSettings
 
 __all__ = ['StreamSet', 'compressed_decoder']
 
@@ -146,7 +146,7 @@ class StreamSet:
         return tuple(self._cameras)
 
     def look(self) -> None:
-        """Follow the publishers and the cost of every topic; now and then, from one thread."""
+        """Follow the publishers and the cost of every topic; called regularly, from one thread."""
         for camera in self._cameras.values():
             publishers = self._publishers(camera)
             with self._lock:
@@ -241,4 +241,4 @@ class StreamSet:
             return
         assert camera.stream is not None
         camera.stream.sink = self._begin_decoding(camera, self._make_local_decoder())
-        _log.info('%s is decoded in a thread of its own: %s.', camera.topic, cost)
+        _log.info('%s is now decoded in its own thread: %s.', camera.topic, cost)

@@ -1,4 +1,4 @@
-"""Publish answers with as few copies of their tensors as the middleware lets us (§6)."""
+"""Publish answers with as few copies of their tensors as the middleware allows."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ class _AnswerForm:
         """
         Return the message of one answer, valid until the next call and as long as ``outputs`` are.
 
-        :return: also the copies of outputs that lie otherwise than a message does, to be kept until it was published.
+        :return: also the copies of outputs whose memory layout is not a message's, to be kept until it was published.
         """
         frame, fields = result.frame, self._message.fields
         header = frame.message.header
@@ -125,7 +125,7 @@ class _AnswerForm:
             return
         for name, value in origin_values(result).items():
             setattr(self._message.fields, name, self._text(name, value) if isinstance(value, str) else value)
-        # Not before: where a field could not be filled in, the next answer must not take it for said.
+        # Not before: where a field could not be filled in, the next answer must fill it in.
         self._matrix, self._origin = result.network_to_image, origin
 
     def _text(self, field: str, text: str) -> CString:
@@ -143,7 +143,7 @@ class _AnswerForm:
         )
 
     def _place(self, outputs: Outputs) -> list[NDArray]:
-        """Point the message to the outputs, or to copies of those that lie otherwise; return the copies."""
+        """Point the message to the outputs, or to copies of those with another memory layout; return the copies."""
         structures, kept, copies = self._rcl.structures(Tensor, len(outputs)), [], []
         for tensor, (name, values) in zip(structures, outputs.items(), strict=True):
             texts = [ctypes.create_string_buffer(text.encode()) for text in (name, values.dtype.name)]

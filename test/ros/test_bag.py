@@ -251,7 +251,7 @@ def test_what_is_no_ros_2_message_is_left_out_by_name(tmp_path):
             '/text': STRING, '/short_name': 'std_msgs/msg/Bool'}  # fmt: skip
         words = {
             '/json': 'json', '/no_schema': 'no message type', '/ros1': 'ros1', '/proto': 'protobuf',
-            '/odd_type': 'a.b.C is no ROS 2', '/unencoded': 'not as CDR',
+            '/odd_type': 'a.b.C is not a ROS 2', '/unencoded': 'not as CDR',
             '/both': 'several types, std_msgs/msg/Bool and std_msgs/msg/String',
         }  # fmt: skip
         assert bag.left_out.keys() == words.keys()
@@ -627,7 +627,7 @@ def test_a_part_that_cannot_be_read_is_named_and_the_rest_read(split, content):
 def test_a_file_that_the_metadata_does_not_name_is_named(split):
     shutil.copy(split / 'bag_0.mcap', split / 'bag_2.mcap')
     found, missing = read(split)
-    assert found == strings(30, '/a', '/b') and 'bag_2.mcap is left out' in missing[0]
+    assert found == strings(30, '/a', '/b') and 'bag_2.mcap is not played' in missing[0]
 
 
 def test_files_that_do_not_belong_together_are_not_mixed(tmp_path):

@@ -13,7 +13,7 @@ from rcl_interfaces.srv import GetParameters, ListParameters
 from rclpy.parameter import parameter_value_to_python
 
 from gps_denied_c7.ros.node import DEFAULT_NODE_NAME
-from gps_denied_c7.ros.parameters import PARAMETERS
+from gps_denied_c7.ros.parameter_table import PARAMETERS
 from support.harness import Peer, image
 from support.scenario import IMAGE_TOPIC, check_alerts, check_answers, record_flight, replay
 

@@ -14,16 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from gps_denied_c7.ros import fastdds
+from gps_denied_c7.ros import dds_memory
+from gps_denied_c7.ros.dds_memory import HD_IMAGE_BYTES, HostTransport, sweep_segments, transport_warnings
 from gps_denied_c7.ros.fastdds import (
-    HD_IMAGE_BYTES,
-    HostTransport,
     apply_profile,
     free_taken_messages,
     profile_path,
     segment_size,
-    sweep_segments,
-    transport_warnings,
 )
 from support.harness import NodeProcess, free_domain_id, wait_until
 from support.source_tree import REPOSITORY
@@ -191,11 +188,12 @@ def test_names_a_profile_that_came_too_late():
 CHILD = """
 import json, os, sys
 from pathlib import Path
-from gps_denied_c7.ros import fastdds
-from gps_denied_c7.ros.fastdds import OWN_PORTS, HostTransport, apply_profile, transport_warnings, write_profile
+from gps_denied_c7.ros import dds_memory, fastdds
+from gps_denied_c7.ros.dds_memory import HostTransport, transport_warnings
+from gps_denied_c7.ros.fastdds import OWN_PORTS, apply_profile, write_profile
 asked = sys.argv[1] == 'profile'
 written = write_profile(Path(sys.argv[2]), ports=OWN_PORTS, transports=asked)
-fastdds.profile_path = lambda: written
+fastdds.profile_path = dds_memory.profile_path = lambda: written
 environ = os.environ if asked else dict(os.environ)
 decision = apply_profile(environ)
 judged = dict(os.environ)
@@ -275,7 +273,7 @@ def test_what_killed_processes_left_of_fast_dds_is_removed_and_nothing_else(tmp_
 
 def test_a_node_removes_what_a_killed_one_left(monkeypatch):
     """With the real Fast DDS: a live participant keeps its memory, and a killed one's is gone."""
-    monkeypatch.setattr(fastdds, '_SETTLED_S', 0.0)
+    monkeypatch.setattr(dds_memory, '_SETTLED_S', 0.0)
     with free_domain_id() as domain_id:
         killed, living = (NodeProcess(domain_id, {}, ('-r', f'__node:={name}')) for name in ('killed', 'living'))
         try:

@@ -185,7 +185,7 @@ def test_a_prompt_callback_is_followed_by_what_is_left_of_a_pause(ros_context, m
 
     def prompt():
         for _ in range(times):
-            executors.give_way()
+            executors.yield_gil()
         slept.clear()
 
     node = rclpy.create_node('prompt', context=ros_context)

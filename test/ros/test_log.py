@@ -125,7 +125,7 @@ def test_a_message_in_a_loop_is_logged_some_times_and_counted(ros_context):
     logger.error('camera 5 failed with pid 5')
     while len(seen) < 12 and time.monotonic() < deadline:
         executor.spin_once(timeout_sec=0.1)
-    assert seen[-1] == 'camera 5 failed with pid 5 (990 more like this were left out)'
+    assert seen[-1] == 'camera 5 failed with pid 5 (990 similar messages left out)'
     executor.shutdown()
     node.destroy_node()
 

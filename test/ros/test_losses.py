@@ -184,7 +184,7 @@ def test_where_nobody_counts_losses_a_gap_is_one():
     assert missed.counted() == (None, None)
     missed.note(info(1, b'a'), 1)
     missed.note(info(4, b'a'), 1)
-    assert missed.counted() == (2, None) and not missed.told_apart
+    assert missed.counted() == (2, None) and not missed.distinguishes
 
 
 def test_where_messages_have_no_numbers_losses_are_known_and_what_was_pushed_out_is_not():
@@ -248,7 +248,7 @@ def test_a_count_that_cannot_be_read_any_more_ends_and_no_callback_fails(ros_con
 
     lost._event = Failing(lost._event)
     lost.look()
-    assert 'counted no further' in caplog.text and lost.total == 0 and lost not in node.waitables
+    assert 'no longer counted' in caplog.text and lost.total == 0 and lost not in node.waitables
     node.destroy_node()
 
 
@@ -320,7 +320,7 @@ def test_the_node_says_that_images_are_lost_and_that_a_camera_overran_it(ros_con
         known = {'lost_before_node': '0', 'dropped_in_queue': '0', 'queue_depth': '5'}
         near_peer.wait_values(f'Stream {TOPIC}', known)
         lost[0] = 57
-        wait_until(lambda: 'lost on their way' in near_peer.message(f'Stream {TOPIC}'), 'the loss to be told')
+        wait_until(lambda: 'lost between camera' in near_peer.message(f'Stream {TOPIC}'), 'the loss to be told')
         assert near_peer.level(f'Stream {TOPIC}') == 'WARN'
         assert near_peer.values(f'Stream {TOPIC}')['lost_before_node'] == '57'
         (stream,) = local.streams

@@ -16,7 +16,7 @@ from sensor_msgs.msg import Image
 
 from gps_denied_c7.monitoring.cpu_latency import CpuLatencyRequest
 from gps_denied_c7.ros.image_stream import ImageStream
-from gps_denied_c7.ros.parameters import PARAMETERS
+from gps_denied_c7.ros.parameter_table import PARAMETERS
 from support.harness import LocalNode, NodeProcess, Peer, free_domain_id, image, running_node, wait_until
 from support.networks import copying
 

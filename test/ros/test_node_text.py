@@ -105,7 +105,7 @@ def test_log_levels_change_at_run_time(tmp_path):
         assert peer.change_state('deactivate')
         assert 'inactive, 0 of 0 images answered' in process.output()
         assert peer.change_state('cleanup')
-        assert 'unconfigured; the engines are ended' in process.output()
+        assert 'unconfigured; the engines have ended' in process.output()
         assert peer.change_state('shutdown')
         assert 'finalized' in process.output()
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.flight_record import KINDS
-from gps_denied_c7.ros.parameters import PARAMETERS, parameter_table
+from gps_denied_c7.ros.parameter_table import PARAMETERS, parameter_table
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / 'docs' / 'reference'

@@ -179,7 +179,8 @@ def test_children_stay_on_this_host(tmp_path, monkeypatch):
 def test_little_shared_memory_is_shared_out(tmp_path, monkeypatch):
     """In a container's 64 MiB the shipped segment fits no process; a smaller one fits all."""
     from gps_denied_c7.demo import processes
-    from gps_denied_c7.ros.fastdds import HostTransport, segment_size
+    from gps_denied_c7.ros.dds_memory import HostTransport
+    from gps_denied_c7.ros.fastdds import segment_size
 
     for name in ('FASTRTPS_DEFAULT_PROFILES_FILE', 'FASTDDS_DEFAULT_PROFILES_FILE', 'FASTDDS_BUILTIN_TRANSPORTS'):
         monkeypatch.delenv(name, raising=False)

@@ -99,9 +99,9 @@ def test_an_image_nothing_waits_before_is_handed_on_at_once(stream):
 def test_who_answers_an_image_comes_before_what_is_noted_of_it(stream, monkeypatch):
     """The inference thread needs the interpreter, too; one that has an image before it was not woken."""
     order = []
-    monkeypatch.setattr(image_stream, 'give_way', lambda: order.append(f'gives way to {stream.made.sink.has(TOPIC)}'))
+    monkeypatch.setattr(image_stream, 'yield_gil', lambda: order.append(f'yields to {stream.made.sink.has(TOPIC)}'))
     monkeypatch.setattr(stream.made, '_note_stamp', lambda stamp: order.append('notes'))
-    for number, done in ((1, ['gives way to True', 'notes']), (2, ['notes'])):
+    for number, done in ((1, ['yields to True', 'notes']), (2, ['notes'])):
         stream.publish(image(number))
         stream.ready()
         assert order == done

@@ -324,7 +324,7 @@ class LocalNode:
 
     def chain(self) -> Any:
         """Return the status of the loaded chain."""
-        return self.node._loaded.model.chain.status()
+        return self.node._model.current.model.chain.status()
 
     @property
     def streams(self) -> Any:

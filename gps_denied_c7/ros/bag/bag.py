@@ -119,7 +119,7 @@ class Bag:
             return Path(self._stack.enter_context(tempfile.TemporaryDirectory(prefix='c7_replay_')))
         except OSError as error:
             raise BagError(
-                f'{self.path} has to be copied to be read, and there is no place for it: {error}.',
+                f'{self.path} has to be copied to be read, and there is no room for the copy: {error}.',
                 remedy='Set TMPDIR to a directory that can be written.',
             ) from error
 
@@ -190,7 +190,7 @@ class Bag:
                 differences.append(f'{name} was offered as {offered(self._qos[name] or ())}, not {said_merged}')
         if differences:
             self._files.notes.append(
-                f'metadata.yaml differs from the storage, which is played: {"; ".join(differences)}.'
+                f'metadata.yaml differs from the storage files, which are played: {"; ".join(differences)}.'
             )
 
     def __enter__(self) -> Bag:
@@ -265,8 +265,8 @@ def _playable_type(channel: Channel) -> tuple[str, str]:
     if channel.encoding != 'cdr':
         return '', f'encoded as {channel.encoding or "nothing that the file names"}, not as CDR'
     if not channel.msgtype:
-        return '', 'the file names no message type (schema) for it'
+        return '', 'the file has no message type (schema) for it'
     if not (parts := _TYPE_NAME.fullmatch(channel.msgtype.replace('::', '/'))):
-        return '', f'{channel.msgtype} is no ROS 2 message type'
+        return '', f'{channel.msgtype} is not a ROS 2 message type'
     package, kind, name = parts.groups()
     return f'{package}/{kind or "msg"}/{name}', ''

@@ -28,7 +28,7 @@ _NAME_A_BAG = 'Name a bag directory, or an .mcap or .db3 file.'
 @dataclass(slots=True)
 class Metadata:
     """
-    Hold what a metadata.yaml says, of whichever version from 1 to 9; the storage files have the last word.
+    Hold what a metadata.yaml says, of whichever version from 1 to 9; the storage files take precedence.
 
     :param files: names of the storage files.
     :param types: topic → its types.
@@ -75,7 +75,7 @@ def find_files(path: Path) -> BagFiles:
     if path.is_dir():
         return _in_directory(path)
     if not path.is_file():
-        raise BagError(f'{path} is no bag: it is neither a file nor a directory.', remedy=_NAME_A_BAG)
+        raise BagError(f'{path} is not a bag: it is neither a file nor a directory.', remedy=_NAME_A_BAG)
     found = BagFiles([path])
     beside = path.parent / 'metadata.yaml'
     if beside.exists():
@@ -116,7 +116,7 @@ def _in_directory(path: Path) -> BagFiles:
 
 
 def _account_for_others(path: Path, found: BagFiles, gone: list[str], others: list[Path]) -> None:
-    """Put files that the metadata does not name in the place of those that it names in vain, and say so."""
+    """Replace missing files that the metadata names by files that it does not name, and note it."""
     names, there = ', '.join(gone), ', '.join(file.name for file in others)
     if gone and others:
         found.files += others
@@ -124,7 +124,7 @@ def _account_for_others(path: Path, found: BagFiles, gone: list[str], others: li
     if len(gone) > len(others):
         found.missing.append(f'{names} is missing: metadata.yaml names it and it is not in {path}.')
     if others and not gone:
-        found.missing.append(f'{there} is left out: it is in {path} and metadata.yaml does not name it.')
+        found.missing.append(f'{there} is not played: it is in {path} and metadata.yaml does not name it.')
 
 
 def _named_file(path: Path, name: str) -> Path:
@@ -145,12 +145,14 @@ def _without_metadata(path: Path, files: list[Path]) -> list[Path]:
     if len(files) == 1:
         return files
     if not files:
-        raise BagError(f'{path} is no bag: no metadata.yaml and no storage file in it.', remedy='Name a bag directory.')
+        raise BagError(
+            f'{path} is not a bag: no metadata.yaml and no storage file in it.', remedy='Name a bag directory.'
+        )
     parts = {re.sub(r'_\d+(?=\.)', '', _without_compression(file.name), count=1) for file in files}
     if len(parts) == 1 and all(re.search(r'_\d+\.', file.name) for file in files):
         return sorted(files, key=lambda file: [int(number) for number in re.findall(r'_(\d+)\.', file.name)])
     raise BagError(
-        f'{path} is no bag: no metadata.yaml and {len(files)} storage files in it that do not belong together.',
+        f'{path} is not a bag: no metadata.yaml and {len(files)} storage files in it that do not belong together.',
         remedy=f'Name one of them: {", ".join(file.name for file in files)}.',
     )
 
@@ -176,7 +178,7 @@ def _metadata_from(information: dict[str, Any]) -> Metadata:
         topic = entry['topic_metadata']
         name = topic['name']
         if not isinstance(name, str):
-            raise ValueError('the name of a topic is no text')
+            raise ValueError('the name of a topic is not text')
         metadata.types.setdefault(name, set()).add(f'{topic.get("type")!s:.200}')
         metadata.counts[name] = metadata.counts.get(name, 0) + int(entry.get('message_count') or 0)
         metadata.qos[name] = (*metadata.qos.get(name, ()), *profiles_of(topic.get('offered_qos_profiles')))
@@ -193,7 +195,7 @@ def open_storage(path: Path, scratch: Callable[[], Path]) -> tuple[Storage, list
     Open a storage file by what it is, whatever its name, and return with it what was lost in decompressing it.
 
     :param scratch: makes an empty directory for temporary copies.
-    :raises BagError: it is no storage file, or none that can be read; or a package for that is not installed.
+    :raises BagError: it is not a storage file, cannot be read, or a package for that is not installed.
     """
     try:
         import lz4.frame  # noqa: F401
@@ -229,11 +231,11 @@ def open_storage(path: Path, scratch: Callable[[], Path]) -> tuple[Storage, list
     except BagError:
         raise
     except Exception as error:
-        # Damage shows as whatever the parser trips over first: struct, zstd, SQLite or plain index errors.
+        # Damage shows as the first error that the parser meets: struct, zstd, SQLite or plain index errors.
         raise BagError(f'{path} is damaged: {reason(error)}.', remedy='Take another copy of it.') from error
     if PurePath(path.name).suffix == '.db3':
         raise BagError(f'{path} is damaged: it does not begin as an SQLite file.', remedy='Take another copy of it.')
-    raise BagError(f'{path} is no bag.', remedy=_NAME_A_BAG)
+    raise BagError(f'{path} is not a bag.', remedy=_NAME_A_BAG)
 
 
 def _decompress(path: Path, scratch: Path) -> tuple[Path, list[str]]:

@@ -57,7 +57,7 @@ class _DamageError(Exception):
 
 
 class _Exact(ReadDataStream):
-    """mcap's stream, which hands out fewer bytes than asked for at the end of its data, made to refuse that."""
+    """mcap's stream; it raises where mcap's own returns fewer bytes than asked for at the end of its data."""
 
     def __init__(self, content: bytes) -> None:
         super().__init__(BytesIO(content))
@@ -89,7 +89,7 @@ class McapFile:
     """
     Open one mcap file; see :class:`~gps_denied_c7.ros.bag.storage.Storage`.
 
-    :raises BagError: it is no mcap file at all.
+    :raises BagError: it is not an mcap file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -146,7 +146,7 @@ class McapFile:
             self._file.seek(0)
             return SeekingReader(self._file).get_summary()
         except Exception as error:
-            # Damage shows as whatever the parser trips over first: struct, UTF-8, index or memory errors.
+            # Damage shows as the first error that the parser meets: struct, UTF-8, index or memory errors.
             self._promise_is_sure = False
             self.notes.append(f'{self.path.name}: the summary is damaged ({reason(error)}) and not used.')
             return None

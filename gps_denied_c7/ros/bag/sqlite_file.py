@@ -48,7 +48,7 @@ class SqliteFile:
     query only, since a recorder that meets one loses messages.
 
     :param scratch: makes an empty directory for that copy.
-    :raises BagError: it is no rosbag2, or it is being written.
+    :raises BagError: it is not a rosbag2, or it is being written.
     """
 
     def __init__(self, path: Path, scratch: Callable[[], Path]) -> None:
@@ -129,8 +129,8 @@ class SqliteFile:
         names = ' and '.join(journal.name for journal in journals)
         copy = self._copied([self.path, *journals], scratch, f'It was not closed: {names} belongs to it')
         self.notes.append(
-            f'{self.path.name} was not closed: {names} belongs to it. A temporary copy, put in order by SQLite, is '
-            'played; the bag stays as it is.'
+            f'{self.path.name} was not closed: {names} belongs to it. A temporary copy, recovered by SQLite, is '
+            'played; the bag is not changed.'
         )
         return copy
 
@@ -154,7 +154,7 @@ class SqliteFile:
     def _open(self) -> None:
         tables = {name for (name,) in self._rows("SELECT name FROM sqlite_master WHERE type IN ('table', 'index')")}
         if not {'topics', 'messages'} <= tables:
-            raise BagError(f'{self.path} is no rosbag2: it has no topics and messages.', remedy='Name another file.')
+            raise BagError(f'{self.path} is not a rosbag2: it has no topics and messages.', remedy='Name another file.')
         columns = [row[1] for row in self._rows('PRAGMA table_info(topics)')]
         definitions = {}
         if 'message_definitions' in tables:
@@ -214,7 +214,7 @@ class SqliteFile:
     def _scan_backwards(self, last: int | None) -> int | None:
         """Return the first message after the damage, None where there is none."""
         before = len(self._ids)
-        # The damage again, from its other side: the first error is the one that is told.
+        # The damage again, from its other side: the first error is the one that is reported.
         with contextlib.suppress(sqlite3.DatabaseError):
             self._scan_rows('DESC', last)
         return self._ids[-1] if len(self._ids) > before else None

@@ -38,7 +38,7 @@ class BagError(C7Error):
 @dataclass(frozen=True, slots=True)
 class OfferedQos:
     """
-    Hold what the recorded publishers of a topic offered, as far as it decides who can subscribe and what stays.
+    Hold what the recorded publishers of a topic offered, as far as it decides which subscribers match and what is kept.
 
     :param depth: of the history; 0 where the bag does not say, very large where everything is kept.
     """
@@ -150,14 +150,14 @@ def cdr_of(data: Any) -> bytes:
     A bag's metadata names that compression, but may be lost. The bytes tell by themselves: CDR of ROS 2 begins with a
     zero byte (OMG DDSI-RTPS 10.2, encapsulation schemes up to 0x000b), zstd and lz4 frames do not.
 
-    :raises ValueError: it is no CDR.
+    :raises ValueError: it is not CDR.
     """
     if not isinstance(data, bytes):
         raise ValueError(f'stored as {type(data).__name__}, not as bytes')
     if data[:4] in (_ZSTD_MAGIC, _LZ4_MAGIC):
         data = decompressed(data, 'zstd' if data[:4] == _ZSTD_MAGIC else 'lz4')
     if len(data) < 4 or data[0] != 0 or data[1] > 0x0B:
-        raise ValueError(f'no CDR, begins with {data[:4].hex(" ") or "nothing"}')
+        raise ValueError(f'not CDR, begins with {data[:4].hex(" ") or "nothing"}')
     return data
 
 
@@ -209,7 +209,7 @@ def profiles_of(text: Any) -> tuple[OfferedQos, ...]:
     if not profiles:
         return ()
     if not isinstance(profiles, list) or not all(isinstance(profile, dict) for profile in profiles):
-        raise ValueError('offered_qos_profiles is no list of profiles')
+        raise ValueError('offered_qos_profiles is not a list of profiles')
     return tuple(map(_profile, profiles))
 
 

@@ -99,6 +99,6 @@ def test_the_point_of_two_series_is_measured_once():
 
 def test_where_large_blocks_move_each_repetition_has_processes_of_its_own():
     small = Case(width=640, height=480, encoding='mono8', model_ms=5)
-    assert not small.anew
-    assert dataclasses.replace(small, dense_maps=1).anew
-    assert dataclasses.replace(small, width=1920, height=1080, encoding='rgb8').anew
+    assert not small.separate_processes
+    assert dataclasses.replace(small, dense_maps=1).separate_processes
+    assert dataclasses.replace(small, width=1920, height=1080, encoding='rgb8').separate_processes

@@ -61,7 +61,7 @@ def test_a_good_run_has_no_problems():
         (counted(repeated=2), '2 frames were answered more than once'),
         (changed(records=RECORDS[:1] + RECORDS[2:]), 'c7.fallback_to_onnx_trt_ep was recorded 0 times'),
         (changed(records=RECORDS + RECORDS[2:3]), 'c7.cpu_fallback was recorded 2 times'),
-        (changed(standing_alerts=('c7.cpu_fallback',)), 'c7.fallback_to_onnx_trt_ep does not stand on /diagnostics'),
+        (changed(standing_alerts=('c7.cpu_fallback',)), 'c7.fallback_to_onnx_trt_ep is not on /diagnostics'),
         (changed(records=RECORDS[:-1]), 'did not record the end'),
         (changed(node_exit_code=-9), 'ended with code -9'),
     ],
