@@ -54,7 +54,7 @@ class C7InferenceConfig:
     :param configure_budget_s: seconds that better rungs get to load before a worse one serves in their place.
     :param promotion_backoff_s: first and longest pause in seconds before a better rung is tried again.
     :param output_tensors: canonical names of the outputs that are published, all of them where empty. Only these, and
-        those that the bundle has a rule for, are taken from an engine and looked at.
+        those that the bundle has a rule for, are copied from an engine and checked.
     :param allow_non_finite: canonical names of the outputs in which NaN and infinity mean something.
     :param cpu_threads: threads of one CPU inference, 0 for all cores but one, which other programs may use.
     :raises ConfigError: naming the field.

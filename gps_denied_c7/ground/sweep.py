@@ -80,7 +80,7 @@ class CacheItem:
 
     :param kind: ``engine``, ``timing``, ``ort_cache`` or ``leftover``.
     :param path: the file or directory that gives it its name.
-    :param files: names below ``directory`` in the order of removal, with what they were when looked at.
+    :param files: names below ``directory`` in the order of removal, with what they were when listed.
     :param written_s: when its newest file was written, seconds since the epoch.
     :param bytes: size of its files.
     :param built_for: what it was built for, None where that is unknown.
@@ -347,7 +347,7 @@ def _remove(item: CacheItem) -> None:
     """
     Remove an item.
 
-    :raises _InUseError: it was written again since it was looked at, or is being built.
+    :raises _InUseError: it was written again since it was listed, or is being built.
     :raises OSError: it cannot be removed.
     """
     with _locked(item) as directory:

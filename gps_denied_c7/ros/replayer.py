@@ -206,7 +206,7 @@ class Replayer:
         Wait until subscribers have matched, and a little longer.
 
         Discovery is two-sided: a publisher that sees its subscriber may not be seen by it yet, and what it sends
-        then is lost without a trace.
+        then is lost silently.
 
         :raises BagError: they did not come and the options require them.
         """
