@@ -144,7 +144,7 @@ class Replayer:
             topic = topics.get(name)
             if topic is None or not topic.count:
                 if name in options.topics:
-                    self.report.skipped.setdefault(name, 'the bag holds no message of it')
+                    self.report.skipped.setdefault(name, 'the bag has no message on it')
             elif name == CLOCK_TOPIC and options.clock_hz:
                 self.report.skipped[name] = 'since --clock publishes it'
             else:
