@@ -11,7 +11,10 @@ from typing import Any, TypeVar
 
 from gps_denied_c7.errors import ModelBundleError
 
-__all__ = ['Fields', 'decode_json', 'parse_json', 'require', 'require_digest', 'require_known']
+__all__ = [
+    'Fields', 'decode_json', 'json_type', 'parse_json', 'plain_text', 'refuse_duplicates', 'require', 'require_digest',
+    'require_known',
+]  # fmt: skip
 
 _DIGEST = re.compile(r'sha256:[0-9a-f]{64}')
 _MAX_NAME_BYTES = 255
@@ -30,7 +33,7 @@ class Fields:
 
     def __init__(self, value: object, where: str) -> None:
         if not isinstance(value, dict):
-            raise ModelBundleError(f'{where or "the file"}: expected an object, found {_json_type(value)}.')
+            raise ModelBundleError(f'{where or "the file"}: expected an object, found {json_type(value)}.')
         self._values = value
         self._where = where
         self._taken: set[str] = set()
@@ -63,7 +66,7 @@ class Fields:
     def text(self, name: str) -> str:
         """Return a required string."""
         value = self.take(name)
-        self.check(isinstance(value, str), name, f'expected a string, found {_json_type(value)}.')
+        self.check(isinstance(value, str), name, f'expected a string, found {json_type(value)}.')
         self.check(_is_plain(value), name, f'{value!a} is not valid text: it holds half of a surrogate pair.')
         return str(value)
 
@@ -71,14 +74,14 @@ class Fields:
         """Return a required whole number."""
         value = self.take(name)
         proper = isinstance(value, int) and not isinstance(value, bool)
-        self.check(proper, name, f'expected a whole number, found {_json_type(value)}.')
+        self.check(proper, name, f'expected a whole number, found {json_type(value)}.')
         return int(value)
 
     def number(self, name: str) -> float:
         """Return a required number, infinite where it is too large for a float."""
         value = self.take(name)
         proper = isinstance(value, (int, float)) and not isinstance(value, bool)
-        self.check(proper, name, f'expected a number, found {_json_type(value)}.')
+        self.check(proper, name, f'expected a number, found {json_type(value)}.')
         try:
             return float(value)
         except OverflowError:
@@ -93,7 +96,7 @@ class Fields:
     def objects(self, name: str) -> list[Fields]:
         """Return a required list of at least one object."""
         value = self.take(name)
-        self.check(isinstance(value, list), name, f'expected a list, found {_json_type(value)}.')
+        self.check(isinstance(value, list), name, f'expected a list, found {json_type(value)}.')
         self.check(len(value) > 0, name, 'is empty.', 'Name at least one.')
         return [Fields(item, f'{self.key(name)}[{index}]') for index, item in enumerate(value)]
 
@@ -145,11 +148,17 @@ class Fields:
                 )
 
 
-def _json_type(value: object) -> str:
+def json_type(value: object) -> str:
+    """Return what JSON calls a value, with its article."""
     if value is None:
         return 'null'
     names = {dict: 'an object', list: 'a list', str: 'a string', bool: 'a boolean', int: 'a number', float: 'a number'}
     return names.get(type(value), type(value).__name__)
+
+
+def plain_text(value: object) -> str:
+    """Return text that can be written anywhere, halves of surrogate pairs spelled out."""
+    return str(value).encode('utf-8', 'backslashreplace').decode()
 
 
 def _is_plain(text: str) -> bool:
@@ -180,20 +189,20 @@ def decode_json(text: str, unique: Callable[[list[tuple[str, Any]]], Any] | None
     raise ValueError(f'it is nested deeper than {_MAX_DEPTH} levels')
 
 
+def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of these pairs, or raise ValueError for a key that appears twice."""
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError(f'a key appears twice among {[name for name, _ in pairs]}')
+    return values
+
+
 def parse_json(content: bytes) -> object:
     """
     Parse UTF-8 JSON without doubled keys; NaN and infinity are left to the reader of the number.
 
     :raises ModelBundleError: the content is not JSON.
     """
-
-    def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        values = dict(pairs)
-        if len(values) != len(pairs):
-            names = [name for name, _ in pairs]
-            raise ValueError(f'a key appears twice among {names}')
-        return values
-
     try:
         return decode_json(content.decode('utf-8'), refuse_duplicates)
     except ValueError as error:

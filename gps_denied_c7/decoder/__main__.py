@@ -16,7 +16,6 @@ import socket
 import sys
 
 from gps_denied_c7.worker.child import begin_child
-from gps_denied_c7.worker.protocol import Channel, ChannelClosedError
 
 __all__ = ['DECODER_NAME', 'main']
 
@@ -43,9 +42,11 @@ def main(arguments: list[str] | None = None) -> int:
     _keep_heap()
     # A camera may use one core at most.
     os.environ.update(OPENBLAS_NUM_THREADS='1', OMP_NUM_THREADS='1')
+    from gps_denied_c7.decoder.protocol import DECODER_PROTOCOL
     from gps_denied_c7.decoder.server import DecoderService
+    from gps_denied_c7.worker.channel import Channel, ChannelClosedError
 
-    channel = Channel(socket.socket(fileno=options.channel))
+    channel = Channel(socket.socket(fileno=options.channel), DECODER_PROTOCOL, in_child=True)
     service = DecoderService(channel, options.memory)
     _limit_memory(options.memory)
     with contextlib.suppress(ChannelClosedError):

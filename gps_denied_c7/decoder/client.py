@@ -8,19 +8,27 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gps_denied_c7.decoder.protocol import (
+    DECODER_PROTOCOL,
+    Copied,
+    CopyPixels,
+    Decode,
+    Decoded,
+    MapBuffer,
+    MapInput,
+    Prepare,
+    Refused,
+)
 from gps_denied_c7.errors import C7Error, ImageRejectedError, InferenceError
 from gps_denied_c7.failover.backoff import Backoff
-from gps_denied_c7.image.decode import MAX_PIXELS, MAX_SIDE, ODDITIES, ORDERS, REASONS, Pixels, check_compressed
+from gps_denied_c7.image.decode import Pixels, check_compressed
 from gps_denied_c7.image.preprocess import PreprocessingSpec, planes_shape
 from gps_denied_c7.worker.process import WorkerProcess
-from gps_denied_c7.worker.protocol import plain_text
 from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout
 
 __all__ = ['DecodedImage', 'ImageDecoder']
@@ -34,7 +42,7 @@ _LEAST_INPUT_BYTES = 1 << 20
 # One buffer that the network reads, one that waits for it, one that is written, and one that a slow reader still has.
 _MOST_BUFFERS = 4
 # A picture has one reply; a process that sends many others is replaced.
-_MOST_PACKETS = 4
+_MOST_MESSAGES = 4
 _TEXT_CHARACTERS = 1000
 _END_S = 0.5
 
@@ -111,7 +119,7 @@ class ImageDecoder:
         self._lock = threading.Lock()
         self._closed = False
         self._process: WorkerProcess | None = None
-        self._ready = self._useful = False
+        self._useful = False
         self._backoff = Backoff()
         self._failed_at = -math.inf
         self._cause = ''
@@ -121,7 +129,7 @@ class ImageDecoder:
         self._data: NDArray | None = None
         self._free: deque[_Buffer] = deque()
         self._buffers: list[_Buffer] = []
-        self._spec: tuple[PreprocessingSpec, dict[str, Any]] | None = None
+        self._spec: PreprocessingSpec | None = None
         with self._lock:
             self._start()
 
@@ -160,7 +168,8 @@ class ImageDecoder:
             process = self._running()
             begun_ns, before_ns = time.monotonic_ns(), self._count_cpu()
             try:
-                self._wait_until_ready(process)
+                if not process.await_ready(time.monotonic() + _START_S):
+                    raise TimeoutError(f'{self._name} did not start within {_START_S:g} s.')
                 return self._decode(process, format, data, spec, pixels)
             except TimeoutError as error:
                 self._replace(f'{error} It was killed.')
@@ -176,7 +185,7 @@ class ImageDecoder:
                 if self._closed:
                     raise self._unavailable('is closed.') from error
                 raise ImageRejectedError(
-                    'decoder', error.message, remedy='Read its last output in the log.'
+                    'decoder', error.message, remedy=error.remedy or 'Read its last output in the log.'
                 ) from error
             finally:
                 self._count_cpu()
@@ -207,18 +216,20 @@ class ImageDecoder:
         buffer = self._take_buffer(process, spec)
         loan = deque((buffer,))
         try:
+            if spec is not self._spec:
+                process.send(Prepare(spec), block=False)
+                self._spec = spec
             self._number += 1
-            request = {
-                'do': 'decode', 'id': self._number, 'format': format, 'bytes': file.nbytes,
-                'buffer': buffer.number, 'spec': self._spec_json(spec), 'pixels': pixels,
-            }  # fmt: skip
-            process.send(request, block=False)
+            process.send(Decode(self._number, format, file.nbytes, buffer.number, pixels), block=False)
             answer = self._receive(process, deadline)
-            if answer.get('say') == 'refused':
-                raise self._refusal(answer)
-            shape, dtype, order, oddities = self._checked(answer)
-            copied = self._copy_pixels(process, shape, dtype, deadline) if pixels else None
-            layout = _layout('planes', dtype, planes_shape(spec, shape[1], shape[0]))
+            if isinstance(answer, Refused):
+                message, remedy = answer.message[:_TEXT_CHARACTERS], answer.remedy[:_TEXT_CHARACTERS]
+                raise ImageRejectedError(answer.reason, message, remedy=remedy)
+            if not isinstance(answer, Decoded):
+                raise InferenceError(f'{self._name} sent an invalid reply: {answer}')
+            height, width, *_ = answer.shape
+            copied = self._copy_pixels(process, answer, deadline) if pixels else None
+            layout = _layout('planes', answer.dtype, planes_shape(spec, width, height))
             planes = buffer.segment.arrays(layout)['planes']
         except BaseException:
             _give_back(loan)
@@ -227,10 +238,10 @@ class ImageDecoder:
         self._backoff.reset(self._name)
         now_ns = self._count_cpu()
         return DecodedImage(
-            size=(shape[1], shape[0]),
+            size=(width, height),
             planes=planes,
-            pixels=None if copied is None else Pixels(copied, order),
-            oddities=oddities,
+            pixels=None if copied is None else Pixels(copied, answer.order),
+            oddities=answer.oddities,
             cost_ns=now_ns - before_ns,
             _loan=loan,
         )
@@ -248,7 +259,7 @@ class ImageDecoder:
             size = max(_LEAST_INPUT_BYTES, min(2 * data.nbytes, self._memory_bytes))
             self._drop_input()
             segment = SharedTensors.create(size, writable=True)
-            process.send({'do': 'map', 'buffer': None}, [segment.descriptor], block=False)
+            process.send(MapInput(), [segment.descriptor], block=False)
             # Not before: a process that reads from another segment would decode an earlier file.
             self._input, self._data = segment, segment.arrays(_layout('data', 'uint8', (size,)))['data']
         assert self._data is not None
@@ -269,64 +280,26 @@ class ImageDecoder:
         if number is None:
             raise self._unavailable(f'has no buffer left: {_MOST_BUFFERS} pictures were not released.')
         buffer = _Buffer(number, SharedTensors.create(size, writable=False), self._free)
-        process.send({'do': 'map', 'buffer': number}, [buffer.segment.descriptor], block=False)
+        process.send(MapBuffer(number), [buffer.segment.descriptor], block=False)
         self._buffers.append(buffer)
         return buffer
 
-    def _spec_json(self, spec: PreprocessingSpec) -> dict[str, Any]:
-        if self._spec is None or self._spec[0] is not spec:
-            self._spec = (spec, spec.to_json())
-        return self._spec[1]
-
-    def _receive(self, process: WorkerProcess, deadline: float) -> dict[str, Any]:
+    def _receive(self, process: WorkerProcess, deadline: float) -> Decoded | Copied | Refused:
         """Return the reply of the process to the current request."""
-        for _ in range(_MOST_PACKETS):
-            packet = process.receive(deadline)
-            if packet is None:
+        for _ in range(_MOST_MESSAGES):
+            message = process.receive(deadline)
+            if message is None:
                 raise TimeoutError(f'{self._name} took more than {self._timeout_s:g} s for a picture.')
-            if isinstance(packet, dict) and packet.get('id') == self._number:
-                return packet
+            if isinstance(message, (Decoded, Copied, Refused)) and message.number == self._number:
+                return message
         raise InferenceError(f'{self._name} sent replies that belong to no picture.')
 
-    def _refusal(self, answer: Mapping[str, Any]) -> ImageRejectedError:
-        reason = answer.get('reason')
-        if reason not in REASONS:
-            raise InferenceError(f'{self._name} sent an unknown reason: {answer!a:.200}')
-        message, remedy = (plain_text(answer.get(name, ''))[:_TEXT_CHARACTERS] for name in ('message', 'remedy'))
-        return ImageRejectedError(reason, message, remedy=remedy)
-
-    def _checked(self, answer: Mapping[str, Any]) -> tuple[tuple[int, ...], str, str, tuple[str, ...]]:
-        """
-        Return shape, type and channel order of the pixels, and the oddities, of an answer.
-
-        :raises InferenceError: no picture can have this answer; an attacker may control the process.
-        """
-        shape, dtype, order, oddities = (answer.get(name) for name in ('shape', 'dtype', 'order', 'oddities'))
-        possible = (
-            answer.get('say') == 'decoded'
-            and isinstance(shape, list)
-            and len(shape) in (2, 3)
-            and all(type(axis) is int and 1 <= axis <= MAX_SIDE for axis in shape)
-            and shape[0] * shape[1] <= MAX_PIXELS
-            and dtype in ('uint8', 'uint16')
-            and isinstance(order, str)
-            and ORDERS.get(order) == (shape[2] if len(shape) == 3 else 1)
-            and isinstance(oddities, list)
-            and len(oddities) <= len(ODDITIES)
-            and all(oddity in ODDITIES for oddity in oddities)
-        )
-        if not possible:
-            raise InferenceError(f'{self._name} sent an invalid reply: {answer!a:.200}')
-        return tuple(shape), str(dtype), str(order), tuple(oddities)  # type: ignore[arg-type]
-
-    def _copy_pixels(
-        self, process: WorkerProcess, shape: tuple[int, ...], dtype: str, deadline: float
-    ) -> NDArray:
-        layout = _layout('pixels', dtype, shape)
+    def _copy_pixels(self, process: WorkerProcess, answer: Decoded, deadline: float) -> NDArray:
+        layout = _layout('pixels', answer.dtype, answer.shape)
         segment = SharedTensors.create(layout.size, writable=False)
         try:
-            process.send({'do': 'copy', 'id': self._number}, [segment.descriptor], block=False)
-            if self._receive(process, deadline).get('say') != 'copied':
+            process.send(CopyPixels(self._number), [segment.descriptor], block=False)
+            if not isinstance(self._receive(process, deadline), Copied):
                 raise InferenceError(f'{self._name} did not hand over its pixels.')
             array = segment.arrays(layout)['pixels'].copy()
         finally:
@@ -349,25 +322,13 @@ class ImageDecoder:
             raise ImageRejectedError('decoder', self._cause)
         return self._process
 
-    def _wait_until_ready(self, process: WorkerProcess) -> None:
-        if self._ready:
-            return
-        packet = process.receive(time.monotonic() + _START_S)
-        if packet is None:
-            raise TimeoutError(f'{self._name} did not start within {_START_S:g} s.')
-        if packet != {'say': 'ready'}:
-            raise InferenceError(f'{self._name} sent an invalid reply: {packet!a:.200}')
-        self._ready = True
-
     def _start(self) -> None:
         """Start a process in the background, unless the decoder is closed."""
         if self._closed:
             return
         self._backoff.may_begin(self._name)
         try:
-            self._process = WorkerProcess.start(
-                self._name, ('--memory', str(self._memory_bytes)), module='gps_denied_c7.decoder'
-            )
+            self._process = WorkerProcess.start(self._name, DECODER_PROTOCOL, ('--memory', str(self._memory_bytes)))
         except C7Error as error:
             _log.warning('%s cannot start: %s', self._name, error)
             self._pause(f'{self._name} cannot start: {error}')
@@ -394,7 +355,7 @@ class ImageDecoder:
     def _end(self) -> None:
         """End the process, and forget every segment: until it is gone it may still write to them."""
         self._count_cpu()
-        process, self._process, self._ready, self._useful = self._process, None, False, False
+        process, self._process, self._spec, self._useful = self._process, None, None, False
         self._ended_cpu_ns = self._cpu_ns
         if process is not None:
             process.release()

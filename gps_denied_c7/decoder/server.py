@@ -7,11 +7,13 @@ import logging
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+from gps_denied_c7.decoder.protocol import Copied, CopyPixels, Decode, Decoded, MapBuffer, MapInput, Prepare, Refused
 from gps_denied_c7.errors import C7Error
 from gps_denied_c7.image.buffers import Scratch
 from gps_denied_c7.image.decode import Pixels, decode_picture, import_decoders, is_out_of_memory
 from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
-from gps_denied_c7.worker.protocol import Channel, ChannelClosedError
+from gps_denied_c7.worker.channel import Channel, ChannelClosedError
+from gps_denied_c7.worker.messages import Ready
 from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout
 
 __all__ = ['DecoderService', 'pixels_layout']
@@ -25,7 +27,7 @@ _log = logging.getLogger(__name__)
 
 class DecoderService:
     """
-    Answer the packets of one channel, one at a time, until it is closed.
+    Answer the messages of one channel, one at a time, until it is closed.
 
     :param channel: to the node; borrowed.
     :param memory_bytes: what one picture may need.
@@ -39,7 +41,7 @@ class DecoderService:
         self._outputs: dict[int, SharedTensors] = {}
         self._scratch = Scratch(_KEPT_BYTES)
         self._preprocessor: Preprocessor | None = None
-        self._spec: Any = None
+        self._spec: PreprocessingSpec | None = None
         self._pixels: Pixels | None = None
 
     def run(self) -> NoReturn:
@@ -48,76 +50,76 @@ class DecoderService:
 
         :raises ChannelClosedError: the node has closed its end, or is gone.
         """
-        handlers: dict[str, Callable[[dict[str, Any], list[int]], None]] = {
-            'map': self._map,
-            'decode': self._decode,
-            'copy': self._copy,
+        handlers: dict[type, Callable[[Any, list[int]], None]] = {
+            MapInput: lambda _, descriptors: self._map_input(descriptors[0]),
+            MapBuffer: lambda message, descriptors: self._map_buffer(message.number, descriptors[0]),
+            Prepare: lambda message, _: self._prepare(message.spec),
+            Decode: lambda message, _: self._decode(message),
+            CopyPixels: lambda message, descriptors: self._copy(message.number, descriptors[0]),
         }
-        self._channel.send({'say': 'ready'})
+        self._channel.send(Ready())
         while True:
             received = self._channel.receive()
             assert received is not None
-            packet, descriptors = received
-            assert isinstance(packet, dict)
-            handlers[packet['do']](packet, descriptors)
+            message, descriptors = received
+            handlers[type(message)](message, descriptors)
 
-    def _map(self, packet: dict[str, Any], descriptors: list[int]) -> None:
-        """Take a segment: of compressed bytes, mapped for reading, or number ``buffer`` of those for planes."""
-        number = packet['buffer']
-        segment = SharedTensors(descriptors[0], writable=number is not None)
-        if number is None:
-            layout = TensorLayout((('data', 'uint8', (segment.size,), 0),))
-            self._data = segment.arrays(layout)['data'].data
-            segment.close()
-            return
+    def _map_input(self, descriptor: int) -> None:
+        segment = SharedTensors(descriptor, writable=False)
+        layout = TensorLayout((('data', 'uint8', (segment.size,), 0),))
+        self._data = segment.arrays(layout)['data'].data
+        segment.close()
+
+    def _map_buffer(self, number: int, descriptor: int) -> None:
+        segment = SharedTensors(descriptor, writable=True)
         before = self._outputs.pop(number, None)
         if before is not None:
             before.close()
         self._outputs[number] = segment
 
-    def _decode(self, packet: dict[str, Any], descriptors: list[int]) -> None:
+    def _prepare(self, spec: PreprocessingSpec) -> None:
+        # Made with the first picture, which is refused where a library is missing.
+        self._spec, self._preprocessor = spec, None
+
+    def _decode(self, request: Decode) -> None:
         self._pixels = None
         large = True
+        answer: Decoded | Refused
         try:
-            answer = self._answer(packet)
+            answer = self._answer(request)
             large = self._pixels is not None and self._pixels.array.nbytes > _KEPT_BYTES
         except Exception as error:
-            answer = _refusal(error)
-        if not packet['pixels']:
+            answer = _refusal(request.number, error)
+        if not request.pixels:
             self._pixels = None
-        self._channel.send({**answer, 'id': packet['id']})
+        self._channel.send(answer)
         if large:
             # Also what was refused may have left much.
-            self._scratch, self._preprocessor, self._spec = Scratch(_KEPT_BYTES), None, None
+            self._scratch, self._preprocessor = Scratch(_KEPT_BYTES), None
             ctypes.CDLL(None).malloc_trim(0)
 
-    def _answer(self, packet: dict[str, Any]) -> dict[str, Any]:
-        data = self._data[: packet['bytes']]
-        self._pixels, oddities = decode_picture(packet['format'], data, self._scratch, self._memory_bytes)
+    def _answer(self, request: Decode) -> Decoded:
+        data = self._data[: request.size]
+        self._pixels, oddities = decode_picture(request.format, data, self._scratch, self._memory_bytes)
         array = self._pixels.array
-        if self._preprocessor is None or self._spec != packet['spec']:
-            self._preprocessor, self._spec = Preprocessor(PreprocessingSpec.from_json(packet['spec'])), packet['spec']
+        if self._preprocessor is None:
+            assert self._spec is not None
+            self._preprocessor = Preprocessor(self._spec)
         planes = self._preprocessor.resize(self._pixels)
         layout = TensorLayout((('planes', array.dtype.name, (len(planes), *planes[0].shape), 0),))
-        for target, plane in zip(self._outputs[packet['buffer']].arrays(layout)['planes'], planes, strict=True):
+        for target, plane in zip(self._outputs[request.buffer].arrays(layout)['planes'], planes, strict=True):
             target[...] = plane
-        return {
-            'say': 'decoded',
-            'shape': array.shape,
-            'dtype': array.dtype.name,
-            'order': self._pixels.order,
-            'oddities': oddities,
-        }
+        return Decoded(request.number, array.shape, array.dtype.name, self._pixels.order, oddities)
 
-    def _copy(self, packet: dict[str, Any], descriptors: list[int]) -> None:
+    def _copy(self, number: int, descriptor: int) -> None:
         """Copy the pixels of the last picture into a segment, which is kept no longer."""
-        segment = SharedTensors(descriptors[0], writable=True)
+        segment = SharedTensors(descriptor, writable=True)
         assert self._pixels is not None
         array = self._pixels.array
         segment.arrays(pixels_layout(array.shape, array.dtype.name))['pixels'][...] = array
         segment.close()
         self._pixels = None
-        self._channel.send({'say': 'copied', 'id': packet['id']})
+        self._channel.send(Copied(number))
 
 
 def pixels_layout(shape: tuple[int, ...], dtype: str) -> TensorLayout:
@@ -125,7 +127,7 @@ def pixels_layout(shape: tuple[int, ...], dtype: str) -> TensorLayout:
     return TensorLayout((('pixels', dtype, shape, 0),))
 
 
-def _refusal(error: Exception) -> dict[str, Any]:
+def _refusal(number: int, error: Exception) -> Refused:
     if isinstance(error, ChannelClosedError):
         raise error
     if isinstance(error, MemoryError) or is_out_of_memory(error):
@@ -136,9 +138,4 @@ def _refusal(error: Exception) -> dict[str, Any]:
     else:
         _log.warning('a picture met a fault of the decoder', exc_info=True)
         reason, message, remedy = 'decoder', f'{type(error).__name__}: {error}', ''
-    return {
-        'say': 'refused',
-        'reason': reason,
-        'message': message[:_TEXT_CHARACTERS],
-        'remedy': remedy[:_TEXT_CHARACTERS],
-    }
+    return Refused(number, reason, message[:_TEXT_CHARACTERS], remedy[:_TEXT_CHARACTERS])

@@ -15,7 +15,6 @@ import sys
 import threading
 
 from gps_denied_c7.worker.child import SPARE_NAME, WORKER_NAME, begin_child, name_process
-from gps_denied_c7.worker.protocol import Channel, ChannelClosedError
 
 __all__ = ['main']
 
@@ -30,28 +29,32 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument('--spare', metavar='STRATEGY', help='import what it needs, say so, and wait')
     options = parser.parse_args(arguments)
     begin_child(WORKER_NAME, options.lifetime)
-    channel = Channel(socket.socket(fileno=options.channel))
     if options.spare:
-        _get_ready(options.spare, channel)
-    from gps_denied_c7.worker.server import EngineService
+        _import_unhurried(options.spare)
+    from gps_denied_c7.worker.channel import Channel, ChannelClosedError
+    from gps_denied_c7.worker.messages import Ready
+    from gps_denied_c7.worker.protocol import WORKER_PROTOCOL
 
+    channel = Channel(socket.socket(fileno=options.channel), WORKER_PROTOCOL, in_child=True)
     with contextlib.suppress(ChannelClosedError):
+        channel.send(Ready())
+        if options.spare:
+            channel.wait()
+            name_process(WORKER_NAME)
+        from gps_denied_c7.worker.server import EngineService
+
         EngineService(channel).run()
     # The order in which vendor libraries run their static destructors must not matter.
     os._exit(0)
 
 
-def _get_ready(strategy: str, channel: Channel) -> None:
-    """Import everything for ``strategy`` without taking the processor from anybody, say so, and wait for a task."""
+def _import_unhurried(strategy: str) -> None:
+    """Import everything for ``strategy`` at the lowest priority."""
     name_process(SPARE_NAME)
     # Without privileges a priority is given up for good: a thread's own is, and ends with it.
     importing = threading.Thread(target=_import_for, args=(strategy,), name='c7-import')
     importing.start()
     importing.join()
-    with contextlib.suppress(ChannelClosedError):
-        channel.send({'say': 'ready'})
-    channel.wait()
-    name_process(WORKER_NAME)
 
 
 def _import_for(strategy: str) -> None:

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import os
 import pickle
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,8 +24,27 @@ from gps_denied_c7.runtimes.protocol import BuildProgress, EngineFacts
 from gps_denied_c7.runtimes.registry import require_strategy
 from gps_denied_c7.stalling import read_or_give_up
 from gps_denied_c7.tensors import TensorSpec, check_inputs, check_outputs
+from gps_denied_c7.worker.messages import MessageError
 from gps_denied_c7.worker.process import WorkerProcess
-from gps_denied_c7.worker.protocol import error_from_json, plain_text
+from gps_denied_c7.worker.protocol import (
+    WORKER_PROTOCOL,
+    Answer,
+    AnswerNext,
+    Failed,
+    Infer,
+    InferNext,
+    Load,
+    Loaded,
+    LoadFailed,
+    Loading,
+    MapAnswers,
+    MapRequests,
+    NeedRoom,
+    Ping,
+    Pong,
+    Progress,
+    RefuseRoom,
+)
 from gps_denied_c7.worker.server import WorkerTask
 from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout
 from gps_denied_c7.worker.spare import SpareWorker
@@ -40,8 +57,8 @@ _LONGEST_STEP_S = 600.0
 # A spare worker that does nothing with its task for so long is stopped, or starved.
 _SPARE_S = 0.25
 _SIGN_EVERY_S = 0.25
-# A request has one answer, and another packet where the answer needs a larger segment.
-_MOST_PACKETS = 8
+# A request has one answer, and another message where the answer needs a larger segment.
+_MOST_MESSAGES = 8
 _log = logging.getLogger(__name__)
 
 
@@ -84,7 +101,7 @@ class WorkerHost:
         self._number = 0
         self._asked_at: float | None = None
         self._heard_at = 0.0
-        self._packets = 0
+        self._messages = 0
         self._releasing = threading.Lock()
         self._released = self._killed = False
         self._running = False
@@ -137,39 +154,13 @@ class WorkerHost:
         :raises C7Error: whatever the worker's runtime refused the engine with.
         """
         process = self._start(self._claim_memory())
-        limit_s = self._task.config.load_timeout_s
-        deadline = time.monotonic() + limit_s
-        step: tuple[str, float | None] | None = None
-        while True:
-            packet = process.receive(deadline)
-            if packet is None:
-                self.kill()
-                stood = f' Building an engine, it had come to: {step[0]}.' if step is not None else ''
-                raise EngineDeserializeError(
-                    f'{self._name()} did not load, or get on with it, within {limit_s:.0f} s and was killed.{stood}',
-                    remedy='Raise load_timeout_s, or build the engine before the flight (c7_engine build).',
-                )
-            if isinstance(packet, tuple):
-                raise EngineDeserializeError(f'{self._name()} answers before it has loaded an engine.')
-            if packet.get('say') == 'progress':
-                progress = _progress(packet)
-                if self._task.config.build_on_configure and (progress.phase, progress.fraction) != step:
-                    # Not each sign of life: it is given also while the builder hangs. Who must not build has none.
-                    step, limit_s = (progress.phase, progress.fraction), max(limit_s, _LONGEST_STEP_S)
-                    deadline = time.monotonic() + limit_s
-                if self._on_build is not None:
-                    self._on_build(progress)
-                continue
-            if packet.get('say') == 'loading':
-                continue
-            if packet.get('say') != 'loaded':
-                raise error_from_json(packet.get('error'))
-            facts = self._take_facts(packet)
-            if self._claim is not None:
-                self._claim.settle(facts.gpu_memory_bytes)
-            if self._spare is not None:
-                self._spare.prepare()
-            return facts
+        loaded = self._wait_for_engine(process)
+        self._input_specs, self._output_specs = loaded.inputs, loaded.outputs
+        if self._claim is not None:
+            self._claim.settle(loaded.facts.gpu_memory_bytes)
+        if self._spare is not None:
+            self._spare.prepare()
+        return loaded.facts
 
     def begin(self, inputs: Mapping[str, NDArray]) -> None:
         """
@@ -187,12 +178,11 @@ class WorkerHost:
         # A sign of life that is still to come is passed over with whatever else is no answer.
         self._number, self._asked_at = self._number + 1, None
         if self._layout_sent:
-            process.send_numbers(self._number)
+            process.send(InferNext(self._number), block=False)
         else:
-            layout = TensorLayout.of(self._inputs).to_json()
-            process.send({'do': 'infer', 'id': self._number, 'layout': layout}, block=False)
+            process.send(Infer(self._number, TensorLayout.of(self._inputs)), block=False)
             self._layout_sent = True
-        self._running, self._packets = True, 0
+        self._running, self._messages = True, 0
 
     def poll(self, timeout_s: float | None) -> dict[str, NDArray] | None:
         """
@@ -205,55 +195,46 @@ class WorkerHost:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
         while True:
             try:
-                packet = process.receive(deadline)
+                message = process.receive(deadline)
             except WorkerDiedError:
                 self._running = False
                 raise
-            if packet is None:
+            if message is None:
                 return None
-            self._packets += 1
-            if self._packets > _MOST_PACKETS:
-                # It would be listened to beyond every deadline.
-                raise InferenceError(f'{self._name()} says more than a request needs.')
-            if isinstance(packet, tuple):
-                if packet[0] != self._number:
-                    continue
-                self._running, self._ran_ns = False, _run_of(packet[1:])
+            self._messages += 1
+            if self._messages > _MOST_MESSAGES:
+                # Each is read whatever the deadline says.
+                raise InferenceError(f'{self._name()} sends more than a request needs.')
+            if isinstance(message, NeedRoom):
+                self._grow(message.bytes)
+                continue
+            if not isinstance(message, (AnswerNext, Answer, Failed)) or message.number != self._number:
+                continue
+            self._running = False
+            if isinstance(message, AnswerNext):
+                self._ran_ns = message.began_ns, message.ended_ns
             else:
-                if packet.get('say') == 'needs':
-                    self._grow(packet)
-                    continue
-                if packet.get('id') != self._number:
-                    continue
-                self._running = False
-                self._take_layout(packet)
+                self._take_layout(message)
             if not self._outputs:
                 raise InferenceError(f'{self._name()} answers without having said where.')
             return dict(self._outputs)
 
-    def _take_layout(self, packet: dict[str, Any]) -> None:
-        """Find the outputs of this answer, and of those that follow as numbers alone."""
+    def _take_layout(self, message: Answer | Failed) -> None:
+        """Find the outputs of this answer and of the next ones."""
         # Where this layout is refused, the one before is not that of later answers either.
         self._outputs, self._layout_sent = {}, False
-        if packet.get('say') != 'answered':
-            raise error_from_json(packet.get('error'))
+        if isinstance(message, Failed):
+            raise message.error.error()
         if self._answers is None:
             raise InferenceError(f'{self._name()} answers without a segment.')
-        outputs = self._answers.arrays(TensorLayout.from_json(packet.get('layout')))
-        # The worker has looked at each value; here, what decides about memory and shapes is looked at again.
-        check_outputs(self._relaxed_specs(packet), outputs)
-        self._outputs, self._layout_sent, self._ran_ns = outputs, True, _run_of(packet.get('ran_ns'))
-
-    def _relaxed_specs(self, packet: dict[str, Any]) -> tuple[TensorSpec, ...]:
-        """Return the outputs, each in any shape where its worker has found that its size is not what was declared."""
-        try:
-            unsure = {spec.name for spec in map(_spec, packet.get('outputs') or ()) if spec.shape is None}
-        except (TypeError, ValueError, OverflowError) as error:
-            raise InferenceError(f'{self._name()} sent an invalid reply: {packet!a:.300}') from error
+        outputs = self._answers.arrays(message.layout)
         self._output_specs = tuple(
-            dataclasses.replace(spec, shape=None) if spec.name in unsure else spec for spec in self._output_specs
+            dataclasses.replace(spec, shape=None) if spec.name in message.unsized else spec
+            for spec in self._output_specs
         )
-        return self._output_specs
+        # The worker has checked each value; what decides about memory and shapes is checked here again.
+        check_outputs(self._output_specs, outputs)
+        self._outputs, self._layout_sent, self._ran_ns = outputs, True, message.ran_ns
 
     def infer(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """Run one request and wait for it, however long it takes; as :meth:`begin` and :meth:`poll`."""
@@ -274,10 +255,10 @@ class WorkerHost:
         try:
             if self._asked_at is None:
                 if now - self._heard_at >= _SIGN_EVERY_S:
-                    process.send({'do': 'respond'}, block=False)
+                    process.send(Ping(), block=False)
                     self._asked_at = now
                 return True
-            if process.receive(now) == {'say': 'here'}:
+            if isinstance(process.receive(now), Pong):
                 self._asked_at, self._heard_at = None, now
         except InferenceError as error:
             _log.error('%s', error)
@@ -344,7 +325,7 @@ class WorkerHost:
             self._adopt(process)
             try:
                 self._hand_over(process, task)
-                if process.receive(time.monotonic() + _SPARE_S) == {'say': 'loading'}:
+                if isinstance(process.receive(time.monotonic() + _SPARE_S), Loading):
                     return process
             except InferenceError as error:
                 # It has died, or says what cannot be read.
@@ -353,7 +334,7 @@ class WorkerHost:
                 _log.warning('%s', error)
             _log.warning('%s did not take its task; another one is started.', process.name)
             process.release()
-        process = WorkerProcess.start(f'worker {self._generation}')
+        process = WorkerProcess.start(f'worker {self._generation}', WORKER_PROTOCOL)
         self._adopt(process)
         self._hand_over(process, task)
         return process
@@ -371,9 +352,36 @@ class WorkerHost:
         try:
             with os.fdopen(os.dup(descriptor), 'wb') as file:
                 pickle.dump(task, file)
-            process.send({'do': 'load'}, [descriptor])
+            process.send(Load(), [descriptor])
         finally:
             os.close(descriptor)
+
+    def _wait_for_engine(self, process: WorkerProcess) -> Loaded:
+        """Return what a worker says of the engine that it was told to load, once it has."""
+        limit_s = self._task.config.load_timeout_s
+        deadline = time.monotonic() + limit_s
+        step: tuple[str, float | None] | None = None
+        while process.await_ready(deadline) and (message := process.receive(deadline)) is not None:
+            if isinstance(message, Loaded):
+                return message
+            if isinstance(message, LoadFailed):
+                raise message.error.error()
+            if isinstance(message, Progress):
+                now = (message.progress.phase, message.progress.fraction)
+                if self._task.config.build_on_configure and now != step:
+                    # Only a new step counts: a worker reports progress also while its builder hangs.
+                    step, limit_s = now, max(limit_s, _LONGEST_STEP_S)
+                    deadline = time.monotonic() + limit_s
+                if self._on_build is not None:
+                    self._on_build(message.progress)
+            elif not isinstance(message, Loading):
+                raise MessageError(f'{self._name()} sent {type(message).__name__} before it has loaded an engine.')
+        self.kill()
+        stood = f' Building an engine, it had come to: {step[0]}.' if step is not None else ''
+        raise EngineDeserializeError(
+            f'{self._name()} did not load, or get on with it, within {limit_s:.0f} s and was killed.{stood}',
+            remedy='Raise load_timeout_s, or build the engine before the flight (c7_engine build).',
+        )
 
     def _loaded(self) -> WorkerProcess:
         if self._process is None or self._released:
@@ -384,26 +392,6 @@ class WorkerHost:
         return self._process.name if self._process is not None else f'worker {self._generation}'
 
     # --- what goes through it ---------------------------------------------------------------------
-
-    def _take_facts(self, packet: dict[str, Any]) -> EngineFacts:
-        try:
-            facts = packet['facts']
-            nodes, memory = facts['cpu_nodes'], facts['gpu_memory_bytes']
-            if memory is not None and not 0 <= memory < 1 << 63:
-                raise ValueError(memory)
-            self._input_specs = tuple(_spec(spec) for spec in packet['inputs'])
-            self._output_specs = tuple(_spec(spec) for spec in packet['outputs'])
-            return EngineFacts(
-                active_provider=plain_text(facts['active_provider']),
-                requested_providers=tuple(plain_text(name) for name in facts['requested_providers']),
-                cpu_only=bool(facts['cpu_only']),
-                cpu_nodes=None if nodes is None else int(nodes),
-                notes=tuple(plain_text(note) for note in facts['notes']),
-                load_s=float(facts['load_s']),
-                gpu_memory_bytes=None if memory is None else int(memory),
-            )
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise EngineDeserializeError(f'{self._name()} told something unreadable: {packet!a:.300}') from error
 
     def _copy(self, inputs: Mapping[str, NDArray]) -> None:
         """Copy ``inputs`` to where the worker reads them."""
@@ -419,37 +407,36 @@ class WorkerHost:
             return
         layout = TensorLayout.of({spec.name: inputs[spec.name] for spec in self._input_specs})
         if self._requests is None or self._requests.size < layout.size:
-            self._requests = self._replace(self._requests, 'requests', layout.size)
+            self._requests = self._replace(self._requests, MapRequests(), layout.size)
         self._inputs = self._requests.arrays(layout)
         self._layout_sent = False
 
-    def _grow(self, packet: dict[str, Any]) -> None:
-        size = packet.get('bytes')
-        if not isinstance(size, int) or size < 0:
-            raise InferenceError(f'{self._name()} asks for an impossible segment of {size!r} bytes.')
+    def _grow(self, size: int) -> None:
         # Views of the segment before are no answer to anything that comes.
         self._outputs = {}
         try:
             if size > _LARGEST_ANSWER_BYTES:
                 raise InferenceError(f'an answer of {size} bytes is larger than {_LARGEST_ANSWER_BYTES}.')
-            self._answers = self._replace(self._answers, 'answers', size)
+            self._answers = self._replace(self._answers, MapAnswers(), size)
         except WorkerDiedError:
             raise
         except InferenceError as error:
-            # Its worker waits for the segment; told that there is none, it fails this request alone.
-            self._loaded().send({'do': 'refuse', 'why': error.message}, block=False)
+            # The worker waits for the segment; without one, it fails this request alone.
+            self._loaded().send(RefuseRoom(error.message), block=False)
 
-    def _replace(self, before: SharedTensors | None, role: str, size: int) -> SharedTensors:
+    def _replace(
+        self, before: SharedTensors | None, message: MapRequests | MapAnswers, size: int
+    ) -> SharedTensors:
         process = self._loaded()
         try:
-            segment = SharedTensors.create(size, writable=role == 'requests')
+            segment = SharedTensors.create(size, writable=isinstance(message, MapRequests))
         except OSError as error:
             raise InferenceError(f'no memory for a segment of {size} bytes: {error}.') from error
         if before is not None:
             before.close()
         try:
             # A worker that reads nothing must not hold up this process.
-            process.send({'do': 'map', 'segment': role}, [segment.descriptor], block=False)
+            process.send(message, [segment.descriptor], block=False)
         except InferenceError:
             segment.close()
             raise
@@ -495,31 +482,3 @@ def _file_bytes(artefacts: Sequence[Artefact]) -> int:
         except (OSError, ModelBundleError):
             return 0
     return min(sizes, default=0)
-
-
-def _progress(packet: Mapping[str, Any]) -> BuildProgress:
-    fraction = packet.get('fraction')
-    try:
-        progress = BuildProgress(
-            plain_text(packet.get('phase', '')),
-            float(packet.get('elapsed_s', 0.0)),
-            None if fraction is None else float(fraction),
-        )
-        if not math.isfinite(progress.elapsed_s) or not math.isfinite(progress.fraction or 0.0):
-            raise ValueError(packet)
-        return progress
-    except (TypeError, ValueError, OverflowError) as error:
-        raise EngineDeserializeError(f'a worker told something unreadable: {packet!a:.300}') from error
-
-
-def _run_of(times: object) -> tuple[int, int]:
-    """Return when a worker's engine ran, (0, 0) where what it tells is nothing of the kind."""
-    if isinstance(times, (list, tuple)) and len(times) == 2 and all(type(time_ns) is int for time_ns in times):
-        return times[0], times[1]
-    return 0, 0
-
-
-def _spec(value: Any) -> TensorSpec:
-    name, dtype, shape = value
-    axes = None if shape is None else tuple(None if axis is None else int(axis) for axis in shape)
-    return TensorSpec(plain_text(name), np.dtype(str(dtype)).name, axes)

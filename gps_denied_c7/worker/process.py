@@ -10,13 +10,14 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from gps_denied_c7.errors import NO_THREADS_REMEDY, EngineDeserializeError, WorkerDiedError
 from gps_denied_c7.python_child import SAFE_DIRECTORY, python_child, worker_environment
+from gps_denied_c7.worker.channel import Channel, ChannelClosedError
 from gps_denied_c7.worker.log import WorkerLog
-from gps_denied_c7.worker.protocol import Channel, ChannelClosedError
+from gps_denied_c7.worker.messages import PROTOCOL_VERSION, ChildProtocol, MessageError, Ready
 
 __all__ = ['WorkerProcess']
 
@@ -87,6 +88,7 @@ class WorkerProcess:
         self._process = process
         self._channel = channel
         self._lifetime = lifetime
+        self._is_ready = False
         self._releasing, self._reaping = threading.Lock(), threading.Lock()
         self._released = False
         self._then: Callable[[], None] = lambda: None
@@ -99,20 +101,18 @@ class WorkerProcess:
         self._poller.register(self._pidfd, select.POLLIN)
 
     @classmethod
-    def start(
-        cls, name: str, arguments: Iterable[str] = (), *, module: str = 'gps_denied_c7.worker'
-    ) -> WorkerProcess:
+    def start(cls, name: str, protocol: ChildProtocol, arguments: Iterable[str] = ()) -> WorkerProcess:
         """
         Start a process that waits for what it is to do.
 
         :param name: as above.
-        :param arguments: options of ``module`` besides its descriptors.
-        :param module: what it runs; takes ``--channel`` and ``--lifetime``.
+        :param protocol: what is sent to it; its module takes ``--channel`` and ``--lifetime``.
+        :param arguments: other options of the module.
         :raises EngineDeserializeError: there is no process or descriptor left for it.
         """
         try:
             with contextlib.ExitStack() as failed, contextlib.ExitStack() as handed_over:
-                ours, theirs = Channel.pair()
+                ours, theirs = Channel.pair(protocol)
                 failed.callback(ours.close)
                 handed_over.callback(theirs.close)
                 read_end, lifetime = os.pipe()
@@ -122,7 +122,7 @@ class WorkerProcess:
                 failed.callback(os.close, log_read)
                 handed_over.callback(os.close, log_write)
                 command, environ = python_child(
-                    module, '--channel', str(theirs.fileno()), '--lifetime', str(read_end), *arguments,
+                    protocol.module, '--channel', str(theirs.fileno()), '--lifetime', str(read_end), *arguments,
                     environ=worker_environment(os.environ),
                 )  # fmt: skip
                 process = _spawner.run(
@@ -162,36 +162,46 @@ class WorkerProcess:
         """Whether it runs; never waits."""
         return self._pidfd >= 0 and not self._death.poll(0)
 
-    def send(self, packet: Mapping[str, Any], descriptors: Iterable[int] = (), *, block: bool = True) -> None:
+    def send(self, message: Any, descriptors: Sequence[int] = (), *, block: bool = True) -> None:
         """
-        Send a packet; a copy of each descriptor goes with it.
+        Send a message; a copy of each descriptor goes with it.
 
-        :param block: wait where many packets lie unread at the other end.
+        :param block: wait where many messages lie unread at the other end.
         :raises WorkerDiedError: nobody is there to receive it.
         :raises InferenceError: it would have to wait.
         """
         try:
-            self._channel.send(packet, descriptors, block=block)
+            self._channel.send(message, descriptors, block=block)
         except ChannelClosedError as error:
             raise self._died() from error
 
-    def send_numbers(self, *numbers: int) -> None:
+    def await_ready(self, deadline: float) -> bool:
         """
-        Send a packet of one to three numbers alone, without waiting.
+        Wait until the process takes messages; False where it does not by ``deadline`` of the steady clock.
 
-        :raises WorkerDiedError: nobody is there to receive it.
-        :raises InferenceError: it would have to wait.
+        :raises WorkerDiedError: it is dead.
+        :raises MessageError: it speaks another version of the protocol, or none.
         """
-        try:
-            self._channel.send_numbers(*numbers)
-        except ChannelClosedError as error:
-            raise self._died() from error
+        if not self._is_ready:
+            message = self.receive(deadline)
+            if message is None:
+                return False
+            if not isinstance(message, Ready):
+                raise MessageError(f'{self.name} sent {type(message).__name__} before Ready.')
+            if message.version != PROTOCOL_VERSION:
+                raise MessageError(
+                    f'{self.name} speaks version {message.version} of the protocol, this process {PROTOCOL_VERSION}.',
+                    remedy='Start the node again: its package was exchanged while it ran.',
+                )
+            self._is_ready = True
+        return True
 
-    def receive(self, deadline: float | None) -> dict[str, Any] | tuple[int, ...] | None:
+    def receive(self, deadline: float | None) -> Any:
         """
-        Return the next packet, None after ``deadline`` of the steady clock.
+        Return the next message, None after ``deadline`` of the steady clock.
 
         :raises WorkerDiedError: it is dead, and has said nothing more before.
+        :raises MessageError: it has sent something else.
         """
         while True:
             remaining = None if deadline is None else max(0.0, deadline - time.monotonic()) * 1e3
@@ -200,6 +210,8 @@ class WorkerProcess:
                 received = self._channel.receive(block=False)
             except ChannelClosedError as error:
                 raise self._died() from error
+            except MessageError as error:
+                raise MessageError(f'{self.name} sent {error.message}') from error
             if received is not None:
                 return received[0]
             if not ready:

@@ -1,198 +1,237 @@
-"""How a node and its worker processes talk: small packets over a socket pair, with descriptors beside them (F-1)."""
+"""What a node and a worker send each other, one dataclass for each message (F-1)."""
 
 from __future__ import annotations
 
-import array
-import contextlib
-import json
-import os
-import select
-import socket
-import struct
-from collections.abc import Iterable, Mapping
-from typing import Any
+from dataclasses import dataclass
+
+import numpy as np
 
 from gps_denied_c7 import errors
-from gps_denied_c7._json import decode_json
 from gps_denied_c7.errors import (
     C7Error,
+    EngineDeserializeError,
     EngineSchemaMismatchError,
     GpuUnavailableError,
     InferenceError,
+    ModelBundleError,
     RuntimeUnavailableError,
 )
+from gps_denied_c7.runtimes.protocol import BuildProgress, EngineFacts
+from gps_denied_c7.tensors import TensorSpec
+from gps_denied_c7.worker.messages import ChildProtocol
+from gps_denied_c7.worker.shared_memory import TensorLayout
 
-__all__ = ['Channel', 'ChannelClosedError', 'error_from_json', 'error_to_json', 'plain_text']
+__all__ = [
+    'WORKER_PROTOCOL', 'Answer', 'AnswerNext', 'ErrorReport', 'Failed', 'Infer', 'InferNext', 'Load', 'LoadFailed',
+    'Loaded', 'Loading', 'MapAnswers', 'MapRequests', 'NeedRoom', 'Ping', 'Pong', 'Progress', 'RefuseRoom',
+]  # fmt: skip
 
-_PACKET_BYTES = 1 << 16
 _TEXT_CHARACTERS = 8000
-# Packets of these sizes that begin with what no JSON begins with: numbers alone.
-_NUMBERS_MARK = 0
-_NUMBERS = {layout.size: layout for layout in (struct.Struct(f'<B{count}Q') for count in range(1, 4))}
-_ANCILLARY_BYTES = socket.CMSG_SPACE(4 * array.array('i').itemsize)
+_MOST_BYTES = (1 << 63) - 1
 
 
-class ChannelClosedError(C7Error):
-    """The process at the other end is gone."""
-
-
-class Channel:
+@dataclass(frozen=True, slots=True)
+class ErrorReport:
     """
-    Send and receive packets, each one JSON object, or up to three numbers alone: what is said with every frame.
+    Describe an error, so that another process can raise it.
 
-    A packet arrives whole or not at all. What comes from a worker is data only: nothing in it is executed.
-
-    :param end: one end of a ``SOCK_SEQPACKET`` pair, owned by this object.
-    :param takes_descriptors: whether any are received; those that come all the same are closed by the kernel.
+    :param kind: name of its class; what the other process does not know becomes an InferenceError.
+    :param label: of a runtime, for the errors that name one.
+    :param field: what was compared, for EngineSchemaMismatchError, as ``expected`` and ``found``.
     """
 
-    def __init__(self, end: socket.socket, *, takes_descriptors: bool = True) -> None:
-        self._end = end
-        self._takes_descriptors = takes_descriptors
-        # A packet is read into one place, so that none costs an allocation of the largest one's size.
-        self._packet = bytearray(_PACKET_BYTES)
+    kind: str
+    message: str
+    remedy: str = ''
+    label: str = ''
+    field: str = ''
+    expected: str = ''
+    found: str = ''
+    lasting: bool = False
 
     @classmethod
-    def pair(cls) -> tuple[Channel, Channel]:
-        """Return two connected channels: the node's, which takes no descriptors, and its worker's."""
-        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        return cls(ours, takes_descriptors=False), cls(theirs)
+    def of(cls, error: BaseException) -> ErrorReport:
+        """Describe ``error``, each text cut to 8000 characters."""
+        if not isinstance(error, C7Error):
+            return cls('InferenceError', f'{type(error).__name__}: {error}'[:_TEXT_CHARACTERS])
+        texts = {
+            name: str(getattr(error, name, ''))[:_TEXT_CHARACTERS]
+            for name in ('message', 'remedy', 'label', 'field', 'expected', 'found')
+        }
+        return cls(type(error).__name__, **texts, lasting=error.lasting)
 
-    def fileno(self) -> int:
-        """Return the descriptor, to be polled."""
-        return self._end.fileno()
-
-    def send(self, packet: Mapping[str, Any], descriptors: Iterable[int] = (), *, block: bool = True) -> None:
-        """
-        Send ``packet``; a copy of each descriptor goes with it.
-
-        :param block: wait where many packets lie unread at the other end.
-        :raises ChannelClosedError: nobody is there to receive it.
-        :raises InferenceError: it would have to wait, or is longer than the other end takes.
-        """
-        data = json.dumps(packet, separators=(',', ':')).encode()
-        if len(data) > _PACKET_BYTES:
-            raise InferenceError(f'a packet of {len(data)} bytes is longer than {_PACKET_BYTES}: {data!r:.100}')
-        beside = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array('i', descriptors))]
-        try:
-            # Not socket.send_fds, which drops its flags.
-            self._end.sendmsg([data], beside, 0 if block else socket.MSG_DONTWAIT)
-        except BlockingIOError as error:
-            raise InferenceError('a packet could not be sent: the other end reads none.') from error
-        except OSError as error:
-            raise ChannelClosedError(f'a packet could not be sent: {error}.') from error
-
-    def send_numbers(self, *numbers: int) -> None:
-        """
-        Send one to three numbers of 0 to 2**64 - 1, without waiting.
-
-        :raises ChannelClosedError: nobody is there to receive it.
-        :raises InferenceError: it would have to wait.
-        """
-        try:
-            self._end.send(_NUMBERS[1 + 8 * len(numbers)].pack(_NUMBERS_MARK, *numbers), socket.MSG_DONTWAIT)
-        except BlockingIOError as error:
-            raise InferenceError('a packet could not be sent: the other end reads none.') from error
-        except OSError as error:
-            raise ChannelClosedError(f'a packet could not be sent: {error}.') from error
-
-    def receive(self, *, block: bool = True) -> tuple[dict[str, Any] | tuple[int, ...], list[int]] | None:
-        """
-        Return the next packet and its descriptors, which the caller then owns; None when none waits.
-
-        :raises ChannelClosedError: the other end is closed.
-        :raises InferenceError: the packet cannot be read.
-        """
-        flags = socket.MSG_CMSG_CLOEXEC | (0 if block else socket.MSG_DONTWAIT)
-        ancillary: list[tuple[int, int, bytes]] = []
-        kind = 0
-        try:
-            if self._takes_descriptors:
-                # Not socket.recv_fds, which drops its flags.
-                size, ancillary, kind, _ = self._end.recvmsg_into([self._packet], _ANCILLARY_BYTES, flags)
-            else:
-                # Told its full size, one that was cut off is seen.
-                size = self._end.recv_into(self._packet, 0, flags | socket.MSG_TRUNC)
-                kind = socket.MSG_TRUNC if size > _PACKET_BYTES else 0
-        except BlockingIOError:
-            return None
-        except OSError as error:
-            raise ChannelClosedError(f'a packet could not be received: {error}.') from error
-        if size in _NUMBERS and not ancillary and self._packet[0] == _NUMBERS_MARK:
-            return _NUMBERS[size].unpack_from(self._packet)[1:], []
-        descriptors = array.array('i')
-        for level, what, content in ancillary:
-            if (level, what) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
-        data = bytes(self._packet[:size])
-        try:
-            if not data:
-                raise ChannelClosedError('the other end is closed.')
-            if kind & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
-                raise ValueError(f'cut off: longer than {_PACKET_BYTES} bytes, or with more descriptors than are taken')
-            packet = decode_json(data.decode())
-            if not isinstance(packet, dict):
-                raise ValueError('no object')
-        except (ChannelClosedError, ValueError) as error:
-            for descriptor in descriptors:
-                os.close(descriptor)
-            if isinstance(error, ChannelClosedError):
-                raise
-            raise InferenceError(f'a packet cannot be read ({error}): {data!r:.100}') from error
-        return packet, list(descriptors)
-
-    def wait(self) -> None:
-        """Wait until a packet has come or the other end is closed, and leave it there."""
-        # Not select, which knows no descriptor from 1024 on.
-        waiting = select.poll()
-        waiting.register(self._end, select.POLLIN)
-        waiting.poll()
-
-    def close(self) -> None:
-        """Close this end; safe to repeat."""
-        with contextlib.suppress(OSError):
-            self._end.close()
+    def error(self) -> C7Error:
+        """Return the error, of the same class where it is one that a worker may raise."""
+        kind = getattr(errors, self.kind, None)
+        error: C7Error
+        if kind is EngineSchemaMismatchError:
+            error = EngineSchemaMismatchError(self.field, expected=self.expected, found=self.found)
+        elif kind in (RuntimeUnavailableError, GpuUnavailableError):
+            error = kind(self.label, '')
+        elif kind in (EngineDeserializeError, ModelBundleError):
+            error = kind('')
+        else:
+            error = InferenceError('')
+        # The text was made where the error was raised.
+        error.message, error.remedy = self.message, self.remedy
+        error.is_lasting = self.lasting
+        error.args = (f'{self.message} {self.remedy}' if self.remedy else self.message,)
+        return error
 
 
-def error_to_json(error: BaseException) -> dict[str, Any]:
-    """Return what :func:`error_from_json` makes an error of the same kind from."""
-    if not isinstance(error, C7Error):
-        return {'kind': 'InferenceError', 'message': f'{type(error).__name__}: {error}'[:_TEXT_CHARACTERS]}
-    fields = {name: getattr(error, name, '') for name in ('label', 'field', 'expected', 'found')}
-    return {
-        'kind': type(error).__name__,
-        'message': error.message[:_TEXT_CHARACTERS],
-        'remedy': error.remedy[:_TEXT_CHARACTERS],
-        'fields': {name: str(value)[:_TEXT_CHARACTERS] for name, value in fields.items()},
-        'lasting': error.lasting,
-    }
+# --- from the node ----------------------------------------------------------------------------------
 
 
-def plain_text(value: object) -> str:
-    """Return what a worker told as text that can be written anywhere, halves of surrogate pairs spelled out."""
-    return str(value).encode('utf-8', 'backslashreplace').decode()
+@dataclass(frozen=True, slots=True)
+class Load:
+    """Load the engine of the pickled task in the file whose descriptor goes with this; answered by Loading."""
 
 
-def error_from_json(value: Any) -> C7Error:
-    """Return the error that a worker met; of the base's kind where nobody knows the one it names."""
-    value = value if isinstance(value, dict) else {'message': repr(value)[:200]}
-    message, remedy = plain_text(value.get('message', '')), plain_text(value.get('remedy', ''))
-    kind = getattr(errors, str(value.get('kind')), InferenceError)
-    fields = value.get('fields')
-    fields = fields if isinstance(fields, dict) else {}
-    error: C7Error
-    if kind is EngineSchemaMismatchError:
-        error = EngineSchemaMismatchError(
-            str(fields.get('field', '')), expected=fields.get('expected'), found=fields.get('found')
-        )
-    elif kind in (RuntimeUnavailableError, GpuUnavailableError):
-        error = kind(str(fields.get('label', '')), '')
-    elif kind in (errors.EngineDeserializeError, errors.ModelBundleError, InferenceError):
-        error = kind('')
-    else:
-        error = InferenceError('')
-    # The text was made where the error was met.
-    error.message, error.remedy = message, remedy
-    error.is_lasting = value.get('lasting', error.is_lasting) is True
-    error.args = (f'{message} {remedy}' if remedy else message,)
-    return error
+@dataclass(frozen=True, slots=True)
+class MapRequests:
+    """Take the segment of inputs, whose descriptor goes with this."""
+
+
+@dataclass(frozen=True, slots=True)
+class MapAnswers:
+    """Take the segment of outputs, whose descriptor goes with this; the answer to NeedRoom."""
+
+
+@dataclass(frozen=True, slots=True)
+class RefuseRoom:
+    """Do without a larger segment, and fail the request; the answer to NeedRoom."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Infer:
+    """
+    Run the engine on the inputs that lie in the segment.
+
+    :param number: of the request.
+    :param layout: where they lie, in this request and in those of InferNext.
+    """
+
+    number: int
+    layout: TensorLayout
+
+
+@dataclass(frozen=True, slots=True)
+class InferNext:
+    """Run the engine on inputs that lie as those of the last Infer did."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ping:
+    """Give a sign of life: Pong."""
+
+
+# --- from the worker --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Loading:
+    """Say that a task was read, and loading begins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Say how far the building of an engine is, about once a second."""
+
+    progress: BuildProgress
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """
+    Say that requests can be sent.
+
+    :param inputs: of the engine, by the bundle's names.
+    :param outputs: likewise.
+    """
+
+    facts: EngineFacts
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def check(self) -> None:
+        """Raise ValueError for a size of memory, or a type of tensor, that cannot be."""
+        memory = self.facts.gpu_memory_bytes
+        if memory is not None and not 0 <= memory <= _MOST_BYTES:
+            raise ValueError(f'{memory} bytes of GPU memory are impossible')
+        for spec in (*self.inputs, *self.outputs):
+            try:
+                known = np.dtype(spec.dtype).name == spec.dtype
+            except (TypeError, ValueError, SyntaxError):
+                known = False
+            if not known:
+                raise ValueError(f'tensor {spec.name!r} has the unknown type {spec.dtype!r:.100}')
+
+
+@dataclass(frozen=True, slots=True)
+class LoadFailed:
+    """Say why no engine was loaded."""
+
+    error: ErrorReport
+
+
+@dataclass(frozen=True, slots=True)
+class NeedRoom:
+    """Ask for a segment of outputs of so many bytes, before the answer to the request at hand."""
+
+    bytes: int
+
+    def check(self) -> None:
+        """Raise ValueError for a negative size."""
+        if self.bytes < 0:
+            raise ValueError(f'a segment of {self.bytes} bytes is impossible')
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """
+    Say that the outputs of a request lie in the segment.
+
+    :param number: of the request.
+    :param ran_ns: when the engine began and ended its run, by the steady clock in nanoseconds.
+    :param layout: where the outputs lie, in this answer and in those of AnswerNext.
+    :param unsized: names of the outputs whose shape was found to differ from what the model declares.
+    """
+
+    number: int
+    ran_ns: tuple[int, int]
+    layout: TensorLayout
+    unsized: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerNext:
+    """Say that outputs lie as those of the last Answer did; the fields are Answer's."""
+
+    number: int
+    began_ns: int
+    ended_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """Say why a request has no answer."""
+
+    number: int
+    error: ErrorReport
+
+
+@dataclass(frozen=True, slots=True)
+class Pong:
+    """Give the sign of life that Ping asks for."""
+
+
+WORKER_PROTOCOL = ChildProtocol(
+    'gps_denied_c7.worker',
+    to_child=(Load, MapRequests, MapAnswers, RefuseRoom, Infer, InferNext, Ping),
+    from_child=(Loading, Progress, Loaded, LoadFailed, NeedRoom, Answer, AnswerNext, Failed, Pong),
+    packed=(InferNext, AnswerNext),
+)

@@ -20,8 +20,26 @@ from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from gps_denied_c7.runtimes.gpu.memory_usage import GpuMemoryWatch
 from gps_denied_c7.runtimes.protocol import BuildProgress, EngineFacts
-from gps_denied_c7.tensors import TensorSpec
-from gps_denied_c7.worker.protocol import Channel, ChannelClosedError, error_to_json
+from gps_denied_c7.worker.channel import Channel, ChannelClosedError
+from gps_denied_c7.worker.protocol import (
+    Answer,
+    AnswerNext,
+    ErrorReport,
+    Failed,
+    Infer,
+    InferNext,
+    Load,
+    Loaded,
+    LoadFailed,
+    Loading,
+    MapAnswers,
+    MapRequests,
+    NeedRoom,
+    Ping,
+    Pong,
+    Progress,
+    RefuseRoom,
+)
 from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout, segment_bytes
 
 __all__ = ['EngineService', 'WorkerTask']
@@ -46,7 +64,7 @@ class WorkerTask:
 
 class EngineService:
     """
-    Answer the packets of one channel, one at a time, until it is closed.
+    Answer the messages of one channel, one at a time, until it is closed.
 
     :param channel: to the node; borrowed.
     """
@@ -69,26 +87,24 @@ class EngineService:
 
         :raises ChannelClosedError: the node has closed its end, or is gone.
         """
-        handlers: dict[str, Callable[[dict[str, Any], list[int]], None]] = {
-            'load': self._load,
-            'map': self._map,
-            'infer': self._infer,
-            'respond': self._respond,
+        handlers: dict[type, Callable[[Any, list[int]], None]] = {
+            InferNext: lambda message, _: self._answer(message.number),
+            Infer: lambda message, _: self._infer(message),
+            Ping: lambda *_: self._channel.send(Pong()),
+            Load: lambda _, descriptors: self._load(descriptors[0]),
+            MapRequests: lambda _, descriptors: self._map_requests(descriptors[0]),
         }
         while True:
             received = self._channel.receive()
             assert received is not None
-            packet, descriptors = received
-            if isinstance(packet, tuple):
-                self._answer(packet[0])
-            else:
-                handlers[packet['do']](packet, descriptors)
+            message, descriptors = received
+            handlers[type(message)](message, descriptors)
 
-    def _load(self, packet: dict[str, Any], descriptors: list[int]) -> None:
-        with os.fdopen(descriptors[0], 'rb') as file:
+    def _load(self, descriptor: int) -> None:
+        with os.fdopen(descriptor, 'rb') as file:
             file.seek(0)
             task: WorkerTask = pickle.load(file)
-        self._channel.send({'say': 'loading'})
+        self._channel.send(Loading())
         if not task.rung.on_gpu:
             # A broken driver must not reach the last one that flies; no vendor library has looked for a GPU yet.
             os.environ['CUDA_VISIBLE_DEVICES'] = ''
@@ -97,19 +113,12 @@ class EngineService:
             self._host = make(task.rung)
             facts = self._load_engine(task)
             facts = dataclasses.replace(facts, notes=_brief(facts.notes))
-            self._channel.send(
-                {
-                    'say': 'loaded',
-                    'facts': dataclasses.asdict(facts),
-                    'inputs': [_spec(spec) for spec in self._host.inputs],
-                    'outputs': [_spec(spec) for spec in self._host.outputs],
-                }
-            )
+            self._channel.send(Loaded(facts, self._host.inputs, self._host.outputs))
         except ChannelClosedError:
             raise
         except Exception as error:
             _log.debug('loading failed', exc_info=True)
-            self._channel.send({'say': 'failed', 'error': error_to_json(error)})
+            self._channel.send(LoadFailed(ErrorReport.of(error)))
 
     def _load_engine(self, task: WorkerTask) -> EngineFacts:
         if not task.rung.on_gpu:
@@ -121,30 +130,26 @@ class EngineService:
         return dataclasses.replace(facts, gpu_memory_bytes=taken)
 
     def _tell_progress(self, progress: BuildProgress) -> None:
-        self._channel.send({'say': 'progress', **dataclasses.asdict(progress)})
+        self._channel.send(Progress(progress))
 
-    def _map(self, packet: dict[str, Any], descriptors: list[int]) -> None:
-        """Take a segment: of requests, mapped for reading, or of answers."""
-        if packet['segment'] == 'requests':
-            self._inputs = {}
-            self._requests = SharedTensors(descriptors[0], writable=False)
-        else:
-            self._outputs, self._in_place = None, {}
-            before = self._answers
-            self._answers = SharedTensors(descriptors[0], writable=True)
-            if before is not None:
-                # Outputs that lie there are views, which keep its memory.
-                before.close()
+    def _map_requests(self, descriptor: int) -> None:
+        self._inputs = {}
+        self._requests = SharedTensors(descriptor, writable=False)
 
-    def _respond(self, packet: dict[str, Any], descriptors: list[int]) -> None:
-        self._channel.send({'say': 'here'})
+    def _map_answers(self, descriptor: int) -> None:
+        self._outputs, self._in_place = None, {}
+        before = self._answers
+        self._answers = SharedTensors(descriptor, writable=True)
+        if before is not None:
+            # Outputs that lie there are views, which keep its memory.
+            before.close()
 
-    def _infer(self, packet: dict[str, Any], descriptors: list[int]) -> None:
-        """Take the layout of this request and of those that follow as numbers alone, and answer it with a layout."""
+    def _infer(self, request: Infer) -> None:
+        """Take the layout of this request and the next ones, and answer it with a layout."""
         assert self._requests is not None
         self._node_knows_layout = False
-        self._inputs = self._requests.arrays(TensorLayout.from_json(packet['layout']))
-        self._answer(packet['id'], place=True)
+        self._inputs = self._requests.arrays(request.layout)
+        self._answer(request.number, place=True)
 
     def _answer(self, number: int, *, place: bool = False) -> None:
         try:
@@ -152,23 +157,16 @@ class EngineService:
                 self._host.place(inputs=self._inputs)
             self._write(self._host.infer(self._inputs))
             if not self._node_knows_layout:
-                self._channel.send(
-                    {
-                        'say': 'answered',
-                        'id': number,
-                        'ran_ns': self._host.ran_ns,
-                        'layout': self._layout.to_json(),
-                        'outputs': [_spec(spec) for spec in self._host.outputs if spec.shape is None],
-                    }
-                )
+                unsized = tuple(spec.name for spec in self._host.outputs if spec.shape is None)
+                self._channel.send(Answer(number, self._host.ran_ns, self._layout, unsized))
                 self._node_knows_layout = True
                 return
         except ChannelClosedError:
             raise
         except Exception as error:
-            self._channel.send({'say': 'failed', 'id': number, 'error': error_to_json(error)})
+            self._channel.send(Failed(number, ErrorReport.of(error)))
             return
-        self._channel.send_numbers(number, *self._host.ran_ns)
+        self._channel.send(AnswerNext(number, *self._host.ran_ns), block=False)
 
     def _write(self, outputs: dict[str, NDArray]) -> None:
         """Have ``outputs`` in the segment, copied unless they are there."""
@@ -203,12 +201,14 @@ class EngineService:
 
     def _grow(self, size: int) -> None:
         # Only the node makes segments: what it hands over cannot shrink under its feet.
-        self._channel.send({'say': 'needs', 'bytes': size})
+        self._channel.send(NeedRoom(size))
         received = self._channel.receive()
-        assert received is not None and isinstance(received[0], dict)
-        if received[0]['do'] == 'refuse':
-            raise InferenceError(f'the node has no room for the answer: {received[0]["why"]}')
-        self._map(received[0], received[1])
+        assert received is not None
+        reply, descriptors = received
+        if isinstance(reply, RefuseRoom):
+            raise InferenceError(f'the node has no room for the answer: {reply.reason}')
+        assert isinstance(reply, MapAnswers)
+        self._map_answers(descriptors[0])
 
 
 def _brief(notes: Sequence[str]) -> tuple[str, ...]:
@@ -227,6 +227,3 @@ def _alike(arrays: Mapping[str, NDArray], others: Mapping[str, NDArray]) -> bool
         array.shape == others[name].shape and array.dtype == others[name].dtype for name, array in arrays.items()
     )
 
-
-def _spec(spec: TensorSpec) -> list[Any]:
-    return [spec.name, spec.dtype, spec.shape]

@@ -51,33 +51,20 @@ class TensorLayout:
             offset += segment_bytes((max(array.nbytes, rooms[name] if rooms else 0),))
         return cls(tuple(tensors))
 
-    @classmethod
-    def from_json(cls, value: object) -> TensorLayout:
+    def check(self) -> None:
         """
-        Read what :meth:`to_json` wrote, from a process that nobody trusts.
+        Raise InferenceError for tensors that cannot be, or lie on top of one another.
 
-        :raises InferenceError: it is nothing of the kind.
+        For a layout that came from another process.
         """
-        try:
-            tensors = tuple(
-                (str(name), str(dtype), tuple(int(axis) for axis in shape), int(offset))
-                for name, dtype, shape, offset in value  # type: ignore[attr-defined]
-            )
-        except (TypeError, ValueError, OverflowError) as error:
-            raise InferenceError(f'a tensor layout that cannot be read: {value!r:.200}.') from error
-        for name, dtype, shape, offset in tensors:
+        for name, dtype, shape, offset in self.tensors:
             possible = dtype in _DTYPES and offset >= 0 and len(shape) <= _MAX_RANK and all(axis >= 0 for axis in shape)
             if not possible or _nbytes(dtype, tuple(axis or 1 for axis in shape)) > _MAX_BYTES:
                 raise InferenceError(f'tensor {name!r} has an impossible layout: {dtype} {shape} at {offset}.')
-        sizes = [(offset, _nbytes(dtype, shape)) for _, dtype, shape, offset in tensors]
+        sizes = [(offset, _nbytes(dtype, shape)) for _, dtype, shape, offset in self.tensors]
         taken = sorted((offset, offset + size) for offset, size in sizes if size)
         if any(end > start for (_, end), (start, _) in itertools.pairwise(taken)):
-            raise InferenceError(f'tensors lie on top of one another: {value!r:.200}.')
-        return cls(tensors)
-
-    def to_json(self) -> list[list[object]]:
-        """Return it as lists, for JSON."""
-        return [[name, dtype, list(shape), offset] for name, dtype, shape, offset in self.tensors]
+            raise InferenceError(f'tensors lie on top of one another: {self.tensors!r:.200}.')
 
     @property
     def size(self) -> int:

@@ -7,6 +7,7 @@ import threading
 
 from gps_denied_c7.errors import C7Error, EngineDeserializeError
 from gps_denied_c7.worker.process import WorkerProcess
+from gps_denied_c7.worker.protocol import WORKER_PROTOCOL
 
 __all__ = ['SpareWorker']
 
@@ -37,7 +38,7 @@ class SpareWorker:
                 self._process.release()
                 self._process = None
             try:
-                self._process = WorkerProcess.start('the spare worker', ('--spare', self.strategy))
+                self._process = WorkerProcess.start('the spare worker', WORKER_PROTOCOL, ('--spare', self.strategy))
             except EngineDeserializeError as error:
                 _log.warning('no spare worker: %s', error)
 
@@ -48,7 +49,7 @@ class SpareWorker:
             if process is None:
                 return None
             try:
-                ready = process.receive(0.0) is not None
+                ready = process.await_ready(0.0)
             except C7Error as error:
                 _log.warning('%s', error)
                 ready = False

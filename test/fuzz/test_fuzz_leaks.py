@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import os
 import random
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from support.fuzz_bundles import make_bundle, use
-from support.fuzz_channel import PACKETS, answer_from, lay_out, load_from
+from support.fuzz_channel import MESSAGES, answer_from, lay_out, load_from, packet_of
 from support.fuzz_images import FILES, decode_file
 
 _PAGE_BYTES = os.sysconf('SC_PAGE_SIZE')
@@ -37,7 +36,7 @@ def usage() -> tuple[int, int]:
 
 def attempts(root: Path, process: subprocess.Popen) -> dict[str, Callable[[random.Random], object]]:
     whole = (root / 'model.json').read_bytes()
-    packets = [json.dumps(packet).encode() for packet in PACKETS]
+    packets = [packet_of(message) for message in MESSAGES]
 
     def bundle(chance: random.Random) -> None:
         (root / 'model.json').write_bytes(flip(whole, chance))
@@ -48,7 +47,7 @@ def attempts(root: Path, process: subprocess.Popen) -> dict[str, Callable[[rando
         'images': lambda chance: decode_file('jpeg', flip(chance.choice(FILES), chance)),
         'answers': lambda chance: answer_from(process, [[flip(chance.choice(packets), chance), packets[0]]] * 2, True),
         'loads': lambda chance: load_from(process, [flip(packets[-1], chance)]),
-        'layouts': lambda chance: lay_out([['x', 'float32', [chance.randint(-1, 99)], chance.randint(-1, 300)]]),
+        'layouts': lambda chance: lay_out([[['x', 'float32', [chance.randint(-1, 99)], chance.randint(-1, 300)]]]),
     }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import json
 import logging
 import os
 import signal
@@ -23,10 +24,12 @@ from PIL import Image
 
 from gps_denied_c7.decoder import client as decoder_client
 from gps_denied_c7.decoder.client import ImageDecoder
+from gps_denied_c7.decoder.protocol import DECODER_PROTOCOL, Copied, Decoded, Refused
 from gps_denied_c7.errors import ImageRejectedError
 from gps_denied_c7.image.decode import ODDITIES, Pixels
 from gps_denied_c7.image.preprocess import Interpolation, PreprocessingSpec, Preprocessor, ResizeMode
 from gps_denied_c7.worker import process as worker_process
+from gps_denied_c7.worker.messages import PROTOCOL_VERSION, MessageSet, Ready
 from gps_denied_c7.worker.process import WorkerProcess
 from support.left_behind import processes_naming
 
@@ -463,35 +466,49 @@ def test_a_picture_at_which_the_decoder_dies_is_counted_as_well(decoder):
 
 
 INVALID = [
-    {'say': 'decoded'},
-    {'shape': [64, 96, 3, 1]},
-    {'shape': [64, -96, 3]},
-    {'shape': [16000, 16000, 3]},
-    {'dtype': ['uint8']},
-    {'order': 'gray'},
-    {'oddities': ['\n[FATAL] all is lost']},
-    {'say': 'refused', 'reason': 'because'},
-    {'say': 'refused', 'reason': ['data']},
+    ['Decoded'],
+    ['Decoded', [64, 96, 3, 1], 'uint8', 'bgr', []],
+    ['Decoded', [64, -96, 3], 'uint8', 'bgr', []],
+    ['Decoded', [16000, 16000, 3], 'uint8', 'bgr', []],
+    ['Decoded', [64, 96, 3], ['uint8'], 'bgr', []],
+    ['Decoded', [64, 96, 3], 'float32', 'bgr', []],
+    ['Decoded', [64, 96, 3], 'uint8', 'gray', []],
+    ['Decoded', [64, 96, 3], 'uint8', 'bgr', ['\n[FATAL] all is lost']],
+    ['Decoded', [64, 96, 3], 'uint8', 'bgr', [], 1],
+    ['Copied'],
+    ['Refused', 'because', '', ''],
+    ['Refused', ['data'], '', ''],
 ]
 
 
-@pytest.mark.parametrize('changes', INVALID, ids=str)
-def test_a_decoder_under_anothers_control_is_killed_and_costs_one_picture(decoder, monkeypatch, changes):
+@pytest.mark.parametrize('reply', INVALID, ids=str)
+def test_a_decoder_under_anothers_control_is_killed_and_costs_one_picture(decoder, monkeypatch, reply):
     answers(decoder)
     before = decoder.pid
-    receive = WorkerProcess.receive
+    decode = MessageSet.decode
 
-    def changed(self, deadline):
-        packet = receive(self, deadline)
-        if isinstance(packet, dict) and 'id' in packet:
-            packet = {'id': packet['id'], **changes} if 'say' in changes else {**packet, **changes}
-        return packet
+    def changed(self, packet):
+        message = decode(self, packet)
+        kind, *fields = reply
+        replaced = json.dumps([kind, message.number, *fields]).encode() if isinstance(message, Decoded) else packet
+        return decode(self, replaced)
 
-    monkeypatch.setattr(WorkerProcess, 'receive', changed)
+    monkeypatch.setattr(MessageSet, 'decode', changed)
     assert refused(decoder).reason == 'decoder'
     monkeypatch.undo()
     assert decoder.pid != before
     answers(decoder)
+
+
+def test_a_decoder_of_another_version_is_refused_with_what_to_do(monkeypatch):
+    monkeypatch.setattr('gps_denied_c7.worker.process.PROTOCOL_VERSION', PROTOCOL_VERSION + 1)
+    decoder = make_decoder()
+    error = refused(decoder)
+    assert error.reason == 'decoder' and 'version' in str(error) and 'Start the node again' in error.remedy
+    monkeypatch.undo()
+    wait_until(lambda: not decoder._backoff.left_s(decoder._name), 'the pause to end')
+    answers(decoder)
+    decoder.close()
 
 
 def test_a_late_answer_is_not_taken_for_another_pictures(decoder, monkeypatch):
@@ -502,17 +519,18 @@ def test_a_late_answer_is_not_taken_for_another_pictures(decoder, monkeypatch):
         return late.pop() if late else receive(self, deadline)
 
     monkeypatch.setattr(WorkerProcess, 'receive', twice)
-    for stale in ({'say': 'refused', 'id': 1, 'reason': 'data'}, {'say': 'decoded'}, (7, 8)):
+    for stale in (Refused(1, 'data', '', ''), Decoded(0, (2, 2), 'uint8', 'gray', ()), Ready()):
         late.append(stale)
         answers(decoder)
-    late.extend([{'say': 'decoded', 'id': -1}] * 50)
+    late.extend([Copied(-1)] * 50)
     assert 'belong to no picture' in str(refused(decoder))
 
 
 def test_what_a_refusal_says_is_bounded(decoder, monkeypatch):
     answers(decoder)
-    packet = {'say': 'refused', 'id': 2, 'reason': 'data', 'message': '\ud800' * 60000, 'remedy': 'y' * 60000}
-    monkeypatch.setattr(WorkerProcess, 'receive', lambda self, deadline: packet)
+    sent = DECODER_PROTOCOL.from_child.encode(Refused(2, 'data', '\ud800' * 5000, 'y' * 30_000))
+    message = DECODER_PROTOCOL.from_child.decode(sent)
+    monkeypatch.setattr(WorkerProcess, 'receive', lambda self, deadline: message)
     error = refused(decoder)
     assert len(error.message) <= 1000 and len(error.remedy) <= 1000 and str(error).encode()
 

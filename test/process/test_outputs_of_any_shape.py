@@ -30,8 +30,18 @@ from gps_denied_c7.runtimes.protocol import ProviderSet
 from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.worker import client as worker_client
 from gps_denied_c7.worker import server as worker_server
+from gps_denied_c7.worker.channel import Channel, ChannelClosedError
 from gps_denied_c7.worker.client import worker_hosts
-from gps_denied_c7.worker.protocol import Channel, ChannelClosedError
+from gps_denied_c7.worker.protocol import (
+    WORKER_PROTOCOL,
+    Answer,
+    AnswerNext,
+    Infer,
+    InferNext,
+    MapAnswers,
+    MapRequests,
+    NeedRoom,
+)
 from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout
 from support.onnx_models import bundle_around, model_of, write_model
 
@@ -459,7 +469,7 @@ class ScriptedEngine:
 def test_f1_no_output_is_written_over_another(script: list[dict[str, NDArray]]) -> None:
     """F-1: whatever grows, shrinks or is moved, the node reads what the engine has answered."""
     expected = [{name: array.copy() for name, array in answer.items()} for answer in script]
-    ours, theirs = Channel.pair()
+    ours, theirs = Channel.pair(WORKER_PROTOCOL)
     service = worker_server.EngineService(theirs)
     service._host = ScriptedEngine(script)
 
@@ -473,24 +483,20 @@ def test_f1_no_output_is_written_over_another(script: list[dict[str, NDArray]]) 
     requests = SharedTensors.create(layout.size, writable=True)
     segment: SharedTensors | None = None
     try:
-        ours.send({'do': 'map', 'segment': 'requests'}, [requests.descriptor])
+        ours.send(MapRequests(), [requests.descriptor])
         places: TensorLayout | None = None
         for number, wanted in enumerate(expected, 1):
             if number == 1:
-                ours.send({'do': 'infer', 'id': number, 'layout': layout.to_json()})
+                ours.send(Infer(number, layout))
             else:
-                ours.send_numbers(number)
-            while True:
-                packet = ours.receive()[0]
-                if isinstance(packet, dict) and packet['say'] == 'needs':
-                    segment = SharedTensors.create(packet['bytes'], writable=False)
-                    places = None
-                    ours.send({'do': 'map', 'segment': 'answers'}, [segment.descriptor])
-                    continue
-                break
-            if isinstance(packet, dict):
-                assert packet['say'] == 'answered', packet
-                places = TensorLayout.from_json(packet['layout'])
+                ours.send(InferNext(number))
+            while isinstance(message := ours.receive()[0], NeedRoom):
+                segment = SharedTensors.create(message.bytes, writable=False)
+                places = None
+                ours.send(MapAnswers(), [segment.descriptor])
+            assert isinstance(message, (Answer, AnswerNext)), message
+            if isinstance(message, Answer):
+                places = message.layout
             assert segment is not None and places is not None
             require_same(segment.arrays(places), wanted)
     finally:
@@ -503,5 +509,5 @@ def test_f1_tensors_on_top_of_one_another_are_refused() -> None:
     """F-1: a worker that lays its tensors so would have one read for another."""
     for first, second in itertools.permutations((0, 4)):
         with pytest.raises(InferenceError, match='on top of one another'):
-            TensorLayout.from_json([['a', 'float32', [2], first], ['b', 'float32', [2], second]])
-    TensorLayout.from_json([['a', 'float32', [2], 0], ['b', 'float32', [0], 4], ['c', 'float32', [2], 8]])
+            TensorLayout((('a', 'float32', (2,), first), ('b', 'float32', (2,), second))).check()
+    TensorLayout((('a', 'float32', (2,), 0), ('b', 'float32', (0,), 4), ('c', 'float32', (2,), 8))).check()

@@ -27,13 +27,14 @@ from gps_denied_c7.monitoring.thermal_sources import NvmlThermal
 from gps_denied_c7.worker.client import worker_hosts
 from gps_denied_c7.worker.spare import SpareWorker
 from gps_denied_c7.worker.process import WorkerProcess
+from gps_denied_c7.worker.protocol import WORKER_PROTOCOL
 config = C7InferenceConfig(engine_cache_dir=sys.argv[2], ort_trt_cache_dir=sys.argv[2])
 host = worker_hosts(ModelBundle.load(Path(sys.argv[1])), config)(Rung('onnx_trt_ep', ProviderSet.CPU))
 host.load()
-spare = WorkerProcess.start('a spare', ('--spare', sys.argv[3]))
+spare = WorkerProcess.start('a spare', WORKER_PROTOCOL, ('--spare', sys.argv[3]))
 thermal = NvmlThermal()
 thermal.start()
-assert spare.receive(time.monotonic() + 60.0) == {'say': 'ready'}
+assert spare.await_ready(time.monotonic() + 60.0)
 inputs = {spec.name: np.zeros([size or 1 for size in spec.shape], spec.dtype) for spec in host.inputs}
 for _ in range(20):
     assert host.infer(inputs)

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import gc
 import itertools
-import json
 import logging
 import os
 import pickle
@@ -48,14 +47,32 @@ from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from gps_denied_c7.python_child import worker_environment
-from gps_denied_c7.runtimes.protocol import EngineFacts, ProviderSet
+from gps_denied_c7.runtimes.protocol import BuildProgress, EngineFacts, ProviderSet
 from gps_denied_c7.worker import client as worker_client
 from gps_denied_c7.worker import process as worker_process
 from gps_denied_c7.worker import server as worker_server
+from gps_denied_c7.worker.channel import Channel, ChannelClosedError
 from gps_denied_c7.worker.client import WorkerHost, worker_hosts
 from gps_denied_c7.worker.log import WorkerLog
+from gps_denied_c7.worker.messages import PROTOCOL_VERSION, MessageError, Ready
 from gps_denied_c7.worker.process import WorkerProcess
-from gps_denied_c7.worker.protocol import Channel, ChannelClosedError, error_from_json, error_to_json
+from gps_denied_c7.worker.protocol import (
+    WORKER_PROTOCOL,
+    Answer,
+    AnswerNext,
+    ErrorReport,
+    Failed,
+    Infer,
+    InferNext,
+    Loaded,
+    Loading,
+    MapAnswers,
+    MapRequests,
+    NeedRoom,
+    Ping,
+    Pong,
+    Progress,
+)
 from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout
 from gps_denied_c7.worker.spare import SpareWorker
 
@@ -148,7 +165,7 @@ def test_f1_the_engine_is_told_once_where_requests_come_and_answers_are_wanted()
             self.ran_ns = (10 * number, 11 * number)
             return {'twice': inputs['x'] * 2}
 
-    ours, theirs = Channel.pair()
+    ours, theirs = Channel.pair(WORKER_PROTOCOL)
     service = worker_server.EngineService(theirs)
     service._host = FakeHost()
 
@@ -161,19 +178,19 @@ def test_f1_the_engine_is_told_once_where_requests_come_and_answers_are_wanted()
     layout = TensorLayout.of({'x': np.zeros(5, np.float32)})
     requests, answers = (SharedTensors.create(layout.size, writable=True) for _ in range(2))
     request = requests.arrays(layout)['x']
-    ours.send({'do': 'map', 'segment': 'requests'}, [requests.descriptor])
+    ours.send(MapRequests(), [requests.descriptor])
     for number in (1, 2, 3):
         request[...] = number
         if number == 1:
-            ours.send({'do': 'infer', 'id': number, 'layout': layout.to_json()})
-            assert ours.receive()[0]['say'] == 'needs'
-            ours.send({'do': 'map', 'segment': 'answers'}, [answers.descriptor])
-            answered = ours.receive()[0]
-            assert answered['ran_ns'] == [10, 11]
-            twice = answers.arrays(TensorLayout.from_json(answered['layout']))['twice']
+            ours.send(Infer(number, layout))
+            assert isinstance(ours.receive()[0], NeedRoom)
+            ours.send(MapAnswers(), [answers.descriptor])
+            answer = ours.receive()[0]
+            assert isinstance(answer, Answer) and answer.ran_ns == (10, 11)
+            twice = answers.arrays(answer.layout)['twice']
         else:
-            ours.send_numbers(number)
-            assert ours.receive()[0] == (number, 10 * number, 11 * number)
+            ours.send(InferNext(number))
+            assert ours.receive()[0] == AnswerNext(number, 10 * number, 11 * number)
         assert list(twice) == [2 * number] * 5
     assert [list(arrays) for arrays in placed] == [['inputs'], ['outputs']]
     request[...], twice[...] = 7, 8
@@ -351,12 +368,12 @@ def test_f2_the_cpu_rung_sees_no_gpu(bundle, monkeypatch, rung):
             return EngineFacts('cpu provider', (), True, 0, (), 0.0)
 
     monkeypatch.setattr(worker_server, 'in_process_hosts', lambda *args, **kwargs: lambda rung: FakeHost())
-    ours, theirs = Channel.pair()
+    ours, theirs = Channel.pair(WORKER_PROTOCOL)
     with tempfile.TemporaryFile() as file:
         file.write(pickle.dumps(worker_server.WorkerTask(bundle, CONFIG, rung)))
         file.flush()
-        worker_server.EngineService(theirs)._load({'do': 'load'}, [os.dup(file.fileno())])
-    assert [ours.receive()[0]['say'] for _ in range(2)] == ['loading', 'loaded']
+        worker_server.EngineService(theirs)._load(os.dup(file.fileno()))
+    assert [type(ours.receive()[0]) for _ in range(2)] == [Loading, Loaded]
     assert seen == ['' if rung is CPU else '0']
     ours.close()
     theirs.close()
@@ -477,17 +494,17 @@ def test_f1_a_line_without_an_end_takes_no_memory_and_an_odd_level_is_none(caplo
     ],
 )  # fmt: skip
 def test_errors_keep_their_kind_and_words(error):
-    received = error_from_json(json.loads(json.dumps(error_to_json(error))))
+    received = ErrorReport.of(error).error()
     assert str(error) in str(received)
     if not isinstance(error, ValueError):
         assert type(received) is type(error) and str(received) == str(error)
         assert (received.message, received.remedy) == (error.message, error.remedy)
 
 
-@pytest.mark.parametrize('data', [b'{', b'[]', b'\xff', b'1', b'{"a":' * 200])
+@pytest.mark.parametrize('data', [b'{', b'[]', b'\xff', b'1', b'{"a":' * 200, b'["Never"]', b'[' * 60_000])
 def test_a_packet_that_cannot_be_read_is_an_error(data):
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    channel = Channel(ours)
+    channel = Channel(ours, WORKER_PROTOCOL, in_child=True)
     assert channel.receive(block=False) is None
     read, write = os.pipe()
     gc.collect()
@@ -693,7 +710,7 @@ def test_f1_where_no_thread_is_left_for_a_spare_worker_the_engine_serves_all_the
 
 def test_f1_a_worker_is_reaped_where_no_thread_is_left_to_wait_for_it(bundle, no_threads_called):
     before, ended = wait_until_flat(), []
-    process = WorkerProcess.start('worker')
+    process = WorkerProcess.start('worker', WORKER_PROTOCOL)
     pid = process.pid
     no_threads_called.add('c7-reaper')
     process.release(then=lambda: ended.append(pid))
@@ -798,9 +815,9 @@ def test_f1_what_a_dead_worker_held_does_not_wait_for_the_collector(bundle):
 @pytest.mark.parametrize('depth', [40, 300, 900, 990, 30_000])
 def test_a_packet_nested_to_any_depth_is_an_error(depth):
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    channel = Channel(ours)
-    theirs.send(b'{"say": ' + b'[' * depth + b']' * depth + b'}')
-    with pytest.raises(InferenceError, match='nested'):
+    channel = Channel(ours, WORKER_PROTOCOL, in_child=True)
+    theirs.send(b'["RefuseRoom", ' + b'[' * depth + b']' * depth + b']')
+    with pytest.raises(MessageError, match='RefuseRoom.reason expected a string|recursion'):
         channel.receive()
     channel.close()
     theirs.close()
@@ -810,21 +827,23 @@ def test_f1_a_channel_waits_whatever_its_descriptor_is():
     """select knows those below 1024 alone, and a large node may have opened as many."""
     code = (
         'import fcntl, resource, socket\n'
-        'from gps_denied_c7.worker.protocol import Channel\n'
+        'from gps_denied_c7.worker.channel import Channel\n'
+        'from gps_denied_c7.worker.protocol import WORKER_PROTOCOL, Ping\n'
         'resource.setrlimit(resource.RLIMIT_NOFILE, (2048, 2048))\n'
         'ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)\n'
-        'channel = Channel(socket.socket(fileno=fcntl.fcntl(ours, fcntl.F_DUPFD, 1100)))\n'
-        'Channel(theirs).send({"say": "here"})\n'
+        'end = socket.socket(fileno=fcntl.fcntl(ours, fcntl.F_DUPFD, 1100))\n'
+        'channel = Channel(end, WORKER_PROTOCOL, in_child=True)\n'
+        'Channel(theirs, WORKER_PROTOCOL, in_child=False).send(Ping())\n'
         'channel.wait()\n'
-        'assert channel.fileno() >= 1100 and channel.receive(block=False)[0] == {"say": "here"}\n'
+        'assert channel.fileno() >= 1100 and channel.receive(block=False)[0] == Ping()\n'
     )
     subprocess.run([sys.executable, '-c', code], check=True)
 
 
 def test_f1_a_packet_that_is_too_long_says_so():
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    channel = Channel(ours)
-    theirs.send(b'{"say": "' + b'x' * 70_000 + b'"}')
+    channel = Channel(ours, WORKER_PROTOCOL, in_child=True)
+    theirs.send(b'["RefuseRoom","' + b'x' * 70_000 + b'"]')
     with pytest.raises(InferenceError, match='longer than 65536 bytes'):
         channel.receive()
     channel.close()
@@ -864,7 +883,7 @@ def test_f1_remarks_about_a_load_fit_into_a_packet():
 
 def test_f1_descriptors_beside_an_empty_packet_are_closed():
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    channel = Channel(ours)
+    channel = Channel(ours, WORKER_PROTOCOL, in_child=True)
     gc.collect()
     before = descriptors()
     socket.send_fds(theirs, [b''], [ours.fileno()])
@@ -876,10 +895,10 @@ def test_f1_descriptors_beside_an_empty_packet_are_closed():
 
 
 def test_f1_a_worker_that_reads_nothing_does_not_hold_up_who_sends():
-    ours, theirs = Channel.pair()
+    ours, theirs = Channel.pair(WORKER_PROTOCOL)
     with pytest.raises(InferenceError, match='reads none'):
         for _ in range(100_000):
-            ours.send({'do': 'infer'}, block=False)
+            ours.send(Ping(), block=False)
     ours.close()
     theirs.close()
 
@@ -889,7 +908,7 @@ def test_f1_a_worker_that_talks_without_end_is_not_listened_to_without_end(bundl
     stop(worker.pid)
     worker.begin(bundle.golden_inputs())
     heard = itertools.count()
-    stale = {'say': 'answered', 'id': -1}
+    stale = AnswerNext(worker._number - 1, 1, 2)
     monkeypatch.setattr(worker._process, 'receive', lambda deadline: stale if next(heard) < 1000 else None)
     with pytest.raises(InferenceError, match='more than a request needs'):
         worker.poll(0.01)
@@ -901,39 +920,36 @@ def test_f1_an_answer_of_a_segment_that_was_replaced_is_none(bundle, worker, mon
     worker.infer(bundle.golden_inputs())
     stop(worker.pid)
     worker.begin(bundle.golden_inputs())
-    said = [{'say': 'needs', 'bytes': 64}, {'say': 'answered', 'id': worker._number}]
+    said = [NeedRoom(64), AnswerNext(worker._number, 1, 2)]
     monkeypatch.setattr(worker._process, 'receive', lambda deadline: said.pop(0))
-    with pytest.raises(InferenceError, match='layout'):
+    with pytest.raises(InferenceError, match='without having said where'):
         worker.poll(0.01)
     monkeypatch.undo()
 
 
-@pytest.mark.parametrize('told', [None, 'never', [], [1], [1, 2, 3], [True, 2], [1.0, 2.0], ['1', '2']], ids=str)
-def test_f1_a_worker_that_does_not_tell_when_its_engine_ran_answers_all_the_same(bundle, worker, monkeypatch, told):
-    receive = WorkerProcess.receive
-
-    def received(process, deadline):
-        packet = receive(process, deadline)
-        return {**packet, 'ran_ns': told} if isinstance(packet, dict) else packet
-
-    monkeypatch.setattr(WorkerProcess, 'receive', received)
-    assert worker.infer(bundle.golden_inputs())
-    assert worker.ran_ns == (0, 0)
-
-
-@pytest.mark.parametrize(
-    'packet',
-    [
-        {'say': 'progress', 'elapsed_s': []}, {'say': 'progress', 'fraction': 'half'},
-        {'say': 'progress', 'elapsed_s': 10**400}, {'say': 'progress', 'fraction': float('nan')},
-        {'say': 'loaded', 'facts': {'active_provider': '', 'requested_providers': [], 'cpu_only': True,
-                                    'cpu_nodes': float('inf'), 'notes': [], 'load_s': 1}, 'inputs': [], 'outputs': []},
-    ],
-)  # fmt: skip
-def test_f1_what_a_worker_tells_of_its_load_is_an_error_where_it_is_unreadable(bundle, monkeypatch, packet):
+@pytest.mark.parametrize('message', [Progress(BuildProgress('a', 0.0)), Pong(), AnswerNext(1, 2, 3)], ids=repr)
+def test_f1_a_worker_that_is_not_ready_is_refused(bundle, monkeypatch, message):
     host = WorkerHost(CPU, bundle, CONFIG, on_build=lambda progress: None)
-    monkeypatch.setattr(WorkerProcess, 'receive', lambda self, deadline: packet)
-    with pytest.raises(EngineDeserializeError, match='unreadable'):
+    monkeypatch.setattr(WorkerProcess, 'receive', lambda self, deadline: message)
+    with pytest.raises(MessageError, match=f'sent {type(message).__name__} before Ready'):
+        host.load()
+    host.release()
+
+
+def test_f1_a_worker_of_another_version_is_refused_with_what_to_do(bundle, monkeypatch):
+    host = WorkerHost(CPU, bundle, CONFIG)
+    monkeypatch.setattr(WorkerProcess, 'receive', lambda self, deadline: Ready(PROTOCOL_VERSION + 1))
+    with pytest.raises(MessageError, match=f'version {PROTOCOL_VERSION + 1} of the protocol') as refusal:
+        host.load()
+    assert 'Start the node again' in refusal.value.remedy
+    host.release()
+
+
+@pytest.mark.parametrize('message', [AnswerNext(1, 2, 3), Pong(), NeedRoom(64)], ids=repr)
+def test_f1_a_worker_that_answers_before_it_has_an_engine_is_refused(bundle, monkeypatch, message):
+    host, said = WorkerHost(CPU, bundle, CONFIG), [Ready(), Loading(), message]
+    monkeypatch.setattr(WorkerProcess, 'receive', lambda self, deadline: said.pop(0))
+    with pytest.raises(MessageError, match=f'sent {type(message).__name__} before it has loaded an engine'):
         host.load()
     host.release()
 
@@ -949,9 +965,11 @@ def test_f5_a_build_that_gets_on_is_waited_for_and_one_that_hangs_is_not(bundle,
             return None
         time.sleep(0.02)
         began.append(time.monotonic())
+        if len(began) == 1:
+            return Ready()
         elapsed_s = began[-1] - began[0]
         assert elapsed_s < 20, 'it is waited for without end'
-        return {'say': 'progress', 'phase': f'step {min(int(elapsed_s / 0.1), 9)}', 'elapsed_s': elapsed_s}
+        return Progress(BuildProgress(f'step {min(int(elapsed_s / 0.1), 9)}', elapsed_s))
 
     monkeypatch.setattr(WorkerProcess, 'receive', receive)
     host = WorkerHost(CPU, bundle, config, on_build=told.append)
@@ -968,7 +986,9 @@ def test_f5_a_worker_that_must_not_build_is_not_waited_for_because_it_tells_of_b
     def receive(self, deadline):
         number = next(steps)
         assert number < 1_000_000, 'it is waited for without end'
-        return {'say': 'progress', 'phase': f'step {number}'} if time.monotonic() < deadline else None
+        if number == 0:
+            return Ready()
+        return Progress(BuildProgress(f'step {number}', 0.0)) if time.monotonic() < deadline else None
 
     monkeypatch.setattr(WorkerProcess, 'receive', receive)
     host = WorkerHost(CPU, bundle, dataclasses.replace(CONFIG, load_timeout_s=0.01), on_build=lambda progress: None)
@@ -986,5 +1006,7 @@ def test_f1_a_death_by_a_signal_without_a_name_is_an_error(bundle, worker):
 
 
 def test_what_a_worker_tells_can_be_written_anywhere():
-    error = error_from_json({'kind': 'InferenceError', 'message': 'caf\udce9 \ud800', 'remedy': '\udfff'})
+    text = ErrorReport('InferenceError', 'caf\udce9 \ud800', '\udfff')
+    sent = WORKER_PROTOCOL.from_child.encode(Failed(1, text))
+    error = WORKER_PROTOCOL.from_child.decode(sent).error.error()
     assert str(error).encode() and error.remedy.encode()

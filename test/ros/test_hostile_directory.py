@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from gps_denied_c7.monitoring.thermal_sources import NvmlThermal
 from gps_denied_c7.runtimes.protocol import ProviderSet
 from gps_denied_c7.worker.client import worker_hosts
 from gps_denied_c7.worker.process import WorkerProcess
+from gps_denied_c7.worker.protocol import WORKER_PROTOCOL
 from support import harness
 from support.harness import ROOT, image, running_node, wait_until
 from support.networks import copying
@@ -152,10 +154,9 @@ def test_a_worker_loads_nothing_of_the_working_directory(there, tmp_path):
 
 
 def test_a_spare_worker_loads_nothing_of_the_working_directory(there):
-    worker = WorkerProcess.start('a spare', ('--spare', 'onnx_trt_ep'))
+    worker = WorkerProcess.start('a spare', WORKER_PROTOCOL, ('--spare', 'onnx_trt_ep'))
     try:
-        packet = wait_until(lambda: worker.receive(None), 'the spare')
-        assert packet == {'say': 'ready'}
+        assert worker.await_ready(time.monotonic() + 60.0)
     finally:
         worker.release()
         assert worker.join(10.0)

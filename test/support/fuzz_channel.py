@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import json
 import os
 import select
 import socket
@@ -11,37 +12,52 @@ from pathlib import Path
 
 import numpy as np
 
+from gps_denied_c7._typed_json import FieldError, reader_of
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import C7Error, EngineSchemaMismatchError, InferenceError
 from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.runtimes.protocol import ProviderSet
+from gps_denied_c7.runtimes.protocol import BuildProgress, EngineFacts, ProviderSet
 from gps_denied_c7.tensors import TensorSpec
+from gps_denied_c7.worker.channel import Channel
 from gps_denied_c7.worker.client import WorkerHost
+from gps_denied_c7.worker.messages import Ready
 from gps_denied_c7.worker.process import WorkerProcess
-from gps_denied_c7.worker.protocol import Channel, error_to_json
+from gps_denied_c7.worker.protocol import (
+    WORKER_PROTOCOL,
+    Answer,
+    ErrorReport,
+    Failed,
+    Loaded,
+    LoadFailed,
+    NeedRoom,
+    Progress,
+)
 from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout
 
 SPEC = TensorSpec('x', 'float32', (1, 2))
 BUNDLE = ModelBundle(name='net', root=Path('/'), weights_digest='sha256:' + '0' * 64, inputs=(SPEC,), outputs=(SPEC,))
-LAYOUT = [['x', 'float32', [1, 2], 0]]
-ERROR = error_to_json(EngineSchemaMismatchError('sm', expected=87, found=90, remedy='Build it again.'))
-LOADED = {
-    'say': 'loaded',
-    'facts': {
-        'active_provider': 'CPUExecutionProvider', 'requested_providers': ['CPUExecutionProvider'], 'cpu_only': True,
-        'cpu_nodes': 3, 'notes': ['a note'], 'load_s': 0.5, 'gpu_memory_bytes': 1 << 20,
-    },
-    'inputs': [['x', 'float32', [1, 2]]],
-    'outputs': [['x', 'float32', [1, None]]],
-}  # fmt: skip
-PACKETS = (
-    {'say': 'answered', 'id': 1, 'ran_ns': [3, 4], 'layout': LAYOUT},
-    {'say': 'failed', 'id': 1, 'error': ERROR},
-    {'say': 'needs', 'bytes': 64},
-    {'say': 'progress', 'phase': 'building', 'elapsed_s': 1.5, 'fraction': 0.25},
-    LOADED,
+LAYOUT = TensorLayout((('x', 'float32', (1, 2), 0),))
+ERROR = ErrorReport.of(EngineSchemaMismatchError('sm', expected=87, found=90, remedy='Build it again.'))
+LOADED = Loaded(
+    EngineFacts('CPUExecutionProvider', ('CPUExecutionProvider',), True, 3, ('a note',), 0.5, 1 << 20),
+    inputs=(SPEC,),
+    outputs=(TensorSpec('x', 'float32', (1, None)),),
 )
+MESSAGES = (
+    Answer(1, (3, 4), LAYOUT), Failed(1, ERROR), LoadFailed(ERROR), NeedRoom(64),
+    Progress(BuildProgress('building', 1.5, 0.25)), Ready(), LOADED,
+)  # fmt: skip
+
+
+def packet_of(message: object) -> bytes:
+    """Return what a worker sends."""
+    return WORKER_PROTOCOL.from_child.encode(message)
+
+
+def json_of(message: object) -> list:
+    """Return the JSON value that a worker sends."""
+    return json.loads(packet_of(message))
 
 
 def send(end: socket.socket, data: bytes, handed: int = 0) -> None:
@@ -54,10 +70,10 @@ def send(end: socket.socket, data: bytes, handed: int = 0) -> None:
 def lay_out(value: object) -> bool:
     segment = SharedTensors.create(256, writable=False)
     try:
-        views = segment.arrays(TensorLayout.from_json(value))
+        views = segment.arrays(reader_of(TensorLayout, arrays=True)(value))
         for view in views.values():
             assert view.nbytes <= 256 and view.tobytes() is not None
-    except InferenceError as error:
+    except (FieldError, InferenceError) as error:
         assert str(error)
         return False
     finally:
@@ -84,7 +100,7 @@ class HostOfFakeWorker(WorkerHost):
             on_build=lambda told: None,
         )  # fmt: skip
         ours, self.far_end = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._process = FakeWorkerProcess('worker 0', process, Channel(ours, takes_descriptors=False))
+        self._process = FakeWorkerProcess('worker 0', process, Channel(ours, WORKER_PROTOCOL, in_child=False))
 
     def _start(self, task: object) -> WorkerProcess:
         return self._process
@@ -106,7 +122,7 @@ def load_from(process: subprocess.Popen, packets: list[bytes]) -> bool:
     """Return whether a host takes the engine that its worker tells of."""
     host = HostOfFakeWorker(process)
     try:
-        host.say(packets)
+        host.say([packet_of(Ready()), *packets])
         facts = host.load()
         repr((facts, host.inputs, host.outputs)).encode()
         # These go into ROS strings.

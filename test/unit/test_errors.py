@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import os
 
 import pytest
@@ -20,7 +19,7 @@ from gps_denied_c7.errors import (
     RuntimeUnavailableError,
     error_and_causes,
 )
-from gps_denied_c7.worker.protocol import error_from_json, error_to_json
+from gps_denied_c7.worker.protocol import ErrorReport
 
 
 def test_every_cause_and_context_is_found_once_also_in_a_circle():
@@ -48,7 +47,7 @@ def test_what_stays_until_something_changes(error, lasting):
     assert error.lasting is lasting
     if isinstance(error, ChainExhaustedError):
         return
-    assert error_from_json(json.loads(json.dumps(error_to_json(error)))).lasting is lasting
+    assert ErrorReport.of(error).error().lasting is lasting
 
 
 @pytest.mark.parametrize(
@@ -63,7 +62,7 @@ def test_a_file_that_cannot_be_read_for_want_of_something_may_be_read_later(numb
         raise ModelBundleError('model.json: no.') from OSError(number, os.strerror(number))
     except ModelBundleError as error:
         assert error.lasting is lasting
-        assert error_from_json(error_to_json(error)).lasting is lasting, 'a worker says so too'
+        assert ErrorReport.of(error).error().lasting is lasting, 'a worker says so too'
 
 
 def test_a_want_of_memory_passes():

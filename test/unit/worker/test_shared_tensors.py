@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gps_denied_c7._typed_json import FieldError, reader_of
 from gps_denied_c7.errors import InferenceError
 from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout
 
@@ -25,7 +26,7 @@ def test_what_one_mapping_writes_the_other_reads():
     read = SharedTensors(os.dup(written.descriptor), writable=False)
     for name, array in written.arrays(layout).items():
         array[...] = ARRAYS[name]
-    for name, array in read.arrays(TensorLayout.from_json(layout.to_json())).items():
+    for name, array in read.arrays(layout).items():
         assert array.dtype == ARRAYS[name].dtype and (array == ARRAYS[name]).all()
         assert not array.flags.writeable and array.ctypes.data % mmap.PAGESIZE == 0
 
@@ -59,9 +60,11 @@ def test_a_segment_that_is_not_sealed_is_refused():
 
 def test_a_tensor_outside_of_its_segment_is_refused():
     segment = SharedTensors.create(64, writable=False)
-    for tensors in ([['x', 'float32', [17], 0]], [['x', 'uint8', [1], 64]], [['x', 'float64', [1 << 59], 0]]):
+    for tensor in (('x', 'float32', (17,), 0), ('x', 'uint8', (1,), 64), ('x', 'float64', (1 << 59,), 0)):
+        layout = TensorLayout((tensor,))
+        layout.check()
         with pytest.raises(InferenceError, match='reaches past'):
-            segment.arrays(TensorLayout.from_json(tensors))
+            segment.arrays(layout)
 
 
 @given(
@@ -79,8 +82,8 @@ def test_a_tensor_outside_of_its_segment_is_refused():
 def test_whatever_a_worker_says_of_its_tensors_is_a_layout_or_an_error(told):
     segment = SharedTensors.create(64, writable=False)
     try:
-        views = segment.arrays(TensorLayout.from_json(told))
-    except InferenceError:
+        views = segment.arrays(reader_of(TensorLayout, arrays=True)([told]))
+    except (FieldError, InferenceError):
         return
     finally:
         segment.close()
@@ -91,5 +94,5 @@ def test_whatever_a_worker_says_of_its_tensors_is_a_layout_or_an_error(told):
 def test_a_shape_that_numpy_cannot_have_is_an_error(shape):
     segment = SharedTensors.create(64, writable=False)
     with pytest.raises(InferenceError):
-        segment.arrays(TensorLayout.from_json([['x', 'float32', shape, 0]]))
+        TensorLayout((('x', 'float32', tuple(shape), 0),)).check()
     segment.close()
