@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from gps_denied_c7._json import Fields, parse_json
+from gps_denied_c7.engines.sealed_json import check_tensors, from_sealed_json, to_sealed_json
 from gps_denied_c7.engines.trusted_files import REBUILD, read_trusted
-from gps_denied_c7.errors import EngineSchemaMismatchError, ModelBundleError
+from gps_denied_c7.errors import EngineSchemaMismatchError
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = ['EngineManifest', 'EngineName', 'HostProfile', 'manifest_path', 'read_manifest', 'same_tensorrt']
@@ -138,50 +134,19 @@ class EngineManifest:
     builder_flags: tuple[str, ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
+    def check(self) -> None:
+        """Raise ValueError for an engine that lacks inputs or outputs."""
+        check_tensors(self.inputs)
+        check_tensors(self.outputs)
+
     def to_json(self) -> bytes:
         """Return the manifest file's bytes."""
-        content = {'schema': MANIFEST_SCHEMA, **dataclasses.asdict(self)}
-        digest = hashlib.sha256(_canonical(content)).hexdigest()
-        return _canonical(content | {'manifest_sha256': digest})
+        return to_sealed_json(self, 'manifest', MANIFEST_SCHEMA)
 
     @classmethod
     def from_json(cls, content: bytes) -> EngineManifest:
         """Read a manifest file's bytes, or raise EngineSchemaMismatchError for the first thing wrong in them."""
-        try:
-            fields = Fields(parse_json(content), '')
-            schema = fields.integer('schema')
-            if schema != MANIFEST_SCHEMA:
-                raise EngineSchemaMismatchError(
-                    'manifest_schema', expected=MANIFEST_SCHEMA, found=schema, remedy=REBUILD
-                )
-            versions = fields.object('versions')
-            manifest = cls(
-                model=fields.text('model'),
-                engine_sha256=fields.text('engine_sha256'),
-                engine_bytes=fields.integer('engine_bytes'),
-                source_sha256=fields.text('source_sha256'),
-                precision=fields.text('precision'),
-                gpu=fields.text('gpu'),
-                sm=fields.integer('sm'),
-                tensorrt=fields.text('tensorrt'),
-                platform=fields.text('platform'),
-                inputs=tuple(_spec(item) for item in fields.objects('inputs')),
-                outputs=tuple(_spec(item) for item in fields.objects('outputs')),
-                builder_flags=tuple(fields.take('builder_flags')),
-                versions={name: versions.text(name) for name in versions.names()},
-            )
-            found = fields.text('manifest_sha256')
-        except (ModelBundleError, TypeError) as error:
-            raise EngineSchemaMismatchError(
-                'manifest', expected='a whole manifest', found=str(error), remedy=REBUILD
-            ) from error
-        # Canonical JSON has one spelling, so any changed byte shows, an unknown key too.
-        expected = manifest.to_json()
-        if content != expected:
-            raise EngineSchemaMismatchError(
-                'manifest_sha256', expected=json.loads(expected)['manifest_sha256'], found=found, remedy=REBUILD
-            )
-        return manifest
+        return from_sealed_json(cls, content, 'manifest', MANIFEST_SCHEMA, REBUILD)
 
     @property
     def engine_name(self) -> EngineName:
@@ -214,11 +179,3 @@ def same_tensorrt(one: str, other: str) -> bool:
 def _numbers(version: str) -> tuple[int, ...]:
     leading = re.match(r'\d+(?:\.\d+)*', version)
     return tuple(int(part) for part in leading[0].split('.')) if leading else ()
-
-
-def _canonical(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True, indent=1).encode() + b'\n'
-
-
-def _spec(fields: Fields) -> TensorSpec:
-    return TensorSpec(fields.text('name'), fields.text('dtype'), tuple(fields.take('shape')))

@@ -13,7 +13,6 @@ import ctypes
 import dataclasses
 import fcntl
 import hashlib
-import json
 import logging
 import os
 import platform
@@ -24,9 +23,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
-from gps_denied_c7._json import Fields, parse_json
+from gps_denied_c7.engines.sealed_json import check_tensors, from_sealed_json, to_sealed_json
 from gps_denied_c7.engines.store import fallback_directory, make_private_directory
 from gps_denied_c7.engines.trusted_files import read_trusted, trusted_directory
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, ModelBundleError
@@ -115,6 +113,11 @@ class WholeGraph:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
+    def check(self) -> None:
+        """Raise ValueError for an engine that lacks inputs or outputs."""
+        check_tensors(self.inputs)
+        check_tensors(self.outputs)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheListing:
@@ -130,36 +133,19 @@ class CacheListing:
     files: tuple[CachedFile, ...]
     whole_graph: WholeGraph | None = None
 
+    def check(self) -> None:
+        """Raise ValueError where no file is listed."""
+        if not self.files:
+            raise ValueError('no file is listed')
+
     def to_json(self) -> bytes:
         """Return the listing file's bytes."""
-        content = {'schema': LISTING_SCHEMA, **dataclasses.asdict(self)}
-        digest = hashlib.sha256(_canonical(content)).hexdigest()
-        return _canonical(content | {'listing_sha256': digest})
+        return to_sealed_json(self, 'listing', LISTING_SCHEMA)
 
     @classmethod
     def from_json(cls, content: bytes) -> CacheListing:
         """Read a listing file's bytes, or raise EngineSchemaMismatchError for the first thing wrong in them."""
-        try:
-            fields = Fields(parse_json(content), '')
-            schema = fields.integer('schema')
-            if schema != LISTING_SCHEMA:
-                raise _mismatch('listing_schema', LISTING_SCHEMA, schema)
-            listing = cls(
-                built_for=_built_for(fields.object('built_for')),
-                files=tuple(
-                    CachedFile(item.text('name'), item.text('sha256'), item.integer('size'))
-                    for item in fields.objects('files')
-                ),
-                whole_graph=None if fields.take('whole_graph') is None else _whole_graph(fields.object('whole_graph')),
-            )
-            found = fields.text('listing_sha256')
-        except (ModelBundleError, TypeError) as error:
-            raise _mismatch('listing', 'a whole listing', str(error)) from error
-        # Canonical JSON has one spelling, so any changed byte shows, an unknown key too.
-        expected = listing.to_json()
-        if content != expected:
-            raise _mismatch('listing_sha256', json.loads(expected)['listing_sha256'], found)
-        return listing
+        return from_sealed_json(cls, content, 'listing', LISTING_SCHEMA, _REBUILD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -455,39 +441,8 @@ def _as_whole_graph(
     return WholeGraph(engines[0], tuple(inputs), tuple(outputs))
 
 
-def _built_for(fields: Fields) -> BuiltFor:
-    axes = fields.object('axes')
-    return BuiltFor(
-        model_sha256=fields.text('model_sha256'),
-        precision=fields.text('precision'),
-        axes={name: axes.integer(name) for name in axes.names()},
-        onnxruntime=fields.text('onnxruntime'),
-        tensorrt=fields.text('tensorrt'),
-        gpu=fields.text('gpu'),
-        sm=fields.integer('sm'),
-        driver=fields.text('driver'),
-        platform=fields.text('platform'),
-    )
-
-
-def _whole_graph(fields: Fields) -> WholeGraph:
-    return WholeGraph(
-        engine=fields.text('engine'),
-        inputs=tuple(_spec(item) for item in fields.objects('inputs')),
-        outputs=tuple(_spec(item) for item in fields.objects('outputs')),
-    )
-
-
-def _spec(fields: Fields) -> TensorSpec:
-    return TensorSpec(fields.text('name'), fields.text('dtype'), tuple(fields.take('shape')))
-
-
 def _mismatch(name: str, expected: object, found: object) -> EngineSchemaMismatchError:
     return EngineSchemaMismatchError(name, expected=expected, found=found, remedy=_REBUILD)
-
-
-def _canonical(content: Mapping[str, Any]) -> bytes:
-    return json.dumps(content, sort_keys=True, indent=1).encode() + b'\n'
 
 
 def _sync(directory: Path) -> None:
