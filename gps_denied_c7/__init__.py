@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from gps_denied_c7.failover.in_process import in_process_hosts
     from gps_denied_c7.failover.status import ChainState, ChainStatus
     from gps_denied_c7.image.decode import Pixels, decode_compressed
-    from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
+    from gps_denied_c7.image.preprocess import Preprocessor
+    from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
     from gps_denied_c7.model.artefact import Artefact, Golden
     from gps_denied_c7.model.bundle import ModelBundle
     from gps_denied_c7.model.bundle_write import write_bundle
@@ -137,7 +138,8 @@ _HOMES = {
     'failover.in_process': ('in_process_hosts',),
     'failover.status': ('ChainState', 'ChainStatus'),
     'image.decode': ('Pixels', 'decode_compressed'),
-    'image.preprocess': ('Preprocessor', 'PreprocessingSpec'),
+    'image.preprocess': ('Preprocessor',),
+    'image.preprocess_spec': ('PreprocessingSpec',),
     'model.artefact': ('Artefact', 'Golden'),
     'model.bundle': ('ModelBundle',),
     'model.bundle_write': ('write_bundle',),

@@ -27,7 +27,8 @@ from gps_denied_c7.decoder.protocol import (
 from gps_denied_c7.errors import C7Error, ImageRejectedError, InferenceError
 from gps_denied_c7.failover.backoff import Backoff
 from gps_denied_c7.image.decode import Pixels, check_compressed
-from gps_denied_c7.image.preprocess import PreprocessingSpec, planes_shape
+from gps_denied_c7.image.preprocess import planes_shape
+from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.worker.process import WorkerProcess
 from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from gps_denied_c7.image.decode import MAX_PIXELS, MAX_SIDE, ODDITIES, ORDERS, REASONS
-from gps_denied_c7.image.preprocess import PreprocessingSpec
+from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.worker.messages import ChildProtocol
 
 __all__ = [

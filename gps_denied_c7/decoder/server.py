@@ -11,7 +11,8 @@ from gps_denied_c7.decoder.protocol import Copied, CopyPixels, Decode, Decoded, 
 from gps_denied_c7.errors import C7Error
 from gps_denied_c7.image.buffers import Scratch
 from gps_denied_c7.image.decode import Pixels, decode_picture, import_decoders, is_out_of_memory
-from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
+from gps_denied_c7.image.preprocess import Preprocessor
+from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.worker.channel import Channel, ChannelClosedError
 from gps_denied_c7.worker.messages import Ready
 from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gps_denied_c7.demo.terrain import paint_terrain
 from gps_denied_c7.errors import C7Error
 from gps_denied_c7.ground.command_line import path_argument
-from gps_denied_c7.image.preprocess import PreprocessingSpec, ResizeMode
+from gps_denied_c7.image.preprocess_spec import PreprocessingSpec, ResizeMode
 from gps_denied_c7.model.artefact import ONLY_GOLDEN, Artefact
 from gps_denied_c7.model.bundle_write import write_bundle
 from gps_denied_c7.model.compare import AllClose, MatchedDistance

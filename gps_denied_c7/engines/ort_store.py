@@ -9,20 +9,16 @@ listing says is warm; anything else is deleted and counts as cold.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import fcntl
 import hashlib
 import logging
 import os
-import platform
-import re
 import shutil
 import stat
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
 
 from gps_denied_c7.engines.sealed_json import check_tensors, from_sealed_json, to_sealed_json
 from gps_denied_c7.engines.store import fallback_directory, make_private_directory
@@ -33,17 +29,14 @@ from gps_denied_c7.tensors import TensorSpec
 
 __all__ = [
     'LISTING_NAME',
+    'WHOLE_ENGINE',
     'BuiltFor',
     'CacheBuild',
     'CacheListing',
     'CachedFile',
     'OrtEngineCache',
     'VerifiedCache',
-    'WHOLE_ENGINE',
     'WholeGraph',
-    'driver_version',
-    'linked_tensorrt',
-    'platform_name',
     'read_listing',
     'verify_cache',
 ]
@@ -57,8 +50,6 @@ _LISTING_LIMIT_BYTES = 1 << 20
 _CHUNK_BYTES = 1 << 20
 _REBUILD = 'Build it again: configure once with build_on_configure.'
 
-_PROVIDER_LIBRARY = 'libonnxruntime_providers_tensorrt.so'
-_NEEDED = re.compile(rb'\0(libnvinfer\.so\.\d+)\0')
 
 _log = logging.getLogger(__name__)
 
@@ -299,47 +290,6 @@ class CacheBuild:
         lock, self._lock = self._lock, None
         if lock is not None:
             os.close(lock)
-
-
-def linked_tensorrt(onnxruntime: ModuleType) -> str:
-    """
-    Return the version of the TensorRT library that this ONNX Runtime loads, as ``8.6.0``.
-
-    Python's ``tensorrt`` may be another one, or absent. The provider's library names the one it needs, and
-    that one is asked; this loads it into the process, as a session would a moment later.
-
-    :raises EngineDeserializeError: there is no such provider, or its TensorRT does not load.
-    """
-    provider = Path(getattr(onnxruntime, '__file__', None) or '').parent / 'capi' / _PROVIDER_LIBRARY
-    try:
-        needed = _NEEDED.search(provider.read_bytes())
-    except OSError as error:
-        raise EngineDeserializeError(f'{provider}: {error.strerror}.') from error
-    if needed is None:
-        raise EngineDeserializeError(f'{provider} names no TensorRT library.')
-    name = needed[1].decode()
-    try:
-        number = int(ctypes.CDLL(name).getInferLibVersion())
-    except (OSError, AttributeError) as error:
-        raise EngineDeserializeError(f'{name}: {error}.') from error
-    # 8600 up to TensorRT 9, 100300 from 10 on.
-    major = 10000 if number >= 100000 else 1000
-    return f'{number // major}.{number % major // 100}.{number % 100}'
-
-
-def driver_version(proc: Path = Path('/proc')) -> str:
-    """Return the version of the NVIDIA driver's kernel module, ``unknown`` where the kernel does not say."""
-    try:
-        text = (proc / 'driver/nvidia/version').read_text(errors='replace')
-    except OSError:
-        return 'unknown'
-    found = re.search(r'\b\d+\.\d+(?:\.\d+)?\b', text)
-    return found[0] if found else 'unknown'
-
-
-def platform_name() -> str:
-    """Return as ``linux-x86_64``."""
-    return f'{platform.system().lower()}-{platform.machine()}'
 
 
 def read_listing(directory: Path) -> CacheListing:

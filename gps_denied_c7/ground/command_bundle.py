@@ -17,7 +17,7 @@ from gps_denied_c7.ground.command_output import print_field, print_json, spelled
 from gps_denied_c7.ground.make_bundle import make_bundle
 from gps_denied_c7.ground.output_rules import TOLERANCES
 from gps_denied_c7.ground.trial import served_model
-from gps_denied_c7.image.preprocess import LETTERBOX_ANCHORS, LETTERBOX_SCALINGS, Interpolation, ResizeMode
+from gps_denied_c7.image.preprocess_spec import LETTERBOX_ANCHORS, LETTERBOX_SCALINGS, Interpolation, ResizeMode
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.compare import OutputRule, rule_from_json, rule_to_json
 from gps_denied_c7.pipeline.model_fit import ImageSettings

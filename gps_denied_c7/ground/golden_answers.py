@@ -15,7 +15,8 @@ from gps_denied_c7.ground.golden_pictures import golden_pictures
 from gps_denied_c7.ground.reference import reference_answers
 from gps_denied_c7.ground.trial import read_picture
 from gps_denied_c7.image.decode import Pixels
-from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
+from gps_denied_c7.image.preprocess import Preprocessor
+from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.model.files import GOLDEN_LIMIT_BYTES
 from gps_denied_c7.model.image_input import image_input
 from gps_denied_c7.tensors import TensorSpec, check_finite

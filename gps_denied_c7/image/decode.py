@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from gps_denied_c7.errors import ImageRejectedError
 from gps_denied_c7.image.buffers import Scratch
+from gps_denied_c7.image.encodings import BAYER, BT601, COLOUR, NV24, TABLE, YUV, Encoding
 from gps_denied_c7.image.jpeg import JPEG_START, decode_jpeg, import_simplejpeg
 from gps_denied_c7.image.png import PNG_SIGNATURE, decode_png
 
@@ -76,87 +77,7 @@ class Pixels:
     order: str
 
 
-@dataclass(frozen=True, slots=True)
-class _Encoding:
-    """
-    Describe one raw encoding.
-
-    :param order: of the decoded channels.
-    :param depth: bytes of one value.
-    :param channels: values per pixel in the message.
-    :param conversion: name of the OpenCV colour conversion, where the message does not hold ``order``; of nv24, for
-        which OpenCV has none, of the standard.
-    :param subsampled: pixels share chroma in pairs, so the width is even.
-    :param rows: (buffer, picture), as (3, 2) where a chroma plane with half as many rows follows the luma plane.
-    :param smallest: side in pixels below which the conversion has no neighbours to work with.
-    """
-
-    order: str
-    depth: int = 1
-    channels: int = 1
-    conversion: str | None = None
-    subsampled: bool = False
-    rows: tuple[int, int] = (1, 1)
-    smallest: int = 1
-
-    @property
-    def planar(self) -> bool:
-        """Whether a chroma plane follows the luma plane."""
-        return self.rows != (1, 1)
-
-
-def _colour() -> dict[str, _Encoding]:
-    return {
-        f'{order}{8 * depth}': _Encoding(order, depth, channels=len(order))
-        for order in ('rgb', 'bgr', 'rgba', 'bgra')
-        for depth in (1, 2)
-    }
-
-
-def _generic() -> dict[str, _Encoding]:
-    # What cv_bridge calls a picture whose publisher named no encoding; its channels are in OpenCV's order.
-    return {
-        f'{8 * depth}UC{channels}': _Encoding(order, depth, channels)
-        for channels, order in ((1, 'gray'), (3, 'bgr'), (4, 'bgra'))
-        for depth in (1, 2)
-    }
-
-
-def _bayer() -> dict[str, _Encoding]:
-    # ROS names the first two rows from the top left; OpenCV the 2x2 block that starts at the second
-    # pixel of the second row, hence the seemingly crossed names.
-    opencv = {'rggb': 'BG', 'bggr': 'RG', 'gbrg': 'GR', 'grbg': 'GB'}
-    return {
-        f'bayer_{pattern}{8 * depth}': _Encoding('bgr', depth, conversion=f'COLOR_Bayer{name}2BGR', smallest=3)
-        for pattern, name in opencv.items()
-        for depth in (1, 2)
-    }
-
-
-def _yuv() -> dict[str, _Encoding]:
-    uyvy = _Encoding('bgr', channels=2, conversion='COLOR_YUV2BGR_UYVY', subsampled=True)
-    yuyv = _Encoding('bgr', channels=2, conversion='COLOR_YUV2BGR_YUY2', subsampled=True)
-    return {
-        'uyvy': uyvy,
-        'yuv422': uyvy,
-        'yuyv': yuyv,
-        'yuv422_yuy2': yuyv,
-        'nv12': _Encoding('bgr', conversion='COLOR_YUV2BGR_NV12', subsampled=True, rows=(3, 2)),
-        'nv21': _Encoding('bgr', conversion='COLOR_YUV2BGR_NV21', subsampled=True, rows=(3, 2)),
-        'nv24': _NV24,
-    }
-
-
-_NV24 = _Encoding('bgr', conversion='BT.601', rows=(3, 1))
-# Y, Cb, Cr and 1 to B, G, R: OpenCV converts every YUV encoding but nv24, the others with these factors.
-_BT601 = np.array([[1.164, 2.018, 0.0, 0.0], [1.164, -0.391, -0.813, 0.0], [1.164, 0.0, 1.596, 0.0]])
-_BT601[:, 3] = -_BT601[:, :3] @ (16.0, 128.0, 128.0)
-
-_MONO = {'mono8': _Encoding('gray'), 'mono16': _Encoding('gray', depth=2)}
-_COLOUR, _BAYER, _YUV = _colour(), _bayer(), _yuv()
-_TABLE = {**_MONO, **_COLOUR, **_BAYER, **_YUV, **_generic()}
-
-ENCODINGS = tuple(_TABLE)
+ENCODINGS = tuple(TABLE)
 """Every raw encoding that can be decoded."""
 
 ORDERS = {'gray': 1, 'rgb': 3, 'bgr': 3, 'rgba': 4, 'bgra': 4}
@@ -224,32 +145,32 @@ def decode_image(image: RawImage, scratch: Scratch | None = None) -> Pixels:
     return _pixels(array, encoding, scratch)
 
 
-def _pixels(array: NDArray, encoding: _Encoding, scratch: Scratch) -> Pixels:
+def _pixels(array: NDArray, encoding: Encoding, scratch: Scratch) -> Pixels:
     if encoding.conversion:
         array = _convert(array, encoding, scratch)
     array.setflags(write=False)
     return Pixels(array, encoding.order)
 
 
-def _convert(array: NDArray, encoding: _Encoding, scratch: Scratch) -> NDArray:
+def _convert(array: NDArray, encoding: Encoding, scratch: Scratch) -> NDArray:
     import cv2
 
     rows, width = array.shape[:2]
     height = rows * encoding.rows[1] // encoding.rows[0]
     converted = scratch.array('converted', (height, width, 3), array.dtype)
-    if encoding is _NV24:
+    if encoding is NV24:
         # A row of chroma fills two rows of the buffer, the padding of both at its end.
         chroma = as_strided(array[height:], (height, width, 2), (2 * array.strides[0], 2, 1))
         yuv = scratch.array('yuv', (height, width, 3), array.dtype)
         # OpenCV's own conversions take what is below black for black.
         np.maximum(array[:height], 16, out=yuv[:, :, 0])
         yuv[:, :, 1:] = chroma
-        return cv2.transform(yuv, _BT601, dst=converted)
+        return cv2.transform(yuv, BT601, dst=converted)
     return cv2.cvtColor(array, getattr(cv2, str(encoding.conversion)), dst=converted)
 
 
-def _encoding(name: str) -> _Encoding:
-    encoding = _TABLE.get(name)
+def _encoding(name: str) -> Encoding:
+    encoding = TABLE.get(name)
     if encoding is None:
         measured = 'holds numbers of which none is defined as black or white' if _MEASURED.fullmatch(name) else ''
         raise ImageRejectedError(
@@ -260,7 +181,7 @@ def _encoding(name: str) -> _Encoding:
     return encoding
 
 
-def _layout(image: RawImage) -> tuple[_Encoding, int, memoryview]:
+def _layout(image: RawImage) -> tuple[Encoding, int, memoryview]:
     """Check an image against its encoding; return that, the rows in the buffer, and the buffer."""
     encoding = _encoding(image.encoding)
     width, height, step = image.width, image.height, image.step
@@ -405,11 +326,11 @@ def decode_picture(
         )
     height, width = array.shape[:2]
     channels = array.shape[2] if array.ndim == 3 else 1
-    found = _Encoding({1: 'gray', 3: 'bgr', 4: 'bgra'}[channels], array.itemsize, channels)
+    found = Encoding({1: 'gray', 3: 'bgr', 4: 'bgra'}[channels], array.itemsize, channels)
     encoding = named or found
     if encoding.channels == 3 and found.channels == 1:
         # Grey has no order of colours that could be wrong.
-        encoding = _Encoding('gray', encoding.depth)
+        encoding = Encoding('gray', encoding.depth)
     from_8_bits = named is not None and named.depth == 2 and 'jpeg' in format
     if (found.channels, found.depth) != (encoding.channels, 1 if from_8_bits else encoding.depth):
         raise ImageRejectedError(
@@ -450,26 +371,26 @@ def _recognise(format: str, data: memoryview) -> memoryview:
     raise ImageRejectedError('encoding', f'compressed format {format!r} is unknown.', remedy='Publish JPEG or PNG.')
 
 
-def _content(format: str, data: memoryview) -> _Encoding | None:
+def _content(format: str, data: memoryview) -> Encoding | None:
     """Return what a file holds according to the format, None where that names no encoding."""
     name, semicolon, compression = format.partition(';')
     if not semicolon:
         return None
     encoding = _encoding(name)
     bgr = 'compressed bgr' in compression
-    if name in _BAYER and data[:2] == JPEG_START:
+    if name in BAYER and data[:2] == JPEG_START:
         raise ImageRejectedError(
             'encoding',
             f'{format!r} is a mosaic in a JPEG, which mixes its colours.',
             remedy='Set the compressed transport of the driver to png, or compress what image_proc has demosaiced.',
         )
-    if name in _YUV and not bgr:
+    if name in YUV and not bgr:
         raise ImageRejectedError(
             'encoding',
             f'{format!r} has lost the colours of {name}.',
             remedy='Have the driver publish rgb8, bgr8 or mono8.',
         )
-    if name in _YUV or name in _COLOUR:
+    if name in YUV or name in COLOUR:
         # The publisher drops alpha, so that the file has three channels.
-        return _Encoding('bgr' if bgr else 'rgb', encoding.depth, channels=3)
+        return Encoding('bgr' if bgr else 'rgb', encoding.depth, channels=3)
     return encoding

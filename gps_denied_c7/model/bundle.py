@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from gps_denied_c7._json import parse_json, require, require_digest
 from gps_denied_c7.errors import C7Error, ModelBundleError
 from gps_denied_c7.host_memory import require_memory
-from gps_denied_c7.image.preprocess import PreprocessingSpec
+from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.model.artefact import Arrays, Artefact, Golden, check_golden
 from gps_denied_c7.model.bundle_json import MODEL_JSON, bundle_from_json, bundle_to_json
 from gps_denied_c7.model.compare import Alike, OutputRule, compare_output

@@ -44,7 +44,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from gps_denied_c7._json import Fields, require
 from gps_denied_c7.errors import ConfigError, ModelBundleError
-from gps_denied_c7.image.preprocess import PreprocessingSpec
+from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.model.artefact import ONLY_GOLDEN, Artefact, Golden
 from gps_denied_c7.model.compare import rule_from_json, rule_to_json
 from gps_denied_c7.model.files import BundleFile

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from gps_denied_c7._json import parse_json
-from gps_denied_c7.image.preprocess import PreprocessingSpec
+from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.model.artefact import ONLY_GOLDEN, Arrays, Artefact, Golden, check_golden
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.bundle_json import MODEL_JSON, bundle_from_json

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gps_denied_c7.errors import ConfigError, ModelBundleError
-from gps_denied_c7.image.preprocess import COLOURS, PreprocessingSpec
+from gps_denied_c7.image.preprocess_spec import COLOURS, PreprocessingSpec
 from gps_denied_c7.model.bundle_json import MODEL_JSON
 from gps_denied_c7.tensors import TensorSpec
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import logging
-import math
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,50 +26,22 @@ from gps_denied_c7.model.external_data import (
 )
 from gps_denied_c7.model.files import file_size, read_file
 from gps_denied_c7.model.image_input import image_axes
+from gps_denied_c7.model.onnx_random import random_operators
+from gps_denied_c7.model.onnx_weights import put_inside, require_promised, require_protobuf, take_in_weights
 from gps_denied_c7.tensors import TensorSpec
 
 if TYPE_CHECKING:
-    import mmap
-
     import onnx
 
 __all__ = ['OnnxModel', 'ep_context_model', 'read_onnx']
 
 _log = logging.getLogger(__name__)
 
-_RANDOM_DOMAINS = ('', 'ai.onnx', 'com.microsoft', 'org.pytorch.aten', 'org.pytorch.prims', 'aten')
-_RANDOM = (
-    *('RandomNormal', 'RandomNormalLike', 'RandomUniform', 'RandomUniformLike', 'Multinomial', 'Bernoulli'),
-    # Of com.microsoft: it draws the next token of a language model.
-    'Sampling',
-)
-_DROPOUTS = {'Dropout': 2, 'TrainableDropout': 2, 'BitmaskDropout': 2, 'BiasDropout': 4, 'BitmaskBiasDropout': 4}
-"""Place of the input that says whether they train."""
-_ATEN = ('ATen', 'ATenOp')
-_RANDOM_WORDS = ('rand', 'multinomial', 'bernoulli', 'dropout', 'normal', 'rrelu', 'exponential', 'poisson')
 
 _COPY_AGAIN = 'Copy or export the model again.'
 
 # Tensors up to this size may be shapes that inference reads; larger ones are weights.
 _SHAPE_BYTES = 1024
-# Types by the bits of an element, as ONNX numbers them; strings are not kept in other files.
-_TYPES_OF_BITS = {
-    2: (25, 26),
-    4: (21, 22, 23),
-    8: (2, 3, 9, 17, 18, 19, 20, 24),
-    16: (4, 5, 10, 16),
-    32: (1, 6, 12),
-    64: (7, 11, 13, 14),
-    128: (15,),
-}
-_BITS = {kind: bits for bits, kinds in _TYPES_OF_BITS.items() for kind in kinds}
-# Those that every ONNX Runtime can be handed, from the first on; what has no name here is none of them.
-_NUMPY_TYPES = ('', 'float32', 'uint8', 'int8', 'uint16', 'int16', 'int32', 'int64', '', 'bool', 'float16', 'float64',
-                'uint32', 'uint64')  # fmt: skip
-_HANDED_BYTES = 1 << 16
-_PLACES_OF_DATA = ('data_location', 'external_data', 'float_data', 'int32_data', 'string_data', 'int64_data',
-                   'double_data', 'uint64_data')  # fmt: skip
-_NUMBER = re.compile(r'[0-9]{1,19}', re.ASCII)
 
 # Oldest versions that know EPContext and every later ONNX Runtime reads: 1.17 stops at IR 9, opset 20.
 _IR_VERSION = 8
@@ -149,11 +119,11 @@ class OnnxModel:
         import onnx
 
         size = len(self.source) + sum(array.nbytes for array in self.weights.values())
-        _require_protobuf(size)
+        require_protobuf(size)
         model = onnx.ModelProto.FromString(self.source)
         for tensor in model.graph.initializer:
             if tensor.name in self.weights:
-                _take_in(tensor, self.weights[tensor.name].tobytes())
+                put_inside(tensor, self.weights[tensor.name].tobytes())
         return model.SerializeToString()
 
     def with_axes(self, sizes: Mapping[str, int]) -> OnnxModel:
@@ -248,7 +218,7 @@ def read_onnx(path: Path, sha256: str | None, external_data: Mapping[str, str] |
     try:
         locations = external_locations(path, tensors)
         if sha256 is not None:
-            _require_promised(locations, external_data or {})
+            require_promised(locations, external_data or {})
         read = {location: read_sealed(find_external(path, location)) for location in locations}
     except ModelBundleError as error:
         raise EngineDeserializeError(error.message, remedy=error.remedy) from error
@@ -261,7 +231,7 @@ def read_onnx(path: Path, sha256: str | None, external_data: Mapping[str, str] |
                 )
     weights: dict[str, NDArray] = {}
     if read:
-        weights = _satisfy(path, model, tensors, {location: content for location, (content, _) in read.items()})
+        weights = take_in_weights(path, model, tensors, {location: content for location, (content, _) in read.items()})
         data = model.SerializeToString()
     return OnnxModel(
         source=data,
@@ -276,7 +246,7 @@ def read_onnx(path: Path, sha256: str | None, external_data: Mapping[str, str] |
         dtypes=_dtypes((*model.graph.input, *model.graph.output)),
         external_data=digests,
         weights=weights,
-        random=_random_operators(model, nodes),
+        random=random_operators(model, nodes),
         skeleton=_skeleton(model),
     )
 
@@ -402,159 +372,3 @@ def _dtypes(values: Iterable[onnx.ValueInfoProto]) -> dict[str, str]:
     return types
 
 
-def _require_promised(locations: Sequence[str], external_data: Mapping[str, str]) -> None:
-    if set(locations) != set(external_data):
-        raise EngineSchemaMismatchError(
-            'external_data',
-            expected=sorted(external_data),
-            found=list(locations),
-            remedy='Make the bundle again (c7_engine bundle), or write the SHA-256 of each of these files under '
-            'external_data of the artefact in model.json.',
-        )
-
-
-def _satisfy(
-    path: Path, model: onnx.ModelProto, tensors: Sequence[onnx.TensorProto], files: Mapping[str, mmap.mmap | bytes]
-) -> dict[str, NDArray]:
-    """
-    Take external weights into a model, but those that a session can be handed: large ones of its main graph.
-
-    :param tensors: every constant of the model, those of the main graph first.
-    :return: the ones left out, by name, as views of the files.
-    :raises EngineDeserializeError: a constant does not lie in its file as it says, or the rest is too large.
-    """
-    used = _names_used(model.graph)
-    weights: dict[str, NDArray] = {}
-    inside: list[tuple[onnx.TensorProto, memoryview]] = []
-    for index, tensor in enumerate(tensors):
-        if tensor.data_location != tensor.EXTERNAL:
-            continue
-        content = _bytes_of(path, tensor, files)
-        dtype = _NUMPY_TYPES[tensor.data_type] if tensor.data_type < len(_NUMPY_TYPES) else ''
-        # ONNX infers shapes from the values of small ones, and ONNX Runtime refuses to be handed what no node reads.
-        if index < len(model.graph.initializer) and dtype and len(content) >= _HANDED_BYTES and tensor.name in used:
-            array = np.frombuffer(content, dtype).reshape(tuple(tensor.dims))
-            weights[tensor.name] = np.require(array, requirements='A')
-        else:
-            inside.append((tensor, content))
-    size = model.ByteSize() + sum(len(content) for _, content in inside)
-    _require_protobuf(size)
-    for tensor, content in inside:
-        _take_in(tensor, bytes(content))
-    return weights
-
-
-def _bytes_of(path: Path, tensor: onnx.TensorProto, files: Mapping[str, mmap.mmap | bytes]) -> memoryview:
-    """Return the bytes of an external constant."""
-    entries = {entry.key: entry.value for entry in tensor.external_data}
-    content = memoryview(files[entries['location']])
-    numbers = []
-    for key in ('offset', 'length'):
-        text = entries.get(key, '0')
-        if not (isinstance(text, str) and _NUMBER.fullmatch(text)):
-            raise _misplaced(path, tensor, f'says {key} {text!r}')
-        numbers.append(int(text))
-    offset, length = numbers
-    bits = _BITS.get(tensor.data_type)
-    if bits is None or any(axis < 0 for axis in tensor.dims):
-        raise _misplaced(path, tensor, f'has data type {tensor.data_type} and shape {list(tensor.dims)}')
-    size = -(-math.prod(tensor.dims) * bits // 8)
-    # ONNX Runtime, too, takes a length of 0 as one that is not given.
-    if length not in (0, size):
-        raise _misplaced(path, tensor, f'says length {length}, where its shape {list(tensor.dims)} needs {size}')
-    if offset + size > len(content):
-        raise _misplaced(path, tensor, f'ends at byte {offset + size}, where the file has {len(content)}')
-    return content[offset : offset + size]
-
-
-def _misplaced(path: Path, tensor: onnx.TensorProto, problem: str) -> EngineDeserializeError:
-    return EngineDeserializeError(
-        f'{path}: the constant {str(tensor.name)[:200]!r} in an external file {problem}.'[:2000],
-        remedy='Export the model again, and copy all of its files.',
-    )
-
-
-def _take_in(tensor: onnx.TensorProto, content: bytes) -> None:
-    """Give a constant its bytes in place of where they lie."""
-    for field_name in _PLACES_OF_DATA:
-        tensor.ClearField(field_name)
-    tensor.raw_data = content
-
-
-def _require_protobuf(size: int) -> None:
-    if size > PROTOBUF_LIMIT_BYTES - (1 << 20):
-        raise EngineDeserializeError(
-            f'the model with its weights inside has {size} bytes, and no ONNX file can have 2 GiB.',
-            remedy='Export it in half precision, with its weights in the main graph, or load it with onnx_trt_ep.',
-        )
-
-
-def _names_used(graph: onnx.GraphProto) -> set[str]:
-    """Return the tensors that a graph gives or its nodes read, those of their subgraphs included."""
-    names = {value.name for value in graph.output}
-    graphs = [graph]
-    while graphs:
-        for node in graphs.pop().node:
-            names.update(node.input)
-            for attribute in node.attribute:
-                graphs += (attribute.g, *attribute.graphs)
-    return names
-
-
-def _random_operators(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> tuple[str, ...]:
-    """
-    Name the random ones among ``nodes``, which are all of the model, subgraphs and functions included.
-
-    Dropout counts in training mode, and where the mode is computed while the model runs.
-    """
-    own = {(function.domain, function.name) for function in model.functions}
-    # The oldest version decides: Dropout trained by default before 7, never from 7 to 11, by an input since 12.
-    imports = (*model.opset_import, *(entry for function in model.functions for entry in function.opset_import))
-    opset = min((entry.version for entry in imports if entry.domain in ('', 'ai.onnx')), default=1)
-    # Each graph and function has names of its own, so that one name may stand for several values.
-    values: dict[str, list[onnx.TensorProto | None]] = {}
-    for node in nodes:
-        constant = next((each.t for each in node.attribute if each.name == 'value'), None)
-        for name in node.output:
-            values.setdefault(name, []).append(constant if node.op_type == 'Constant' else None)
-    for graph in _graphs(model, nodes):
-        for tensor in graph.initializer:
-            values.setdefault(tensor.name, []).append(tensor)
-    return tuple(
-        f'{node.op_type} {(node.name or ", ".join(node.output))!r}'
-        for node in nodes
-        if (node.domain, node.op_type) not in own and _throws_dice(node, opset, values)
-    )
-
-
-def _throws_dice(node: onnx.NodeProto, opset: int, values: Mapping[str, Sequence[onnx.TensorProto | None]]) -> bool:
-    if node.domain not in _RANDOM_DOMAINS:
-        return False
-    if node.op_type in _ATEN:
-        # PyTorch's operators, exported as they are, are named in an attribute.
-        operator = next((each.s.decode(errors='replace') for each in node.attribute if each.name == 'operator'), '')
-        return any(word in operator for word in _RANDOM_WORDS)
-    if node.op_type not in _DROPOUTS:
-        return node.op_type in _RANDOM
-    if not node.domain and opset < 7:
-        return not any(each.name == 'is_test' and each.i for each in node.attribute)
-    place = _DROPOUTS[node.op_type]
-    if (not node.domain and opset < 12) or len(node.input) <= place or not node.input[place]:
-        return False
-    return any(mode is None or _is_true(mode) for mode in values.get(node.input[place], (None,)))
-
-
-def _is_true(tensor: onnx.TensorProto) -> bool:
-    from onnx import numpy_helper
-
-    try:
-        return bool(numpy_helper.to_array(tensor).any())
-    except Exception:  # what onnx raises for a damaged tensor is its to choose; such a mode is not known
-        return True
-
-
-def _graphs(model: onnx.ModelProto, nodes: Iterable[onnx.NodeProto]) -> Iterable[onnx.GraphProto]:
-    yield model.graph
-    for node in nodes:
-        for attribute in node.attribute:
-            yield from (attribute.g, *attribute.graphs)

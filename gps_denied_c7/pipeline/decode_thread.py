@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from gps_denied_c7.errors import ImageRejectedError
 from gps_denied_c7.image.decode import Pixels
-from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
+from gps_denied_c7.image.preprocess import Preprocessor
+from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.monitoring.metrics import Statistics
 from gps_denied_c7.pipeline.mailbox import Frame, FrameSlots, PreparedImage
 

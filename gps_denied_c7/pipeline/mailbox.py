@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from gps_denied_c7.image.decode import Pixels
-from gps_denied_c7.image.preprocess import PreprocessingSpec
+from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 
 __all__ = ['Frame', 'FrameSlots', 'PreparedImage']
 

@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 from gps_denied_c7.errors import ConfigError
 from gps_denied_c7.failover.chain import RuntimeChain
-from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
+from gps_denied_c7.image.preprocess import Preprocessor
+from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.image_input import default_preprocessing, image_input
 from gps_denied_c7.pipeline.pipeline import ServedModel

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from gps_denied_c7.errors import C7Error, ImageRejectedError
 from gps_denied_c7.failover.chain import Answer, RuntimeChain
 from gps_denied_c7.image.decode import Pixels
-from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
+from gps_denied_c7.image.preprocess import Preprocessor
+from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.metrics import Statistics
 from gps_denied_c7.pipeline.mailbox import Frame, FrameSlots, PreparedImage

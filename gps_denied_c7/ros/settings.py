@@ -12,7 +12,7 @@ from rclpy.validate_topic_name import validate_topic_name
 
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import ConfigError
-from gps_denied_c7.image.preprocess import PreprocessingSpec
+from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.monitoring.thermal_policy import ThermalPolicy
 from gps_denied_c7.ros.parameter_table import PARAMETERS, TOPIC_TYPES
 

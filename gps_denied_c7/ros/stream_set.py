@@ -11,7 +11,7 @@ from typing import Any
 from rclpy.node import Node
 from sensor_msgs.msg import CompressedImage, Image
 
-from gps_denied_c7.image.preprocess import PreprocessingSpec
+from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.pipeline.decode_thread import Decoded, Decoder, DecodeThread
 from gps_denied_c7.pipeline.image_share import ImageShare
 from gps_denied_c7.pipeline.mailbox import FrameSlots

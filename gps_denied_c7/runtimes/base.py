@@ -19,19 +19,18 @@ from gps_denied_c7.engines.admission import EngineGate
 from gps_denied_c7.errors import (
     C7Error,
     EngineDeserializeError,
-    EngineSchemaMismatchError,
     InferenceError,
     RuntimeUnavailableError,
     error_and_causes,
 )
 from gps_denied_c7.model.artefact import Artefact
 from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.model.image_input import SIZE_REMEDY
 from gps_denied_c7.monitoring.thermal import ThermalState, ThermalStatePublisher, UnknownThermalState
 from gps_denied_c7.runtimes.protocol import BuildConfig, EngineCacheEntry, EngineFacts, EngineHandle, ProviderSet
+from gps_denied_c7.runtimes.tensor_mapping import artefact_of, contradiction, fix_shapes, map_tensors
 from gps_denied_c7.tensors import TensorSpec, check_finite, check_inputs, check_outputs, noise_inputs, probe_inputs
 
-__all__ = ['BaseRuntime', 'LoadedEngine', 'fix_shapes', 'own_input_shapes']
+__all__ = ['BaseRuntime', 'LoadedEngine']
 
 EngineT = TypeVar('EngineT')
 
@@ -255,15 +254,15 @@ class BaseRuntime(ABC, Generic[EngineT]):
 
     def _bind(self, loaded: LoadedEngine[EngineT], entry: EngineCacheEntry) -> _Bound[EngineT]:
         """Map the file's tensors to the bundle's, or raise EngineSchemaMismatchError where they contradict."""
-        artefact = _artefact_of(entry, self.label)
-        inputs, own_inputs = _map_tensors('input', entry.model.inputs, loaded.inputs, artefact)
+        artefact = artefact_of(entry, self.label)
+        inputs, own_inputs = map_tensors('input', entry.model.inputs, loaded.inputs, artefact)
         own_outputs = self._wanted(entry, [spec.name for spec in loaded.outputs])
         canonical = [spec for spec in entry.model.outputs if spec.name in own_outputs]
-        outputs, own_outputs = _map_tensors(
+        outputs, own_outputs = map_tensors(
             'output', canonical, [spec for spec in loaded.outputs if spec.name in own_outputs.values()], artefact
         )
         if surplus := {spec.name for spec in loaded.inputs} - set(own_inputs.values()):
-            raise _contradiction('inputs', sorted(own_inputs.values()), f'also {sorted(surplus)}')
+            raise contradiction('inputs', sorted(own_inputs.values()), f'also {sorted(surplus)}')
         finite = frozenset(own_outputs) - self._non_finite(entry)
         return _Bound(loaded.engine, fix_shapes(inputs), outputs, own_inputs, own_outputs, finite)
 
@@ -273,7 +272,7 @@ class BaseRuntime(ABC, Generic[EngineT]):
 
         :param own_names: of all outputs of the file.
         """
-        artefact = _artefact_of(entry, self.label)
+        artefact = artefact_of(entry, self.label)
         names = {spec.name: artefact.own_name(spec.name) if artefact else spec.name for spec in entry.model.outputs}
         names = names or {name: name for name in own_names}
         asked = {*self._config.output_tensors, *(rule.output for rule in entry.model.rules)}
@@ -381,47 +380,6 @@ class BaseRuntime(ABC, Generic[EngineT]):
         """Give back what ``_load`` took; called once for each loaded engine."""
 
 
-def _artefact_of(entry: EngineCacheEntry, label: str) -> Artefact | None:
-    """Return what the bundle says about the entry's file or its source, None for one that it does not list."""
-    if entry.source is not None:
-        return entry.source
-    own = (artefact for artefact in entry.model.artefacts if artefact.strategy == label)
-    return next((artefact for artefact in own if artefact.path == entry.path), None)
-
-
-def own_input_shapes(entry: EngineCacheEntry, label: str) -> dict[str, tuple[int | None, ...]]:
-    """Return the shapes that the bundle gives its inputs, by the file's own names; empty for a bare ``.onnx``."""
-    artefact = _artefact_of(entry, label)
-    return {artefact.own_name(spec.name) if artefact else spec.name: spec.axes for spec in entry.model.inputs}
-
-
-def _map_tensors(
-    role: str, canonical: Sequence[TensorSpec], found: Sequence[TensorSpec], artefact: Artefact | None
-) -> tuple[tuple[TensorSpec, ...], dict[str, str]]:
-    by_name = {spec.name: spec for spec in found}
-    own_names = {spec.name: artefact.own_name(spec.name) if artefact else spec.name for spec in canonical or found}
-    if missing := set(own_names.values()) - by_name.keys():
-        raise _contradiction(f'{role}s', sorted(own_names.values()), f'{sorted(by_name)}, without {sorted(missing)}')
-    specs = tuple(_agreed(role, spec, by_name[own_names[spec.name]]) for spec in canonical or found)
-    return specs, own_names
-
-
-def _agreed(role: str, canonical: TensorSpec, found: TensorSpec) -> TensorSpec:
-    """Return what both allow: of an input what either fixes, of an output what the engine is sure of."""
-    if canonical.shape is None or found.shape is None:
-        axes, same_rank = [], True
-    else:
-        axes = list(zip(canonical.shape, found.shape, strict=False))
-        same_rank = len(canonical.shape) == len(found.shape)
-    if canonical.dtype != found.dtype or not same_rank or any(None not in axis and len(set(axis)) > 1 for axis in axes):
-        raise _contradiction(
-            f'{role} {canonical.name}', f'{canonical.dtype} {canonical.shape}', f'{found.dtype} {found.shape}'
-        )
-    if role == 'output':
-        return dataclasses.replace(canonical, shape=found.shape)
-    return dataclasses.replace(canonical, shape=tuple(have if want is None else want for want, have in axes))
-
-
 def _relaxations(bound: _Bound[Any], entry: EngineCacheEntry) -> Iterator[str]:
     """Say which outputs may come in another shape than the bundle gives them."""
     promised = {spec.name: spec.shape for spec in entry.model.outputs}
@@ -438,26 +396,6 @@ def _probes(bound: _Bound[Any]) -> Iterator[dict[str, NDArray]]:
     """Return requests of different kinds by the file's own names: noise, flat ones, and a few bright places."""
     for inputs in probe_inputs(bound.inputs):
         yield {own: inputs[name] for name, own in bound.own_inputs.items()}
-
-
-def _contradiction(field: str, expected: object, found: object) -> EngineSchemaMismatchError:
-    return EngineSchemaMismatchError(
-        field, expected=expected, found=found, remedy='Correct inputs, outputs or io_names in model.json.'
-    )
-
-
-def fix_shapes(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
-    """Fix every input axis: a free leading axis is the batch, which is 1; no size can be chosen for another one."""
-    fixed = tuple(
-        dataclasses.replace(spec, shape=(1, *spec.axes[1:])) if spec.axes[:1] == (None,) else spec for spec in specs
-    )
-    for spec in fixed:
-        if None in spec.axes:
-            raise EngineDeserializeError(
-                f'input {spec.name!r} has free axes: {spec.shape}.',
-                remedy=f'{SIZE_REMEDY} Else make a bundle (c7_engine bundle), or export the model with fixed sizes.',
-            )
-    return fixed
 
 
 def _forget_locals(error: BaseException) -> None:

@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-import numpy as np
 from numpy.typing import NDArray
 
 from gps_denied_c7.config import C7InferenceConfig
@@ -23,42 +22,30 @@ from gps_denied_c7.model.external_data import find_external
 from gps_denied_c7.runtimes.protocol import BuildProgress, EngineFacts
 from gps_denied_c7.runtimes.registry import require_strategy
 from gps_denied_c7.stalling import read_or_give_up
-from gps_denied_c7.tensors import TensorSpec, check_inputs, check_outputs
+from gps_denied_c7.tensors import TensorSpec
+from gps_denied_c7.worker.exchange import Exchange
 from gps_denied_c7.worker.messages import MessageError
 from gps_denied_c7.worker.process import WorkerProcess
 from gps_denied_c7.worker.protocol import (
     WORKER_PROTOCOL,
-    Answer,
-    AnswerNext,
-    Failed,
-    Infer,
-    InferNext,
     Load,
     Loaded,
     LoadFailed,
     Loading,
-    MapAnswers,
-    MapRequests,
-    NeedRoom,
     Ping,
     Pong,
     Progress,
-    RefuseRoom,
 )
 from gps_denied_c7.worker.server import WorkerTask
-from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout
 from gps_denied_c7.worker.spare import SpareWorker
 
 __all__ = ['WorkerHost', 'worker_hosts']
 
-_LARGEST_ANSWER_BYTES = 1 << 30
 # A builder may measure one tactic, or time one layer, for minutes and show nothing meanwhile.
 _LONGEST_STEP_S = 600.0
 # A spare worker that does nothing with its task for so long is stopped, or starved.
 _SPARE_S = 0.25
 _SIGN_EVERY_S = 0.25
-# A request has one answer, and another message where the answer needs a larger segment.
-_MOST_MESSAGES = 8
 _log = logging.getLogger(__name__)
 
 
@@ -93,31 +80,21 @@ class WorkerHost:
         self._generation = generation
         self._on_build = on_build
         self._process: WorkerProcess | None = None
-        self._requests: SharedTensors | None = None
-        self._answers: SharedTensors | None = None
-        self._inputs: dict[str, NDArray] = {}
-        self._layout_sent = False
-        self._outputs: dict[str, NDArray] = {}
-        self._number = 0
+        self._exchange: Exchange | None = None
         self._asked_at: float | None = None
         self._heard_at = 0.0
-        self._messages = 0
         self._releasing = threading.Lock()
         self._released = self._killed = False
-        self._running = False
-        self._ran_ns = (0, 0)
-        self._input_specs: tuple[TensorSpec, ...] = ()
-        self._output_specs: tuple[TensorSpec, ...] = ()
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """Canonical inputs of the loaded engine, empty before."""
-        return self._input_specs
+        return self._exchange.inputs if self._exchange is not None else ()
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """Canonical outputs of the loaded engine, empty before."""
-        return self._output_specs
+        return self._exchange.outputs if self._exchange is not None else ()
 
     @property
     def pid(self) -> int | None:
@@ -132,17 +109,17 @@ class WorkerHost:
     @property
     def running(self) -> bool:
         """Whether a request was begun whose answer has not been taken."""
-        return self._running
+        return self._exchange is not None and self._exchange.running
 
     @property
     def request_arrays(self) -> Mapping[str, NDArray]:
         """The arrays that the worker reads its inputs from, by name; to be filled in place while none is running."""
-        return self._inputs
+        return self._exchange.request_arrays if self._exchange is not None else {}
 
     @property
     def ran_ns(self) -> tuple[int, int]:
-        """When the engine began and ended the run of the last answer, by the steady clock, as its worker tells."""
-        return self._ran_ns
+        """When the engine began and ended the run of the last answer, by the steady clock, as its worker reports."""
+        return self._exchange.ran_ns if self._exchange is not None else (0, 0)
 
     def load(self) -> EngineFacts:
         """
@@ -155,7 +132,7 @@ class WorkerHost:
         """
         process = self._start(self._claim_memory())
         loaded = self._wait_for_engine(process)
-        self._input_specs, self._output_specs = loaded.inputs, loaded.outputs
+        self._exchange = Exchange(process, loaded.inputs, loaded.outputs)
         if self._claim is not None:
             self._claim.settle(loaded.facts.gpu_memory_bytes)
         if self._spare is not None:
@@ -164,25 +141,14 @@ class WorkerHost:
 
     def begin(self, inputs: Mapping[str, NDArray]) -> None:
         """
-        Hand one request over; :meth:`poll` gives its answer.
+        Send one request; :meth:`poll` returns its answer.
 
         :param inputs: arrays by canonical name; copied unless they are :attr:`request_arrays` themselves.
         :raises InferenceError: inputs that do not fit, a request still running, or a dead worker.
         """
-        process = self._loaded()
-        if self._running:
-            raise InferenceError(f'{process.name} still runs the request before.')
-        # Its own arrays, filled in place, are what they were when they were laid out.
-        if self._inputs.keys() != inputs.keys() or any(inputs[name] is not own for name, own in self._inputs.items()):
-            self._copy(inputs)
-        # A sign of life that is still to come is passed over with whatever else is no answer.
-        self._number, self._asked_at = self._number + 1, None
-        if self._layout_sent:
-            process.send(InferNext(self._number), block=False)
-        else:
-            process.send(Infer(self._number, TensorLayout.of(self._inputs)), block=False)
-            self._layout_sent = True
-        self._running, self._messages = True, 0
+        self._loaded().begin(inputs)
+        # A sign of life that is still to come is ignored.
+        self._asked_at = None
 
     def poll(self, timeout_s: float | None) -> dict[str, NDArray] | None:
         """
@@ -191,50 +157,7 @@ class WorkerHost:
         :return: read-only views of the worker's segment, valid until the next :meth:`begin`.
         :raises InferenceError: the engine failed, the worker died, or what it answered does not fit.
         """
-        process = self._loaded()
-        deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        while True:
-            try:
-                message = process.receive(deadline)
-            except WorkerDiedError:
-                self._running = False
-                raise
-            if message is None:
-                return None
-            self._messages += 1
-            if self._messages > _MOST_MESSAGES:
-                # Each is read whatever the deadline says.
-                raise InferenceError(f'{self._name()} sends more than a request needs.')
-            if isinstance(message, NeedRoom):
-                self._grow(message.bytes)
-                continue
-            if not isinstance(message, (AnswerNext, Answer, Failed)) or message.number != self._number:
-                continue
-            self._running = False
-            if isinstance(message, AnswerNext):
-                self._ran_ns = message.began_ns, message.ended_ns
-            else:
-                self._take_layout(message)
-            if not self._outputs:
-                raise InferenceError(f'{self._name()} answers without having said where.')
-            return dict(self._outputs)
-
-    def _take_layout(self, message: Answer | Failed) -> None:
-        """Find the outputs of this answer and of the next ones."""
-        # Where this layout is refused, the one before is not that of later answers either.
-        self._outputs, self._layout_sent = {}, False
-        if isinstance(message, Failed):
-            raise message.error.error()
-        if self._answers is None:
-            raise InferenceError(f'{self._name()} answers without a segment.')
-        outputs = self._answers.arrays(message.layout)
-        self._output_specs = tuple(
-            dataclasses.replace(spec, shape=None) if spec.name in message.unsized else spec
-            for spec in self._output_specs
-        )
-        # The worker has checked each value; what decides about memory and shapes is checked here again.
-        check_outputs(self._output_specs, outputs)
-        self._outputs, self._layout_sent, self._ran_ns = outputs, True, message.ran_ns
+        return self._loaded().poll(timeout_s)
 
     def infer(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """Run one request and wait for it, however long it takes; as :meth:`begin` and :meth:`poll`."""
@@ -251,7 +174,9 @@ class WorkerHost:
 
         :return: False where it has given none for ``patience_s``.
         """
-        process, now = self._loaded(), time.monotonic()
+        self._loaded()
+        process, now = self._process, time.monotonic()
+        assert process is not None
         try:
             if self._asked_at is None:
                 if now - self._heard_at >= _SIGN_EVERY_S:
@@ -288,11 +213,8 @@ class WorkerHost:
             else:
                 claim.leave()
                 self._process.release(then=claim.release)
-            self._inputs, self._outputs, self._layout_sent, self._running = {}, {}, False, False
-            for segment in (self._requests, self._answers):
-                if segment is not None:
-                    segment.close()
-            self._requests = self._answers = None
+            if self._exchange is not None:
+                self._exchange.close()
 
     def join(self, timeout_s: float) -> bool:
         """Wait until the released worker's process is gone; False where it is not within ``timeout_s``."""
@@ -383,64 +305,13 @@ class WorkerHost:
             remedy='Raise load_timeout_s, or build the engine before the flight (c7_engine build).',
         )
 
-    def _loaded(self) -> WorkerProcess:
-        if self._process is None or self._released:
+    def _loaded(self) -> Exchange:
+        if self._exchange is None or self._released:
             raise InferenceError('no engine is loaded.')
-        return self._process
+        return self._exchange
 
     def _name(self) -> str:
         return self._process.name if self._process is not None else f'worker {self._generation}'
-
-    # --- what goes through it ---------------------------------------------------------------------
-
-    def _copy(self, inputs: Mapping[str, NDArray]) -> None:
-        """Copy ``inputs`` to where the worker reads them."""
-        check_inputs(self._input_specs, inputs)
-        self._prepare(inputs)
-        for name, array in self._inputs.items():
-            if inputs[name] is not array:
-                np.copyto(array, inputs[name])
-
-    def _prepare(self, inputs: Mapping[str, NDArray]) -> None:
-        """Have a segment whose arrays are shaped like ``inputs``."""
-        if self._inputs and all(self._inputs[name].shape == array.shape for name, array in inputs.items()):
-            return
-        layout = TensorLayout.of({spec.name: inputs[spec.name] for spec in self._input_specs})
-        if self._requests is None or self._requests.size < layout.size:
-            self._requests = self._replace(self._requests, MapRequests(), layout.size)
-        self._inputs = self._requests.arrays(layout)
-        self._layout_sent = False
-
-    def _grow(self, size: int) -> None:
-        # Views of the segment before are no answer to anything that comes.
-        self._outputs = {}
-        try:
-            if size > _LARGEST_ANSWER_BYTES:
-                raise InferenceError(f'an answer of {size} bytes is larger than {_LARGEST_ANSWER_BYTES}.')
-            self._answers = self._replace(self._answers, MapAnswers(), size)
-        except WorkerDiedError:
-            raise
-        except InferenceError as error:
-            # The worker waits for the segment; without one, it fails this request alone.
-            self._loaded().send(RefuseRoom(error.message), block=False)
-
-    def _replace(
-        self, before: SharedTensors | None, message: MapRequests | MapAnswers, size: int
-    ) -> SharedTensors:
-        process = self._loaded()
-        try:
-            segment = SharedTensors.create(size, writable=isinstance(message, MapRequests))
-        except OSError as error:
-            raise InferenceError(f'no memory for a segment of {size} bytes: {error}.') from error
-        if before is not None:
-            before.close()
-        try:
-            # A worker that reads nothing must not hold up this process.
-            process.send(message, [segment.descriptor], block=False)
-        except InferenceError:
-            segment.close()
-            raise
-        return segment
 
 
 def worker_hosts(

@@ -37,7 +37,8 @@ from gps_denied_c7.runtimes.gpu.tensorrt_library import import_tensorrt
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.protocol import BuildConfig, BuildProgress, EngineCacheEntry, EngineHandle, ProviderSet
 from gps_denied_c7.runtimes.trt.build import build_engine
-from gps_denied_c7.runtimes.trt.runtime import TensorrtRuntime, _Engine
+from gps_denied_c7.runtimes.trt.engine import TensorrtEngine
+from gps_denied_c7.runtimes.trt.runtime import TensorrtRuntime
 from gps_denied_c7.worker.client import WorkerHost
 from support import conformance
 from support.gpu.results import percentiles, record
@@ -168,7 +169,7 @@ class Loaded:
     handle: EngineHandle
 
     @property
-    def engine(self) -> _Engine:
+    def engine(self) -> TensorrtEngine:
         return self.runtime._bound(self.handle).engine
 
     def infer(self, request: Arrays) -> Arrays:
@@ -348,7 +349,7 @@ def test_r2_what_tensorrt_says_of_a_bad_plan_is_in_the_exception(
 ) -> None:
     """Past the gate on purpose; a truncated plan is what TensorRT refuses every time."""
     admitted = gate.admit(built['fp16'].path)
-    engine = _Engine(cuda, import_tensorrt('tensorrt'))
+    engine = TensorrtEngine(cuda, import_tensorrt('tensorrt'))
     try:
         with pytest.raises(EngineDeserializeError) as caught:
             engine.load(AdmittedEngine(admitted.plan[:100_000], admitted.manifest, admitted.path), {}, 8 << 30)

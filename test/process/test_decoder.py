@@ -27,7 +27,8 @@ from gps_denied_c7.decoder.client import ImageDecoder
 from gps_denied_c7.decoder.protocol import DECODER_PROTOCOL, Copied, Decoded, Refused
 from gps_denied_c7.errors import ImageRejectedError
 from gps_denied_c7.image.decode import ODDITIES, Pixels
-from gps_denied_c7.image.preprocess import Interpolation, PreprocessingSpec, Preprocessor, ResizeMode
+from gps_denied_c7.image.preprocess import Preprocessor
+from gps_denied_c7.image.preprocess_spec import Interpolation, PreprocessingSpec, ResizeMode
 from gps_denied_c7.worker import process as worker_process
 from gps_denied_c7.worker.messages import PROTOCOL_VERSION, MessageSet, Ready
 from gps_denied_c7.worker.process import WorkerProcess

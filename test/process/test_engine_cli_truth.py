@@ -79,7 +79,7 @@ def test_m1_a_bundle_whose_image_has_any_size_is_served_at_that_of_its_preproces
 def test_m1_a_bundle_is_loaded_as_the_node_would_before_it_is_there(tmp_path: Path, run: Run, monkeypatch) -> None:
     """What the workers refuse, no bundle is made of."""
     monkeypatch.setenv('PATH', os.environ['PATH'])
-    monkeypatch.setattr('gps_denied_c7.worker.client._LARGEST_ANSWER_BYTES', 64)
+    monkeypatch.setattr('gps_denied_c7.worker.exchange._LARGEST_ANSWER_BYTES', 64)
     status, _, errors = run('bundle', saved(tmp_path), '--output', tmp_path / 'b')
     assert status == 1 and errors.startswith('c7_engine bundle: ')
     assert sorted(path.name for path in tmp_path.iterdir()) == ['net.onnx']

@@ -19,7 +19,8 @@ from onnx import helper
 from gps_denied_c7.engines.manifest import HostProfile
 from gps_denied_c7.ground.golden_pictures import noise_picture
 from gps_denied_c7.image.decode import Pixels
-from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
+from gps_denied_c7.image.preprocess import Preprocessor
+from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.model.artefact import Artefact
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.bundle_write import write_bundle

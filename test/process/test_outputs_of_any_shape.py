@@ -28,7 +28,7 @@ from gps_denied_c7.model.onnx_file import read_onnx
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from gps_denied_c7.runtimes.protocol import ProviderSet
 from gps_denied_c7.tensors import TensorSpec
-from gps_denied_c7.worker import client as worker_client
+from gps_denied_c7.worker import exchange as worker_exchange
 from gps_denied_c7.worker import server as worker_server
 from gps_denied_c7.worker.channel import Channel, ChannelClosedError
 from gps_denied_c7.worker.client import worker_hosts
@@ -237,12 +237,12 @@ def test_an_answer_too_large_for_the_node_costs_itself_alone(tmp_path: Path, mon
     with served(ModelBundle.load(path), 'process') as host:
         sparse, full = np.zeros(SHAPE, np.float32), np.ones(SHAPE, np.float32)
         for limit in (8192, None, 8192):
-            monkeypatch.setattr(worker_client, '_LARGEST_ANSWER_BYTES', 1 << 30)
+            monkeypatch.setattr(worker_exchange, '_LARGEST_ANSWER_BYTES', 1 << 30)
             require_same(host.infer({'image': sparse}), answered(session, sparse))
             if limit is None:
                 monkeypatch.setattr(SharedTensors, 'create', no_memory)
             else:
-                monkeypatch.setattr(worker_client, '_LARGEST_ANSWER_BYTES', limit)
+                monkeypatch.setattr(worker_exchange, '_LARGEST_ANSWER_BYTES', limit)
             with pytest.raises(InferenceError, match='no room for the answer'):
                 host.infer({'image': full})
             monkeypatch.undo()

@@ -908,7 +908,7 @@ def test_f1_a_worker_that_talks_without_end_is_not_listened_to_without_end(bundl
     stop(worker.pid)
     worker.begin(bundle.golden_inputs())
     heard = itertools.count()
-    stale = AnswerNext(worker._number - 1, 1, 2)
+    stale = AnswerNext(worker._exchange._number - 1, 1, 2)
     monkeypatch.setattr(worker._process, 'receive', lambda deadline: stale if next(heard) < 1000 else None)
     with pytest.raises(InferenceError, match='more than a request needs'):
         worker.poll(0.01)
@@ -920,9 +920,9 @@ def test_f1_an_answer_of_a_segment_that_was_replaced_is_none(bundle, worker, mon
     worker.infer(bundle.golden_inputs())
     stop(worker.pid)
     worker.begin(bundle.golden_inputs())
-    said = [NeedRoom(64), AnswerNext(worker._number, 1, 2)]
+    said = [NeedRoom(64), AnswerNext(worker._exchange._number, 1, 2)]
     monkeypatch.setattr(worker._process, 'receive', lambda deadline: said.pop(0))
-    with pytest.raises(InferenceError, match='without having said where'):
+    with pytest.raises(InferenceError, match='without a layout'):
         worker.poll(0.01)
     monkeypatch.undo()
 

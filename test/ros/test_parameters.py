@@ -12,7 +12,7 @@ from rclpy.node import Node
 from rclpy.parameter import Parameter
 
 from gps_denied_c7.errors import ConfigError, ModelBundleError
-from gps_denied_c7.image.preprocess import PreprocessingSpec, ResizeMode
+from gps_denied_c7.image.preprocess_spec import PreprocessingSpec, ResizeMode
 from gps_denied_c7.ros.parameter_table import PARAMETERS
 from gps_denied_c7.ros.parameters import NodeParameters
 from gps_denied_c7.ros.settings import settings_from

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from gps_denied_c7.errors import ModelBundleError
-from gps_denied_c7.image.preprocess import PreprocessingSpec, ResizeMode
+from gps_denied_c7.image.preprocess_spec import PreprocessingSpec, ResizeMode
 from gps_denied_c7.model.artefact import ONLY_GOLDEN, Artefact
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.bundle_write import write_bundle

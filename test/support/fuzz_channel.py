@@ -21,6 +21,7 @@ from gps_denied_c7.runtimes.protocol import BuildProgress, EngineFacts, Provider
 from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.worker.channel import Channel
 from gps_denied_c7.worker.client import WorkerHost
+from gps_denied_c7.worker.exchange import Exchange
 from gps_denied_c7.worker.messages import Ready
 from gps_denied_c7.worker.process import WorkerProcess
 from gps_denied_c7.worker.protocol import (
@@ -140,7 +141,7 @@ def load_from(process: subprocess.Popen, packets: list[bytes]) -> bool:
 def answer_from(process: subprocess.Popen, turns: list[list[bytes]], reads: bool) -> int:
     """Return how many requests a host has answers to, where its worker says ``turns`` to them."""
     host, answered = HostOfFakeWorker(process), 0
-    host._input_specs = host._output_specs = (SPEC,)
+    host._exchange = Exchange(host._process, (SPEC,), (SPEC,))
     try:
         for packets in turns:
             host.begin({'x': np.ones((1, 2), np.float32)})

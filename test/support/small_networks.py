@@ -11,7 +11,7 @@ import onnxruntime
 import onnxruntime as ort
 from onnx import TensorProto, helper, numpy_helper
 
-from gps_denied_c7.image.preprocess import PreprocessingSpec
+from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.model.artefact import Artefact
 from gps_denied_c7.model.bundle_write import write_bundle
 from gps_denied_c7.model.compare import AllClose

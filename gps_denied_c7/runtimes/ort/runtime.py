@@ -10,19 +10,14 @@ from types import ModuleType
 from numpy.typing import NDArray
 
 from gps_denied_c7.engines.admission import AdmittedEngine
+from gps_denied_c7.engines.host_versions import driver_version, linked_tensorrt, platform_name
 from gps_denied_c7.engines.manifest import same_tensorrt
-from gps_denied_c7.engines.ort_store import (
-    BuiltFor,
-    OrtEngineCache,
-    driver_version,
-    linked_tensorrt,
-    platform_name,
-)
+from gps_denied_c7.engines.ort_store import BuiltFor, OrtEngineCache
 from gps_denied_c7.engines.store import EngineCache
 from gps_denied_c7.errors import C7Error, EngineDeserializeError, GpuUnavailableError, RuntimeUnavailableError
 from gps_denied_c7.model.artefact import Artefact
 from gps_denied_c7.model.onnx_file import OnnxModel, read_onnx
-from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine, fix_shapes, own_input_shapes
+from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine
 from gps_denied_c7.runtimes.gpu.cuda import open_cuda, require_gpu
 from gps_denied_c7.runtimes.gpu.tensorrt_library import import_tensorrt
 from gps_denied_c7.runtimes.host_profile import local_host_profile
@@ -42,7 +37,9 @@ from gps_denied_c7.runtimes.ort.session_plan import (
 )
 from gps_denied_c7.runtimes.ort.session_tensors import certain_outputs, specs
 from gps_denied_c7.runtimes.protocol import EngineCacheEntry, EngineFacts, ProviderSet
-from gps_denied_c7.runtimes.trt.build import BuildWatch, PlanRequest, build_plan, workspace_bytes
+from gps_denied_c7.runtimes.tensor_mapping import fix_shapes, own_input_shapes
+from gps_denied_c7.runtimes.trt.build import PlanRequest, build_plan, workspace_bytes
+from gps_denied_c7.runtimes.trt.build_watch import BuildWatch
 
 __all__ = ['OnnxTrtEpRuntime']
 

@@ -17,7 +17,7 @@ from gps_denied_c7.errors import EngineDeserializeError
 from gps_denied_c7.runtimes.ort.io_binding import TensorIo
 from gps_denied_c7.runtimes.ort.placement import Placement, profile_runs, reported_placement, reports_placement
 from gps_denied_c7.runtimes.ort.session_plan import CPU, TENSORRT, Attempt, SessionPlan, provider_options
-from gps_denied_c7.runtimes.trt.build import BuildWatch
+from gps_denied_c7.runtimes.trt.build_watch import BuildWatch
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = ['Session', 'open_session']

@@ -22,7 +22,8 @@ from numpy.typing import NDArray
 
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engines.admission import EngineGate
-from gps_denied_c7.engines.ort_store import CacheListing, linked_tensorrt
+from gps_denied_c7.engines.host_versions import linked_tensorrt
+from gps_denied_c7.engines.ort_store import CacheListing
 from gps_denied_c7.errors import C7Error
 from gps_denied_c7.model.artefact import Artefact
 from gps_denied_c7.model.bundle import ModelBundle

@@ -13,17 +13,8 @@ from types import ModuleType
 
 import pytest
 
-from gps_denied_c7.engines.ort_store import (
-    LISTING_NAME,
-    BuiltFor,
-    CachedFile,
-    CacheListing,
-    OrtEngineCache,
-    WholeGraph,
-    driver_version,
-    linked_tensorrt,
-    platform_name,
-)
+from gps_denied_c7.engines.host_versions import driver_version, linked_tensorrt, platform_name
+from gps_denied_c7.engines.ort_store import LISTING_NAME, BuiltFor, CachedFile, CacheListing, OrtEngineCache, WholeGraph
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError
 from gps_denied_c7.tensors import TensorSpec
 

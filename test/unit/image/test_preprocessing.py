@@ -15,12 +15,12 @@ from PIL import Image
 
 from gps_denied_c7.errors import ConfigError, ImageRejectedError
 from gps_denied_c7.image.decode import Pixels, RawImage, decode_image
-from gps_denied_c7.image.preprocess import (
+from gps_denied_c7.image.preprocess import Preprocessor
+from gps_denied_c7.image.preprocess_spec import (
     LETTERBOX_ANCHORS,
     LETTERBOX_SCALINGS,
     Interpolation,
     PreprocessingSpec,
-    Preprocessor,
     ResizeMode,
 )
 

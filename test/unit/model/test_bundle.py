@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gps_denied_c7.errors import ModelBundleError
-from gps_denied_c7.image.preprocess import PreprocessingSpec, ResizeMode
+from gps_denied_c7.image.preprocess_spec import PreprocessingSpec, ResizeMode
 from gps_denied_c7.model import bundle_json
 from gps_denied_c7.model.artefact import Artefact
 from gps_denied_c7.model.bundle import ModelBundle

@@ -10,7 +10,8 @@ import pytest
 
 from gps_denied_c7.errors import ImageRejectedError
 from gps_denied_c7.image.decode import Pixels
-from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
+from gps_denied_c7.image.preprocess import Preprocessor
+from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.monitoring.metrics import Statistics
 from gps_denied_c7.pipeline.decode_thread import DecodeThread, LocalDecoder
 from gps_denied_c7.pipeline.mailbox import Frame, FrameSlots

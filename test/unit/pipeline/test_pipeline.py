@@ -15,7 +15,8 @@ from gps_denied_c7.failover.in_process import SynchronousHost
 from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.failover.status import ChainState
 from gps_denied_c7.image.decode import Pixels
-from gps_denied_c7.image.preprocess import PreprocessingSpec, Preprocessor
+from gps_denied_c7.image.preprocess import Preprocessor
+from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.metrics import Statistics
 from gps_denied_c7.pipeline.mailbox import Frame, FrameSlots, PreparedImage
