@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from gps_denied_c7.decoder.protocol import (
     DECODER_PROTOCOL,
+    TEXT_CHARACTERS,
     Copied,
     CopyPixels,
     Decode,
@@ -44,7 +45,6 @@ _LEAST_INPUT_BYTES = 1 << 20
 _MOST_BUFFERS = 4
 # A picture has one reply; a process that sends many others is replaced.
 _MOST_MESSAGES = 4
-_TEXT_CHARACTERS = 1000
 _END_S = 0.5
 
 _log = logging.getLogger(__name__)
@@ -192,7 +192,7 @@ class ImageDecoder:
                 self._count_cpu()
 
     def close(self) -> None:
-        """End the process, without waiting for a picture in hand, which is refused; safe to repeat, from any thread."""
+        """End the process; the current picture is refused, and not waited for. Safe to repeat, from any thread."""
         self._closed = True
         while not self._lock.acquire(timeout=0.05):
             # Again and again: another may have been started meanwhile.
@@ -224,13 +224,13 @@ class ImageDecoder:
             process.send(Decode(self._number, format, file.nbytes, buffer.number, pixels), block=False)
             answer = self._receive(process, deadline)
             if isinstance(answer, Refused):
-                message, remedy = answer.message[:_TEXT_CHARACTERS], answer.remedy[:_TEXT_CHARACTERS]
+                message, remedy = answer.message[:TEXT_CHARACTERS], answer.remedy[:TEXT_CHARACTERS]
                 raise ImageRejectedError(answer.reason, message, remedy=remedy)
             if not isinstance(answer, Decoded):
                 raise InferenceError(f'{self._name} sent an invalid reply: {answer}')
             height, width, *_ = answer.shape
             copied = self._copy_pixels(process, answer, deadline) if pixels else None
-            layout = _layout('planes', answer.dtype, planes_shape(spec, width, height))
+            layout = TensorLayout.single('planes', answer.dtype, planes_shape(spec, width, height))
             planes = buffer.segment.arrays(layout)['planes']
         except BaseException:
             _give_back(loan)
@@ -262,7 +262,7 @@ class ImageDecoder:
             segment = SharedTensors.create(size, writable=True)
             process.send(MapInput(), [segment.descriptor], block=False)
             # Not before: a process that reads from another segment would decode an earlier file.
-            self._input, self._data = segment, segment.arrays(_layout('data', 'uint8', (size,)))['data']
+            self._input, self._data = segment, segment.arrays(TensorLayout.single('data', 'uint8', (size,)))['data']
         assert self._data is not None
         self._data[: data.nbytes] = data
 
@@ -296,7 +296,7 @@ class ImageDecoder:
         raise InferenceError(f'{self._name} sent replies that belong to no picture.')
 
     def _copy_pixels(self, process: WorkerProcess, answer: Decoded, deadline: float) -> NDArray:
-        layout = _layout('pixels', answer.dtype, answer.shape)
+        layout = TensorLayout.single('pixels', answer.dtype, answer.shape)
         segment = SharedTensors.create(layout.size, writable=False)
         try:
             process.send(CopyPixels(self._number), [segment.descriptor], block=False)
@@ -386,7 +386,3 @@ class ImageDecoder:
 
     def _unavailable(self, what: str) -> ImageRejectedError:
         return ImageRejectedError('decoder', f'{self._name} {what}')
-
-
-def _layout(name: str, dtype: str, shape: tuple[int, ...]) -> TensorLayout:
-    return TensorLayout(((name, dtype, shape, 0),))

@@ -9,8 +9,12 @@ from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.worker.messages import ChildProtocol
 
 __all__ = [
-    'DECODER_PROTOCOL', 'Copied', 'CopyPixels', 'Decode', 'Decoded', 'MapBuffer', 'MapInput', 'Prepare', 'Refused',
+    'DECODER_PROTOCOL', 'TEXT_CHARACTERS', 'Copied', 'CopyPixels', 'Decode', 'Decoded', 'MapBuffer', 'MapInput',
+    'Prepare', 'Refused',
 ]  # fmt: skip
+
+TEXT_CHARACTERS = 1000
+"""Longest text of a refusal: both ends cut it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,7 +7,17 @@ import logging
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from gps_denied_c7.decoder.protocol import Copied, CopyPixels, Decode, Decoded, MapBuffer, MapInput, Prepare, Refused
+from gps_denied_c7.decoder.protocol import (
+    TEXT_CHARACTERS,
+    Copied,
+    CopyPixels,
+    Decode,
+    Decoded,
+    MapBuffer,
+    MapInput,
+    Prepare,
+    Refused,
+)
 from gps_denied_c7.errors import C7Error
 from gps_denied_c7.image.buffers import Scratch
 from gps_denied_c7.image.decode import Pixels, decode_picture, import_decoders, is_out_of_memory
@@ -17,11 +27,10 @@ from gps_denied_c7.worker.channel import Channel, ChannelClosedError
 from gps_denied_c7.worker.messages import Ready
 from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout
 
-__all__ = ['DecoderService', 'pixels_layout']
+__all__ = ['DecoderService']
 
 # Work buffers of a picture beyond this size are given back: the next one is seldom as large.
 _KEPT_BYTES = 1 << 26
-_TEXT_CHARACTERS = 1000
 
 _log = logging.getLogger(__name__)
 
@@ -67,7 +76,7 @@ class DecoderService:
 
     def _map_input(self, descriptor: int) -> None:
         segment = SharedTensors(descriptor, writable=False)
-        layout = TensorLayout((('data', 'uint8', (segment.size,), 0),))
+        layout = TensorLayout.single('data', 'uint8', (segment.size,))
         self._data = segment.arrays(layout)['data'].data
         segment.close()
 
@@ -107,7 +116,7 @@ class DecoderService:
             assert self._spec is not None
             self._preprocessor = Preprocessor(self._spec)
         planes = self._preprocessor.resize(self._pixels)
-        layout = TensorLayout((('planes', array.dtype.name, (len(planes), *planes[0].shape), 0),))
+        layout = TensorLayout.single('planes', array.dtype.name, (len(planes), *planes[0].shape))
         for target, plane in zip(self._outputs[request.buffer].arrays(layout)['planes'], planes, strict=True):
             target[...] = plane
         return Decoded(request.number, array.shape, array.dtype.name, self._pixels.order, oddities)
@@ -117,15 +126,11 @@ class DecoderService:
         segment = SharedTensors(descriptor, writable=True)
         assert self._pixels is not None
         array = self._pixels.array
-        segment.arrays(pixels_layout(array.shape, array.dtype.name))['pixels'][...] = array
+        layout = TensorLayout.single('pixels', array.dtype.name, array.shape)
+        segment.arrays(layout)['pixels'][...] = array
         segment.close()
         self._pixels = None
         self._channel.send(Copied(number))
-
-
-def pixels_layout(shape: tuple[int, ...], dtype: str) -> TensorLayout:
-    """Return where a picture's pixels lie in their segment."""
-    return TensorLayout((('pixels', dtype, shape, 0),))
 
 
 def _refusal(number: int, error: Exception) -> Refused:
@@ -139,4 +144,4 @@ def _refusal(number: int, error: Exception) -> Refused:
     else:
         _log.warning('a picture met a fault of the decoder', exc_info=True)
         reason, message, remedy = 'decoder', f'{type(error).__name__}: {error}', ''
-    return Refused(number, reason, message[:_TEXT_CHARACTERS], remedy[:_TEXT_CHARACTERS])
+    return Refused(number, reason, message[:TEXT_CHARACTERS], remedy[:TEXT_CHARACTERS])

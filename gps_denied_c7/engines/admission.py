@@ -2,7 +2,7 @@
 The gate: what an engine file proves before a vendor library sees its bytes (G-1).
 
 An engine (a TensorRT plan) is native code, and TensorRT runs many damaged ones without complaint. So an
-engine is admitted only whole, with a manifest beside it, from a directory that nobody else can write, and
+engine is admitted only whole, with a manifest beside it, from a directory that no other user can write, and
 for exactly this host. The manifest guards against damage; against tampering the directory does.
 """
 
@@ -87,7 +87,7 @@ class EngineGate:
 
 
 def plan_version(plan: bytes) -> str | None:
-    """Return the TensorRT version that a plan's header gives, four numbers, or None for what is no plan."""
+    """Return the TensorRT version that a plan's header gives, four numbers, or None for anything else."""
     if len(plan) < _PLAN_HEADER_BYTES or not plan.startswith(_PLAN_MAGIC):
         return None
     return '.'.join(str(number) for number in plan[_PLAN_VERSION])

@@ -116,7 +116,7 @@ class EngineManifest:
     :param platform: as ``linux-x86_64``.
     :param inputs: the engine's own input tensors.
     :param outputs: the engine's own output tensors.
-    :param builder_flags: what the builder was told.
+    :param builder_flags: flags of the build.
     :param versions: other versions by name, as ``cuda`` and ``driver``; recorded, not compared.
     """
 
@@ -163,7 +163,7 @@ def read_manifest(engine: Path) -> EngineManifest:
     """
     Return the manifest of ``engine``; the engine itself need not be there.
 
-    :raises EngineSchemaMismatchError: there is none, it is damaged, or somebody else could have written it.
+    :raises EngineSchemaMismatchError: there is none, it is damaged, or another user could have written it.
     """
     return EngineManifest.from_json(read_trusted(manifest_path(engine), _MANIFEST_LIMIT_BYTES))
 

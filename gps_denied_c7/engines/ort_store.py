@@ -237,8 +237,8 @@ class CacheBuild:
     def __init__(self, directory: Path, built_for: BuiltFor) -> None:
         self.directory = directory
         self.built_for = built_for
-        # Held until the listing is written: who finds files without a listing must be able to tell a build that is
-        # under way from one that died. The kernel gives the lock back when its holder dies.
+        # Held until the listing is written, so that files without a listing show whether their build is under way or
+        # has died: the kernel releases the lock when its holder dies.
         self._lock: int | None = _lock(directory)
 
     def keep(self, plan: bytes) -> None:
@@ -296,7 +296,7 @@ def read_listing(directory: Path) -> CacheListing:
     """
     Return the listing of a model's cache directory; its other files are not looked at.
 
-    :raises EngineSchemaMismatchError: there is none, it is damaged, or somebody else could have written it.
+    :raises EngineSchemaMismatchError: there is none, it is damaged, or another user could have written it.
     """
     return CacheListing.from_json(read_trusted(directory / LISTING_NAME, _LISTING_LIMIT_BYTES))
 
@@ -336,7 +336,7 @@ def _read_listed(directory: Path, listing: CacheListing) -> bytes | None:
 
 
 def _discard(directory: Path) -> str:
-    """Delete a directory that cannot be trusted, and say what became of it."""
+    """Delete a directory that cannot be trusted, and return the result as a sentence."""
     try:
         lock = _lock(directory)
     except BlockingIOError:

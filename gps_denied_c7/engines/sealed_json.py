@@ -40,7 +40,7 @@ def from_sealed_json(kind: type[_T], content: bytes, name: str, schema: int, rem
     try:
         values = parse_json(content)
         if not isinstance(values, dict):
-            raise FieldError('the file is no object')
+            raise FieldError('the file is not an object')
         digest, number = values.pop(key, None), reader_of(int)(values.pop('schema', None))
         if number != schema:
             raise EngineSchemaMismatchError(f'{name}_schema', expected=schema, found=number, remedy=remedy)

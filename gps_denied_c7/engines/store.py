@@ -61,7 +61,7 @@ class CachedEngine:
 
 class EngineCache:
     """
-    Keep engine files in directories that nobody else can write.
+    Keep engine files in directories that no other user can write.
 
     :param directories: where engines are looked for, in this order; built ones go to the first that can be written.
     """
@@ -95,7 +95,7 @@ class EngineCache:
 
     def publish(self, plan: bytes, manifest: EngineManifest) -> CachedEngine:
         """
-        Put an engine and its manifest in place, durably; whoever dies on the way leaves nothing that the gate admits.
+        Put an engine and its manifest in place, durably; if the process dies meanwhile, the gate admits nothing of it.
 
         An older engine of the same name is replaced.
 
@@ -248,7 +248,7 @@ def _split_digest(content: bytes) -> tuple[bytes, bytes]:
 
 @contextmanager
 def _part(directory: Path, name: str, content: bytes) -> Iterator[str]:
-    """Write an unfinished file that is on the disk when it is handed out, and remove it where it was not renamed."""
+    """Write an unfinished file to the disk, yield its path, and remove it unless it was renamed."""
     handle, path = tempfile.mkstemp(dir=directory, prefix=f'.{name[:128]}.', suffix=PART_SUFFIX)
     try:
         with os.fdopen(handle, 'wb') as file:

@@ -11,7 +11,7 @@ from gps_denied_c7.host_memory import require_memory
 
 __all__ = ['REBUILD', 'read_trusted', 'trusted_directory']
 
-REBUILD = 'Build the engine again on this host, or fly the .onnx.'
+REBUILD = 'Build the engine again on this host, or use the .onnx.'
 """What to do about an engine file that is not as it should be."""
 
 
@@ -19,7 +19,7 @@ def trusted_directory(directory: Path) -> Path:
     """
     Return the real path of ``directory``.
 
-    :raises EngineSchemaMismatchError: it is not there, or somebody else could replace what lies in it.
+    :raises EngineSchemaMismatchError: it is not there, or another user could replace what lies in it.
     """
     try:
         real = directory.resolve(strict=True)
@@ -41,7 +41,7 @@ def _check_ownership(path: Path, info: os.stat_result, *, sticky_is_safe: bool =
             'owner',
             expected=f'uid {" or ".join(map(str, trusted))}',
             found=f'uid {info.st_uid} on {path}',
-            remedy='An engine is native code: chown it and its directories to root or to the user that flies.',
+            remedy='An engine is native code: chown it and its directories to root or to the user of the node.',
         )
     if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not (sticky_is_safe and info.st_mode & stat.S_ISVTX):
         raise EngineSchemaMismatchError(
@@ -57,7 +57,7 @@ def read_trusted(path: Path, limit: int) -> bytes:
     Read a regular file in one go; neither a link is followed nor a pipe waited for.
 
     :param limit: bytes that it may have at most.
-    :raises EngineSchemaMismatchError: it is none, too large, or somebody else could have written it.
+    :raises EngineSchemaMismatchError: not a regular file, too large, or another user could have written it.
     :raises EngineDeserializeError: there is no memory for it now.
     """
     try:

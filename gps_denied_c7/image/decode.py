@@ -26,7 +26,6 @@ __all__ = [
     'REASONS',
     'Pixels',
     'RawImage',
-    'channel_order',
     'check_compressed',
     'check_image',
     'decode_compressed',
@@ -96,15 +95,6 @@ _WRITE_AGAIN = 'Check whether other programs can read the file, or have the publ
 # The stock publishers write fewer than 40 characters.
 _MAX_FORMAT = 1024
 _MEASURED = re.compile(r'(8|16|32|64)[USF](C\d*)?')
-
-
-def channel_order(encoding: str) -> str:
-    """
-    Return the channel order that :func:`decode_image` gives for an encoding.
-
-    :raises ImageRejectedError: ``encoding`` where it is unknown.
-    """
-    return _encoding(encoding).order
 
 
 def check_image(image: RawImage) -> None:
@@ -235,7 +225,7 @@ def _buffer(data: Any) -> memoryview:
     try:
         return memoryview(data).cast('B')
     except (TypeError, ValueError) as error:
-        raise ImageRejectedError('data', f'{type(data).__name__} is no buffer of bytes: {error}.') from error
+        raise ImageRejectedError('data', f'{type(data).__name__} is not a buffer of bytes: {error}.') from error
 
 
 def check_compressed(format: str, data: Any) -> None:

@@ -57,7 +57,7 @@ def _generic() -> dict[str, Encoding]:
 
 def _bayer() -> dict[str, Encoding]:
     # ROS names the first two rows from the top left; OpenCV the 2x2 block that starts at the second
-    # pixel of the second row, hence the seemingly crossed names.
+    # pixel of the second row, so the names seem crossed.
     opencv = {'rggb': 'BG', 'bggr': 'RG', 'gbrg': 'GR', 'grbg': 'GB'}
     return {
         f'bayer_{pattern}{8 * depth}': Encoding('bgr', depth, conversion=f'COLOR_Bayer{name}2BGR', smallest=3)

@@ -1,8 +1,8 @@
 """
 JPEG to pixels, or a refusal: libjpeg-turbo would make a picture of half a file too.
 
-libjpeg warns about damage and goes on, and tells of the first warning only. Here a file is first walked segment by
-segment and put in order, so that what is left of the decoder's warnings is about the scans themselves.
+libjpeg warns about damage and goes on, and reports the first warning only. Here a file is first walked segment by
+segment and repaired, so that what is left of the decoder's warnings is about the scans themselves.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _MARKER_OR_RESTART = re.compile(rb'\xff[^\x00\x01\xff]')
 _MAX_SEGMENTS = 1 << 12
 # A decoder goes over the whole image for each scan, also an empty one. Progressive files have about ten.
 _MAX_SCANS = 32
-# As USB cameras leave behind a scan or a restart interval whose blocks are all there. More that is no padding is what
-# a decoder leaves that has lost its way.
+# USB cameras leave as many behind a scan or a restart interval whose blocks are all there. More bytes that are not
+# padding are left where a decoder has lost its place in the data.
 _FEW_BYTES = 4
 # With most Huffman tables, zeros are codes of ever more small coefficients: no picture has as many.
 _ZEROS = bytes(32)
@@ -55,7 +55,7 @@ class _File:
     :param scans: places of the entropy-coded data in ``pieces``.
     :param factors: horizontal and vertical sampling factor of each component.
     :param zero_codes: by id of a Huffman table of AC coefficients, the symbol whose code is zeros alone.
-    :param no_zeros: whether the tables of the scan at hand make zeros implausible as data.
+    :param no_zeros: whether the tables of the current scan make zeros implausible as data.
     :param missing: by id of a component, a bit for each coefficient that is not there to its last bit.
     """
 
@@ -302,7 +302,7 @@ def _take_tables(file: _File, segment: bytes) -> None:
 def _take_scan_header(file: _File, segment: bytes) -> bytes:
     """Note which coefficients a scan brings; return its header as the decoder wants it."""
     if not file.frame:
-        _refuse('a scan comes before the frame header.')
+        _refuse('a scan precedes the frame header.')
     if len(segment) < 6 or len(segment) != 4 + 2 * segment[0]:
         _refuse('the header of a scan is damaged.')
     if len(file.scans) == _MAX_SCANS:

@@ -81,7 +81,7 @@ class PreprocessingSpec:
     :param layout: ``nchw`` or ``nhwc``.
     :param dtype: ``float32``, ``float16`` or ``uint8`` (pixels unchanged: scale 1, mean 0, std 1).
     :param pad_value: pixel value (0..255) of the border that LETTERBOX adds.
-    :param interpolation: how pixels of another size are made: as in training. The default is no library's. It averages
+    :param interpolation: how pixels of another size are made: as in training. No library has the default. It averages
         like ``area`` where an image shrinks, in a fifth of the time or less, and blends like ``linear`` where it grows:
         a network whose training is unknown sees no aliased texture.
     :param letterbox_anchor: one of LETTERBOX_ANCHORS.
@@ -186,12 +186,12 @@ def _refuse_unknown(values: Mapping[str, Any]) -> None:
     known = [field.name for field in dataclasses.fields(PreprocessingSpec)]
     for name in values:
         if name not in known:
-            raise ConfigError(str(name), 'is no pre-processing setting.', remedy=f'Known are {known}.')
+            raise ConfigError(str(name), 'is not a pre-processing setting.', remedy=f'Known are {known}.')
 
 
 def _check_side(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_SIDE:
-        raise ConfigError(name, f'{value!r} is no size in pixels.', remedy=f'Give a whole number in 1..{MAX_SIDE}.')
+        raise ConfigError(name, f'{value!r} is not a size in pixels.', remedy=f'Give a whole number in 1..{MAX_SIDE}.')
 
 
 def _check_choice(name: str, value: object, known: list[str]) -> None:
@@ -201,7 +201,7 @@ def _check_choice(name: str, value: object, known: list[str]) -> None:
 
 def _finite(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigError(name, f'{value!r} is no number.')
+        raise ConfigError(name, f'{value!r} is not a number.')
     try:
         number = float(value)
     except OverflowError:

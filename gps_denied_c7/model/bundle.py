@@ -109,7 +109,7 @@ class ModelBundle:
         if file.suffix != '.json':
             if not os.path.lexists(path):
                 raise ModelBundleError(f'{path} does not exist.', remedy='Correct the path.')
-            raise ModelBundleError(f'{path} is no model.', remedy=f'Name a directory with {MODEL_JSON}, or an .onnx.')
+            raise ModelBundleError(f'{path} is not a model.', remedy=f'Name a folder with {MODEL_JSON}, or an .onnx.')
         content = read_file(file, limit=_MODEL_JSON_LIMIT_BYTES)
         try:
             bundle = bundle_from_json(parse_json(content), file.parent, cls)
@@ -262,7 +262,7 @@ class ModelBundle:
         for own, name in artefact.io_names.items():
             if name not in canonical:
                 raise ModelBundleError(
-                    f'{key}.{own}: {name!r} is no input or output.', remedy=f'Known are {canonical}.'
+                    f'{key}.{own}: {name!r} is not an input or output.', remedy=f'Known are {canonical}.'
                 )
         for specs in (self.inputs, self.outputs):
             own_names = [artefact.own_name(spec.name) for spec in specs]

@@ -113,7 +113,7 @@ def _tensor(fields: Fields, *, may_lack_rank: bool = False) -> TensorSpec:
         return TensorSpec(name, dtype, fields.take('shape'))
     proper = isinstance(shape, list) and len(shape) <= _MAX_RANK and all(_is_size(size) for size in shape)
     fields.check(
-        proper, 'shape', f'{shape!r} is no list of at most {_MAX_RANK} positive sizes.', 'Write null for a free axis.'
+        proper, 'shape', f'{shape!r} is not a list of up to {_MAX_RANK} positive sizes.', 'Write null for a free axis.'
     )
     fields.close()
     return TensorSpec(name, dtype, tuple(shape))
@@ -125,7 +125,7 @@ def _is_size(size: object) -> bool:
 
 def _preprocessing(fields: Fields) -> PreprocessingSpec:
     value = fields.take('preprocessing')
-    fields.check(isinstance(value, dict), 'preprocessing', 'is no object.', 'Write size, colour, mean, std and so on.')
+    fields.check(isinstance(value, dict), 'preprocessing', 'is not an object.', 'Write size, colour, mean, std etc.')
     try:
         return PreprocessingSpec.from_json(value)
     except ConfigError as error:

@@ -36,7 +36,7 @@ def write_bundle(
     Write the golden files and model.json beside artefacts that lie below ``root`` already.
 
     Nothing is written before all of it has been checked. Each file is replaced as a whole, model.json
-    last: who reads an older bundle at that moment finds digests that fail, never mixed data.
+    last: a reader of the older bundle at that moment finds digests that fail, never mixed data.
 
     :param golden: requests and their answers by a plain name, arrays by canonical name.
     :return: the bundle as read back from disk.

@@ -86,7 +86,7 @@ class AllClose:
 @dataclass(frozen=True, slots=True)
 class MatchedDistance:
     """
-    Demand that points lie where they should, in any order and number, for keypoints and the like.
+    Demand that points lie where they should, in any order and number, as of keypoints.
 
     The last axis holds a point's coordinates, all other axes number the points. A point is matched
     when the nearest point of the other side is within ``max_distance`` (Euclidean). The share of
@@ -164,7 +164,7 @@ class SetOverlap:
         return self.members == 'values'
 
     def disagreement(self, found: NDArray, expected: NDArray, *, allow_non_finite: bool = False) -> str | None:
-        """Say how ``found`` breaks this rule, or None where it holds; shapes are alike save for ``values``."""
+        """Say how ``found`` breaks this rule, or None where it holds; shapes are alike except for ``values``."""
         for side, array in (('found', found), ('expected', expected)):
             if array.dtype.kind == 'f' and not allow_non_finite and np.isnan(array).any():
                 return f'NaN among the values {side}, which has no place in a set'

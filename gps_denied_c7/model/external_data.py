@@ -137,7 +137,7 @@ def external_locations(model: Path, tensors: Sequence[onnx.TensorProto]) -> list
         if tensor.data_location != tensor.EXTERNAL:
             continue
         names = [entry.value for entry in tensor.external_data if entry.key == 'location']
-        # Protobuf gives what is no UTF-8 as bytes.
+        # Protobuf returns text that is not UTF-8 as bytes.
         if len(names) != 1 or not isinstance(names[0], str):
             raise ModelBundleError(
                 f'{model} keeps weights in {str(names)[:200]}, which is not the name of one file.', remedy=_NAME_AGAIN
@@ -193,7 +193,7 @@ def find_external(model: Path, location: str) -> Path:
 
 def read_sealed(path: Path) -> tuple[mmap.mmap | bytes, str]:
     """
-    Copy a file into memory that nobody can change any more, and return a read-only map of it with its hex digest.
+    Copy a file into memory that cannot be changed any more, and return a read-only map of it with its hex digest.
 
     The digest is that of the copy. The memory is given back with the last view of the map.
 

@@ -120,10 +120,10 @@ def open_regular(path: Path) -> Iterator[BinaryIO]:
     :raises ModelBundleError: the file is missing, no regular file, or cannot be read; also while it is read.
     """
     try:
-        # O_NONBLOCK: a FIFO named as a model would block its reader for ever.
+        # O_NONBLOCK: a FIFO named as a model would block its reader forever.
         with open(path, 'rb', opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise ModelBundleError(f'{path}: is no regular file.', remedy='Correct the path.')
+                raise ModelBundleError(f'{path}: is not a regular file.', remedy='Correct the path.')
             yield file
     except PermissionError as error:
         raise ModelBundleError(f'{path}: {error.strerror}.', remedy='Let the user of the node read it.') from error
@@ -239,9 +239,9 @@ def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> NDArray:
         try:
             version = np.lib.format.read_magic(stream)
         except ValueError as error:
-            raise ValueError(f'{entry.filename!r} is no array: {error}') from error
+            raise ValueError(f'{entry.filename!r} is not an array: {error}') from error
         if version != (1, 0):
-            raise ValueError(f'{entry.filename!r} is no plain array')
+            raise ValueError(f'{entry.filename!r} is not a plain array')
         shape, fortran, dtype = np.lib.format.read_array_header_1_0(stream)
         size, left = math.prod(shape) * dtype.itemsize, entry.file_size - stream.tell()
         if dtype.hasobject or min(shape, default=0) < 0 or size != left:

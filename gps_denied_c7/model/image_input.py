@@ -74,7 +74,7 @@ def default_preprocessing(inputs: Sequence[TensorSpec]) -> PreprocessingSpec:
     RGB for three channels, grey for one; 0..255 scaled to 0..1 for floats, unchanged for uint8;
     stretched, since a border that the network was not trained with makes features of its own.
 
-    :raises ModelBundleError: there is not exactly one input, or it is no image of a fixed size.
+    :raises ModelBundleError: there is not exactly one input, or it is not an image of a fixed size.
     """
     remedy = f'Write a {MODEL_JSON} with its pre-processing, or export the model with one image input of a fixed size.'
     if len(inputs) != 1:

@@ -48,8 +48,8 @@ def unlike(
     """
     problem = f'has shape {found.shape}, expected {expected.shape}'
     if found.shape == expected.shape:
-        compare = _numbers if found.dtype.kind == 'f' and expected.dtype.kind == 'f' else _labels
-        different = compare(found, expected, allow_non_finite)
+        numbers = found.dtype.kind == 'f' and expected.dtype.kind == 'f'
+        different = _numbers(found, expected, allow_non_finite) if numbers else _labels(found, expected)
         if different is None:
             return None
         problem = different
@@ -158,7 +158,7 @@ def _wrong_by_own_scale(have: NDArray, want: NDArray, axis: int) -> NDArray:
     return np.flatnonzero((total >= min(8, right.shape[1])) & (bad.sum(axis=1) * 2 > total))
 
 
-def _labels(found: NDArray, expected: NDArray, allow_non_finite: bool) -> str | None:
+def _labels(found: NDArray, expected: NDArray) -> str | None:
     """Compare whole numbers and truth values: equal, but counts about so, and numbers of 8 bits within some steps."""
     if found.dtype.kind == 'f' or expected.dtype.kind == 'f':
         return f'holds {found.dtype}, expected {expected.dtype}'

@@ -98,7 +98,7 @@ class OnnxModel:
         try:
             model = onnx.shape_inference.infer_shapes(model, data_prop=True)
         except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
-            # Each output is then allocated anew for each request, which is right for any shape.
+            # Each output is then allocated again for each request, which is right for any shape.
             _log.info('shapes of the outputs cannot be inferred: %s', error)
         shapes = {value.name: _known_shape(value) for value in model.graph.output}
         return {name: shapes.get(name) for name in names}
@@ -157,7 +157,7 @@ class OnnxModel:
             if value.name not in images:
                 continue
             for index, axis in enumerate(value.type.tensor_type.shape.dim):
-                # Only by a name can a session be told a size. Some exporters write a free axis as 0 or -1.
+                # A session takes a size only by the axis's name. Some exporters write a free axis as 0 or -1.
                 if not _fixed(images[value.name][index]) and not axis.dim_param:
                     axis.dim_param = f'c7_{value.name}_{index}'
             inputs[value.name] = tuple(
@@ -197,7 +197,7 @@ def read_onnx(path: Path, sha256: str | None, external_data: Mapping[str, str] |
     """
     Read an ``.onnx`` file and its external weights, each once, and check what they are before ONNX Runtime sees them.
 
-    :param sha256: hex digest that the file must have, None where nobody promised one.
+    :param sha256: hex digest that the file must have, None where the digest is unknown.
     :param external_data: hex digest that each external file must have, by its name in the model; only read where
         ``sha256`` is given.
     :raises EngineSchemaMismatchError: another digest, or other external files.
@@ -269,7 +269,7 @@ def ep_context_model(
     if len(plan) > PROTOBUF_LIMIT_BYTES - (1 << 20):
         raise EngineDeserializeError(
             f'the engine of {name!r} has {len(plan)} bytes, and an ONNX model around it must stay below 2 GiB.',
-            remedy='Load it with the tensorrt runtime, or fly the .onnx.',
+            remedy='Load it with the tensorrt runtime, or use the .onnx.',
         )
     node = helper.make_node(
         'EPContext',

@@ -194,9 +194,9 @@ class BaseRuntime(ABC, Generic[EngineT]):
         """
         Have later requests read from arrays of the caller's, and answers written there, by those that can.
 
-        Nothing promises it: requests may come in any arrays, and whoever needs an answer elsewhere than where
+        Nothing promises it: requests may come in any arrays, and a caller that needs an answer elsewhere than where
         :meth:`infer` returns it copies it. What was placed is kept until the engine is released or another array takes
-        its place. An answer of before may change meanwhile: engines that are captured anew run once more.
+        its place. An earlier answer may change meanwhile: engines that are captured again run once more.
 
         :param inputs: C-contiguous arrays by canonical name that most requests will come in, each on memory pages of
             its own; may be read-only.

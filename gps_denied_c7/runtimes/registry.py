@@ -114,7 +114,7 @@ def import_strategy(label: str) -> None:
 
 
 def _is_installed(package: str) -> bool:
-    """Look for ``package`` without importing it; a mere directory of that name is none."""
+    """Look for ``package`` without importing it; a mere directory of that name does not count."""
     if package in sys.modules:
         return sys.modules[package] is not None
     spec = importlib.util.find_spec(package)

@@ -1,8 +1,8 @@
 """
 Run one engine in a process of its own: ``python -m gps_denied_c7.worker --channel FD`` (F-1).
 
-Started by :mod:`gps_denied_c7.worker.process` alone. Vendor libraries live and die here; whoever started this
-process has its frames answered by another one then. Until its parent's death is its own, it imports nothing large.
+Started by :mod:`gps_denied_c7.worker.process` alone. Vendor libraries run and crash here; the node then
+has its frames answered by another worker. Until its parent's death is its own, it imports nothing large.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _import_unhurried(strategy: str) -> None:
     """Import everything for ``strategy`` at the lowest priority."""
     name_process(SPARE_NAME)
-    # Without privileges a priority is given up for good: a thread's own is, and ends with it.
+    # Without privileges a lowered priority cannot be raised again: so it is that of a thread, which ends.
     importing = threading.Thread(target=_import_for, args=(strategy,), name='c7-import')
     importing.start()
     importing.join()

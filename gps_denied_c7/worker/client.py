@@ -43,7 +43,7 @@ __all__ = ['WorkerHost', 'worker_hosts']
 
 # A builder may measure one tactic, or time one layer, for minutes and show nothing meanwhile.
 _LONGEST_STEP_S = 600.0
-# A spare worker that does nothing with its task for so long is stopped, or starved.
+# A spare worker that does not confirm its task within this time is stopped, or gets no CPU time.
 _SPARE_S = 0.25
 _SIGN_EVERY_S = 0.25
 _log = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class WorkerHost:
     """
     Run a rung's engine in a process of its own.
 
-    Whatever that process does, this one gets an error instead of an answer. For one thread, except
+    If that process crashes or hangs, this one gets an error. For one thread, except
     :meth:`kill`.
 
     :param memory: the budget that an engine on a GPU claims its memory from; None for the configuration's own.
@@ -82,7 +82,7 @@ class WorkerHost:
         self._process: WorkerProcess | None = None
         self._exchange: Exchange | None = None
         self._asked_at: float | None = None
-        self._heard_at = 0.0
+        self._answered_at = 0.0
         self._releasing = threading.Lock()
         self._released = self._killed = False
 
@@ -168,9 +168,9 @@ class WorkerHost:
 
     def responds(self, patience_s: float) -> bool:
         """
-        Ask the worker for a sign of life now and then, while it has no request; never waits.
+        Ask the worker for a sign of life at intervals, while it has no request; never waits.
 
-        One that is stopped, frozen or swapped out looks alive until it is asked.
+        A worker that is stopped, frozen or swapped out seems to run until it is asked.
 
         :return: False where it has given none for ``patience_s``.
         """
@@ -179,12 +179,12 @@ class WorkerHost:
         assert process is not None
         try:
             if self._asked_at is None:
-                if now - self._heard_at >= _SIGN_EVERY_S:
+                if now - self._answered_at >= _SIGN_EVERY_S:
                     process.send(Ping(), block=False)
                     self._asked_at = now
                 return True
             if isinstance(process.receive(now), Pong):
-                self._asked_at, self._heard_at = None, now
+                self._asked_at, self._answered_at = None, now
         except InferenceError as error:
             _log.error('%s', error)
             return False
@@ -250,11 +250,11 @@ class WorkerHost:
                 if isinstance(process.receive(time.monotonic() + _SPARE_S), Loading):
                     return process
             except InferenceError as error:
-                # It has died, or says what cannot be read.
+                # It has died, or sent an invalid message.
                 if self._killed or self._released:
                     raise
                 _log.warning('%s', error)
-            _log.warning('%s did not take its task; another one is started.', process.name)
+            _log.warning('%s did not confirm its task; another worker is started.', process.name)
             process.release()
         process = WorkerProcess.start(f'worker {self._generation}', WORKER_PROTOCOL)
         self._adopt(process)
@@ -279,7 +279,7 @@ class WorkerHost:
             os.close(descriptor)
 
     def _wait_for_engine(self, process: WorkerProcess) -> Loaded:
-        """Return what a worker says of the engine that it was told to load, once it has."""
+        """Return the worker's report of the engine that it has loaded."""
         limit_s = self._task.config.load_timeout_s
         deadline = time.monotonic() + limit_s
         step: tuple[str, float | None] | None = None
@@ -299,9 +299,9 @@ class WorkerHost:
             elif not isinstance(message, Loading):
                 raise MessageError(f'{self._name()} sent {type(message).__name__} before it has loaded an engine.')
         self.kill()
-        stood = f' Building an engine, it had come to: {step[0]}.' if step is not None else ''
+        stood = f' The build had reached: {step[0]}.' if step is not None else ''
         raise EngineDeserializeError(
-            f'{self._name()} did not load, or get on with it, within {limit_s:.0f} s and was killed.{stood}',
+            f'{self._name()} did not load, or report a new step, within {limit_s:.0f} s and was killed.{stood}',
             remedy='Raise load_timeout_s, or build the engine before the flight (c7_engine build).',
         )
 

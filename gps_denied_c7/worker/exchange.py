@@ -154,7 +154,7 @@ class Exchange:
                 np.copyto(array, inputs[name])
 
     def _grow(self, size: int) -> None:
-        # Views of the segment before are no answer to anything that comes.
+        # Later answers do not lie in the previous segment.
         self._found = {}
         try:
             if size > _LARGEST_ANSWER_BYTES:

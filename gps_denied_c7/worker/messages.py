@@ -20,7 +20,7 @@ PACKET_BYTES = 1 << 16
 
 
 class MessageError(InferenceError):
-    """A packet that is no message which its sender may send."""
+    """A packet that does not hold a message which its sender may send."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ class MessageSet:
         try:
             value = json.loads(str(packet, 'utf-8'))
             if type(value) is not list or not value or type(value[0]) is not str:
-                raise ValueError('it is no list that begins with a name')
+                raise ValueError('it is not a list that begins with a name')
             name, *values = value
             if name not in self._kinds:
                 raise ValueError(f'its kind is unknown, known are {list(self._kinds)}')

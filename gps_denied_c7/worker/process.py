@@ -21,7 +21,7 @@ from gps_denied_c7.worker.messages import PROTOCOL_VERSION, ChildProtocol, Messa
 
 __all__ = ['WorkerProcess']
 
-# Its exit code comes a moment after its channel has closed; no frame waits for a driver to let go of it.
+# Its exit code comes a moment after its channel has closed; no frame waits until a driver releases the process.
 _EXIT_CODE_S = 0.1
 # Before anything is loaded: while another worker's memory is being freed, only the node would be left to take.
 # The kernel adds thousandths of the limit to what a process holds, and ends the highest. With 800, a node that holds
@@ -167,7 +167,7 @@ class WorkerProcess:
         Send a message; a copy of each descriptor goes with it.
 
         :param block: wait where many messages lie unread at the other end.
-        :raises WorkerDiedError: nobody is there to receive it.
+        :raises WorkerDiedError: the process is dead.
         :raises InferenceError: it would have to wait.
         """
         try:
@@ -200,7 +200,7 @@ class WorkerProcess:
         """
         Return the next message, None after ``deadline`` of the steady clock.
 
-        :raises WorkerDiedError: it is dead, and has said nothing more before.
+        :raises WorkerDiedError: it is dead, and every message that it sent before was returned.
         :raises MessageError: it has sent something else.
         """
         while True:
@@ -244,7 +244,7 @@ class WorkerProcess:
             if self._process.poll() is not None:
                 self._reap()
                 return
-            # A driver may need a second for what it held, or for ever. Where no thread is left, join reaps.
+            # A driver may take a second to release the process, or never do it. join reaps if no thread can be started.
             with contextlib.suppress(RuntimeError):
                 threading.Thread(target=self._reap, name='c7-reaper', daemon=True).start()
 

@@ -180,7 +180,7 @@ class LoadFailed:
 
 @dataclass(frozen=True, slots=True)
 class NeedRoom:
-    """Ask for a segment of outputs of so many bytes, before the answer to the request at hand."""
+    """Ask for a segment of outputs of so many bytes, before the answer to the current request."""
 
     bytes: int
 

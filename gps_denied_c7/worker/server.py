@@ -106,10 +106,10 @@ class EngineService:
             task: WorkerTask = pickle.load(file)
         self._channel.send(Loading())
         if not task.rung.on_gpu:
-            # A broken driver must not reach the last one that flies; no vendor library has looked for a GPU yet.
+            # A broken driver must not stop the CPU rung; no vendor library has looked for a GPU yet.
             os.environ['CUDA_VISIBLE_DEVICES'] = ''
         try:
-            make = in_process_hosts(task.bundle, task.config, UnknownThermalState(), on_build=self._tell_progress)
+            make = in_process_hosts(task.bundle, task.config, UnknownThermalState(), on_build=self._report_progress)
             self._host = make(task.rung)
             facts = self._load_engine(task)
             facts = dataclasses.replace(facts, notes=_brief(facts.notes))
@@ -129,7 +129,7 @@ class EngineService:
         taken = watch.final_bytes if task.config.build_on_configure else watch.peak_bytes
         return dataclasses.replace(facts, gpu_memory_bytes=taken)
 
-    def _tell_progress(self, progress: BuildProgress) -> None:
+    def _report_progress(self, progress: BuildProgress) -> None:
         self._channel.send(Progress(progress))
 
     def _map_requests(self, descriptor: int) -> None:

@@ -51,6 +51,11 @@ class TensorLayout:
             offset += segment_bytes((max(array.nbytes, rooms[name] if rooms else 0),))
         return cls(tuple(tensors))
 
+    @classmethod
+    def single(cls, name: str, dtype: str, shape: tuple[int, ...]) -> TensorLayout:
+        """Lay one tensor out at the beginning of its segment."""
+        return cls(((name, dtype, shape, 0),))
+
     def check(self) -> None:
         """
         Raise InferenceError for tensors that cannot be, or lie on top of one another.
@@ -77,7 +82,7 @@ class SharedTensors:
     Map a sealed block of memory that has no name and cannot shrink.
 
     Nothing of it stays behind when its last process ends, and no process can make another's access
-    fail. Whoever creates it hands the descriptor over and closes its own when it likes.
+    fail. The process that creates it sends the descriptor and may then close its own.
 
     :param descriptor: of a memfd, owned by this object from now on.
     :param writable: map it for writing.

@@ -62,7 +62,7 @@ class SpareWorker:
             return None
 
     def close(self, timeout_s: float = 2.0) -> None:
-        """End the spare for good and wait for it; safe to repeat."""
+        """End the spare, wait for it, and start no other; safe to repeat."""
         with self._lock:
             self._closed = True
             process, self._process = self._process, None

@@ -113,7 +113,7 @@ def test_g3_verify_run_prints_what_session_run_answers(tmp_path: Path, run: Run)
 
 @pytest.mark.parametrize(
     ('picture', 'problem'),
-    [('none.png', 'No such file'), ('.', 'directory'), ('fifo', 'no regular file'),
+    [('none.png', 'No such file'), ('.', 'directory'), ('fifo', 'not a regular file'),
      ('text.jpg', 'cannot be used as a picture'), ('huge.png', 'more than')],
 )  # fmt: skip
 def test_g3_verify_run_of_what_is_no_picture_says_so(tmp_path: Path, run: Run, picture: str, problem: str) -> None:
@@ -182,9 +182,9 @@ def test_g3_inspect_of_what_cannot_be_read_at_once_says_so(tmp_path: Path, run: 
         (tmp_path / name).touch()
         os.truncate(tmp_path / name, size)
     for name, problem in (
-        ('.', 'is a directory'), ('fifo', 'no regular file'), ('loop', 'symbolic links'), ('none', 'No such file'),
+        ('.', 'is a directory'), ('fifo', 'not a regular file'), ('loop', 'symbolic links'), ('none', 'No such file'),
         ('sparse', 'not a TensorRT engine'), ('sparse.engine', f'no memory for its {8 << 40} bytes'),
-        ('/dev/zero', 'no regular file'),
+        ('/dev/zero', 'not a regular file'),
     ):  # fmt: skip
         status, _, errors = run('inspect', tmp_path / name)
         assert status == 1 and problem in errors and errors.count('\n') == 1, name

@@ -188,7 +188,7 @@ class Cuda:
         """
         Return a zeroed array in page-locked memory.
 
-        The memory is given back when the last view of it is gone: whoever kept one past its
+        The memory is given back when the last view of it is gone: a caller that kept one past its
         time reads stale values, not freed memory.
         """
         dtype = np.dtype(dtype)
@@ -256,7 +256,7 @@ class Cuda:
             status, graph = runtime.cudaStreamEndCapture(stream)
             if int(status) == 0 and int(graph):
                 self.try_call('cudaGraphDestroy', graph)
-            # A capture that broke leaves its error for the next caller to trip over.
+            # A capture that broke leaves its error, which would fail the next call.
             runtime.cudaGetLastError()
             raise
         try:

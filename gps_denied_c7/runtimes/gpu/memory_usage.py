@@ -65,7 +65,7 @@ class GpuMemoryWatch:
         if own:
             return max(own)
         before = self._readings[0][1] if self._readings else 0
-        return max((everybody - before for _, everybody in readings), default=None)
+        return max((total - before for _, total in readings), default=None)
 
     def _run(self) -> None:
         try:
@@ -94,21 +94,21 @@ def _nvml_reader() -> _Reader | None:
         read = _of_nvml(nvml, devices)
         read()
     except nvml.NVMLError as error:
-        _log.debug('NVML does not tell of memory: %s', error)
+        _log.debug('NVML does not report memory: %s', error)
         return None
     return read
 
 
 def _of_nvml(nvml: Any, devices: list[Any]) -> _Reader:
     def read() -> tuple[int | None, int]:
-        everybody = sum(int(nvml.nvmlDeviceGetMemoryInfo(device).used) for device in devices)
+        total = sum(int(nvml.nvmlDeviceGetMemoryInfo(device).used) for device in devices)
         mine = [
             int(process.usedGpuMemory)
             for device in devices
             for process in nvml.nvmlDeviceGetComputeRunningProcesses(device)
             if process.pid == os.getpid() and process.usedGpuMemory is not None
         ]
-        return sum(mine) if mine else None, everybody
+        return sum(mine) if mine else None, total
 
     return read
 
@@ -117,7 +117,7 @@ def _cuda_reader() -> _Reader | None:
     try:
         cuda = open_cuda('gpu memory')
     except RuntimeUnavailableError as error:
-        _log.debug('CUDA does not tell of memory: %s', error)
+        _log.debug('CUDA does not report memory: %s', error)
         return None
 
     def read() -> tuple[int | None, int]:

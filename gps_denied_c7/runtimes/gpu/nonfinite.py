@@ -30,7 +30,7 @@ _WORD = b"""
     @%%p mov.u32 %%found, 1;"""
 
 # Each thread walks over every n-th quad, n being the number of threads, and writes the flag only where it found
-# something, so that a good frame costs no traffic over the bus. All who write, write the same.
+# something, so that a good frame costs no traffic over the bus. All threads write the same value.
 _KERNEL = b"""\
 .version 6.0
 .target sm_50
@@ -101,7 +101,7 @@ class FiniteCheck:
     @classmethod
     def proven(cls, cuda: Cuda, outputs: Mapping[str, StagedTensor], stream: Any) -> FiniteCheck | None:
         """
-        Return a check of these outputs that was shown a NaN at the end of each, and then none, and told them apart.
+        Return a check of these outputs that was right for a NaN at the end of each, and for none.
 
         :param outputs: by name; the last value of each is overwritten.
         :return: None where one has a type that it cannot read.

@@ -1,7 +1,7 @@
 """
 How arrays get into an ONNX Runtime session and out again: bound wherever the shape of an output is certain.
 
-``run`` allocates every output anew and copies it through pageable memory, which for dense outputs costs more
+``run`` allocates each output again and copies it through pageable memory, which for dense outputs costs more
 than the network: 1.44 ms on an H200, of which the engine ran 0.19. It also tries other providers by itself
 when one fails, which a bound run does not.
 
@@ -68,7 +68,7 @@ class TensorIo(ABC):
             outputs = self._run_surprised(inputs, error)
         for name in self._order[len(self.placed) :]:
             if any(np.may_share_memory(outputs[name], array) for array in inputs.values()):
-                # The request's memory is its owner's, who may fill it again while this answer is read.
+                # The caller owns the request's memory, and may fill it again while this answer is read.
                 outputs[name] = outputs[name].copy()
         return outputs
 
@@ -137,7 +137,7 @@ class TensorIo(ABC):
             self._bind_place(name)
 
     def _bind_free(self) -> None:
-        # Bound anew each time: what the last run has put there would be taken for a buffer of the wanted size.
+        # Bound again each time: what the last run has put there would be taken for a buffer of the wanted size.
         for name in self._order[len(self.placed) :]:
             self._binding.bind_output(name)
 
@@ -271,7 +271,7 @@ class GpuIo(TensorIo):
             self._inputs[name].copy()
         self._wait()
         for name in inputs:
-            # Bound anew each time: an input that a node on the CPU reads is copied there when it is bound.
+            # Bound again each time: an input that a node on the CPU reads is copied there when it is bound.
             staged = self._inputs[name]
             self._binding.bind_input(name, *_GPU, staged.host.dtype.type, staged.host.shape, staged.address)
         self._bind_free()

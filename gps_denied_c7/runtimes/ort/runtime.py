@@ -52,14 +52,14 @@ class OnnxTrtEpRuntime(BaseRuntime[Session]):
     """
     Run ``.onnx`` models, and ``.engine`` files through the TensorRT provider.
 
-    ONNX Runtime's own retry on other providers drops the options and tells nobody, so it is off: the
+    ONNX Runtime's own retry on other providers silently drops the options, so it is off: the
     retries here keep them, and what came is compared with what was asked for. The provider's engine cache
     is used where it is what its listing says; an engine in it that is the whole model is loaded as such,
     which takes a fraction of a second where the cache alone takes ten.
 
     Where engines may be built, a model becomes one by TensorRT's own builder, if Python has the TensorRT that
-    ONNX Runtime loads: it tells how far it is, knows the timings of earlier builds, and can be told how long
-    to search. What it does not take, the provider builds.
+    ONNX Runtime loads: it reports its progress, knows the timings of earlier builds, and takes a limit for
+    the search. What it does not take, the provider builds.
     """
 
     label = 'onnx_trt_ep'
@@ -153,12 +153,12 @@ class OnnxTrtEpRuntime(BaseRuntime[Session]):
     def _admit(self, entry: EngineCacheEntry) -> AdmittedEngine:
         if self._providers is ProviderSet.CPU:
             raise EngineDeserializeError(
-                f'{entry.path} runs on a GPU alone, and the CPU was asked for.', remedy='Fly the .onnx.'
+                f'{entry.path} runs on a GPU alone, and the CPU was asked for.', remedy='Use the .onnx.'
             )
         if self._gate is None:
             raise EngineDeserializeError(
                 f'{entry.path} cannot be checked: this runtime was made without an engine gate.',
-                remedy='Give the runtime the gate of this host, or fly the .onnx.',
+                remedy='Give the runtime the gate of this host, or use the .onnx.',
             )
         return self._gate.admit(entry.path, engine_sha256=entry.sha256)
 
@@ -184,7 +184,7 @@ class OnnxTrtEpRuntime(BaseRuntime[Session]):
                 platform=platform_name(),
             )
         except (C7Error, RuntimeError) as error:
-            notes.append(f'Built engines are neither used nor kept, since they cannot be told apart: {error}')
+            notes.append(f'Built engines are neither used nor kept, since their versions are unknown: {error}')
             return Engines()
         cache = OrtEngineCache.at(self._config.ort_trt_cache_dir)
         warm, found = cache.find(built_for)
@@ -217,7 +217,7 @@ class OnnxTrtEpRuntime(BaseRuntime[Session]):
                 plan = build_plan(trt, request, host, EngineCache.at(self._config.engine_cache_dir), watch)
             return around_engine(plan.plan, entry, plan.inputs, plan.outputs, built_for.sm, new=True)
         except Exception as error:
-            # Its remedy is for who wants an engine of TensorRT's, and this model will be served.
+            # Its remedy is about a failed build, and this model will be served.
             notes.append(f'{TENSORRT} builds by itself: {getattr(error, "message", error)}')
             _log.warning('%s: %s', entry.path, notes[-1])
             return None

@@ -144,7 +144,7 @@ def _session_options(ort: ModuleType, plan: SessionPlan, attempt: Attempt, confi
     options.log_severity_level = _ERRORS_ONLY
     # Up to 1.18 memory planned by one request spoils the answers to later ones, where lengths depend on the data.
     options.enable_mem_pattern = False
-    # Spinning threads burn the cores that fly the drone.
+    # Spinning threads take CPU time from the flight software.
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')
     if reports_placement(ort.InferenceSession):
         options.add_session_config_entry('session.record_ep_graph_assignment_info', '1')
@@ -163,7 +163,7 @@ def _session_options(ort: ModuleType, plan: SessionPlan, attempt: Attempt, confi
 
 @functools.lru_cache(maxsize=4)
 def _strict(session: type[Any]) -> type[Any]:
-    """Return the session class without its retry on other providers, which 1.17 cannot be told to leave off."""
+    """Return the session class without its retry on other providers, which 1.17 cannot switch off."""
 
     class StrictSession(session):  # type: ignore[misc]
         @property
@@ -172,7 +172,7 @@ def _strict(session: type[Any]) -> type[Any]:
 
         @_enable_fallback.setter
         def _enable_fallback(self, value: bool) -> None:
-            # 1.17 takes enable_fallback=0 without a word and sets this to True; run() reads it too.
+            # 1.17 silently takes enable_fallback=0 and sets this to True; run() reads it too.
             pass
 
     return StrictSession

@@ -1,8 +1,8 @@
 """
 Plan a session of ONNX Runtime: every way to make it, best first.
 
-Planning is pure. It reads no file, builds no engine and asks no library: what of TensorRT's is at hand comes as
-:class:`Engines`.
+Planning is pure. It reads no file, builds no engine and calls no library: :class:`Engines` says which engines of
+TensorRT are available.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class SessionPlan:
 @dataclass(frozen=True, slots=True)
 class Engines:
     """
-    Say which engines of TensorRT are at hand for a model.
+    Say which engines of TensorRT are available for a model.
 
     :param warm: those of earlier builds, verified.
     :param build: where new ones may be kept.
@@ -144,7 +144,7 @@ def plan_model(
 
     :param axes: size of each free axis by name.
     :param providers: the hardware that it may use.
-    :param disallow_cpu: a session on the CPU alone is no way.
+    :param disallow_cpu: do not plan a session on the CPU alone.
     :param notes: what finding and building ``engines`` left to be said.
     """
     notes = list(notes)

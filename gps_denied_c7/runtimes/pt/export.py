@@ -29,7 +29,7 @@ def export_program(
     """
     Write ``module`` as a ``.pt2`` of fixed shapes, for one device and precision.
 
-    Sample inputs and stack traces are left out: the first would be unpickled by whoever loads the file, the others
+    Sample inputs and stack traces are left out: the first would be unpickled by the reader of the file, the others
     name folders of this machine. With ``fp16`` inputs and outputs of the file are float16 too; the runtime casts
     at its boundary.
 

@@ -6,7 +6,7 @@ import gc
 import io
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -40,7 +40,7 @@ class _Program:
     Hold a network that takes and returns tensors by position.
 
     :param module: the vendor's object.
-    :param state: weights and constants, which come before the inputs.
+    :param state: weights and constants, the arguments in front of the inputs.
     :param output_names: None where only a run can tell.
     :param cpu_nodes: operators that the file places on the CPU, None where unknown.
     """
@@ -239,7 +239,7 @@ class PytorchFp16Runtime(BaseRuntime[_Engine]):
     def _own_specs(
         self, entry: EngineCacheEntry, artefact: Artefact | None
     ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-        """Return the bundle's inputs and outputs by the file's own names, for files that do not tell."""
+        """Return the bundle's inputs and outputs by the file's own names, for files that do not describe them."""
 
         def own(spec: TensorSpec) -> TensorSpec:
             name = artefact.own_name(spec.name) if artefact else spec.name
@@ -283,20 +283,17 @@ def _leave(torch: ModuleType, engine: _Engine, name: str, tensor: torch.Tensor) 
 
 
 def _open(
-    torch: ModuleType, archive: TorchArchive, device: str, declared: tuple[tuple[TensorSpec, ...], ...]
+    torch: ModuleType, archive: TorchArchive, device: str, declared: tuple[Sequence[TensorSpec], Sequence[TensorSpec]]
 ) -> _Program:
-    openers: Mapping[ArchiveKind, Callable[..., _Program]] = {
-        ArchiveKind.EXPORT: _open_export, ArchiveKind.TORCHSCRIPT: _open_torchscript,
-    }
     with warnings.catch_warnings():
-        # Deprecations that concern who wrote the file, not who flies it.
+        # Deprecations that concern the exporter of the file.
         warnings.simplefilter('ignore')
-        return openers[archive.kind](torch, archive.content, device, *declared)
+        if archive.kind is ArchiveKind.EXPORT:
+            return _open_export(torch, archive.content, device)
+        return _open_torchscript(torch, archive.content, device, *declared)
 
 
-def _open_export(
-    torch: ModuleType, content: bytes, device: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
-) -> _Program:
+def _open_export(torch: ModuleType, content: bytes, device: str) -> _Program:
     """
     Load a program of torch.export and return its bare graph.
 
@@ -339,7 +336,7 @@ def _open_export(
 
 
 def _open_torchscript(
-    torch: ModuleType, content: bytes, device: str, inputs: tuple[TensorSpec, ...], outputs: tuple[TensorSpec, ...]
+    torch: ModuleType, content: bytes, device: str, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]
 ) -> _Program:
     """Load TorchScript; it names its arguments and little else, so that the bundle's specs stand for the rest."""
     module = torch.jit.load(io.BytesIO(content), map_location=device).eval()
@@ -362,12 +359,12 @@ def _open_torchscript(
         with torch.jit.optimized_execution(False):
             return module(*tensors)
 
-    return _Program(run, (), own, outputs, None)
+    return _Program(run, (), own, tuple(outputs), None)
 
 
 def _spec(torch: ModuleType, name: str, value: Any) -> TensorSpec:
     if not isinstance(value, torch.Tensor):
-        raise EngineDeserializeError(f'{name!r} is no tensor.', remedy='Export a model of tensors alone.')
+        raise EngineDeserializeError(f'{name!r} is not a tensor.', remedy='Export a model of tensors alone.')
     if not all(isinstance(axis, int) for axis in value.shape):
         raise EngineDeserializeError(f'{name!r} has a free axis: {tuple(value.shape)}.', remedy=_EXPORT_AGAIN)
     return TensorSpec(name, str(value.dtype).removeprefix('torch.'), tuple(value.shape))

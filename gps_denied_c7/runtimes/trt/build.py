@@ -1,4 +1,4 @@
-"""Build TensorRT engines from ONNX, for this host: into the engine cache, or for who asks for the plan."""
+"""Build TensorRT engines from ONNX, for this host: into the engine cache, or for the caller."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def build_engine(
 
     Batch is 1 and every free axis is fixed to the bundle's size. The entry returned has passed the gate.
 
-    :param build: precision, and who is told of the progress; ``allow_build`` must be set.
+    :param build: precision, and what is called with the progress; ``allow_build`` must be set.
     :param gate: the gate of this host, None to make one.
     :param cache: where the engine goes, None for ``config.engine_cache_dir``.
     :param convert: give the model itself float16 types, instead of asking TensorRT to choose them; None does
@@ -175,7 +175,7 @@ class Plan:
     :param plan: the engine's bytes.
     :param inputs: every axis fixed.
     :param outputs: as the network names them; an axis may be free where its size depends on the data.
-    :param flags: what the builder was told.
+    :param flags: of the builder.
     """
 
     plan: bytes = field(repr=False)
@@ -251,13 +251,13 @@ class _Builder:
         timings = self._attach_timings(config, known_timings)
         self._watch.attach(trt, config)
         self._watch.phase = 'building the engine'
-        with listening(self._watch.hear):
+        with listening(self._watch.note):
             serialised = builder.build_serialized_network(network, config)
         if serialised is None:
             raise EngineDeserializeError(
                 f'TensorRT built no engine of {request.name!r}: {self._reasons()}',
                 remedy='Raise gpu_memory_budget_bytes where memory was short; else build with precision fp32, or '
-                'fly the .onnx.',
+                'use the .onnx.',
             )
         self._watch.phase = 'writing the engine'
         plan = Plan(bytes(serialised), inputs, outputs, tuple(flags))
@@ -270,7 +270,7 @@ class _Builder:
         errors = [_parser_error(parser.get_error(index), operators) for index in range(parser.num_errors)]
         raise EngineDeserializeError(
             f"TensorRT's parser refused {name!r}: {'; '.join(errors) or self._reasons()}.",
-            remedy='Export the model with operators that this TensorRT knows, or fly the .onnx.',
+            remedy='Export the model with operators that this TensorRT knows, or use the .onnx.',
         )
 
     def _tensors(

@@ -27,11 +27,11 @@ _PHASES = (
 
 class BuildWatch:
     """
-    Tell somebody once a second how far a build is.
+    Report once a second how far a build is.
 
     The first report is made before anything is built, which may keep every other thread from running.
 
-    :param report: takes a BuildProgress; None for nobody. What it raises is logged, the build goes on.
+    :param report: takes a BuildProgress; None for no reports. What it raises is logged, the build goes on.
     :param phase: what comes first.
     """
 
@@ -46,7 +46,7 @@ class BuildWatch:
         self._thread = threading.Thread(target=self._run, name='c7-build-progress', daemon=True)
 
     def __enter__(self) -> BuildWatch:
-        self._tell()
+        self._report_now()
         self._thread.start()
         return self
 
@@ -56,7 +56,7 @@ class BuildWatch:
         self._ended.set()
         self._thread.join()
 
-    def hear(self, message: str) -> None:
+    def note(self, message: str) -> None:
         """Take a log message of TensorRT's builder as a sign of progress."""
         if self._monitor is not None:
             return
@@ -75,9 +75,9 @@ class BuildWatch:
 
     def _run(self) -> None:
         while not self._ended.wait(_REPORT_EVERY_S):
-            self._tell()
+            self._report_now()
 
-    def _tell(self) -> None:
+    def _report_now(self) -> None:
         if self._report is None:
             return
         try:

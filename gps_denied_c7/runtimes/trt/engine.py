@@ -119,7 +119,7 @@ class TensorrtEngine:
         return self._answer
 
     def place(self, arrays: Mapping[str, NDArray]) -> None:
-        """Copy from and to these arrays from now on, where that is possible; a graph is captured anew."""
+        """Copy from and to these arrays from now on, where that is possible; a graph is captured again."""
         staged = {**self.inputs, **self._leaving}
         placed = [staged[name].place(array) for name, array in arrays.items()]
         if not any(placed):
@@ -243,7 +243,7 @@ class TensorrtEngine:
         if any(size < 0 for size in shape):
             raise EngineDeserializeError(
                 f'tensor {name!r} has shape {shape} even with fixed inputs: its size depends on the data.',
-                remedy='Export the model with outputs of fixed size, or fly the .onnx.',
+                remedy='Export the model with outputs of fixed size, or use the .onnx.',
             )
         dtype = dtype_name(self._engine.get_tensor_dtype(name))
         assert dtype is not None

@@ -47,7 +47,7 @@ class TensorrtRuntime(BaseRuntime['TensorrtEngine']):
         """
         Return the pinned memory that requests are copied into, by canonical input name.
 
-        Who fills these and passes them to :meth:`infer` saves that copy. Writable; no request may run
+        A caller that fills these and passes them to :meth:`infer` saves that copy. Writable; no request may run
         meanwhile; good until ``release_engine``.
 
         :raises InferenceError: a foreign or released handle.

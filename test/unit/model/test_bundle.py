@@ -911,7 +911,7 @@ def test_m1_an_entry_that_is_no_array_is_refused(root):
     with zipfile.ZipFile(content, 'w') as archive:
         for spec in _OUTPUTS:
             archive.writestr(f'{spec.name}.npy', b'no array')
-    with pytest.raises(ModelBundleError, match='is no array'):
+    with pytest.raises(ModelBundleError, match='is not an array'):
         _with_golden_outputs(root, content.getvalue()).golden_outputs()
 
 

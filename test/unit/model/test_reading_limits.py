@@ -47,7 +47,7 @@ def archive(path, *entries):
         ([('x.npy', npy(shape=(-4, -1)))], 'has 16 bytes'),
         ([('x.npy', npy(shape=(3,)))], 'has 16 bytes'),
         ([('x.npy', npy(descr='|O', shape=(2,)))], 'has 16 bytes'),
-        ([('x.npy', npy(version=2))], 'no plain array'),
+        ([('x.npy', npy(version=2))], 'not a plain array'),
         ([('x.npy', npy()), ('x.npy', npy())], 'two entries'),
         ([(f'{number}.npy', npy()) for number in range(1025)], 'more than 1024 entries'),
         ([('x.npy', npy(shape=(80 * MIB,), body=bytes(320 * MIB)))], f'more than {256 * MIB}'),

@@ -114,7 +114,7 @@ def test_f1_a_field_that_is_missing_extra_or_of_another_type_is_refused(name: st
 @pytest.mark.parametrize(
     ('packet', 'says'),
     [
-        (b'', 'cannot be read'), (b'{}', 'no list'), (b'[]', 'no list'), (b'[["Ready"]]', 'no list'),
+        (b'', 'cannot be read'), (b'{}', 'not a list'), (b'[]', 'not a list'), (b'[["Ready"]]', 'not a list'),
         (b'["Ready",1', 'cannot be read'), (b'\xff', 'cannot be read'), (b'["Infer",1,[[]]]', 'kind is unknown'),
         (b'["Ready",true]', 'Ready.version expected a whole number, found a boolean'),
         (b'["Ready",1.0]', 'Ready.version expected a whole number'), (b'["Ready",1,2]', 'expected 1 fields'),

@@ -7,8 +7,8 @@ AOTInductor has built. So what may lie in an archive is a list, by name and by c
 
 What trust remains: an admitted archive still chooses which ATen operators run on its tensors, or brings
 TorchScript code, which torch compiles and runs in its own interpreter. Neither reaches Python; the operators
-that open files are refused by name. A digest says that the file is the one its bundle names, not who made it:
-take models from their maker alone, as everywhere.
+that open files are refused by name. A digest says that the file is the one its bundle names, and nothing about
+its maker: use models from a maker that you trust.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Entries = Mapping[str, memoryview]
 
 
 class ArchiveKind(str, Enum):
-    """Who reads an archive."""
+    """Which reader of torch an archive is for."""
 
     EXPORT = 'torch.export'
     TORCHSCRIPT = 'TorchScript'
@@ -68,7 +68,7 @@ def read_torch_archive(path: Path, sha256: str | None) -> TorchArchive:
     """
     Read a ``.pt2`` or ``.pt`` file once, and check its digest and everything in it.
 
-    :param sha256: hex digest that the file must have, None where nobody promised one.
+    :param sha256: hex digest that the file must have, None where the digest is unknown.
     :raises EngineSchemaMismatchError: another digest.
     :raises EngineDeserializeError: missing, unreadable, of another suffix, or refused by the scan.
     """
@@ -127,7 +127,7 @@ def _any(entry: memoryview, entries: Entries) -> None:
 
 def _short_text(entry: memoryview, entries: Entries) -> None:
     if len(entry) > 256 or not re.fullmatch(rb'[0-9a-z\n]*', entry):
-        raise _RefusedError('is no short text')
+        raise _RefusedError('is not a short text')
 
 
 def _program(entry: memoryview, entries: Entries) -> None:

@@ -94,7 +94,7 @@ def _parse(content: bytes) -> Any:
     except ProgramRefusedError:
         raise
     except (ValueError, RecursionError) as error:
-        raise ProgramRefusedError(f'is no JSON: {error}') from error
+        raise ProgramRefusedError(f'is not JSON: {error}') from error
 
 
 def _walk(value: Any, key: str, depth: int) -> None:

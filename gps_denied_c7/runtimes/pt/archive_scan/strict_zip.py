@@ -25,7 +25,7 @@ _MAX_ENTRIES = 65534
 
 
 class ZipRefusedError(ValueError):
-    """An archive that is no plain zip; the text says what is wrong, for the end of a sentence."""
+    """An archive that is not a plain zip; the text says what is wrong, for the end of a sentence."""
 
 
 @dataclass(frozen=True, slots=True)

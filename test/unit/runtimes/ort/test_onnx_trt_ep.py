@@ -1084,7 +1084,7 @@ def test_g2_gpu_that_cannot_be_told_keeps_no_cache(
     fake = fake_gpu()
     _, handle = load(config, bare_bundle(tmp_path))
     assert fake.attempts[0]['options'][TENSORRT]['trt_engine_cache_enable'] is False
-    assert any('cannot be told apart' in note for note in handle.facts.notes)
+    assert any('their versions are unknown' in note for note in handle.facts.notes)
     assert not config.ort_trt_cache_dir.exists()
 
 
