@@ -142,6 +142,6 @@ def _refusal(number: int, error: Exception) -> Refused:
     elif isinstance(error, C7Error):
         reason, message, remedy = getattr(error, 'reason', 'decoder'), error.message, error.remedy
     else:
-        _log.warning('a picture met a fault of the decoder', exc_info=True)
+        _log.warning('decoding a picture failed unexpectedly', exc_info=True)
         reason, message, remedy = 'decoder', f'{type(error).__name__}: {error}', ''
     return Refused(number, reason, message[:TEXT_CHARACTERS], remedy[:TEXT_CHARACTERS])

@@ -294,7 +294,7 @@ class CacheBuild:
 
 def read_listing(directory: Path) -> CacheListing:
     """
-    Return the listing of a model's cache directory; its other files are not looked at.
+    Return the listing of a model's cache directory; its other files are not read.
 
     :raises EngineSchemaMismatchError: there is none, it is damaged, or another user could have written it.
     """

@@ -20,7 +20,7 @@ class Scratch:
     Freshly mapped megabytes cost more in page faults than in copying. Cameras of different sizes
     share the memory, so that taking turns costs nothing. For one thread.
 
-    :param kept_bytes: larger arrays are made anew each time, so that one very large image does not keep its memory.
+    :param kept_bytes: larger arrays are made again each time, so that one very large image does not keep its memory.
     """
 
     def __init__(self, kept_bytes: int = _KEPT_BYTES) -> None:

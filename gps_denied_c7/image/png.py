@@ -1,7 +1,7 @@
 """
 PNG to pixels, or a refusal: libpng warns about much of what is wrong and goes on.
 
-A file is walked chunk by chunk, every checksum is looked at, and libpng gets the chunks alone that decide about pixels.
+A file is walked chunk by chunk, every checksum is verified, and libpng gets the chunks alone that decide about pixels.
 """
 
 from __future__ import annotations

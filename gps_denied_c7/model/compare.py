@@ -25,7 +25,7 @@ __all__ = [
 
 # Values compared at a time: as float64 with their errors they take some MB, whatever the size of an output.
 _BLOCK = 1 << 18
-# Coordinates of pairs of points looked at, some seconds: of more points, every second, third … one is.
+# Coordinates of pairs of points that are compared, some seconds: of more points, every second, third … one.
 _PAIRS = 1 << 28
 
 

@@ -30,7 +30,7 @@ _MATCHED = 0.8
 _FEW_COLUMNS, _MOST_COLUMNS = 16, 256
 _LIKE_NEIGHBOURS = 0.5
 """Difference of neighbouring rows as a share of that of rows far apart, below which their order means something."""
-# What is looked at closely, so that a comparison costs tens of milliseconds: points, elements, coordinates of pairs.
+# What is compared one by one, so that a comparison takes tens of milliseconds: points, elements, coordinates of pairs.
 _SAMPLE, _ELEMENTS, _SLICED, _PAIRS = 32, 1 << 14, 1 << 16, 1 << 23
 
 

@@ -51,7 +51,7 @@ _OPSET = 17
 @dataclass(frozen=True, slots=True)
 class OnnxModel:
     """
-    Hold a model file that was read and looked through, with every byte that its digests cover.
+    Hold a model file that was read and checked, with every byte that its digests cover.
 
     :param source: what a session is made from: the very bytes whose digest was taken. Where weights lie in other
         files, a copy of the model with all of them inside but ``weights``.
@@ -212,7 +212,7 @@ def read_onnx(path: Path, sha256: str | None, external_data: Mapping[str, str] |
     nodes, tensors = model_contents(model)
     if any(node.op_type == 'EPContext' for node in nodes):
         raise EngineDeserializeError(
-            f'{path} carries a compiled engine (EPContext), which no gate has seen.',
+            f'{path} carries a compiled engine (EPContext), which the gate has not checked.',
             remedy='Name the .engine file itself, or the .onnx that it was built from.',
         )
     try:

@@ -67,7 +67,7 @@ class Exchange:
         :raises InferenceError: inputs that do not fit, a request still running, or a dead worker.
         """
         if self.running:
-            raise InferenceError(f'{self._process.name} still runs the request before.')
+            raise InferenceError(f'{self._process.name} still runs the previous request.')
         own = self.request_arrays
         # Its own arrays, filled in place, are what they were when they were laid out.
         if own.keys() != inputs.keys() or any(inputs[name] is not array for name, array in own.items()):

@@ -102,7 +102,7 @@ class WorkerLog:
             os.close(descriptor)
 
     def feed(self, buffer: bytearray, size: int) -> None:
-        """Take the first ``size`` bytes of ``buffer``, which follow those of before."""
+        """Take the first ``size`` bytes of ``buffer``, which follow the previous ones."""
         position = 0
         if self._skipping:
             end = buffer.find(b'\n', 0, size)
@@ -144,7 +144,7 @@ class WorkerLog:
         return any(share.open() for share in self._shares(beginning))
 
     def _skip(self, buffer: bytearray, position: int, size: int) -> int:
-        """Return where the next line begins that may be logged; what is before is left out, and looked at no closer."""
+        """Return where the next line begins that may be logged; the bytes in front of it are counted only."""
         marks = [_MARK] if self._ours.open() else [_MARK + b'4', _MARK + b'5'] if self._errors.open() else []
         found = [place for mark in marks if (place := buffer.find(b'\n' + mark, position, size)) >= 0]
         end = min(found) + 1 if found else size

@@ -180,7 +180,7 @@ class EngineService:
             if moved:
                 # It may run the request once more, whose answer is the same.
                 self._host.place(outputs=self._outputs)
-        # Each lies in its own room, in a segment of before or outside of both: no copy overwrites another's source.
+        # Each lies in its own room, in an earlier segment or outside of both: no copy overwrites another's source.
         elsewhere = [name for name, array in self._outputs.items() if not _is_at(array, outputs[name])]
         for name in elsewhere:
             self._outputs[name][...] = outputs[name]

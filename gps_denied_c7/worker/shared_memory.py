@@ -58,7 +58,7 @@ class TensorLayout:
 
     def check(self) -> None:
         """
-        Raise InferenceError for tensors that cannot be, or lie on top of one another.
+        Raise InferenceError for tensors that are impossible or overlap.
 
         For a layout that came from another process.
         """
@@ -69,7 +69,7 @@ class TensorLayout:
         sizes = [(offset, _nbytes(dtype, shape)) for _, dtype, shape, offset in self.tensors]
         taken = sorted((offset, offset + size) for offset, size in sizes if size)
         if any(end > start for (_, end), (start, _) in itertools.pairwise(taken)):
-            raise InferenceError(f'tensors lie on top of one another: {self.tensors!r:.200}.')
+            raise InferenceError(f'tensors overlap: {self.tensors!r:.200}.')
 
     @property
     def size(self) -> int:

@@ -74,7 +74,7 @@ class StagedTensor:
         try:
             self._cuda.lock_pages(array)
         except CudaError as error:
-            _log.info('tensors of %d bytes are copied once more on their way: %s', array.nbytes, error)
+            _log.info('tensors of %d bytes are copied once more: %s', array.nbytes, error)
             return False
         self._unlock()
         self.host, self._locked = array, address_of(array)

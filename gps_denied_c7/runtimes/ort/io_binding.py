@@ -317,7 +317,7 @@ class GpuIo(TensorIo):
             watched = {name: self._outputs[name] for name in finite}
             self._check = FiniteCheck.proven(self._cuda, watched, self._stream)
         except Exception as error:
-            self.notes.append(f'The processor looks for non-finite outputs, since the GPU cannot: {error}')
+            self.notes.append(f'The CPU checks the outputs for NaN and infinity, since the GPU cannot: {error}')
 
     def _drop_check(self) -> None:
         check, self._check = self._check, None

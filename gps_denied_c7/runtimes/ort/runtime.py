@@ -43,7 +43,7 @@ from gps_denied_c7.runtimes.trt.build_watch import BuildWatch
 
 __all__ = ['OnnxTrtEpRuntime']
 
-_ALLOW_CPU = 'Install the GPU stack (requirements/gpu.txt), or let ort_disallow_cpu_fallback be false.'
+_ALLOW_CPU = 'Install the GPU stack (requirements/gpu.txt), or set ort_disallow_cpu_fallback to false.'
 
 _log = logging.getLogger(__name__)
 
@@ -53,7 +53,7 @@ class OnnxTrtEpRuntime(BaseRuntime[Session]):
     Run ``.onnx`` models, and ``.engine`` files through the TensorRT provider.
 
     ONNX Runtime's own retry on other providers silently drops the options, so it is off: the
-    retries here keep them, and what came is compared with what was asked for. The provider's engine cache
+    retries here keep them, and the active providers are compared with the requested ones. The provider's engine cache
     is used where it is what its listing says; an engine in it that is the whole model is loaded as such,
     which takes a fraction of a second where the cache alone takes ten.
 
@@ -96,7 +96,7 @@ class OnnxTrtEpRuntime(BaseRuntime[Session]):
             notes: list[str] = []
             if model.random:
                 changing = ', '.join(model.random[:8])
-                notes.append(f'The same image has other answers each time, because of {changing}.')
+                notes.append(f'The answers to the same image differ from run to run, because of {changing}.')
             engines = self._find_engines(ort, entry, model.content_sha256, axes, notes)
             if engines.build:
                 built = self._build_whole(entry, model, engines.build.built_for, notes)
@@ -293,7 +293,7 @@ class OnnxTrtEpRuntime(BaseRuntime[Session]):
         )
         return LoadedEngine(engine, engine.inputs, engine.outputs, facts)
 
-    # --- what came --------------------------------------------------------------------------------
+    # --- what was loaded --------------------------------------------------------------------------
 
     def _landed(self, engine: Session, notes: Sequence[str]) -> str:
         """Return the provider that runs the graph, as far as that is known, or refuse a CPU that is not wanted."""
@@ -304,7 +304,7 @@ class OnnxTrtEpRuntime(BaseRuntime[Session]):
             return active[0]
         if not engine.takes_cpu:
             raise EngineDeserializeError(
-                f'{engine.path} came up on the CPU alone: {" ".join(notes)}', remedy=self._gpu_remedy()
+                f'{engine.path} was loaded on the CPU alone: {" ".join(notes)}', remedy=self._gpu_remedy()
             )
         return CPU
 

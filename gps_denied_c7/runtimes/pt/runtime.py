@@ -92,7 +92,7 @@ class PytorchFp16Runtime(BaseRuntime[_Engine]):
     """
     Run ``.pt2`` programs of torch.export and TorchScript ``.pt`` files, one artefact per device and precision.
 
-    A file is read once, its digest taken and its contents looked through before torch is imported, and torch
+    A file is read once, its digest taken and its contents checked before torch is imported, and torch
     loads those very bytes (:mod:`gps_denied_c7.runtimes.pt.archive_scan.archive` says what trust remains). Inputs
     and outputs that the bundle calls float32 may be float16 in the file: they are cast on the device.
     """
@@ -221,7 +221,7 @@ class PytorchFp16Runtime(BaseRuntime[_Engine]):
     def _cpu_refused(self, entry: EngineCacheEntry) -> EngineDeserializeError:
         return EngineDeserializeError(
             f'{entry.path} would run on the CPU, and ort_disallow_cpu_fallback refuses it.',
-            remedy='Provide a GPU and an artefact for it, or let ort_disallow_cpu_fallback be false.',
+            remedy='Provide a GPU and an artefact for it, or set ort_disallow_cpu_fallback to false.',
         )
 
     def _sees_gpu(self) -> bool:

@@ -216,7 +216,7 @@ class _Builder:
         trt = self._trt
         builder = trt.Builder(self._logger)
         if builder is None:
-            raise EngineDeserializeError('TensorRT made no builder.', remedy='See the log for what it said.')
+            raise EngineDeserializeError('TensorRT made no builder.', remedy='See the log for the reason.')
         builder.error_recorder = self._errors
         # From 9 on precision is the model's own (strong typing), from 11 on always; before, a flag asks for it.
         strong = hasattr(trt.NetworkDefinitionCreationFlag, 'STRONGLY_TYPED')

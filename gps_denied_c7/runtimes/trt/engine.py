@@ -151,7 +151,7 @@ class TensorrtEngine:
         return []
 
     def _capture_anew(self) -> None:
-        """Replace a graph that has the addresses of before."""
+        """Replace a graph that has the previous addresses."""
         if self._graph is None:
             return
         self._drop_graph()
@@ -262,7 +262,7 @@ class TensorrtEngine:
         try:
             self._check = FiniteCheck.proven(self._cuda, {name: self.outputs[name] for name in finite}, self._stream)
         except Exception as error:
-            self.notes.append(f'The processor looks for non-finite outputs, since the GPU cannot: {error}')
+            self.notes.append(f'The CPU checks the outputs for NaN and infinity, since the GPU cannot: {error}')
 
     # --- running ----------------------------------------------------------------------------------
 

@@ -123,7 +123,7 @@ def test_f1_a_field_that_is_missing_extra_or_of_another_type_is_refused(name: st
         (b'["Progress",["a",NaN,null]]', r'Progress.progress.elapsed_s is not a finite number'),
         (b'["Progress",["a",1e999,null]]', r'Progress.progress.elapsed_s is not a finite number'),
         (b'["Answer",1,[1,2],[[["x","float32",[2,"3"],0]]],[]]', r'Answer.layout.tensors\[0\]\[2\]\[1\] expected a'),
-        (b'["Answer",1,[1,2],[[["x","float32",[2],0],["y","float32",[2],4]]],[]]', 'on top of one another'),
+        (b'["Answer",1,[1,2],[[["x","float32",[2],0],["y","float32",[2],4]]],[]]', 'overlap'),
         (b'["Answer",1,[1,2],[[["x","object",[2],0]]],[]]', 'impossible layout'),
         (b'["Answer",1,[1],[[]],[]]', 'Answer.ran_ns expected 2 items, found 1'),
         (b'["Answer",1,null,[[]],[]]', 'Answer.ran_ns expected a list, found null'),

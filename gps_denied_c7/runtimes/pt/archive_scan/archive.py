@@ -1,5 +1,5 @@
 """
-Torch archives (``.pt2`` of torch.export, TorchScript ``.pt``), looked through before torch sees a byte (R-4).
+Torch archives (``.pt2`` of torch.export, TorchScript ``.pt``), checked before torch reads a byte (R-4).
 
 Both are zip archives, and torch's readers run what lies in them: torch.export unpickles sample inputs, custom
 objects, tensor subclasses and older weights with ``weights_only=False`` (2.13, 2.14), and loads libraries that
@@ -49,7 +49,7 @@ class ArchiveKind(str, Enum):
 @dataclass(frozen=True, slots=True)
 class TorchArchive:
     """
-    Hold an archive that was looked through.
+    Hold an archive that was checked.
 
     :param content: the very bytes that were; what is loaded is made from them, never from the path again.
     :param sha256: their hex digest.
@@ -106,7 +106,7 @@ def scan_torch_archive(content: bytes, kind: ArchiveKind) -> None:
     for name, entry in entries.items():
         check = next((check for pattern, check in rules if pattern.fullmatch(name)), None)
         if check is None:
-            raise _RefusedError(f'has an entry {name!r}, which a {kind.value} model needs not')
+            raise _RefusedError(f'has an entry {name!r}, which a {kind.value} model does not need')
         try:
             check(entry, entries)
         except (PickleRefusedError, ProgramRefusedError, ZipRefusedError, _RefusedError) as error:
@@ -150,7 +150,7 @@ def _sample_inputs(entry: memoryview, entries: Entries) -> None:
     for name, content in inner.items():
         check = next((check for pattern, check in _SAMPLE_INPUTS if pattern.fullmatch(name)), None)
         if check is None:
-            raise _RefusedError(f'has an entry {name!r}, which sample inputs need not')
+            raise _RefusedError(f'has an entry {name!r}, which sample inputs do not need')
         check(content, inner)
     if 'data.pkl' not in inner:
         raise _RefusedError('has no data.pkl')

@@ -658,7 +658,7 @@ def test_r1_non_finite_outputs_are_found_on_the_gpu_or_else_here(
     """A kernel that finds nothing is found out while loading."""
     trt.cuda.kernel_works = works
     runtime, handle = load(config, tmp_path)
-    assert ('The processor looks for non-finite outputs' in ' '.join(handle.facts.notes)) is not works
+    assert ('The CPU checks the outputs for NaN' in ' '.join(handle.facts.notes)) is not works
     for value in (np.nan, np.inf, 0.0):
         bad = {**request_arrays, 'right': request_arrays['right'].copy()}
         bad['right'][0, 2, 3] = value
