@@ -141,9 +141,10 @@ def _union(choices: tuple[Reader, ...]) -> Reader:
 def _each(readers: Iterable[Reader], values: Sequence[object], step: Callable[[int], str]) -> list[Any]:
     """Return each value as its reader makes it; ``step`` says where the value of an index lies, for errors."""
     items: list[Any] = []
+    add = items.append
     try:
         for read, value in zip(readers, values, strict=False):
-            items.append(read(value))
+            add(read(value))
     except FieldError as error:
         raise error.below(step(len(items))) from None
     return items

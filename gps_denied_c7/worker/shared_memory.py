@@ -8,7 +8,7 @@ import itertools
 import math
 import mmap
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,7 +22,7 @@ __all__ = ['SharedTensors', 'TensorLayout', 'segment_bytes']
 _ALIGNMENT = mmap.PAGESIZE
 _SMALLEST_BYTES = 64
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
-_DTYPES = frozenset(np.dtype(code).name for code in '?bBhHiIlLqQefd')
+_ITEM_BYTES = {np.dtype(code).name: np.dtype(code).itemsize for code in '?bBhHiIlLqQefd'}
 _MAX_RANK = 32
 # NumPy counts with the axes of no size left out.
 _MAX_BYTES = (1 << 63) - 1
@@ -62,12 +62,15 @@ class TensorLayout:
 
         For a layout that came from another process.
         """
+        taken = []
         for name, dtype, shape, offset in self.tensors:
-            possible = dtype in _DTYPES and offset >= 0 and len(shape) <= _MAX_RANK and all(axis >= 0 for axis in shape)
-            if not possible or _nbytes(dtype, tuple(axis or 1 for axis in shape)) > _MAX_BYTES:
+            possible = dtype in _ITEM_BYTES and offset >= 0 and len(shape) <= _MAX_RANK and min(shape, default=0) >= 0
+            size = _nbytes(dtype, shape) if possible else 0
+            if not possible or (size or _nbytes(dtype, [axis or 1 for axis in shape])) > _MAX_BYTES:
                 raise InferenceError(f'tensor {name!r} has an impossible layout: {dtype} {shape} at {offset}.')
-        sizes = [(offset, _nbytes(dtype, shape)) for _, dtype, shape, offset in self.tensors]
-        taken = sorted((offset, offset + size) for offset, size in sizes if size)
+            if size:
+                taken.append((offset, offset + size))
+        taken.sort()
         if any(end > start for (_, end), (start, _) in itertools.pairwise(taken)):
             raise InferenceError(f'tensors overlap: {self.tensors!r:.200}.')
 
@@ -146,5 +149,5 @@ def segment_bytes(rooms: Iterable[int]) -> int:
     return sum(-(-room // _ALIGNMENT) * _ALIGNMENT for room in rooms)
 
 
-def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
-    return np.dtype(dtype).itemsize * math.prod(shape)
+def _nbytes(dtype: str, shape: Sequence[int]) -> int:
+    return (_ITEM_BYTES.get(dtype) or np.dtype(dtype).itemsize) * math.prod(shape)
