@@ -19,6 +19,12 @@ class Backoff:
         self._monotonic_ns = monotonic_ns
         self._pauses: dict[Hashable, tuple[int, float]] = {}
         self._attempts: dict[Hashable, int] = {}
+        self.version = 0
+        """Changes whenever a pause begins or is taken back."""
+
+    def ends(self) -> dict[Hashable, int]:
+        """Return by what has failed when its pause ends, by the steady clock; it may be over."""
+        return {what: end_ns for what, (end_ns, _) in self._pauses.items()}
 
     def __contains__(self, what: Hashable) -> bool:
         """Return whether ``what`` has failed since it was last reset."""
@@ -37,6 +43,7 @@ class Backoff:
         # An attempt may take longer than any pause: what it took is no sign that all was well.
         close = pause_s > 0 and self._attempts.pop(what, now_ns) - end_ns < longest * 1e9
         pause_s = min(longest, 2 * pause_s) if close else first
+        self.version += 1
         self._pauses[what] = (now_ns + int(pause_s * 1e9), pause_s)
 
     def left_s(self, what: Hashable) -> float:
@@ -56,7 +63,8 @@ class Backoff:
 
     def reset(self, what: Hashable) -> None:
         """Have the next pause of ``what`` be the shortest again; it may be tried at once."""
-        self._pauses.pop(what, None)
+        if self._pauses.pop(what, None) is not None:
+            self.version += 1
         self._attempts.pop(what, None)
 
     def snapshot(self) -> Callable[[], None]:
@@ -65,10 +73,12 @@ class Backoff:
 
         def take_back() -> None:
             self._pauses, self._attempts = pauses, attempts
+            self.version += 1
 
         return take_back
 
     def clear(self) -> None:
         """Forget everything."""
         self._pauses.clear()
+        self.version += 1
         self._attempts.clear()

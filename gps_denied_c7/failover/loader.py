@@ -60,6 +60,10 @@ class RungEngine:
         """GPU memory that its process takes, as far as that is known."""
         return self.facts.gpu_memory_bytes or 0
 
+    def age_s(self, now_ns: int) -> float:
+        """Return the seconds since the request that it runs was handed over."""
+        return (now_ns - self.began_ns) / 1e9
+
 
 @dataclass(eq=False, slots=True)
 class EngineLoad:
@@ -119,10 +123,13 @@ class EngineLoader:
         self._let_go = let_go
         self._files = files
         self._refused: dict[Rung, Hashable] = {}
+        self._refusing = threading.Lock()
         self._monotonic_ns = monotonic_ns
         self._longest_s: dict[Rung, float] = {}
         self.loads: list[EngineLoad] = []
-        """Loads under way, and those that have ended until somebody takes what came of them; only to be read."""
+        """Loads under way, and those that have ended until the chain takes what came of them; only to be read."""
+        self.version = 0
+        """Changes whenever ``loads`` does, and when refusals are forgotten."""
 
     def longest_s(self) -> tuple[tuple[str, float], ...]:
         """Return by rung the seconds of the longest load, from the start of its worker to its last proof."""
@@ -133,21 +140,30 @@ class EngineLoader:
         if rung not in self._refused:
             return False
         latest = self._files.latest()
-        if self._refused[rung] is None:
-            # It failed before the first look had ended.
-            self._refused[rung] = latest
-        return latest in (None, self._refused[rung])
+        with self._refusing:
+            # Its load may have ended well just now, in a thread of its own.
+            if rung not in self._refused:
+                return False
+            if self._refused[rung] is None:
+                # It failed before the first look had ended.
+                self._refused[rung] = latest
+            return latest in (None, self._refused[rung])
+
+    @property
+    def refuses(self) -> bool:
+        """Whether any rung may be refused: a file that changes ends that at any time."""
+        return bool(self._refused)
 
     def forget_refusals(self) -> None:
         """Allow another attempt for every rung."""
         self._refused.clear()
+        self.version += 1
 
     def start(self, rung: Rung) -> EngineLoad:
         """Begin to load an engine in a thread of its own."""
-        load = EngineLoad(rung)
-        self.loads.append(load)
+        load = self._add(rung)
         try:
-            threading.Thread(target=self._run, args=(load,), name='c7-load', daemon=True).start()
+            self._run_in_thread(load)
         except RuntimeError as error:
             load.error = EngineDeserializeError(f'{rung.name} cannot be loaded now: {error}.', remedy=NO_THREADS_REMEDY)
             load.done.set()
@@ -156,8 +172,7 @@ class EngineLoader:
     @contextlib.contextmanager
     def listed(self, rung: Rung) -> Iterator[EngineLoad]:
         """List a load that the calling thread does by :meth:`load`, so that another thread can end it."""
-        load = EngineLoad(rung)
-        self.loads.append(load)
+        load = self._add(rung)
         try:
             yield load
         finally:
@@ -170,6 +185,7 @@ class EngineLoader:
     def take(self, load: EngineLoad) -> None:
         """Forget a load whose end the caller has in hand."""
         self.loads.remove(load)
+        self.version += 1
 
     def load(self, load: EngineLoad) -> RungEngine:
         """
@@ -192,7 +208,8 @@ class EngineLoader:
                 if known_s is not None and self._isolated:
                     watchdog.start()
                 engine = self._try(load)
-                self._refused.pop(load.rung, None)
+                with self._refusing:
+                    self._refused.pop(load.rung, None)
                 return engine
             except WorkerDiedError as error:
                 if self._given_up() or load.cancelled:
@@ -219,6 +236,7 @@ class EngineLoader:
     def cancel(self, loads: Sequence[EngineLoad]) -> None:
         """End loads whose engines nobody waits for any more."""
         self.loads = [load for load in self.loads if load not in loads]
+        self.version += 1
         for load in loads:
             load.cancelled = True
             load.kill()
@@ -227,6 +245,16 @@ class EngineLoader:
             # One that ends later frees its engine itself.
             if load.done.wait(max(0.0, end - time.monotonic())) and load.engine is not None:
                 self._let_go(load.rung, load.engine.host)
+
+    def _add(self, rung: Rung) -> EngineLoad:
+        load = EngineLoad(rung)
+        self.loads.append(load)
+        self.version += 1
+        return load
+
+    def _run_in_thread(self, load: EngineLoad) -> None:
+        """Load in a thread of its own; tests with a clock of their own replace this. Raises RuntimeError for none."""
+        threading.Thread(target=self._run, args=(load,), name='c7-load', daemon=True).start()
 
     def _run(self, load: EngineLoad) -> None:
         try:

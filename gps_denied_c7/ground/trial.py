@@ -28,7 +28,7 @@ __all__ = ['TrialRun', 'read_picture', 'run_picture', 'served_model']
 _PICTURE_LIMIT_BYTES = 256 << 20
 _FEW = 8
 
-_chain_log = logging.getLogger('gps_denied_c7.failover.chain')
+_chain_log = logging.getLogger('gps_denied_c7.failover')
 
 
 @dataclass(frozen=True, slots=True)

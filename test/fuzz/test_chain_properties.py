@@ -18,6 +18,7 @@ from gps_denied_c7.errors import (
     RuntimeUnavailableError,
     WorkerDiedError,
 )
+from gps_denied_c7.failover.loader import EngineLoader
 from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.failover.status import ChainState
 from gps_denied_c7.model.compare import AllClose
@@ -33,7 +34,7 @@ LOAD_FAULTS = {
     'another digest': EngineSchemaMismatchError('engine_sha256', expected='a', found='b'),
     'unexpected': OSError('a driver call failed'),
 }
-LASTING = (RuntimeUnavailableError, EngineSchemaMismatchError)
+LASTING = tuple(str(LOAD_FAULTS[fault]) for fault in ('absent', 'another digest'))
 ALERTS = ('c7.fallback_to_onnx_trt_ep', 'c7.cpu_fallback')
 
 
@@ -80,6 +81,46 @@ class FakeWorkerUnderWatch(ScriptedWorker):
         return outputs
 
 
+class WatchedLoader(EngineLoader):
+    """Loads that may end have ended before the chain goes on."""
+
+    def __init__(self, bench, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.bench = bench
+
+    def start(self, rung):
+        load = super().start(rung)
+        if self.bench.loads_may_end.is_set():
+            assert load.done.wait(30)
+        return load
+
+    def find(self, rung):
+        if (load := super().find(rung)) is not None:
+            load.done = AwaitedByChain(self.bench, load.done)
+        return load
+
+    def cancel(self, loads):
+        # A process that is killed ends its load, held or not.
+        held = not self.bench.loads_may_end.is_set()
+        self.bench.loads_may_end.set()
+        super().cancel(loads)
+        assert all(load.done.wait(30) for load in loads)
+        if held:
+            self.bench.loads_may_end.clear()
+
+
+class AwaitedByChain:
+    """The end of a load: where the chain has nothing else to do than wait for it, no load is held any more."""
+
+    def __init__(self, bench, done):
+        self.bench, self.is_set, self.set, self.wait_for = bench, done.is_set, done.set, done.wait
+
+    def wait(self, timeout=None):
+        if timeout is None:
+            self.bench.open_gate()
+        return self.wait_for(timeout)
+
+
 class WatchedBench(Bench):
     """A chain over workers under watch; a load that may end has ended before the chain goes on."""
 
@@ -88,45 +129,14 @@ class WatchedBench(Bench):
     def __init__(self, *rungs, sizes, **config):
         self.created, self.violations = [], []
         super().__init__(*rungs, sizes=sizes, **config)
-        start_load = self.chain._loader.start
 
-        def start_and_join(rung):
-            load = start_load(rung)
-            if self.loads_may_end.is_set():
-                assert load.done.wait(30)
-            return load
-
-        load_within = self.chain._load_within
-
-        def load_at_last(rung, budget_s):
-            if budget_s is None:
-                # The chain has nothing else to do than wait for it.
-                self.open_gate()
-            return load_within(rung, budget_s)
-
-        cancel = self.chain._loader.cancel
-
-        def cancel_at_once(loads):
-            # A process that is killed ends its load, held or not.
-            held = not self.loads_may_end.is_set()
-            self.loads_may_end.set()
-            cancel(loads)
-            assert all(load.done.wait(30) for load in loads)
-            if held:
-                self.loads_may_end.clear()
-
-        self.chain._loader.start, self.chain._load_within = start_and_join, load_at_last
-        self.chain._loader.cancel = cancel_at_once
+    def make_loader(self, *args, **kwargs):
+        return WatchedLoader(self, *args, **kwargs)
 
     def open_gate(self):
         self.loads_may_end.set()
-        for load in list(self.chain._loader.loads):
+        for load in self.chain.snapshot().loading:
             assert load.done.wait(30)
-
-    def held(self):
-        chain = self.chain
-        engines = [chain._engine, chain._standby, chain._candidate, *chain._late]
-        return [engine.host for engine in engines if engine is not None]
 
 
 class ChainMachine(RuleBasedStateMachine):
@@ -244,7 +254,7 @@ class ChainMachine(RuleBasedStateMachine):
         self.chain.release()
         self.follow()
         assert self.chain.status().state is ChainState.UNLOADED
-        assert not self.chain._loader.loads and not self.bench.held()
+        assert not self.chain.snapshot().loading and not self.bench.held()
         assert all(worker.released for worker in self.bench.created)
 
     @rule()
@@ -258,9 +268,10 @@ class ChainMachine(RuleBasedStateMachine):
             self.bench.now_ns += int(70e9)
             self.maintain()
             self.infer(4)
-        status, failures = self.chain.status(), self.chain._failures
+        status = self.chain.status()
+        failures = dict(status.failures)
         assert status.state is ChainState.READY
-        usable = [rung for rung in self.chain.rungs if not isinstance(failures.get(rung.name), LASTING)]
+        usable = [rung for rung in self.chain.rungs if failures.get(rung.name) not in LASTING]
         if status.gpu_lost and CPU in self.chain.rungs:
             assert status.active == CPU
             assert 'c7.worker_unkillable' in [kind for kind, _ in self.bench.records]
@@ -272,7 +283,8 @@ class ChainMachine(RuleBasedStateMachine):
     def follow(self):
         """Read the records of one call: they lead from the rung that served before it to the one that serves now."""
         records, self.seen = self.bench.records[self.seen :], len(self.bench.records)
-        status, host = self.chain.status(), self.chain._engine.host if self.chain._engine is not None else None
+        status, serving = self.chain.status(), self.chain.snapshot().serving
+        host = serving.host if serving is not None else None
         switched = 0
         for kind, payload in records:
             if kind == 'c7.runtime_switched':
@@ -318,27 +330,26 @@ class ChainMachine(RuleBasedStateMachine):
     def promises(self):
         if not hasattr(self, 'bench'):
             return
-        status, chain = self.chain.status(), self.chain
+        status, fleet, rungs = self.chain.status(), self.chain.snapshot(), self.chain.rungs
         assert self.bench.violations == []
-        held = self.bench.held()
+        held = [engine.host for engine in self.bench.held()]
         assert len(held) == len(set(held)), 'an engine has one role'
         assert not [worker for worker in held if worker.released]
-        loading = {load.host for load in chain._loader.loads}
+        loading = {load.host for load in fleet.loading}
         assert all(worker.released or worker in held or worker in loading for worker in self.bench.created)
-        assert len(loading) <= max(1, len(chain.rungs))
+        assert len(loading) <= max(1, len(rungs))
         claims = self.bench.memory.held()
         assert sum(taken for _, taken in claims) <= self.bench.memory.total_bytes
         assert Counter(name for name, _ in claims) <= Counter(
             worker.rung.name for worker in self.bench.created if not worker.gone
         ), 'whoever is gone holds no memory'
-        assert (status.state is ChainState.READY) == (chain._engine is not None) == (status.active is not None)
-        assert status.active == (chain._engine.rung if chain._engine else None)
-        assert chain._engine is None or chain._engine.host.request is None, 'it could not be asked'
-        assert status.standby == (chain._standby.rung if chain._standby else None)
-        if chain._candidate is not None:
-            assert chain._engine is not None, 'where nothing else serves, it does'
-            rungs = chain.rungs
-            assert rungs.index(chain._candidate.rung) < rungs.index(chain._engine.rung), 'a candidate is a better rung'
+        assert (status.state is ChainState.READY) == (fleet.serving is not None) == (status.active is not None)
+        assert status.active == (fleet.serving.rung if fleet.serving else None)
+        assert fleet.serving is None or fleet.serving.host.request is None, 'it could not be asked'
+        assert status.standby == (fleet.standby.rung if fleet.standby else None)
+        if fleet.shadow is not None:
+            assert fleet.serving is not None, 'where nothing else serves, it does'
+            assert rungs.index(fleet.shadow.rung) < rungs.index(fleet.serving.rung), 'a shadow is a better rung'
 
     def teardown(self):
         if hasattr(self, 'bench'):

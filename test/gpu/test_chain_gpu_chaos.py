@@ -99,7 +99,7 @@ def test_f4_a_kernel_that_never_ends_costs_its_worker_and_no_frame(
                 lambda: chain.status().active.strategy == 'pytorch_fp16' and chain.status().standby is not None,
                 'torch to serve again, with a standby',
             )
-            spinning = chain._engine.host.pid
+            spinning = chain.status().worker_pid
             flag.touch()
             started = time.monotonic()
             answer = chain.infer(REQUEST)

@@ -91,8 +91,9 @@ def test_a_chain_whose_weights_were_exchanged_answers_with_the_old_ones_or_not_a
                 failure = error
                 break
             rename_over(tmp_path / 'net.weights', np.full((256, 256), 4.0, np.float32).tobytes())
-            assert chain._engine is not None
-            os.kill(chain._engine.host.pid, signal.SIGKILL)
+            pid = chain.status().worker_pid
+            assert pid is not None
+            os.kill(pid, signal.SIGKILL)
             chain.maintain()
         assert answers and set(answers) == {128.0}
         assert 'net.weights' in str(failure)

@@ -536,14 +536,14 @@ def test_f2_f3_a_chain_of_real_workers_answers_every_frame(bundle):
 
         def stand_by():
             chain.maintain()
-            return chain._standby
+            return chain.snapshot().standby
 
         for turn in range(8):
             wait_until(stand_by, 'a standby')
             number = [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP, signal.SIGKILL][turn % 4]
-            os.kill(chain._engine.host.pid, number)
+            os.kill(chain.status().worker_pid, number)
             if turn % 4 == 3:
-                os.kill(chain._standby.host.pid, signal.SIGKILL)
+                os.kill(chain.status().standby_pid, signal.SIGKILL)
             for _ in range(3):
                 answer = chain.infer(request)
                 for name, array in answer.outputs.items():
@@ -566,7 +566,7 @@ def running_chain(bundle, spare=None, **config):
 
         def stands_by():
             chain.maintain()
-            return chain._standby is not None
+            return chain.snapshot().standby is not None
 
         if settings.hot_standby:
             wait_until(stands_by, 'a standby')
@@ -602,7 +602,7 @@ def test_f4_a_frame_is_answered_although_the_engine_that_is_loaded_for_it_is_sto
 
         def stop_the_next():
             def loading():
-                return [load.host.pid for load in list(chain._loader.loads) if load.host is not None and load.host.pid]
+                return [load.host.pid for load in chain.snapshot().loading if load.host is not None and load.host.pid]
 
             stopped.extend(wait_until(loading, 'a load'))
             stop(stopped[0])
@@ -616,20 +616,21 @@ def test_f4_a_frame_is_answered_although_the_engine_that_is_loaded_for_it_is_sto
         assert stopped[0] not in before and chain.status().worker_pid not in (*before, *stopped)
 
 
-def test_f4_a_frame_that_is_given_up_names_the_workers_that_were_stopped(bundle):
+def test_f4_a_frame_that_is_given_up_names_the_workers_that_were_stopped(bundle, monkeypatch):
     """And says which of them was loaded for it; the next frame is answered."""
     with running_chain(bundle) as (chain, request, expected):
-        asked, ask = [], chain._ask
+        asked, begin = [], WorkerHost.begin
 
-        def ask_and_stop(engine, inputs, *, last):
-            asked.append(engine.host.pid)
-            stop(engine.host.pid)
-            return ask(engine, inputs, last=last)
+        def stop_and_begin(host, inputs):
+            if inputs is request:
+                asked.append(host.pid)
+                stop(host.pid)
+            begin(host, inputs)
 
-        chain._ask = ask_and_stop
-        with pytest.raises(InferenceError, match='no runtime can answer this request') as caught:
-            chain.infer(request)
-        chain._ask = ask
+        with monkeypatch.context() as patch:
+            patch.setattr(WorkerHost, 'begin', stop_and_begin)
+            with pytest.raises(InferenceError, match='no runtime can answer this request') as caught:
+                chain.infer(request)
         assert all(f'(pid {pid}, stopped)' in str(caught.value) for pid in asked) and len(asked) == 3
         assert f'(pid {asked[-1]}, stopped), loaded for this request: no answer for' in str(caught.value)
         assert 'Find out what stops the workers' in caught.value.remedy
@@ -800,11 +801,11 @@ def test_f1_what_a_dead_worker_held_does_not_wait_for_the_collector(bundle):
         for _ in range(4):
             chain.infer(request)
             in_place = dict(chain.request_arrays())
-            os.kill(chain._engine.host.pid, signal.SIGKILL)
+            os.kill(chain.status().worker_pid, signal.SIGKILL)
             assert chain.infer(in_place).outputs
             del in_place
             wait_until(lambda: chain.maintain() or chain.status().standby is not None, 'another standby')
-            wait_until(lambda: not chain._retiring, 'the dead to be reaped')
+            wait_until(lambda: not chain.snapshot().retiring, 'the dead to be reaped')
             held.append(descriptors())
         assert held[-1] <= held[0]
     finally:

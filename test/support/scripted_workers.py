@@ -12,6 +12,7 @@ from gps_denied_c7.errors import (
     InferenceError,
 )
 from gps_denied_c7.failover.chain import RuntimeChain
+from gps_denied_c7.failover.loader import EngineLoader
 from gps_denied_c7.failover.memory_budget import GpuMemoryBudget
 from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.model.bundle import ModelBundle
@@ -142,7 +143,16 @@ class Bench:
             emit=lambda kind, **payload: self.records.append((kind, payload)),
             monotonic_ns=lambda: self.now_ns,
             rungs=rungs,
+            make_loader=self.make_loader,
         )
+
+    def make_loader(self, *args, **kwargs):
+        return EngineLoader(*args, **kwargs)
+
+    def held(self):
+        """Return the engines that are loaded and not being ended."""
+        fleet = self.chain.snapshot()
+        return [engine for engine in (fleet.serving, fleet.standby, fleet.shadow, *fleet.late) if engine is not None]
 
     def before_load(self, rung):
         if threading.current_thread() is not threading.main_thread():
@@ -154,9 +164,9 @@ class Bench:
         """Let every load that has been ordered end, and the chain see it."""
         deadline = time.monotonic() + 30
         self.chain.maintain()
-        while self.chain._loader.loads:
+        while loads := self.chain.snapshot().loading:
             assert time.monotonic() < deadline
-            self.chain._loader.loads[0].done.wait(0.05)
+            loads[0].done.wait(0.05)
             self.chain.maintain()
 
     def ready(self):
@@ -165,10 +175,10 @@ class Bench:
         return self
 
     def serving(self):
-        return self.chain._engine.host
+        return self.chain.snapshot().serving.host
 
     def standby(self):
-        return self.chain._standby.host
+        return self.chain.snapshot().standby.host
 
     def ask(self, value=1.0):
         try:

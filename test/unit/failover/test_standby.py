@@ -234,9 +234,6 @@ def test_f6_requests_that_no_engine_survives_do_not_put_off_a_better_one():
 def test_f2_a_lost_gpu_is_left_also_by_an_engine_that_still_answers(hot_standby):
     """It goes on answering until the CPU is loaded; nothing of the GPU serves or stands by from then on."""
     bench = Bench(GPU, OTHER_GPU, CPU, hot_standby=hot_standby).ready()
-    if not hot_standby:
-        bench.chain._order_standby()
-        bench.settle()
     hung = bench.serving()
     hung.act, hung.killable = 'late', False
     bench.ask(1.0)
@@ -266,7 +263,7 @@ def test_f6_a_lost_gpu_is_tried_again_beside_the_cpu_and_serves_once_it_answers(
     assert {worker.rung for worker in bench.workers} == {CPU}
     bench.now_ns += int(4e9)
     bench.settle()
-    assert bench.chain._candidate is None, 'not at once'
+    assert bench.chain.snapshot().shadow is None, 'not at once'
     bench.now_ns += int(30e9)
     bench.settle()
     assert bench.chain.status().gpu_lost, 'an engine that is loaded has not yet answered'
@@ -391,7 +388,7 @@ def test_f4_late_answers_have_no_engine_loaded_again_and_again(rungs):
     for number in range(60):
         slow.act, slow.patience = 'slow', 3
         bench.ask(float(number))
-        for load in bench.chain._loader.loads:
+        for load in bench.chain.snapshot().loading:
             assert load.done.wait(30)
     assert bench.serving() is slow and bench.now_ns - before_ns > 12e9
     # Pauses of 1, 2, 4, 8 s and those that are hurried past, for each rung.
@@ -435,7 +432,7 @@ def test_f4_no_two_engines_are_loaded_on_the_gpu_at_once_for_a_late_answer():
     bench.before_load = load
     bench.now_ns += int(60e9)
     bench.chain.maintain()
-    assert [each.rung for each in bench.chain._loader.loads] == [GPU]
+    assert [each.rung for each in bench.chain.snapshot().loading] == [GPU]
     bench.standby().alive = False
     bench.serving().act, end_ns = 'late', bench.now_ns + int(5e9)
     waiting = threading.Thread(target=lambda: bench.ask(3.0), daemon=True)
@@ -460,14 +457,14 @@ def test_f3_a_standby_is_replaced_while_a_better_engine_is_being_loaded():
     bench.before_load = load
     bench.now_ns += int(60e9)
     bench.chain.maintain()
-    assert [each.rung for each in bench.chain._loader.loads] == [GPU]
+    assert [each.rung for each in bench.chain.snapshot().loading] == [GPU]
     dead = bench.standby()
     dead.alive = False
     deadline = time.monotonic() + 30
     while bench.chain.status().standby is None or bench.standby() is dead:
         assert time.monotonic() < deadline
         bench.chain.maintain()
-    assert [each.rung for each in bench.chain._loader.loads] == [GPU]
+    assert [each.rung for each in bench.chain.snapshot().loading] == [GPU]
     better_may_load.set()
     bench.settle()
     assert bench.chain.status().standby == CPU
@@ -680,7 +677,7 @@ def test_f4_an_answer_that_comes_late_is_no_answer_to_a_later_frame():
     assert bench.ask(8.0).runtime_label == GPU.strategy
 
 
-def with_a_candidate(**config):
+def with_a_shadow(**config):
     """Have the CPU serve, no rung be loadable, and an engine of another rung be there to take over."""
     bench = Bench(GPU, OTHER_GPU, CPU, hot_standby=False, **config)
     refused = EngineDeserializeError('not now.')
@@ -689,13 +686,13 @@ def with_a_candidate(**config):
     bench.load_faults = {GPU: refused}
     bench.now_ns += int(10e9)
     bench.settle()
-    assert (bench.chain.status().active, bench.chain._candidate.rung) == (CPU, OTHER_GPU)
+    assert (bench.chain.status().active, bench.chain.snapshot().shadow.rung) == (CPU, OTHER_GPU)
     bench.load_faults = {GPU: refused, CPU: refused, OTHER_GPU: refused}
     return bench
 
 
 def test_f6_an_engine_that_was_to_take_over_serves_at_once_where_nothing_else_does():
-    bench = with_a_candidate()
+    bench = with_a_shadow()
     bench.serving().act = 'die'
     assert bench.ask(7.0).runtime_label == OTHER_GPU.strategy
     (switch,) = bench.switches()
@@ -704,15 +701,15 @@ def test_f6_an_engine_that_was_to_take_over_serves_at_once_where_nothing_else_do
 
 
 def test_f6_an_engine_that_still_runs_a_live_frame_serves_nobody():
-    bench = with_a_candidate()
-    candidate = bench.chain._candidate.host
-    candidate.act = 'late'
+    bench = with_a_shadow()
+    shadow = bench.chain.snapshot().shadow.host
+    shadow.act = 'late'
     bench.ask(6.0)
-    candidate.begin = lambda inputs: pytest.fail('it still runs the frame before')
+    shadow.begin = lambda inputs: pytest.fail('it still runs the frame before')
     bench.serving().act = 'die'
     with pytest.raises(ChainExhaustedError):
         bench.ask(7.0)
-    assert bench.chain._candidate is None and bench.workers == []
+    assert bench.chain.snapshot().shadow is None and bench.workers == []
     bench.load_faults = {}
     bench.now_ns += int(60e9)
     bench.settle()
@@ -729,16 +726,16 @@ def test_f6_an_engine_takes_over_between_two_frames_only():
     bench.settle()
     for _ in range(2):
         bench.ask()
-    candidate, serving = bench.chain._candidate.host, bench.serving()
-    candidate.act, candidate.patience = 'slow', 2
+    shadow, serving = bench.chain.snapshot().shadow.host, bench.serving()
+    shadow.act, shadow.patience = 'slow', 2
     bench.ask()
     serving.act, serving.patience = 'slow', 3
     assert bench.chain.infer({'x': np.full((1, 2), 7, np.float32)}).runtime_label == CPU.strategy
-    assert bench.serving() is serving and bench.chain._candidate.agreements == 3
+    assert bench.serving() is serving and bench.chain.snapshot().shadow.agreements == 3
     bench.chain.maintain()
     assert bench.ask(8.0).runtime_label == GPU.strategy
     assert [switch['to'] for switch in bench.switches()] == [GPU.name]
-    assert bench.workers == [candidate]
+    assert bench.workers == [shadow]
 
 
 def test_ac5_an_engine_that_is_heard_at_last_tells_its_alert_once():
@@ -884,7 +881,7 @@ def test_f7_a_chain_of_refused_engines_alone_is_not_restarted_for_ever(tmp_path,
 
 
 def about_to_promote():
-    """Return a bench where the CPU serves and the GPU, which was out, is the candidate."""
+    """Return a bench where the CPU serves and the GPU, which was out, is the shadow."""
     bench = Bench(GPU, CPU)
     bench.load_faults[GPU] = EngineDeserializeError('not now.')
     bench.ready()
@@ -898,18 +895,18 @@ def about_to_promote():
 def test_f6_a_better_rung_takes_over_once_it_has_answered_every_frame_that_it_was_given():
     """One that still runs a request could not be asked: its first own frame would cost it the GPU."""
     bench = about_to_promote()
-    candidate = bench.chain._candidate.host
-    candidate.act, begin = 'slow', candidate.begin
+    shadow = bench.chain.snapshot().shadow.host
+    shadow.act, begin = 'slow', shadow.begin
 
     def begin_slowly(inputs):
         begin(inputs)
         # It is asked once before it answers.
-        candidate.patience = 1 if bench.chain._candidate else 0
+        shadow.patience = 1 if bench.chain.snapshot().shadow else 0
 
-    candidate.begin = begin_slowly
+    shadow.begin = begin_slowly
     for _ in range(8):
         bench.ask()
-    assert bench.serving() is candidate
+    assert bench.serving() is shadow
     assert len(bench.switches()) == 1
 
 
@@ -922,7 +919,7 @@ def test_f6_a_better_rung_that_dies_again_and_again_is_tried_ever_more_seldom():
         bench.serving().act = 'die'
         died_ns = bench.now_ns
         while bench.ask().runtime_label != 'tensorrt':
-            if bench.chain._candidate is None:
+            if bench.chain.snapshot().shadow is None:
                 bench.now_ns += int(0.25e9)
             bench.settle()
         waited.append((bench.now_ns - died_ns) / 1e9)
@@ -957,7 +954,7 @@ def test_f6_a_gpu_engine_that_answers_zeros_is_not_promoted_over_a_correct_cpu(a
 @pytest.mark.parametrize('act', ['die', 'fail', 'disagree'])
 def test_f6_a_better_rung_that_dies_fails_or_disagrees_in_the_shadow_costs_no_frame(act):
     bench = about_to_promote()
-    bench.chain._candidate.host.act = act
+    bench.chain.snapshot().shadow.host.act = act
     for _ in range(5):
         assert bench.ask().runtime_label == 'onnx_trt_ep'
     assert 'c7.promotion_delayed' in [kind for kind, _ in bench.records]
@@ -965,10 +962,8 @@ def test_f6_a_better_rung_that_dies_fails_or_disagrees_in_the_shadow_costs_no_fr
 
 
 def test_release_frees_every_worker_also_those_being_loaded():
-    bench = Bench(GPU, CPU)
+    bench = Bench(CPU)
     bench.loads_may_end.clear()
-    bench.load_faults[GPU] = EngineDeserializeError('not now.')
-    bench.chain._rungs = (CPU,)
     bench.chain.load()
     threading.Timer(0.05, bench.loads_may_end.set).start()
     bench.chain.release()
@@ -983,7 +978,7 @@ def test_n10_a_chain_that_is_loaded_beside_another_loads_its_standby_with_its_fi
     bench = Bench(GPU, CPU)
     bench.chain.load(beside=Bench(GPU, CPU).chain)
     bench.chain.shadow({'x': np.ones((1, 2), np.float32)})
-    assert len(bench.workers) == 1 and not bench.chain._loader.loads
+    assert len(bench.workers) == 1 and not bench.chain.snapshot().loading
     bench.ask()
     bench.settle()
     assert bench.chain.status().standby == CPU
@@ -1037,10 +1032,10 @@ def test_any_history_of_workers_keeps_the_invariants(steps):
             elif step == 'ask':
                 number += 1.0
                 # Wrong and undetected is out of scope for an engine that may serve: late ones and those just
-                # loaded may come to it within this call. A candidate's answers are compared.
-                candidate = bench.chain._candidate
+                # loaded may come to it within this call. A shadow's answers are compared.
+                shadow = bench.chain.snapshot().shadow
                 for worker in list(bench.workers):
-                    if worker.act == 'disagree' and (candidate is None or worker is not candidate.host):
+                    if worker.act == 'disagree' and (shadow is None or worker is not shadow.host):
                         worker.act = 'answer'
                 try:
                     bench.ask(number)
@@ -1055,13 +1050,11 @@ def test_any_history_of_workers_keeps_the_invariants(steps):
                     bench.chain.prove()
             elif step == 'release':
                 bench.chain.release()
-            status, chain = bench.chain.status(), bench.chain
-            held = [chain._engine, chain._standby, chain._candidate, *chain._late]
-            held = [engine.host for engine in held if engine is not None]
-            assert len(held) == len(set(held)), 'an engine has one role'
-            assert (status.state is ChainState.READY) == (chain._engine is not None)
-            assert status.active == (chain._engine.rung if chain._engine else None)
-            assert status.standby == (chain._standby.rung if chain._standby else None)
+            status, fleet = bench.chain.status(), bench.chain.snapshot()
+            assert len(bench.held()) == len(set(bench.held())), 'an engine has one role'
+            assert (status.state is ChainState.READY) == (fleet.serving is not None)
+            assert status.active == (fleet.serving.rung if fleet.serving else None)
+            assert status.standby == (fleet.standby.rung if fleet.standby else None)
             assert len(bench.workers) <= 8
     finally:
         bench.chain.release()
