@@ -51,7 +51,7 @@ class Backoff:
         return max(0, self._pauses.get(what, (0, 0.0))[0] - self._monotonic_ns()) / 1e9
 
     def may_begin(self, what: Hashable) -> bool:
-        """Return whether ``what`` may be tried now; who is told so tries it."""
+        """Return whether ``what`` may be tried now; True counts as the begin of an attempt."""
         if self.left_s(what):
             return False
         self._attempts[what] = self._monotonic_ns()

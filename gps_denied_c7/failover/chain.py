@@ -198,7 +198,7 @@ class RuntimeChain:
             try:
                 self._control.self_test(engine)
             except Exception as error:
-                # It may have died by chance: loaded afresh it is tested again, after those that come next.
+                # It may have died by chance: it is loaded and tested again, after the rungs that come next.
                 self._replacement.after_failure(error)
 
     # --- one request ------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ class RuntimeChain:
         Return the answer of ``engine``; where it is late, wait while another one is being loaded (F-4).
 
         :raises LateError: it is late and there is a standby, or it was loaded for this request and has hung.
-        :raises InferenceError: it failed, or has hung for so long that loading it afresh is the better bet.
+        :raises InferenceError: it failed, or has hung for so long that it is loaded again.
         """
         control, fleet = self._control, self._fleet
         engine.began_ns, engine.request, engine.late_answer = self._monotonic_ns(), request.number, None
@@ -314,7 +314,7 @@ class RuntimeChain:
         serving = self._serving()
         if step.next is Next.RELOAD:
             if request.asked(serving):
-                # Afresh it passes its self-test once more: the request is what it does not survive.
+                # It was loaded again and passes its self-test: the request is what it does not survive.
                 self._give_up(request)
         elif loaded:
             request.note_reload(serving)

@@ -74,7 +74,7 @@ class EngineControl:
         self.backoff = Backoff(monotonic_ns)
         self.loader = make_loader(
             config, host_factory, self._proof,
-            attempts=self._attempts, given_up=lambda: self.closing, let_go=self._reaper.add,
+            attempts=self._attempts, given_up=lambda: self.closing, retire=self._reaper.add,
             files=FileWatch(lambda: fingerprint(bundle_files(bundle), cache_directories(config))),
             monotonic_ns=monotonic_ns,
         )  # fmt: skip
@@ -239,7 +239,7 @@ class EngineControl:
         try:
             self.self_test(engine)
         except Exception as error:
-            _log.error('%s fails its proof: %s', engine.rung.name, error)
+            _log.error('%s fails its self-test: %s', engine.rung.name, error)
             return False
         return True
 

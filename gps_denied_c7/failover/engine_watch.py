@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 
 class EngineWatch:
     """
-    Ask the engines that do not serve, and tell the policy what came of it; never waits.
+    Ask the engines that do not serve, and apply what the policy decides about them; never waits.
 
     :param bundle: its rules say whether a shadow agrees.
     """

@@ -36,7 +36,7 @@ class SynchronousHost(abc.ABC):
     """Give the two halves of a request to an engine that answers in the calling thread."""
 
     ran_ns: tuple[int, int] = (0, 0)
-    """When the engine began and ended its last run, by the steady clock; zeros where it does not tell."""
+    """When the engine began and ended its last run, by the steady clock; zeros where unknown."""
 
     _request: Mapping[str, NDArray] | None = None
 

@@ -1,4 +1,4 @@
-"""Load the engines of a chain and prove them, in the calling thread or in one of their own (F-1, F-5)."""
+"""Load the engines of a chain and self-test them, in the calling thread or in one of their own (F-1, F-5)."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _log = logging.getLogger(__name__)
 @dataclass(eq=False, slots=True)
 class RungEngine:
     """
-    One loaded engine of a rung, and what the chain has it do.
+    One loaded engine of a rung, and the request that it runs.
 
     :param deadline_s: seconds after which a request counts as late, from its hand-over.
     :param hang_s: seconds after which it counts as hung.
@@ -40,7 +40,7 @@ class RungEngine:
     :param expected: what the serving engine answered to that request, where the two are compared.
     :param agreements: live frames on which it gave the serving engine's answer.
     :param request: number of the chain's request that it was handed last.
-    :param late_answer: what it answered to that at last, where it was late.
+    :param late_answer: its answer to that, where it was late.
     """
 
     rung: Rung
@@ -71,7 +71,7 @@ class EngineLoad:
     One engine that is being loaded.
 
     :param done: set once ``engine`` or ``error`` is, by a load in a thread of its own.
-    :param cancelled: nobody waits for it any more; what comes of it is freed.
+    :param cancelled: it is not needed any more; its engine is freed.
     """
 
     rung: Rung
@@ -89,16 +89,16 @@ class EngineLoad:
 
 class EngineLoader:
     """
-    Load and prove engines; load an engine again where its worker dies meanwhile.
+    Load and self-test engines; load an engine again where its worker dies meanwhile.
 
     The engine or something else may have killed the worker; only another attempt shows which.
 
     :param host_factory: makes the host of a rung; it may raise a C7Error instead. Called from several threads.
     :param proof: what an engine has to pass.
     :param attempts: how often a rung is loaded in a row while its workers die.
-    :param given_up: whether no load is to be tried again.
-    :param let_go: frees a host that came to nothing; called from several threads.
-    :param files: what tells whether the files that engines are made of have changed.
+    :param given_up: returns whether no load is to be tried again.
+    :param retire: frees a host that cannot be used; called from several threads.
+    :param files: watches the files that engines are made of.
     :param monotonic_ns: steady clock in nanoseconds.
     """
 
@@ -110,7 +110,7 @@ class EngineLoader:
         *,
         attempts: Callable[[Rung], int],
         given_up: Callable[[], bool],
-        let_go: Callable[[Rung, RungHost], None],
+        retire: Callable[[Rung, RungHost], None],
         files: FileWatch,
         monotonic_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
@@ -120,19 +120,19 @@ class EngineLoader:
         self._proof = proof
         self._attempts = attempts
         self._given_up = given_up
-        self._let_go = let_go
+        self._retire = retire
         self._files = files
         self._refused: dict[Rung, Hashable] = {}
         self._refusing = threading.Lock()
         self._monotonic_ns = monotonic_ns
         self._longest_s: dict[Rung, float] = {}
         self.loads: list[EngineLoad] = []
-        """Loads under way, and those that have ended until the chain takes what came of them; only to be read."""
+        """Loads under way, and those that have ended until the chain takes their result; only to be read."""
         self.version = 0
         """Changes whenever ``loads`` does, and when refusals are forgotten."""
 
     def longest_s(self) -> tuple[tuple[str, float], ...]:
-        """Return by rung the seconds of the longest load, from the start of its worker to its last proof."""
+        """Return by rung the seconds of the longest load, from the start of its worker to its last self-test."""
         return tuple((rung.name, seconds) for rung, seconds in self._longest_s.copy().items())
 
     def refused(self, rung: Rung) -> bool:
@@ -179,19 +179,19 @@ class EngineLoader:
             self.take(load)
 
     def find(self, rung: Rung) -> EngineLoad | None:
-        """Return a load of ``rung`` that nobody has taken, None where there is none."""
+        """Return a load of ``rung`` that was not taken, None where there is none."""
         return next((load for load in self.loads if load.rung == rung), None)
 
     def take(self, load: EngineLoad) -> None:
-        """Forget a load whose end the caller has in hand."""
+        """Forget a load whose result the caller uses."""
         self.loads.remove(load)
         self.version += 1
 
     def load(self, load: EngineLoad) -> RungEngine:
         """
-        Load and prove an engine in the calling thread.
+        Load and self-test an engine in the calling thread.
 
-        :raises C7Error: it cannot be loaded, or fails its proof.
+        :raises C7Error: it cannot be loaded, or fails its self-test.
         :raises WorkerDiedError: its workers died, as often as it was tried.
         """
         # A rung that has been loaded before is known to need about so long; one that hangs meanwhile is not waited for.
@@ -234,7 +234,7 @@ class EngineLoader:
             load.kill()
 
     def cancel(self, loads: Sequence[EngineLoad]) -> None:
-        """End loads whose engines nobody waits for any more."""
+        """End loads whose engines are not needed any more."""
         self.loads = [load for load in self.loads if load not in loads]
         self.version += 1
         for load in loads:
@@ -244,7 +244,7 @@ class EngineLoader:
         for load in loads:
             # One that ends later frees its engine itself.
             if load.done.wait(max(0.0, end - time.monotonic())) and load.engine is not None:
-                self._let_go(load.rung, load.engine.host)
+                self._retire(load.rung, load.engine.host)
 
     def _add(self, rung: Rung) -> EngineLoad:
         load = EngineLoad(rung)
@@ -263,7 +263,7 @@ class EngineLoader:
             load.error = error
         load.done.set()
         if load.cancelled and load.engine is not None:
-            self._let_go(load.rung, load.engine.host)
+            self._retire(load.rung, load.engine.host)
 
     def _try(self, load: EngineLoad) -> RungEngine:
         started_ns = self._monotonic_ns()
@@ -276,7 +276,7 @@ class EngineLoader:
                 # Not the first, in which a worker and its node come to know where tensors lie.
                 warm_up_s = max(self._proof.time(host, limit_s) for _ in range(_WARM_UPS))
         except BaseException:
-            self._let_go(load.rung, host)
+            self._retire(load.rung, host)
             raise
         took_s = (self._monotonic_ns() - started_ns) / 1e9
         self._longest_s[load.rung] = max(self._longest_s.get(load.rung, 0.0), took_s)

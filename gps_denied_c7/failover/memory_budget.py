@@ -1,4 +1,4 @@
-"""One budget for the GPU memory of all engines: who holds how much, and who is refused before it is loaded (F-3)."""
+"""One budget for the GPU memory of all engines: what each holds, and which is refused before it is loaded (F-3)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from gps_denied_c7.errors import GpuMemoryError
 __all__ = ['GpuMemoryBudget', 'GpuMemoryClaim']
 
 # What an engine is taken to need until it has been measured, as a part of the budget: one that serves, its standby and
-# one that is to take over fit, with something left for whoever turns out to be larger.
+# one that is to take over fit, with something left for one that is larger.
 _UNMEASURED_PART = 4
 # A driver frees the memory of a process that was killed within about a second.
 _LEAVING_S = 2.0
@@ -19,7 +19,7 @@ _LEAVING_S = 2.0
 
 class GpuMemoryBudget:
     """
-    Share one budget among engines that live in processes of their own; safe to call from any thread.
+    Share one budget among engines in processes of their own; safe to call from any thread.
 
     An engine claims what it needs before it is loaded: what it was measured to take the last time, and a quarter of
     the budget before that. Once loaded it holds what it has really taken, until it is gone. Where what is left does
@@ -53,7 +53,7 @@ class GpuMemoryBudget:
         """
         Set aside what an engine needs.
 
-        :param name: of the engine, for whoever reads who holds what.
+        :param name: of the engine, for logs and errors.
         :param key: equal for engines that take the same memory: the model and the rung.
         :param file_bytes: size of its file, the least that it can need.
         :raises GpuMemoryError: it does not fit beside what others hold.
@@ -108,7 +108,7 @@ class GpuMemoryClaim:
     """
     Hold a part of a budget for one engine.
 
-    :param limit_bytes: the most that the engine may come to take: all that nobody else holds.
+    :param limit_bytes: the most that the engine may take: all that is not held by others.
     """
 
     def __init__(self, budget: GpuMemoryBudget, name: str, key: Hashable, held_bytes: int, limit_bytes: int) -> None:
@@ -123,13 +123,13 @@ class GpuMemoryClaim:
         """
         Hold what the engine was measured to take instead; None where that could not be measured.
 
-        :raises GpuMemoryError: it is more than nobody else holds. The next claim of its kind is refused at once.
+        :raises GpuMemoryError: it is more than others leave. The next claim of its kind is refused at once.
         """
         if measured_bytes is not None:
             self._budget._settle(self, measured_bytes)
 
     def leave(self) -> None:
-        """Tell that the engine is being ended: its part is held until it is gone, and worth waiting for."""
+        """Note that the engine is being ended: its part is held until it is gone, and worth waiting for."""
         self.leaving = True
 
     def release(self) -> None:

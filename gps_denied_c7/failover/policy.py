@@ -42,7 +42,7 @@ __all__ = [
 SHADOWED_FRAMES = 3
 """Live frames on which a better engine must agree before it serves."""
 MAX_RELOADS = 3
-"""How often one request has the same rung loaded afresh while its workers die."""
+"""How often one request has the same rung loaded again while its workers die."""
 ABANDON_FACTOR = 10.0
 """Hang limits after which an engine is ended although no other one could be loaded."""
 
@@ -322,7 +322,7 @@ class Next(Enum):
     BLAME_REQUEST = 'give the request up, and blame no engine'
     REPLACE = 'blame the engine, and ask the next'
     REPLACE_FOR_LATER = 'replace the engine for later requests, and give this one up'
-    RELOAD = 'load the rung afresh; give the request up where the rung that serves then was asked'
+    RELOAD = 'load the rung again; give the request up if the rung that serves then was asked before'
 
 
 class Step(NamedTuple):
@@ -353,5 +353,5 @@ def after_attempt(attempt: Attempted, view: View) -> Step:
     spent = attempt.again and attempt.reloads >= (MAX_RELOADS if died else 1)
     if spent and died and not others:
         return Step(Next.RELOAD, (rung,))
-    # Where no other is usable, the rung itself may be, loaded afresh.
+    # Where no other is usable, the rung itself may be, loaded again.
     return Step(Next.REPLACE, others if spent else (*others, rung))

@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(eq=False, slots=True)
 class _Retiring:
-    """One of them; ``stuck`` once it has taken too long."""
+    """An engine that is being ended; ``stuck`` once that has taken too long."""
 
     rung: Rung
     host: RungHost
@@ -29,7 +29,7 @@ class _Retiring:
 
 class RetiringEngines:
     """
-    See engines to their end, and tell of those whose driver does not let go of them.
+    Wait for engines to end, and report those whose process does not end.
 
     :param emit: takes ``(record kind, payload fields)``, as FdrRecorder.emit does.
     :param monotonic_ns: steady clock in nanoseconds.
@@ -60,7 +60,7 @@ class RetiringEngines:
             if engine.host.join(0.0):
                 self._engines.remove(engine)
             elif not engine.stuck and self._monotonic_ns() - engine.since_ns > _UNKILLABLE_S * 1e9:
-                self._tell(engine)
+                self._report(engine)
                 stuck.append(engine.rung)
         return stuck
 
@@ -69,16 +69,16 @@ class RetiringEngines:
         return [engine.rung for engine in self._engines if engine.stuck]
 
     def wait(self) -> None:
-        """Wait for all of them, for a while, and tell of those that stay."""
+        """Wait for all of them, for a while, and report those that stay."""
         end = time.monotonic() + _UNKILLABLE_S
         for engine in list(self._engines):
             if engine.host.join(max(0.0, end - time.monotonic())):
                 self._engines.remove(engine)
             elif not engine.stuck:
-                self._tell(engine)
+                self._report(engine)
 
-    def _tell(self, engine: _Retiring) -> None:
+    def _report(self, engine: _Retiring) -> None:
         engine.stuck = True
         rung, pid = engine.rung.name, engine.pid
-        _log.error('a worker of %s (pid %s) cannot be ended; it holds its memory until its driver lets go.', rung, pid)
+        _log.error('a worker of %s (pid %s) cannot be ended; its driver still holds its memory.', rung, pid)
         self._emit('c7.worker_unkillable', rung=rung, pid=pid)

@@ -44,7 +44,7 @@ class Replacement:
 
     def after_failure(self, error: Exception) -> None:
         """
-        Replace the serving engine, which failed without a frame; its rung may also be loaded afresh.
+        Replace the serving engine, which failed without a frame; its rung may also be loaded again.
 
         :raises ChainExhaustedError: no rung works.
         """

@@ -139,7 +139,7 @@ class ChainReports:
 
         :param quiet: the chain is being closed: write no record.
         """
-        _log.warning('%s is out: %s', rung.name, error)
+        _log.warning('%s cannot be used: %s', rung.name, error)
         if isinstance(error, GpuMemoryError):
             self.memory_refused(rung, error, quiet=quiet)
         elif not isinstance(error, RuntimeUnavailableError) and not quiet:

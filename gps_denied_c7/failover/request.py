@@ -95,7 +95,7 @@ class Request:
         """Return what the usable rungs made of this request, while ``serving``, which passes its self-test, goes on."""
         stopped = any(_STOPPED in attempt.process for attempt in self._attempts)
         error = InferenceError(
-            f'no runtime can answer this request, while {serving.name} still passes its proof: '
+            f'no runtime can answer this request, while {serving.name} still passes its self-test: '
             f'{join_reasons(_describe(attempt, now_ns) for attempt in self._attempts)}.',
             remedy='Find out what stops the workers.'
             if stopped

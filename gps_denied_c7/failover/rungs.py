@@ -41,7 +41,7 @@ def build_rungs(config: C7InferenceConfig, bundle: ModelBundle) -> tuple[Rung, .
     Return the rungs in order of preference (F-2).
 
     Every GPU rung comes before the CPU, since a CPU session must not outrank another strategy's GPU.
-    A bare ``.onnx``, whose tensors nobody has named, can be run by ONNX Runtime only.
+    A bare ``.onnx`` has no bundle that names its tensors, so ONNX Runtime alone can run it.
     """
     strategies = config.runtime_chain if bundle.inputs else (ORT_LABEL,)
     rungs = [Rung(strategy, ProviderSet.GPU) for strategy in strategies]

@@ -1,4 +1,4 @@
-"""Prove a loaded engine with an inference whose answer reaches no consumer (N-1, M-1)."""
+"""Self-test a loaded engine with an inference whose answer is not published (N-1, M-1)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Proof:
     """
     Ask engines for the golden outputs of a bundle; for any answer where it has none.
 
-    The first golden request is read once and kept: an engine that serves must not fall with files that change on the
+    The first golden request is read once and kept: an engine that serves must not fail because files change on the
     disk. The others are read one at a time while an engine is loaded, so that they take no memory in flight.
     """
 
@@ -33,7 +33,7 @@ class Proof:
 
     def run(self, host: RungHost, limit_s: float) -> float:
         """
-        Have a loaded engine answer every golden request, and look at what comes of it.
+        Have a loaded engine answer every golden request, and compare the answers.
 
         :param limit_s: for each of them: a slow engine must not fail because there are many.
         :return: seconds that the longest took.
@@ -55,7 +55,7 @@ class Proof:
         return self._ask(host, limit_s, self._read_first())[1]
 
     def forget(self) -> None:
-        """Read the golden tensors afresh the next time."""
+        """Read the golden tensors again the next time."""
         self._first = None
 
     def _read_first(self) -> _Case | None:
@@ -92,5 +92,5 @@ class Proof:
         took_s = time.monotonic() - started
         if outputs is None:
             host.kill()
-            raise InferenceError(f'its proof took longer than {limit_s:.1f} s.')
+            raise InferenceError(f'its self-test took longer than {limit_s:.1f} s.')
         return outputs, took_s

@@ -1,4 +1,4 @@
-"""What the runtime chain shows of itself at one moment."""
+"""The state of a runtime chain at one moment."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ class ChainStatus:
     :param since_ns: steady clock since when, nanoseconds.
     :param standby: the rung of the engine that answers when the serving one does not, None where there is none.
     :param switches: changes of the serving rung since the chain was loaded.
-    :param gpu_lost: GPU rungs do not serve until one of them has been proven again beside the CPU.
-    :param longest_load_s: seconds by rung, from the start of its worker to its last proof.
+    :param gpu_lost: GPU rungs do not serve until one of them has agreed with the CPU on live frames.
+    :param longest_load_s: seconds by rung, from the start of its worker to its last self-test.
     :param worker_pid: the process whose engine serves, None where there is none, or it lives in this process.
-    :param standby_pid: likewise, of the engine that stands by.
+    :param standby_pid: likewise, of the standby.
     """
 
     model_name: str

@@ -32,7 +32,7 @@ __all__ = [
 
 SCHEMA_VERSION = 1
 
-# Payload fields that hold sentences; in the others, as topics and rungs, a number tells one thing from another.
+# Payload fields that hold sentences; in the others, as topics and rungs, a number distinguishes one thing from another.
 _SENTENCES = frozenset({'reason', 'error', 'message'})
 # An address, a moment, a number of any form; not the 16 of fp16 or the 0 of input_0, which belong to a name.
 _NUMBER = re.compile(
@@ -70,7 +70,7 @@ class FdrKind:
     :param required: payload fields that must be present.
     :param merge_s: seconds during which further records with the same ``key`` are merged into one,
         0 for a kind that happens once per cause and is always written at once.
-    :param key: payload fields that tell one cause from another when merging.
+    :param key: payload fields that distinguish causes when merging.
     """
 
     name: str
@@ -156,7 +156,7 @@ def _finite(value: Any) -> Any:
 
 def cause_of(text: str) -> str:
     """
-    Return what two sentences have in common that tell of one cause.
+    Return what two sentences about one cause have in common.
 
     Process ids and workers' numbers, addresses, times and durations are left out; they differ with each occurrence.
     """

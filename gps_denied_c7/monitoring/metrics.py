@@ -27,8 +27,8 @@ class StreamCounters:
     :param over_share: images left out since those of this topic cost more than their share of CPU time.
     :param retyped: how often the topic was subscribed anew because its publisher has another message type.
     :param pushed_out: images that never were received, since newer ones pushed them out of the middleware's queue;
-        None where nobody can tell.
-    :param lost: messages lost before the node, None where nobody can tell.
+        None where unknown.
+    :param lost: messages lost before the node, None where unknown.
     :param refused: images refused, by reason.
     :param odd: images decoded in spite of a fault, by kind of fault; they are answered.
     """

@@ -2,7 +2,7 @@
 Ask NVML for a GPU's temperature and throttle reasons once a second, and write them as JSON lines.
 
 ``python -m gps_denied_c7.monitoring.nvml_helper [--device N] [--period SECONDS]``. A process of its own, because a
-call into the driver can hang for ever; whoever started it listens, and starts another one.
+call into the driver can hang for ever; the node, which reads its output, starts another one.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Write readings until whoever listens has gone."""
+    """Write readings until the reader has gone."""
     parser = argparse.ArgumentParser(description='Write readings of NVML as JSON lines.')
     parser.add_argument('--device', type=int, default=0, help='index of the GPU')
     parser.add_argument('--period', type=float, default=1.0, help='seconds between two readings')

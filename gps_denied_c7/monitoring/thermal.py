@@ -94,7 +94,7 @@ class ThermalReading:
 
 class LatestReading:
     """
-    Keep the newest reading of a source, and tell its age.
+    Keep the newest reading of a source, and its age.
 
     A reading that nothing has renewed says nothing about now: beyond ``stale_s`` the level is UNKNOWN, while
     the temperatures stay, with their age. Safe from any thread.

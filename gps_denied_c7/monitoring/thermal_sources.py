@@ -274,7 +274,7 @@ class NvmlThermal:
             self._stopping.wait(pause_s)
 
     def _listen(self) -> tuple[bool, bool]:
-        """Run one helper to its end; return whether it gave a reading, and whether another would be of no use."""
+        """Run one helper to its end; return whether it gave a reading, and whether another one would fail too."""
         self.helpers_started += 1
         inherited = worker_environment(os.environ) if self._environment is None else self._environment
         command, environ = python_child('gps_denied_c7.monitoring.nvml_helper', *self._arguments, environ=inherited)

@@ -81,7 +81,7 @@ class DecodeThread:
 
     :param slots: the inference thread's.
     :param spec: returns what the network that answers now was trained with.
-    :param pixels_wanted: returns whether somebody waits for a copy of an image's pixels.
+    :param pixels_wanted: returns whether a copy of an image's pixels is waited for.
     :param charge: called with the topic and the nanoseconds of CPU time that the decoder took for each image, also a
         refused one. A restart is charged to the image that caused it; the first start is charged to none.
     :param shed: whether an image is to be left out because of heat.

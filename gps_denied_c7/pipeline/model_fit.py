@@ -1,7 +1,7 @@
 """
 Whether a model can answer images, and what it needs for that.
 
-The node, ``c7_engine bundle`` and ``c7_engine verify`` all ask here: before a load what model.json alone tells, after
+The node, ``c7_engine bundle`` and ``c7_engine verify`` all ask here: before a load what model.json alone says, after
 it what the engine says of itself.
 """
 
@@ -92,7 +92,7 @@ def fit_bundle(bundle: ModelBundle, settings: ModelSettings) -> ModelBundle:
     """
     Return the bundle as it is to be loaded: sizes that its image input leaves free are those of the pre-processing.
 
-    :raises C7Error: as :func:`fit_model`, as far as model.json tells.
+    :raises C7Error: as :func:`fit_model`, as far as model.json says.
     """
     if not bundle.inputs:
         return dataclasses.replace(bundle, image=dict(settings.preprocessing))

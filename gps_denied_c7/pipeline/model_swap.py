@@ -79,7 +79,7 @@ class HandOver(Protocol):
 
 
 class SwapOwner(Protocol):
-    """Who has models swapped; called from the swap's thread, except where :meth:`ModelSwapper.stop` says."""
+    """What the swapper asks of the node; called from the swap's thread, except where :meth:`ModelSwapper.stop` says."""
 
     def make_chain(self, bundle: ModelBundle, settings: Any) -> RuntimeChain:
         """Return a chain for ``bundle`` that is not loaded yet."""
@@ -194,7 +194,7 @@ class ModelSwapper:
         Refuse further swaps and cancel the one under way, killing a load in a worker.
 
         :return: False where a load in this process still runs after ``timeout_s``; what it loads is freed
-            as soon as it returns, and its outcome has been told from the calling thread.
+            as soon as it returns, and its outcome has been reported from the calling thread.
         """
         deadline = time.monotonic() + timeout_s
         with self._lock:
@@ -262,7 +262,7 @@ class ModelSwapper:
         self._show(swap, SwapPhase.HANDING_OVER)
         with self._lock:
             _require_wanted(swap)
-            # From here on nobody else may release it: it may be the one that serves.
+            # From here on no other thread may release it: it may be the one that serves.
             swap.chain = None
         if not self._inference.replace(model, swap.cancelled):
             swap.chain = chain
@@ -295,14 +295,16 @@ class ModelSwapper:
                 remaining -= 1
                 deadline = time.monotonic() + self._no_frame_s
         if remaining:
-            _log.warning('no frame came for %.1f s: %s is swapped in on its proof.', self._no_frame_s, swap.path)
+            _log.warning(
+                'no frame came for %.1f s: %s is swapped in after its self-test alone.', self._no_frame_s, swap.path
+            )
 
     def _show(self, swap: _Swap, phase: SwapPhase, reason: str = '') -> None:
         _require_wanted(swap)
         self._owner.swap_changed(SwapStatus(swap.path, phase, reason))
 
     def _conclude(self, swap: _Swap, error: BaseException | None) -> None:
-        """Tell the outcome, once."""
+        """Report the outcome, once."""
         with self._lock:
             if swap.concluded:
                 return

@@ -94,7 +94,7 @@ class ServedModel:
         return {self.image_input.name: tensor}
 
     def _input(self) -> NDArray:
-        """Return where an engine reads its input from, or, before it has told, an array of our own."""
+        """Return where an engine reads its input from, or, before that is known, an array of our own."""
         tensor = self.chain.request_arrays().get(self.image_input.name)
         return self._own if tensor is None or tensor.shape != self._own.shape else tensor
 
@@ -109,7 +109,7 @@ class FrameTap:
 
     @property
     def wanted(self) -> bool:
-        """Whether somebody waits for a frame."""
+        """Whether a frame is waited for."""
         return self._wanted
 
     def take(self, timeout_s: float) -> Pixels | None:
@@ -121,7 +121,7 @@ class FrameTap:
         return self._pixels if arrived else None
 
     def offer(self, pixels: Pixels | None) -> None:
-        """Copy ``pixels`` if somebody waits for them; nothing is done otherwise, or where there are none."""
+        """Copy ``pixels`` if they are waited for; nothing is done otherwise, or where there are none."""
         if self._wanted and pixels is not None:
             self._wanted = False
             self._pixels = Pixels(pixels.array.copy(), pixels.order)
@@ -270,7 +270,7 @@ class FramePipeline:
 
 
 def _split_inference(asked_ns: int, ran_ns: tuple[int, int], answered_ns: int) -> dict[str, int]:
-    """Return the stages of an inference; whatever a worker tells of its engine, they add up to all of it."""
+    """Return the stages of an inference; whatever a worker reports of its engine, they add up to all of it."""
     began_ns = min(max(ran_ns[0], asked_ns), answered_ns)
     ended_ns = min(max(ran_ns[1], began_ns), answered_ns)
     return {'hand_off': began_ns - asked_ns, 'engine': ended_ns - began_ns, 'hand_back': answered_ns - ended_ns}

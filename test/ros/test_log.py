@@ -136,4 +136,4 @@ def test_n8_the_node_forwards_the_library_to_its_ros_logger(tmp_path):
         peer.start()
         lines = process.output().splitlines()
     assert any('[INFO]' in line and '[c7_inference]' in line and 'serves copying' in line for line in lines)
-    assert any('[WARN]' in line and '[c7_inference]' in line and 'is out' in line for line in lines)
+    assert any('[WARN]' in line and '[c7_inference]' in line and 'cannot be used' in line for line in lines)

@@ -50,7 +50,7 @@ def roles() -> Iterator[str]:
     for (before, after), why in MOVES.items():
         yield f'  {before.value} --> {after.value}: {why}'
     yield f'  {Role.RETIRING.value} --> [*]: its process has ended'
-    yield f'  {Role.STUCK.value} --> [*]: its driver lets go of it'
+    yield f'  {Role.STUCK.value} --> [*]: its driver releases it'
     yield '```'
 
 

@@ -1,4 +1,8 @@
-"""The runtime chain as it was before fleet, policy and chain were parted: what the lock-step test compares with."""
+"""
+The runtime chain as it was before fleet, policy and chain were parted: what the lock-step test compares with.
+
+Its errors are worded as they are now; nothing else has changed.
+"""
 
 from __future__ import annotations
 
@@ -141,7 +145,7 @@ class RuntimeChain:
         self._proof = Proof(bundle)
         self._loader = EngineLoader(
             config, host_factory, self._proof,
-            attempts=self._attempts, given_up=lambda: self._closing, let_go=self._retiring.add,
+            attempts=self._attempts, given_up=lambda: self._closing, retire=self._retiring.add,
             files=FileWatch(lambda: fingerprint(bundle_files(bundle), cache_directories(config))),
             monotonic_ns=monotonic_ns,
         )  # fmt: skip
@@ -877,7 +881,7 @@ class RuntimeChain:
         self._backoff.reset(_RESTART)
         stopped = any(_STOPPED in attempt.process for attempt in attempts)
         raise InferenceError(
-            f'no runtime can answer this request, while {serving.name} still passes its proof: '
+            f'no runtime can answer this request, while {serving.name} still passes its self-test: '
             f'{join_reasons(map(self._describe, attempts))}.',
             remedy='Find out what stops the workers.'
             if stopped

@@ -72,7 +72,7 @@ class Bench:
         self.loader = EngineLoader(
             C7InferenceConfig(), self.make, self.proof,
             attempts=lambda rung: self.attempts, given_up=lambda: self.given_up,
-            let_go=lambda rung, host: self.freed.append(host),
+            retire=lambda rung, host: self.freed.append(host),
             files=FileWatch(lambda: 'unchanged'),
         )  # fmt: skip
 
