@@ -134,6 +134,24 @@ def test_f6_a_shadow_on_a_gpu_that_is_lost_meanwhile_is_dropped():
     assert bench.chain.snapshot().shadow is None and shadow.host.released
 
 
+def test_f4_a_shadow_on_a_gpu_on_which_a_worker_hangs_is_dropped():
+    bench = Bench(GPU, OTHER_GPU, CPU, promotion_backoff_s=(1.0, 300.0))
+    bench.load_faults[GPU] = EngineDeserializeError('not now.')
+    bench.ready()
+    bench.load_faults.clear()
+    bench.now_ns += int(2e9)
+    bench.settle()
+    assert bench.chain.snapshot().shadow.rung == GPU
+    hung = bench.serving()
+    hung.act, hung.killable = 'late', False
+    bench.ask()
+    for wait_s in (10.0, 3.0):
+        assert bench.chain.snapshot().shadow is not None
+        bench.now_ns += int(wait_s * 1e9)
+        bench.chain.maintain()
+    assert bench.chain.status().gpu_lost and bench.chain.snapshot().shadow is None
+
+
 def with_a_shadow():
     bench = Bench(GPU, CPU)
     bench.load_faults[GPU] = EngineDeserializeError('not now.')
