@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 
 from gps_denied_c7.config import C7InferenceConfig
@@ -86,6 +86,7 @@ class EngineControl:
         )  # fmt: skip
         self._view = View(rungs)
         self._view_of: tuple[object, ...] = ()
+        self._view_files: Hashable = None
         self._view_ends_ns = 0
         self._settled: View | None = None
 
@@ -104,9 +105,9 @@ class EngineControl:
     def view(self) -> View:
         """Return what the policy sees now: the view before where nothing in it has changed."""
         fleet, now_ns = self.fleet, self._now_ns()
-        active, gpu = self.reports.latest.active, self._gpu_state()
+        active, gpu, files = self.reports.latest.active, self._gpu_state(), self.loader.refused_by()
         view_of = (fleet.version, self.backoff.version, self.loader.version, active, gpu, self.closing)
-        if view_of == self._view_of and now_ns < self._view_ends_ns and not self.loader.refuses:
+        if view_of == self._view_of and now_ns < self._view_ends_ns and files is self._view_files:
             return self._view
         pauses = self.backoff.ends()
         self._view = View(
@@ -114,7 +115,7 @@ class EngineControl:
             refused=frozenset(filter(self.loader.refused, self._rungs)), pauses=pauses, now_ns=now_ns,
             isolated=self._isolated, hot_standby=self._config.hot_standby, closing=self.closing,
         )  # fmt: skip
-        self._view_of = view_of
+        self._view_of, self._view_files = view_of, files
         self._view_ends_ns = min((end_ns for end_ns in pauses.values() if end_ns > now_ns), default=1 << 63)
         return self._view
 

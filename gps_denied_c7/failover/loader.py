@@ -149,10 +149,9 @@ class EngineLoader:
                 self._refused[rung] = latest
             return latest in (None, self._refused[rung])
 
-    @property
-    def refuses(self) -> bool:
-        """Whether any rung may be refused: a file that changes ends that at any time."""
-        return bool(self._refused)
+    def refused_by(self) -> Hashable:
+        """Return the state of the files by which rungs are refused, None where none is; never waits."""
+        return self._files.latest() if self._refused else None
 
     def forget_refusals(self) -> None:
         """Allow another attempt for every rung."""

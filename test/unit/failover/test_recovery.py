@@ -71,6 +71,21 @@ def test_f8_a_gap_holds_all_engines_that_were_tried():
     assert (switch['from'], switch['gap_ms'] >= 500.0) == (GPU.name, True)
 
 
+def test_risk2_each_episode_on_the_cpu_is_told_once():
+    bench = Bench(GPU, CPU, promotion_backoff_s=(1.0, 2.0)).ready()
+    for episode in (1, 2):
+        bench.serving().act = 'die'
+        for _ in range(3):
+            bench.ask()
+        kinds = [kind for kind, _ in bench.records]
+        assert (kinds.count('c7.cpu_fallback'), kinds.count('c7.fallback_to_onnx_trt_ep')) == (episode, episode)
+        for _ in range(8):
+            bench.now_ns += int(1.5e9)
+            bench.settle()
+            bench.ask()
+        assert bench.chain.status().active == GPU
+
+
 def exhausted(bench):
     """Have every engine fail, and none be loaded."""
     bench.load_faults = dict.fromkeys(bench.chain.rungs, EngineDeserializeError('not now.'))
