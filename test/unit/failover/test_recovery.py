@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gps_denied_c7.errors import ChainExhaustedError, EngineDeserializeError, InferenceError
+from gps_denied_c7.errors import ChainExhaustedError, EngineDeserializeError, InferenceError, WorkerDiedError
 from gps_denied_c7.failover.status import ChainState
 from support.scripted_workers import CPU, GPU, LAST_GPU, OTHER_GPU, Bench, ScriptedWorker
 
@@ -232,3 +232,43 @@ def test_f3_two_engines_on_the_gpu_are_never_loaded_at_once():
     assert [load.rung for load in bench.chain.snapshot().loading] == [GPU, CPU]
     bench.loads_may_end.set()
     bench.settle()
+
+
+def test_f7_the_last_rung_is_loaded_six_times_while_its_workers_die_others_twice():
+    """Something else may have killed them, and there is nothing after the last one."""
+    bench, tried = Bench(GPU, OTHER_GPU, CPU), []
+
+    def die(rung):
+        tried.append(rung)
+        raise WorkerDiedError('the worker was ended by SIGKILL.')
+
+    bench.before_load = die
+    with pytest.raises(ChainExhaustedError):
+        bench.chain.load()
+    assert [tried.count(rung) for rung in (GPU, OTHER_GPU, CPU)] == [2, 2, 6]
+
+
+def test_n1_a_chain_that_was_released_starts_anew():
+    """With its GPU trusted, without pauses, and with no failure told."""
+    bench = Bench(GPU, OTHER_GPU, CPU, restart_backoff_s=(1000.0, 1000.0)).ready()
+    bench.load_faults[CPU] = EngineDeserializeError('not now.')
+    bench.chain.maintain()
+    bench.standby().act = bench.serving().act = 'die'
+    with pytest.raises(ChainExhaustedError):
+        bench.chain.infer({'x': np.ones((1, 2), np.float32)})
+    assert bench.chain.status().gpu_lost
+    bench.load_faults.clear()
+    bench.chain.release()
+    status = bench.chain.status()
+    assert (status.state, status.gpu_lost, status.failures) == (ChainState.UNLOADED, False, ())
+    bench.load_faults[OTHER_GPU] = bench.load_faults[CPU] = EngineDeserializeError('not now.')
+    bench.ready()
+    assert (bench.chain.status().active, bench.chain.status().standby) == (GPU, GPU)
+    bench.standby().alive = False
+    bench.load_faults[GPU] = EngineDeserializeError('not now.')
+    bench.settle()
+    assert bench.chain.status().standby is None, 'all pause now'
+    bench.load_faults.clear()
+    bench.chain.release()
+    bench.ready()
+    assert bench.chain.status().standby == OTHER_GPU
