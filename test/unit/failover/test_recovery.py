@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
 import pytest
 
 from gps_denied_c7.errors import ChainExhaustedError, EngineDeserializeError, InferenceError, WorkerDiedError
 from gps_denied_c7.failover.status import ChainState
 from support.scripted_workers import CPU, GPU, LAST_GPU, OTHER_GPU, Bench, ScriptedWorker
+from support.waiting import wait_until
 
 
 class ReadsInPlace(ScriptedWorker):
@@ -115,6 +118,16 @@ def test_f7_an_exhausted_chain_is_tried_again_after_its_pause_and_not_before():
         bench.chain.infer({'x': np.ones((1, 2), np.float32)})
     bench.now_ns += int(0.2e9)
     assert bench.ask()
+
+
+def test_f7_an_answered_frame_makes_the_next_pause_the_shortest_again():
+    bench = Bench(CPU, restart_backoff_s=(3.0, 300.0)).ready()
+    for _ in range(2):
+        exhausted(bench)
+        bench.load_faults.clear()
+        bench.now_ns += int(3.1e9)
+        bench.chain.maintain()
+        assert bench.ask(), 'after the first pause, each time'
 
 
 def test_f6_every_rung_of_a_lost_gpu_pauses_also_one_that_did_not_fail():
@@ -232,6 +245,27 @@ def test_f3_two_engines_on_the_gpu_are_never_loaded_at_once():
     assert [load.rung for load in bench.chain.snapshot().loading] == [GPU, CPU]
     bench.loads_may_end.set()
     bench.settle()
+
+
+def test_n1_a_request_that_a_release_ends_fails_and_blames_no_engine():
+    bench = Bench(CPU, hot_standby=False, hang_timeout_ms=1e9).ready()
+    worker, errors = bench.serving(), []
+    worker.act = 'late'
+
+    def ask():
+        try:
+            bench.chain.infer({'x': np.ones((1, 2), np.float32)})
+        except Exception as error:
+            errors.append(error)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    wait_until(lambda: worker.request is not None, 'the request')
+    bench.chain.release(1.0)
+    asking.join(30)
+    assert [type(error) for error in errors] == [InferenceError], 'not that the chain is exhausted'
+    assert bench.records == []
+    assert bench.chain.status().state is ChainState.UNLOADED and bench.workers == []
 
 
 def test_f7_the_last_rung_is_loaded_six_times_while_its_workers_die_others_twice():
