@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from gps_denied_c7.errors import C7Error, ConfigError, InferenceError
 from gps_denied_c7.failover.chain import RuntimeChain
+from gps_denied_c7.failover.policy import SHADOWED_FRAMES
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.pipeline.model_fit import ModelSettings, fit_bundle, fit_model, read_bundle
@@ -18,7 +19,6 @@ from gps_denied_c7.pipeline.pipeline import ServedModel
 
 __all__ = ['ModelSwapper', 'SwapPhase', 'SwapStatus']
 
-_SHADOWED_FRAMES = 3
 _NO_FRAME_S = 5.0
 _ACCEPTED_S = 1.0
 _KILL_S = 0.4
@@ -282,7 +282,7 @@ class ModelSwapper:
     def _shadow(self, swap: _Swap, model: ServedModel) -> None:
         """Answer live frames that reach no consumer; where none come, the proof has to do."""
         deadline = time.monotonic() + self._no_frame_s
-        remaining = _SHADOWED_FRAMES
+        remaining = SHADOWED_FRAMES
         while remaining and time.monotonic() < deadline:
             pixels = self._inference.answered_frame(_FRAME_S)
             _require_wanted(swap)
