@@ -20,7 +20,7 @@ class Backoff:
         self._pauses: dict[Hashable, tuple[int, float]] = {}
         self._attempts: dict[Hashable, int] = {}
         self.version = 0
-        """Changes whenever a pause begins or is taken back."""
+        """Changes whenever a pause begins or is cancelled."""
 
     def ends(self) -> dict[Hashable, int]:
         """Return by what has failed when its pause ends, by the steady clock; it may be over."""
@@ -40,7 +40,7 @@ class Backoff:
         first, longest = bounds_s
         now_ns = self._monotonic_ns()
         end_ns, pause_s = self._pauses.get(what, (0, 0.0))
-        # An attempt may take longer than any pause: what it took is no sign that all was well.
+        # An attempt may take longer than any pause: that time does not count as time without a failure.
         close = pause_s > 0 and self._attempts.pop(what, now_ns) - end_ns < longest * 1e9
         pause_s = min(longest, 2 * pause_s) if close else first
         self.version += 1
@@ -68,7 +68,7 @@ class Backoff:
         self._attempts.pop(what, None)
 
     def snapshot(self) -> Callable[[], None]:
-        """Return what takes back all that comes from now on."""
+        """Return a function that reverts every change from now on."""
         pauses, attempts = self._pauses.copy(), self._attempts.copy()
 
         def take_back() -> None:

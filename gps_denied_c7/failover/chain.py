@@ -134,7 +134,7 @@ class RuntimeChain:
         """
         Return arrays by name that the next request is best written into; empty where there are none.
 
-        They stay readable whatever becomes of the engine, so that a frame can go to the next one.
+        They stay readable whatever happens to the engine, so that a frame can go to the next one.
         """
         engine = self._fleet.serving
         return engine.host.request_arrays if engine is not None else {}

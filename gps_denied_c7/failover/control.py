@@ -223,7 +223,7 @@ class EngineControl:
         return rung
 
     def blame_snapshot(self) -> Callable[[], None]:
-        """Return what takes back all that engines are blamed for from now on: the request may prove to be at fault."""
+        """Return a function that reverts all blame of engines from now on: the request may prove to be at fault."""
         restore_gpu, restore_pauses, gpu_hung = self._gpu.snapshot(), self.backoff.snapshot(), self.fleet.gpu_hangs()
 
         def take_back() -> None:

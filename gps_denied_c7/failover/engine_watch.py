@@ -34,7 +34,7 @@ class EngineWatch:
         self._fleet, self._loader, self._reports = control.fleet, control.loader, control.reports
 
     def look(self) -> None:
-        """Take what came of loads, late answers and shadowed frames; never waits."""
+        """Take the results of loads, late answers and shadowed frames; never waits."""
         fleet = self._fleet
         self.take_loads()
         for rung in fleet.newly_stuck():
@@ -73,7 +73,7 @@ class EngineWatch:
             age_s = engine.age_s(self._now_ns())
             if engine.late_answer is not None:
                 _log.warning('%s answered after %.0f ms.', engine.rung.name, age_s * 1e3)
-                self._control.apply(policy.stand_by(engine, self._control.view(), ordered=False))
+                self._control.apply(policy.make_standby(engine, self._control.view(), ordered=False))
                 return
             if age_s <= engine.hang_s:
                 return

@@ -131,10 +131,10 @@ class FileWatch:
         self._looking = False
         self._looked_at = float('-inf')
         self.seen: Hashable = None
-        """What came of the last look, None before the first has ended."""
+        """Result of the last look, None before the first has ended."""
 
     def latest(self) -> Hashable:
-        """Return what came of the last look, and have another one taken where that is some seconds ago."""
+        """Return the result of the last look; start another one if that is some seconds ago."""
         with self._lock:
             due = not self._looking and time.monotonic() - self._looked_at > _LOOK_EVERY_S
             self._looking = self._looking or due

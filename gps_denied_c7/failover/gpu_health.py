@@ -46,7 +46,7 @@ class GpuHealth:
         self.lost = False
 
     def snapshot(self) -> Callable[[], None]:
-        """Return what takes back all that is noted from now on."""
+        """Return a function that reverts all that is noted from now on."""
         faults, lost = tuple(self._faults), self.lost
 
         def take_back() -> None:

@@ -35,7 +35,8 @@ __all__ = [
     'ABANDON_FACTOR', 'MAX_RELOADS', 'RECONCILE', 'SHADOWED_FRAMES',
     'Attempted', 'Next', 'Outcome', 'Step', 'Wait',
     'after_attempt', 'after_load', 'after_serving', 'departure', 'eligible', 'hurried_load', 'make_room',
-    'pause_after_failure', 'promotion', 'rungs_after', 'stand_by', 'standby_load', 'suspend_gpu', 'trust_gpu',
+    'make_standby',
+    'pause_after_failure', 'promotion', 'rungs_after', 'standby_load', 'suspend_gpu', 'trust_gpu',
     'upkeep', 'while_waiting',
 ]  # fmt: skip
 
@@ -54,7 +55,7 @@ def eligible(rung: Rung, purpose: Purpose, view: View) -> bool:
     """
     Return whether ``rung`` may be used for ``purpose``.
 
-    A lost GPU is left alone, but for a chain that has GPU rungs only, and for a shadow beside an engine on the CPU.
+    A lost GPU is not used, except in a chain of GPU rungs only, and for a shadow beside an engine on the CPU.
     """
     usable = view.gpu is Gpu.OK or not rung.on_gpu or all(each.on_gpu for each in view.rungs)
     if purpose is Purpose.SERVE:
@@ -73,7 +74,7 @@ def rungs_after(rung: Rung, view: View) -> tuple[Rung, ...]:
     return view.rungs[view.rungs.index(rung) + 1 :]
 
 
-def stand_by(engine: RungEngine, view: View, *, ordered: bool) -> Actions:
+def make_standby(engine: RungEngine, view: View, *, ordered: bool) -> Actions:
     """
     Make ``engine`` the standby where one is wanted, else retire it.
 
@@ -88,13 +89,13 @@ def stand_by(engine: RungEngine, view: View, *, ordered: bool) -> Actions:
 
 
 def after_serving(view: View) -> Actions:
-    """Return what becomes of a shadow that is not better than the engine that serves now."""
+    """Return what to do with a shadow that is not better than the engine that serves now."""
     shadow = view.shadow
     if shadow is None or view.better(shadow.rung):
         return ()
     if shadow.expected is not None:
         return (Move(shadow, Role.RETIRING, 'it still runs a request'),)
-    return stand_by(shadow, view, ordered=False)
+    return make_standby(shadow, view, ordered=False)
 
 
 # --- upkeep: while a request waits, too -----------------------------------------------------------
@@ -153,7 +154,7 @@ def standby_load(view: View, *, hurry: bool = False) -> Actions:
 
 def after_load(load: EngineLoad, view: View, *, lack_bytes: int | None = None) -> Actions:
     """
-    Return what becomes of a load in the background that has ended.
+    Return what to do after a load in the background that has ended.
 
     :param load: not one of ``view.loads`` any more.
     :param lack_bytes: GPU memory that it lacked, where that is why it failed.
@@ -164,7 +165,7 @@ def after_load(load: EngineLoad, view: View, *, lack_bytes: int | None = None) -
         return (*before, Move(load.engine, Role.SHADOW, 'is to agree on live frames'))
     if load.engine is not None:
         cleared = (ClearPause(('standby', rung)), ClearPause(('promotion', rung)), ClearPause(HURRIED))
-        return (*cleared, *stand_by(load.engine, view, ordered=True))
+        return (*cleared, *make_standby(load.engine, view, ordered=True))
     assert load.error is not None
     # A better engine is worth more than a standby; with nothing left to free, it waits.
     if better and lack_bytes is not None and (room := make_room(lack_bytes, view)) is not None:
@@ -214,7 +215,7 @@ def promotion(view: View) -> Actions:
     standby = () if view.standby is None else (Move(view.standby, Role.RETIRING, f'{serving.rung.name} is there'),)
     why = f'{shadow.rung.name} is usable again'
     return (
-        Switch(why, (*trust, *standby, *stand_by(serving, usable, ordered=False), Move(shadow, Role.SERVING, why))),
+        Switch(why, (*trust, *standby, *make_standby(serving, usable, ordered=False), Move(shadow, Role.SERVING, why))),
     )
 
 
@@ -285,7 +286,7 @@ def hurried_load(view: View, *, hung: bool) -> Actions:
 
 
 class Outcome(Enum):
-    """What came of an engine that was asked: FAILED answered with an error, DIED is a worker that ended."""
+    """How an engine that was asked ended up: FAILED answered with an error, DIED is a worker that ended."""
 
     LATE = 'late'
     FAILED = 'failed'
@@ -336,8 +337,8 @@ def after_attempt(attempt: Attempted, view: View) -> Step:
     """
     Return what a request does next (F-2).
 
-    A request that every engine fails costs itself and no engine: what is left of the engines is self-tested, and
-    where they pass, the request is to blame.
+    A request that every engine fails must not take an engine down: the last one is self-tested, and if it passes,
+    the request is to blame.
     """
     rung = attempt.rung
     others = rungs_after(rung, view)

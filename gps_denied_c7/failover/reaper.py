@@ -54,7 +54,7 @@ class RetiringEngines:
             self._engines.append(_Retiring(rung, host, pid, self._monotonic_ns()))
 
     def look(self) -> list[Rung]:
-        """Forget those that are gone; return the rungs of those that have taken too long since the last look."""
+        """Forget those that are gone; return the rungs of those that newly take too long."""
         stuck = []
         for engine in list(self._engines):
             if engine.host.join(0.0):

@@ -176,7 +176,7 @@ class Replacement:
                 return self._loader.load(load)
 
     def make_room(self, lack_bytes: int, but: EngineLoad | None = None) -> bool:
-        """Free what does not serve, as far as it takes; False where it is no use."""
+        """Free what does not serve, as far as needed; return False where all of it would not be enough."""
         actions = policy.make_room(lack_bytes, self._control.view(), but=but)
         for action in actions or ():
             if isinstance(action, Move):

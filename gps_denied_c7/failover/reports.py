@@ -176,7 +176,7 @@ class ChainReports:
 
     def _remedy(self) -> str:
         if self._cpu_is_a_choice:
-            return 'Set ort_disallow_cpu_fallback to false to fly on the CPU meanwhile.'
+            return 'Set ort_disallow_cpu_fallback to false to use the CPU meanwhile.'
         if all(isinstance(cause, RuntimeUnavailableError) for cause in self.failures.values()):
             return 'Install one of the runtimes, see requirements/.'
         return ''

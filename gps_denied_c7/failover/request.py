@@ -1,4 +1,4 @@
-"""One request of a chain: which engines were asked for its answer, and what came of each."""
+"""One request of a chain: which engines were asked for its answer, and the result of each."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LateError(InferenceError):
 
 class _Attempt(NamedTuple):
     """
-    Hold what came of one engine that was asked.
+    Hold the result of one engine that was asked.
 
     :param process: its worker, and whether that was stopped then.
     :param fresh: its load began after the request did.
@@ -52,7 +52,7 @@ class Request:
         self.started_ns = started_ns
         self.switch = switch
         self.take_back: Callable[[], None] | None = None
-        """Takes back what engines were blamed for since the first attempt failed; None before."""
+        """Reverts the blame of engines since the first attempt failed; None before."""
         self._attempts: list[_Attempt] = []
         self._reloads: dict[Rung, int] = {}
 
@@ -106,7 +106,7 @@ class Request:
 
 
 def _describe(attempt: _Attempt, now_ns: int) -> tuple[str, str]:
-    """Return which engine was asked, and what came of it up to now."""
+    """Return which engine was asked, and its result up to now."""
     engine, reason = attempt.engine, str(attempt.error)
     if isinstance(attempt.error, LateError):
         reason = f'no answer for {engine.age_s(now_ns):.1f} s{"" if engine.host.alive else ", killed"}'

@@ -40,7 +40,7 @@ def build_rungs(config: C7InferenceConfig, bundle: ModelBundle) -> tuple[Rung, .
     """
     Return the rungs in order of preference (F-2).
 
-    Every GPU rung comes before the CPU, since a CPU session must not outrank another strategy's GPU.
+    GPU rungs are preferred to the CPU, since a CPU session must not outrank another strategy's GPU.
     A bare ``.onnx`` has no bundle that names its tensors, so ONNX Runtime alone can run it.
     """
     strategies = config.runtime_chain if bundle.inputs else (ORT_LABEL,)
@@ -96,7 +96,7 @@ class RungHost(Protocol):
         ...
 
     def responds(self, patience_s: float) -> bool:
-        """Ask for a sign of life now and then while no request runs; False ``patience_s`` after that; never waits."""
+        """Ask for a sign of life regularly while no request runs; False ``patience_s`` after that; never waits."""
         ...
 
     def kill(self) -> None:

@@ -81,7 +81,7 @@ class View:
         return max(0, self.pauses.get(what, 0) - self.now_ns)
 
     def better(self, rung: Rung) -> bool:
-        """Return whether ``rung`` comes before the one that serves; False where none does."""
+        """Return whether ``rung`` is preferred to the one that serves; False where none does."""
         return self.serving is not None and self.rungs.index(rung) < self.rungs.index(self.serving.rung)
 
     def preference(self, rung: Rung) -> tuple[bool, int]:

@@ -2,9 +2,9 @@
 How fast idle processor cores wake up, as a request to the kernel (PM QoS).
 
 A frame passes through several threads and processes, each of which wakes up a core that may have gone to sleep. The
-deeper it sleeps, the longer that takes: some microseconds to milliseconds, and on a virtual machine the scheduler takes
-a sleeping core for one that is not to be had. The kernel honours the lowest request that anybody holds, for as long as
-the file that it was written to is open (Documentation/power/pm_qos_interface.rst).
+deeper it sleeps, the longer that takes: some microseconds to milliseconds, and on a virtual machine the scheduler
+takes a sleeping core for unavailable. The kernel honours the lowest request of all programs, for as long as the file
+that it was written to is open (Documentation/power/pm_qos_interface.rst).
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class CpuWakeup:
         self._hold(active=False)
 
     def on_settings(self) -> None:
-        """Ask anew where another latency is wanted, or where it was not granted."""
+        """Ask again where another latency is wanted, or where it was not granted."""
         if self.problem or self._latency_us() != self._asked_us:
             self._hold()
 

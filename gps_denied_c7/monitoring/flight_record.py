@@ -169,12 +169,12 @@ def read_payload(text: str) -> dict[str, Any]:
 
     A reader tolerates what a writer refuses: unknown kinds and missing fields pass.
 
-    :raises FdrSchemaError: ``text`` is no JSON object.
+    :raises FdrSchemaError: ``text`` is not a JSON object.
     """
     try:
         payload = decode_json(text)
     except ValueError as error:
-        raise FdrSchemaError(f'payload_json is no JSON: {error}.') from error
+        raise FdrSchemaError(f'payload_json is not JSON: {error}.') from error
     if not isinstance(payload, dict):
         raise FdrSchemaError(f'payload_json holds a {type(payload).__name__}, not an object.')
     return payload

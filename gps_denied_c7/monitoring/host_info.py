@@ -64,7 +64,7 @@ def usable_cores(proc: Path = Path('/proc'), cgroups: Path = Path('/sys/fs/cgrou
         _, controllers, path = line.split(':', 2)
         if controllers and 'cpu' not in controllers.split(','):
             continue
-        # A container may show its own group as the root of all: every level that is there is looked at.
+        # A container may show its own group as the root of all: every existing level is read.
         group = cgroups / ('cpu' if controllers else '') / path.lstrip('/')
         for level in (group, *group.parents):
             if not level.is_relative_to(cgroups):

@@ -25,7 +25,7 @@ class StreamCounters:
     while it is decoded beside the inference thread, and ``accepted = answered + unanswered + in hand``.
 
     :param over_share: images left out since those of this topic cost more than their share of CPU time.
-    :param retyped: how often the topic was subscribed anew because its publisher has another message type.
+    :param retyped: how often the topic was subscribed again because its publisher has another message type.
     :param pushed_out: images that never were received, since newer ones pushed them out of the middleware's queue;
         None where unknown.
     :param lost: messages lost before the node, None where unknown.
@@ -129,7 +129,7 @@ class Statistics:
             return self._missed.get(topic, (None, None))
 
     def callback_failed(self, callback: str) -> None:
-        """Count one exception that a callback let out."""
+        """Count one exception that a callback raised."""
         with self._lock:
             self._callback_failures[callback] += 1
 

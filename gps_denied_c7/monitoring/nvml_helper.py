@@ -2,7 +2,7 @@
 Ask NVML for a GPU's temperature and throttle reasons once a second, and write them as JSON lines.
 
 ``python -m gps_denied_c7.monitoring.nvml_helper [--device N] [--period SECONDS]``. A process of its own, because a
-call into the driver can hang for ever; the node, which reads its output, starts another one.
+call into the driver can hang forever; the node, which reads its output, starts another one.
 """
 
 from __future__ import annotations

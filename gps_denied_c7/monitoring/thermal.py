@@ -39,7 +39,7 @@ class ThermalState:
     :param source: where it was read, as ``jetson-sysfs``, ``nvml`` or ``none``.
     :param age_s: seconds since the reading, infinite where there never was one.
     :param temperatures_c: degrees Celsius by zone name.
-    :param reasons: why clocks are held down, as the source calls it; also where that is no matter of heat.
+    :param reasons: why clocks are held down, as the source calls it; also where it is not about heat.
     """
 
     level: ThermalLevel
@@ -50,7 +50,7 @@ class ThermalState:
 
 
 class ThermalStatePublisher(Protocol):
-    """Hand out the latest thermal snapshot."""
+    """Return the latest thermal snapshot."""
 
     def thermal_state(self) -> ThermalState:
         """Return the latest snapshot with its age; never reads a sensor, never blocks."""

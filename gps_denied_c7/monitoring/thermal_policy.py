@@ -38,10 +38,10 @@ class FrameShedding:
     """
     Decide which frames to leave out.
 
-    At step n one frame of 2ⁿ is answered, but never fewer than ``min_rate_hz`` of each topic as far as they come.
-    THROTTLED takes one step at once and another one every 5 s that it lasts, up to 4; CRITICAL takes all of them
-    at once. Each 20 s without either gives one step back: heat comes back faster than it goes. An unknown state
-    is no reason to leave frames out.
+    At step n one frame of 2ⁿ is answered, but never fewer than ``min_rate_hz`` of each topic, as far as that many
+    arrive. THROTTLED takes one step at once and another one every 5 s that it lasts, up to 4; CRITICAL takes all
+    of them at once. Each 20 s without either gives one step back: heat comes back faster than it goes. In an
+    unknown state no frame is left out.
 
     :param monotonic: steady clock in seconds.
     """
@@ -67,7 +67,7 @@ class FrameShedding:
 
     def drops(self, topic: str, state: ThermalState, min_rate_hz: float) -> bool:
         """
-        Say whether the frame at hand is left out.
+        Return whether the current frame is left out.
 
         :param state: the latest thermal state.
         :param min_rate_hz: frames a second that each topic keeps.

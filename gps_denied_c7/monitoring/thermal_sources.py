@@ -38,7 +38,7 @@ _OVER_CURRENT_LASTS_S = 5.0
 _MAX_LINE = 65536
 
 # nvidia-ml-py, nvml.h: reasons by bit, with the level that each comes to. A power cap holds any GPU's clocks at
-# full load and is no matter of heat.
+# full load and is not about heat.
 _NVML_REASONS = {
     0x04: ('software power cap', ThermalLevel.NOMINAL),
     0x08: ('hardware slowdown', ThermalLevel.CRITICAL),
@@ -147,7 +147,7 @@ class JetsonThermal:
         reading, counts = read_jetson(self._root)
         now = self._monotonic()
         for number, count in counts.items():
-            # The first reading shows what happened since boot, which is no news; a counter may start over.
+            # The first reading shows what happened since boot, which does not count; a counter may start over.
             if self._counts is not None and count > self._counts.get(number, count):
                 self._event_at[number] = now
         self._counts = counts
@@ -238,7 +238,7 @@ class NvmlThermal:
         # Its other end is closed to wake the listener.
         self._wake, self._waker = os.pipe()
         self._thread: threading.Thread | None = None
-        self._told = ''
+        self._last_warning = ''
         self._killed: list[subprocess.Popen[bytes]] = []
         self.helpers_started = 0
 
@@ -263,14 +263,14 @@ class NvmlThermal:
     def _run(self) -> None:
         pause_s = self._backoff_s[0]
         while not self._stopping.is_set():
-            heard, final = False, False
+            any_reading, final = False, False
             try:
-                heard, final = self._listen()
+                any_reading, final = self._listen()
             except Exception:
-                _log.exception('the NVML helper could not be heard')
+                _log.exception('the NVML helper could not be read')
             if final:
                 return
-            pause_s = self._backoff_s[0] if heard else min(self._backoff_s[1], pause_s * 2)
+            pause_s = self._backoff_s[0] if any_reading else min(self._backoff_s[1], pause_s * 2)
             self._stopping.wait(pause_s)
 
     def _listen(self) -> tuple[bool, bool]:
@@ -290,14 +290,14 @@ class NvmlThermal:
         )
         assert helper.stdout is not None
         try:
-            return self._hear(helper.stdout)
+            return self._read(helper.stdout)
         finally:
             helper.kill()
             helper.stdout.close()
             self._killed = [other for other in (*self._killed, helper) if not _gone(other)]
 
-    def _hear(self, pipe: IO[bytes]) -> tuple[bool, bool]:
-        heard, pending = False, b''
+    def _read(self, pipe: IO[bytes]) -> tuple[bool, bool]:
+        any_reading, pending = False, b''
         # Not select, which knows no descriptor from 1024 on.
         waiting = select.poll()
         for descriptor in (pipe.fileno(), self._wake):
@@ -305,28 +305,28 @@ class NvmlThermal:
         while True:
             ready = waiting.poll(self._hang_s * 1e3)
             if self._stopping.is_set():
-                return heard, True
+                return any_reading, True
             if not ready:
-                self._tell(f'the NVML helper has said nothing for {self._hang_s:.0f} s and is replaced')
-                return heard, False
+                self._warn(f'the NVML helper has said nothing for {self._hang_s:.0f} s and is replaced')
+                return any_reading, False
             chunk = os.read(pipe.fileno(), 4096)
             if not chunk:
-                return heard, False
+                return any_reading, False
             *lines, pending = (pending + chunk).split(b'\n')
             if len(pending) > _MAX_LINE:
                 raise ValueError('the NVML helper writes no lines')
             for line in lines:
                 said = json.loads(line)
                 if 'unavailable' in said:
-                    self._tell(f'thermal state unknown: {said["unavailable"]}')
-                    return heard, bool(said.get('final'))
+                    self._warn(f'thermal state unknown: {said["unavailable"]}')
+                    return any_reading, bool(said.get('final'))
                 self._latest.put(_nvml_reading(said))
-                heard = True
+                any_reading = True
 
-    def _tell(self, text: str) -> None:
+    def _warn(self, text: str) -> None:
         # The same trouble returns with every new helper.
-        if text != self._told:
-            self._told = text
+        if text != self._last_warning:
+            self._last_warning = text
             _log.warning('%s', text)
 
 

@@ -75,7 +75,7 @@ class _Camera:
         self.image_s: float | None = None
         self.arrivals, self.used = _Rate(now), _Rate(now)
         self.arrived_at = self.beyond_at = -math.inf
-        self.told_slowed = False
+        self.reported_slowed = False
 
 
 class ImageShare:
@@ -148,9 +148,9 @@ class ImageShare:
         with self._lock:
             now = self._monotonic()
             costs = [self._cost(topic, now) for topic in self._cameras]
-            changed = [cost for cost in costs if cost.slowed != self._cameras[cost.topic].told_slowed]
+            changed = [cost for cost in costs if cost.slowed != self._cameras[cost.topic].reported_slowed]
             for cost in changed:
-                self._cameras[cost.topic].told_slowed = cost.slowed
+                self._cameras[cost.topic].reported_slowed = cost.slowed
         return changed
 
     def _fill(self, camera: _Camera, now: float) -> None:

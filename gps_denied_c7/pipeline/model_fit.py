@@ -42,7 +42,7 @@ class ModelSettings(Protocol):
 
     @property
     def preprocessing(self) -> Mapping[str, Any]:
-        """What is set otherwise than the model has it, by PreprocessingSpec field."""
+        """What is set differently from the model, by PreprocessingSpec field."""
         ...
 
     def preprocessing_for(self, spec: PreprocessingSpec) -> PreprocessingSpec:

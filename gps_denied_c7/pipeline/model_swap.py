@@ -137,7 +137,7 @@ class ModelSwapper:
     """
     Swap the model of an InferenceThread, in a thread of its own and one at a time, until it is stopped.
 
-    The new model is loaded and proven beside the old one, answers live frames that reach no consumer, takes over
+    The new model is loaded and self-tested beside the old one, answers live frames that reach no consumer, takes over
     between two frames, and only then is the old one freed. Whatever fails before leaves the old one as it is.
 
     :param served: the model that answers now.
@@ -176,7 +176,7 @@ class ModelSwapper:
         if not path:
             raise ConfigError('model_path', 'is empty.', remedy='Name a model bundle or an .onnx file.')
         if '\0' in path or len(path) > _LONGEST_PATH:
-            raise ConfigError('model_path', f'{path[:80]!r}… is no path.', remedy='Correct it.')
+            raise ConfigError('model_path', f'{path[:80]!r}… is not a path.', remedy='Correct it.')
         settings = settings or self._settings
         with self._lock:
             self._require_free()
@@ -272,7 +272,7 @@ class ModelSwapper:
         self._owner.model_swapped(swap.path, model, swap.settings)
 
     def _await_accepted(self, swap: _Swap) -> None:
-        # A callback further on may still refuse the parameter, and it must not be taken back before it is set.
+        # A callback further on may still refuse the parameter, and it must not be reverted before it is set.
         deadline = time.monotonic() + _ACCEPTED_S
         while not self._owner.path_accepted(swap.path):
             if time.monotonic() > deadline:

@@ -131,10 +131,10 @@ class FrameTap:
 @dataclass(frozen=True, slots=True)
 class _Ready:
     """
-    Hold what the network gets of one image, and what became of it so far.
+    Hold what the network gets of one image, and its times so far.
 
     :param size: width and height of the image, pixels.
-    :param pixels: of the image, where they are at hand; valid until the next one is decoded.
+    :param pixels: of the image, where available; valid until the next one is decoded.
     """
 
     request: dict[str, NDArray]
@@ -331,9 +331,9 @@ class InferenceThread:
 
     def stop(self, timeout_s: float) -> bool:
         """
-        Close the slots, finish the frame in hand and end the thread.
+        Close the slots, finish the current frame and end the thread.
 
-        :return: False when the frame in hand still runs after ``timeout_s``; the thread then ends
+        :return: False when the current frame still runs after ``timeout_s``; the thread then ends
             as soon as its engine returns.
         """
         self._stopping = True

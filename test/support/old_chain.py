@@ -1031,7 +1031,7 @@ class RuntimeChain:
 
     def _remedy(self) -> str:
         if self._config.ort_disallow_cpu_fallback:
-            return 'Set ort_disallow_cpu_fallback to false to fly on the CPU meanwhile.'
+            return 'Set ort_disallow_cpu_fallback to false to use the CPU meanwhile.'
         if all(isinstance(cause, RuntimeUnavailableError) for cause in self._failures.values()):
             return 'Install one of the runtimes, see requirements/.'
         return ''

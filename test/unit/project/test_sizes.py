@@ -18,7 +18,6 @@ ROW = re.compile(r'^\| `([\w.]+)` \| .{10,} \|$', re.MULTILINE)
 EXCEPTIONS: frozenset[str] = frozenset()
 """Names below the package, at most five; the page gives the reasons."""
 TOO_LARGE_FOR_NOW = frozenset({
-    'failover.chain', 'failover.chain.RuntimeChain', 'failover.chain.RuntimeChain.infer',
 })  # fmt: skip
 """To be split, then removed from here."""
 
