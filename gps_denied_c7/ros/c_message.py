@@ -1,7 +1,7 @@
 """
 Messages as the C structures that rcl takes and publishes.
 
-A message object of rclpy is a copy of such a structure, its large fields included; whoever looks at the structure
+A message object of rclpy is a copy of such a structure, its large fields included; code that reads the structure
 itself needs no copy of those. The layout follows from a message's fields by the rules of rosidl_generator_c: a member
 for each field, in order, strings and sequences as rosidl_runtime_c/string.h and primitives_sequence.h declare them
 from Humble to Kilted. rosidl_generator_py's own functions make a structure, free it, and copy it from and to a message
@@ -76,9 +76,9 @@ class CString(_Block):
 
     def text(self, limit: int | None = None) -> str:
         """
-        Return its text as rclpy does: up to the first zero, and with bytes that are no UTF-8 replaced.
+        Return its text as rclpy does: up to the first zero, and with bytes that are not UTF-8 replaced.
 
-        :param limit: bytes that are looked at, None for all: the sender may have made it of any length.
+        :param limit: bytes that are read, None for all: the sender may have made it of any length.
         """
         content = ctypes.string_at(self.data, min(self.size, limit or self.size)) if self.size else b''
         return content.partition(b'\0')[0].decode('utf-8', 'replace')
@@ -89,8 +89,8 @@ class CMessageType:
     Know a message type's C structure.
 
     :param message_type: as rclpy takes it.
-    :raises LayoutError: the structure is not what the type's fields say, or its package lacks Python's functions. What
-        cannot be told is the size of a sequence that comes last.
+    :raises LayoutError: the structure is not what the type's fields say, or its package lacks Python's functions. The
+        size of a sequence that comes last cannot be checked.
     """
 
     def __init__(self, message_type: type) -> None:
@@ -165,9 +165,9 @@ class BorrowedMessage:
     """
     Hold one message as a C structure that owns nothing, to be filled and published again and again.
 
-    What its strings and sequences point to is kept by whoever sets them, and freed by nobody else. All are empty first.
+    What its strings and sequences point to belongs to the code that sets them, which frees it. All are empty first.
 
-    :raises LayoutError: the type has arrays of strings or messages, which nobody has needed yet.
+    :raises LayoutError: the type has arrays of strings or messages, which are not implemented.
     """
 
     def __init__(self, kind: CMessageType) -> None:
@@ -268,6 +268,6 @@ def _holds(block: _Block, expected: Any) -> bool:
         content = expected.tobytes()
     else:
         return True
-    # Where the layout is another, this is no address but a number or a flag.
+    # Where the layout is another, this is not an address but a number or a flag.
     is_address = (block.data or 0) > _HIGHEST_NUMBER
     return not content or (is_address and ctypes.string_at(block.data, len(content)) == content)

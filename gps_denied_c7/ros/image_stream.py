@@ -62,7 +62,7 @@ class FrameSink(Protocol):
 
 class _Queue:
     """
-    Hold one subscription, whose middleware keeps some of the newest messages, and what has an executor see to it.
+    Hold one subscription, whose middleware keeps some of the newest messages, and what has an executor handle it.
 
     :param make_ready: makes what tells that a message waits; None where rclpy takes them.
     """
@@ -84,7 +84,7 @@ class _Queue:
         self._ready: SubscriptionReady | None = None
 
     def listen(self) -> None:
-        """Have an executor see to messages, and to losses after them: it serves in turn whatever is ready."""
+        """Have an executor handle messages, and losses after them: it handles in turn what is ready."""
         if self._make_ready is not None:
             self._ready = self._make_ready(self)
         self.lost.listen()
@@ -165,7 +165,7 @@ class ImageStream:
         self._group = PromptCallbackGroup()
         self._queues_lock, self._count_lock = threading.Lock(), threading.Lock()
         self._closed = False
-        # Of activations before this one: what nobody could tell of images that came stays unknown.
+        # Of activations before this one: what was not known of their images stays unknown.
         self._continued = statistics.received(topic) > 0
         self._earlier = statistics.missed(topic) if self._continued else (0, 0)
         # The first message may arrive before create_subscription has returned.
@@ -225,7 +225,7 @@ class ImageStream:
         return _Queue(self._node, subscription, lost, make_ready if self._rcl is not None else None)
 
     def _listen(self, queue: _Queue) -> _Queue:
-        """Have an executor see to a queue, which is closed where that fails."""
+        """Have an executor handle a queue, which is closed where that fails."""
         try:
             queue.listen()
         except BaseException:
@@ -325,15 +325,15 @@ class ImageStream:
         if not self.sink.put(frame):
             self._statistics.count(self.topic, 'closed')
         elif not waiting:
-            # Nobody answers by what follows, and the thread that takes the frame may have been woken.
+            # What follows delays no answer, and the thread that takes the frame may have been notified.
             yield_gil()
 
     def _publishers(self, info: dict[str, Any] | None) -> int:
-        """Return how many publishers a message may be of, 1 where it says so itself or nobody can tell."""
-        # Humble's subscriptions do not tell; its rclpy gives no sequence numbers either.
+        """Return how many publishers a message may be of, 1 where it says so itself or the number is unknown."""
+        # Subscriptions of Humble do not report it; its rclpy gives no sequence numbers either.
         subscription = self._queue.subscription if self._queue is not None else None
         if info and not info.get('publisher_gid') and hasattr(subscription, 'get_publisher_count'):
-            with contextlib.suppress(InvalidHandle):  # closed while its message was in hand
+            with contextlib.suppress(InvalidHandle):  # closed while its message was handled
                 return int(subscription.get_publisher_count())  # type: ignore[union-attr]
         return 1
 
@@ -361,7 +361,7 @@ def publisher_mismatches(publishers: Iterable[Any], message_type: type, qos: QoS
     """
     Name every publisher that cannot reach a subscription, and why.
 
-    DDS keeps such endpoints apart without a word to either side.
+    DDS keeps such endpoints apart silently.
 
     :param publishers: of the topic, as the graph has them.
     :param message_type: of the subscription.

@@ -4,10 +4,10 @@ Messages taken and published through rcl itself, as the C structures that it fil
 rclpy makes a message object of each structure and back, which copies an image or a dense output once more, into memory
 that is newly allocated and with the interpreter's lock held; its raw form does no better, since the middleware copies
 such a message to a buffer and from there once more. rcl's own functions take the address of a structure, and ctypes
-lets other threads run meanwhile. Whoever cannot have them uses rclpy's message objects.
+lets other threads run meanwhile. Otherwise rclpy's message objects are used.
 
-rmw_message_info_t below is that of rmw/types.h, the same from Humble to Rolling but for its end, behind which is room.
-rcl's functions are documented in rcl/publisher.h and rcl/subscription.h.
+rmw_message_info_t below is that of rmw/types.h, the same from Humble to Rolling except for its end, behind which is
+room. rcl's functions are documented in rcl/publisher.h and rcl/subscription.h.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Rcl:
         :raises InvalidHandle: the subscription has been destroyed.
         """
         info = _MessageInfo()
-        # What rclpy has left of another subscription's message is not told of this one's.
+        # An error that rclpy has left of another subscription's message is not reported for this one.
         self._reset_error()
         with subscription.handle:
             code = self._take(subscription.handle.pointer, message.address, info, None)
@@ -155,7 +155,7 @@ class Rcl:
         info = self.take(subscription, taken)
         if info is None:
             if bytes(taken.fields) != untouched:
-                # It began to read one: not every reason is told.
+                # It began to read one: rcl does not report every reason.
                 raise UnreadableMessageError(f'a message of {subscription.topic} cannot be read: it ends too early.')
             return None
         return taken, info
@@ -199,16 +199,16 @@ class Untaken(CallbackGroup):
         return True
 
     def ending_execution(self, entity: Any) -> None:
-        """Do nothing: nobody waits for the end of a callback."""
+        """Do nothing: nothing waits for the end of a callback."""
 
 
 class SubscriptionReady(Waitable):
     """
     Call back when a subscription has a message, and leave taking it to the callback.
 
-    :param subscription: of an :class:`Untaken` group; destroyed by whoever made it, after :meth:`close`.
+    :param subscription: of an :class:`Untaken` group; destroyed by the code that made it, after :meth:`close`.
     :param group: of the callback.
-    :param callback: whatever it lets out goes to the executor.
+    :param callback: what it raises goes to the executor.
     """
 
     def __init__(

@@ -17,9 +17,6 @@ MARKED = re.compile(r'<!-- sizes: begin -->\n(.*)<!-- sizes: end -->', re.DOTALL
 ROW = re.compile(r'^\| `([\w.]+)` \| .{10,} \|$', re.MULTILINE)
 EXCEPTIONS: frozenset[str] = frozenset()
 """Names below the package, at most five; the page gives the reasons."""
-TOO_LARGE_FOR_NOW = frozenset({
-})  # fmt: skip
-"""To be split, then removed from here."""
 
 
 def too_large(name: str, source: str) -> Iterator[str]:
@@ -53,7 +50,7 @@ def test_nothing_is_too_large_to_be_read() -> None:
     found = {
         short(large) for name, path in modules().items() for large in too_large(name, path.read_text(encoding='utf-8'))
     }
-    assert found == EXCEPTIONS | TOO_LARGE_FOR_NOW
+    assert found == EXCEPTIONS
 
 
 def test_each_exception_has_its_reason() -> None:
