@@ -307,7 +307,7 @@ def test_f7_images_without_an_answer_do_not_cost_those_that_have_one(tmp_path):
         assert counters(peer, LEFT)['answered'] == 3
         assert [answer.frame_seq for answer in peer.tensors] == [0, 2, 4], 'a gap is an unanswered frame'
         told = [status for message in peer.diagnostics for status in message.status if LEFT in status.name]
-        assert any(s.level == DiagnosticStatus.ERROR and 'without an answer' in s.message for s in told)
+        assert any(s.level == DiagnosticStatus.ERROR and 'images are not answered' in s.message for s in told)
         assert 'non-finite' in peer.wait_record('c7.frame_unanswered')['reason']
         assert len(peer.payloads('c7.frame_unanswered')) == 1, 'a repeating kind is merged'
         assert process.output().count('no runtime can answer this request') >= 1
