@@ -116,7 +116,7 @@ class StreamSet:
         self._on_retyped = on_retyped
         # Held while a topic is subscribed or given up: the diagnostics timer and a transition may meet.
         self._lock = threading.Lock()
-        self._closed = False
+        self._opened = self._closed = False
         self._ending: list[DecodeThread] = []
         self._cameras = {topic: _Camera(topic, _TYPES.get(setting)) for topic, setting in types.items()}
         self.share = share
@@ -127,10 +127,11 @@ class StreamSet:
 
     def open(self) -> None:
         """Subscribe to all topics; what a failure leaves open is closed by :meth:`close`."""
-        for camera in self._cameras.values():
-            camera.message_type = self._type_of(camera, self._publishers(camera))
-            with self._lock:
+        with self._lock:
+            for camera in self._cameras.values():
+                camera.message_type = self._type_of(camera, self._publishers(camera))
                 self._open(camera)
+            self._opened = True
 
     def stream(self, topic: str) -> ImageStream | None:
         """Return the subscription of a topic, None where there is none at the moment."""
@@ -150,7 +151,8 @@ class StreamSet:
         for camera in self._cameras.values():
             publishers = self._publishers(camera)
             with self._lock:
-                if self._closed:
+                if self._closed or not self._opened:
+                    # A topic that the activation has yet to subscribe to would be subscribed to twice.
                     return
                 self._follow_type(camera, publishers)
                 if camera.stream is not None:

@@ -1,5 +1,6 @@
 """Where subscribing anew fails: the topic is tried again, the others go on, and the end finds nothing left."""
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -23,7 +24,7 @@ class Bench:
         self.open, self.decoding, self.retyped, self.fails, self.attempts = [], [], [], 0, 0
         self.decoders, self.no_threads = [], 0
         self.streams = StreamSet(
-            SimpleNamespace(get_publishers_info_by_topic=self.publishers),
+            SimpleNamespace(get_publishers_info_by_topic=lambda topic: self.publishers(topic)),
             {FRONT: 'auto', LEFT: 'auto', **types},
             slots=FrameSlots([FRONT, LEFT], on_replaced=lambda frame: None),
             share=ImageShare([FRONT, LEFT], fraction=lambda: 0.5, cores=2.0),
@@ -121,6 +122,28 @@ def test_publishers_of_both_types_or_of_none_change_nothing(bench):
     bench.published[FRONT] = [CompressedImage, Image]
     bench.streams.look()
     assert (FRONT, CompressedImage) in bench.open and len(bench.retyped) == 1
+
+
+def test_each_image_is_answered_once_whenever_diagnostics_look_at_the_streams(monkeypatch):
+    """A look before the activation subscribes, or between two of its topics: no topic has two subscriptions."""
+    made = Bench(monkeypatch)
+    made.streams.look()
+    assert made.open == []
+    looks = []
+
+    def publishers(topic):
+        if topic == LEFT and not looks:
+            looks.append(threading.Thread(target=made.streams.look))
+            looks[0].start()
+            # It waits for the activation to end; without that it subscribes to what is not subscribed to yet.
+            looks[0].join(1.0)
+        return []
+
+    made.publishers = publishers
+    made.streams.open()
+    looks[0].join()
+    assert made.open == [(FRONT, Image), (LEFT, Image)]
+    assert made.streams.close(1.0)
 
 
 def test_a_topic_that_cannot_be_subscribed_at_first_leaves_nothing_open(monkeypatch):
