@@ -205,7 +205,7 @@ def test_param(active, domain):
     assert 'successful' in param('set', NODE, 'latency_warn_ms', '2.5')
     assert '2.5' in param('get', NODE, 'latency_warn_ms')
     assert 'failed' in param('set', NODE, 'latency_warn_ms', '1e30')
-    assert 'cannot change while active' in param('set', NODE, 'cpu_threads', '2')
+    assert 'cannot be changed while active' in param('set', NODE, 'cpu_threads', '2')
     assert 'milliseconds' in param('describe', NODE, 'latency_warn_ms')
     dumped = yaml.safe_load(param('dump', NODE))
     assert dumped[NODE]['ros__parameters']['image_topics'] == [IMAGE_TOPIC]
