@@ -194,8 +194,8 @@ def _numbers(profile: Path, names: tuple[str, ...]) -> dict[str, int]:
 def _elements(profile: Path) -> Iterator[ElementTree.Element]:
     try:
         return ElementTree.parse(profile).getroot().iter()
-    except (OSError, ElementTree.ParseError):
-        # Fast DDS goes on without a file it cannot read; so does this judgement of it.
+    except (OSError, ElementTree.ParseError, ValueError, LookupError):
+        # Fast DDS goes on without a file it cannot read, and so does the node: also where Python lacks its encoding.
         return iter(())
 
 

@@ -298,6 +298,8 @@ class WorkerHost:
                     self._on_build(message.progress)
             elif not isinstance(message, Loading):
                 raise MessageError(f'{self._name()} sent {type(message).__name__} before it has loaded an engine.')
+            if time.monotonic() > deadline:
+                break
         self.kill()
         stood = f' The build had reached: {step[0]}.' if step is not None else ''
         raise EngineDeserializeError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,11 +24,19 @@ from gps_denied_c7.worker.shared_memory import TensorLayout
 
 __all__ = [
     'WORKER_PROTOCOL', 'Answer', 'AnswerNext', 'ErrorReport', 'Failed', 'Infer', 'InferNext', 'Load', 'LoadFailed',
-    'Loaded', 'Loading', 'MapAnswers', 'MapRequests', 'NeedRoom', 'Ping', 'Pong', 'Progress', 'RefuseRoom',
+    'Loaded', 'Loading', 'MapAnswers', 'MapRequests', 'NeedRoom', 'Ping', 'Pong', 'Progress', 'RefuseRoom', 'beginning',
 ]  # fmt: skip
 
-_TEXT_CHARACTERS = 8000
+_TEXT_BYTES = 8000
+# Of a character in JSON, at most: two escapes for each that lies beyond the first 65,536.
+_CHARACTER_BYTES = 12
 _MOST_BYTES = (1 << 63) - 1
+
+
+def beginning(text: str, size: int) -> str:
+    """Return as much of the beginning of a text as takes at most ``size`` bytes in a JSON string."""
+    kept = text[:size]
+    return kept if len(json.dumps(kept)) <= size + len('""') else text[: size // _CHARACTER_BYTES]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +60,11 @@ class ErrorReport:
 
     @classmethod
     def of(cls, error: BaseException) -> ErrorReport:
-        """Describe ``error``, each text cut to 8000 characters."""
+        """Describe ``error``, each text cut to 8000 bytes of JSON."""
         if not isinstance(error, C7Error):
-            return cls('InferenceError', f'{type(error).__name__}: {error}'[:_TEXT_CHARACTERS])
+            return cls('InferenceError', beginning(f'{type(error).__name__}: {error}', _TEXT_BYTES))
         texts = {
-            name: str(getattr(error, name, ''))[:_TEXT_CHARACTERS]
+            name: beginning(str(getattr(error, name, '')), _TEXT_BYTES)
             for name in ('message', 'remedy', 'label', 'field', 'expected', 'found')
         }
         return cls(type(error).__name__, **texts, lasting=error.lasting)

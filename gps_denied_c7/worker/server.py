@@ -39,6 +39,7 @@ from gps_denied_c7.worker.protocol import (
     Pong,
     Progress,
     RefuseRoom,
+    beginning,
 )
 from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout, segment_bytes
 
@@ -48,7 +49,7 @@ __all__ = ['EngineService', 'WorkerTask']
 _GENEROUS_BYTES = 1 << 26
 
 # Of remarks about a load, which have to fit into one packet with the names of all tensors.
-_NOTE_CHARACTERS, _MOST_NOTES = 1000, 16
+_NOTE_BYTES, _MOST_NOTES = 1000, 16
 
 _log = logging.getLogger(__name__)
 
@@ -215,7 +216,8 @@ def _brief(notes: Sequence[str]) -> tuple[str, ...]:
     """Return remarks that fit into a packet: there may be one for each output, and a vendor's may be pages long."""
     if len(notes) > _MOST_NOTES:
         notes = (*notes[: _MOST_NOTES - 1], f'{len(notes) - _MOST_NOTES + 1} more remarks are left out.')
-    return tuple(note if len(note) <= _NOTE_CHARACTERS else f'{note[:_NOTE_CHARACTERS]} ...' for note in notes)
+    cut = ((note, beginning(note, _NOTE_BYTES)) for note in notes)
+    return tuple(note if kept == note else f'{kept} ...' for note, kept in cut)
 
 
 def _is_at(array: NDArray, other: NDArray) -> bool:

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -331,6 +332,22 @@ def test_nothing_is_left_behind():
     for _ in range(2):
         fly()
     wait_until(lambda: look() == before, f'{look()} to become {before}')
+
+
+def test_a_decoder_that_cannot_be_handed_memory_leaves_none_behind():
+    def segments():
+        links = (f'/proc/self/fd/{number}' for number in os.listdir('/proc/self/fd'))
+        return sum('c7-tensors' in os.readlink(link) for link in links if os.path.islink(link))
+
+    before = segments()
+    decoder = make_decoder()
+    process = decoder._running()
+    process.await_ready(time.monotonic() + 30)
+    # As a decoder that ends its side and stays alive.
+    process._channel._end.shutdown(socket.SHUT_RDWR)
+    assert refused(decoder).reason == 'decoder'
+    decoder.close()
+    assert segments() == before
 
 
 def threads(name):

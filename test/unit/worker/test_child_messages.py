@@ -17,7 +17,15 @@ from gps_denied_c7.errors import InferenceError
 from gps_denied_c7.image.decode import REASONS
 from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.worker.messages import PACKET_BYTES, PROTOCOL_VERSION, MessageError, MessageSet, Ready
-from gps_denied_c7.worker.protocol import WORKER_PROTOCOL, AnswerNext, Infer, InferNext, NeedRoom
+from gps_denied_c7.worker.protocol import (
+    WORKER_PROTOCOL,
+    AnswerNext,
+    ErrorReport,
+    Failed,
+    Infer,
+    InferNext,
+    NeedRoom,
+)
 from gps_denied_c7.worker.shared_memory import TensorLayout
 
 SETS = {
@@ -171,3 +179,13 @@ def test_f1_the_version_changes_with_the_messages() -> None:
 def test_f1_ready_is_read_by_every_version() -> None:
     for messages in (WORKER_PROTOCOL.from_child, DECODER_PROTOCOL.from_child, MessageSet((Ready,))):
         assert messages.decode(b'["Ready",7]') == Ready(7)
+
+
+@pytest.mark.parametrize('letter', ['a', '"', '\x01', 'ж', '語', '😀'])
+def test_an_error_of_any_length_in_any_script_fits_into_a_message(letter):
+    """A longer one ended the worker that wanted to report it."""
+    error = InferenceError(letter * 9000, remedy=letter * 9000)
+    sent = Failed(1, ErrorReport.of(error))
+    received = WORKER_PROTOCOL.from_child.decode(WORKER_PROTOCOL.from_child.encode(sent))
+    assert received == sent and received.error.message == letter * len(received.error.message)
+    assert len(received.error.message) == (8000 if letter == 'a' else 666)
