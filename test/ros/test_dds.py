@@ -92,7 +92,7 @@ def test_the_memory_of_taken_messages_is_freed_with_the_shipped_profile_and_with
 
 @pytest.mark.parametrize('content', [
     None, '<dds/>', 'no xml', '<dds><data_reader profile_name="mine"/></dds>',
-    *(f'<?xml version="1.0" encoding="{name}"?><dds/>' for name in ('gb2312', 'utf-32', 'of nobody', 'x-none')),
+    *(f'<?xml version="1.0" encoding="{name}"?><dds/>' for name in ('gb2312', 'utf-32', 'of no kind', 'x-none')),
 ])  # fmt: skip
 def test_a_profile_of_the_user_says_itself_what_memory_is_kept(tmp_path, content):
     profile = tmp_path / 'own.xml'
