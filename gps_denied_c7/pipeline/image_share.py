@@ -122,6 +122,9 @@ class ImageShare:
             now, camera = self._monotonic(), self._cameras[topic]
             camera.arrivals.add(1.0, now)
             camera.arrived_at = now
+            if len(self._cameras) == 1:
+                # On the way of each image: nothing is worked out that cannot matter.
+                return True
             self._fill(camera, now)
             admitted = camera.left_s > 0
             if not admitted or self._wanted(camera, now) > (self.cores or math.inf):

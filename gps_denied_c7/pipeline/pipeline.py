@@ -135,6 +135,7 @@ class _Ready:
 
     :param size: width and height of the image, pixels.
     :param pixels: of the image, where available; valid until the next one is decoded.
+    :param cost_ns: CPU time that this thread took for it, None where it took none.
     """
 
     request: dict[str, NDArray]
@@ -142,6 +143,7 @@ class _Ready:
     pixels: Pixels | None
     queue_ns: int
     decode_ns: int
+    cost_ns: int | None = None
 
 
 class FramePipeline:
@@ -207,6 +209,14 @@ class FramePipeline:
             self._accept(frame)
             self._give_up(frame, error)
             return
+        try:
+            self._answer(frame, model, ready)
+        finally:
+            # Only now: the answer does not wait for the accounts.
+            if ready.cost_ns is not None:
+                self._charge(frame.topic, ready.cost_ns)
+
+    def _answer(self, frame: Frame, model: ServedModel, ready: _Ready) -> None:
         preprocessed_ns = time.monotonic_ns()
         seq = self._accept(frame)
         try:
@@ -237,10 +247,12 @@ class FramePipeline:
             pixels = self._decode(frame.message)
             decoded_ns = time.monotonic_ns()
             request = model.request(pixels)
-        finally:
+        except BaseException:
             self._charge(frame.topic, time.thread_time_ns() - began_ns)
+            raise
         height, width = pixels.array.shape[:2]
-        return _Ready(request, (width, height), pixels, taken_ns - frame.received_ns, decoded_ns - taken_ns)
+        queue_ns, cost_ns = taken_ns - frame.received_ns, time.thread_time_ns() - began_ns
+        return _Ready(request, (width, height), pixels, queue_ns, decoded_ns - taken_ns, cost_ns)
 
     def _take_prepared(self, frame: Frame, model: ServedModel, taken_ns: int) -> _Ready:
         """Scale what was made of an image, and give its memory back; or have it made for this model first."""
