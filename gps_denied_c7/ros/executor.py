@@ -15,7 +15,8 @@ from rclpy.executors import Executor, ExternalShutdownException, ShutdownExcepti
 
 __all__ = ['PoolExecutor', 'PromptCallbackGroup', 'yield_gil']
 
-_WAKE_S = 0.2
+# stop, and whatever else changes what is waited for, ends a wait; this is for what might not.
+_WAKE_S = 1.0
 _YIELD_S = 0.001
 _PAUSE_S = 0.001
 
@@ -70,10 +71,11 @@ class PoolExecutor(Executor):
         self._on_escape = on_escape
         self._pause_s = pause_s
         self._handed_over: set[Any] = set()
+        self._stopped = False
 
-    def spin_until(self, stopped: Callable[[], bool]) -> None:
-        """Spin until ``stopped``, which is checked several times a second, or the end of the context."""
-        while not stopped():
+    def spin(self) -> None:
+        """Spin until :meth:`stop` or the end of the context."""
+        while not self._stopped:
             try:
                 self.spin_once(timeout_sec=_WAKE_S)
             except ExternalShutdownException:
@@ -85,6 +87,11 @@ class PoolExecutor(Executor):
                 self._escaped(error)
                 # If it fails repeatedly, other threads must be able to continue.
                 time.sleep(_YIELD_S)
+
+    def stop(self) -> None:
+        """End :meth:`spin`, from any thread."""
+        self._stopped = True
+        self.wake()
 
     def spin_once(self, timeout_sec: float | None = None) -> None:
         """Wait for a callback that is ready and hand it to the pool."""

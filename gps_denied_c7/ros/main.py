@@ -151,12 +151,9 @@ def _asks_for_help(arguments: list[str]) -> bool:
 def _run(node: C7InferenceNode, thermal: ThermalSource, stop: _Stop, notices: tuple[str, ...]) -> bool:
     """Spin ``node`` until ``stop``, end it, and return whether nothing was left behind."""
     logging_bridge = forward_to(node.get_logger())
-    ended = threading.Event()
     executor = PoolExecutor(_THREADS, on_escape=lambda error: node.report_callback_failure('executor', error))
     executor.add_node(node)
-    spinning = threading.Thread(
-        target=executor.spin_until, args=(ended.is_set,), name='c7-executor', daemon=True
-    )
+    spinning = threading.Thread(target=executor.spin, name='c7-executor', daemon=True)
     spinning.start()
     node.begin(notices)
     stop.wait()
@@ -164,7 +161,7 @@ def _run(node: C7InferenceNode, thermal: ThermalSource, stop: _Stop, notices: tu
         node.get_logger().info(f'{stop.reason}: shutting down')
         clean = node.end(stop.reason, timeout_s=_END_S)
         thermal.stop()
-        ended.set()
+        executor.stop()
         spinning.join(1.0)
         logging.getLogger().removeHandler(logging_bridge)
         if clean and not spinning.is_alive():

@@ -30,15 +30,14 @@ class Spinning:
 
         self.executor._pool.submit = counting
         self.executor.add_node(self.node)
-        self.ended = threading.Event()
-        self.thread = threading.Thread(target=self.executor.spin_until, args=(self.ended.is_set,))
+        self.thread = threading.Thread(target=self.executor.spin)
         self.thread.start()
 
     def timer(self, callback, period_s=0.001):
         return self.node.create_timer(period_s, callback, callback_group=ReentrantCallbackGroup())
 
     def close(self):
-        self.ended.set()
+        self.executor.stop()
         self.thread.join()
         self.executor.shutdown()
         self.node.destroy_node()
@@ -130,7 +129,7 @@ def test_n5_spinning_goes_on_after_waiting_itself_failed(spin, monkeypatch):
 
 def test_the_end_of_the_context_ends_spinning(ros_context):
     executor = PoolExecutor(2, on_escape=print, context=ros_context)
-    thread = threading.Thread(target=executor.spin_until, args=(lambda: False,))
+    thread = threading.Thread(target=executor.spin)
     thread.start()
     ros_context.try_shutdown()
     thread.join(10.0)
@@ -140,14 +139,19 @@ def test_the_end_of_the_context_ends_spinning(ros_context):
 
 def test_a_wait_that_fails_because_the_context_has_ended_ends_spinning_and_is_no_error(ros_context, monkeypatch):
     escaped = []
-    executor = PoolExecutor(2, on_escape=escaped.append, context=ros_context)
+
+    def escape(error):
+        escaped.append(error)
+        executor.stop()
+
+    executor = PoolExecutor(2, on_escape=escape, context=ros_context)
 
     def ended_meanwhile(**kwargs):
         ros_context.try_shutdown()
         raise RuntimeError('the given context is not valid')
 
     monkeypatch.setattr(executor, 'wait_for_ready_callbacks', ended_meanwhile)
-    thread = threading.Thread(target=executor.spin_until, args=(lambda: len(escaped) > 3,))
+    thread = threading.Thread(target=executor.spin)
     thread.start()
     thread.join(30.0)
     assert not thread.is_alive() and escaped == []

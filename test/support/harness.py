@@ -123,10 +123,9 @@ class Peer:
         self._clients: dict[str, Any] = {}
         # Not rclpy's own with several threads, which now and then serves nothing for seconds: with a depth of five,
         # answers that the node has given are lost meanwhile.
-        self._closed = threading.Event()
         self._executor = PoolExecutor(2, on_escape=self._escaped, context=self.context, pause_s=0.0)
         self._executor.add_node(self.node)
-        self._thread = threading.Thread(target=self._executor.spin_until, args=(self._closed.is_set,), daemon=True)
+        self._thread = threading.Thread(target=self._executor.spin, daemon=True)
         self._thread.start()
 
     def _escaped(self, error: Exception) -> None:
@@ -134,7 +133,7 @@ class Peer:
 
     def close(self) -> None:
         """Leave the domain."""
-        self._closed.set()
+        self._executor.stop()
         self._thread.join(5.0)
         self._executor.shutdown(timeout_sec=1.0)
         self.node.destroy_node()
@@ -310,12 +309,11 @@ class LocalNode:
             thermal=thermal,
             parameter_overrides=[Parameter(name, value=value) for name, value in parameters.items()],
         )
-        self._ended = threading.Event()
         self._executor = PoolExecutor(
             4, on_escape=lambda error: self.node.report_callback_failure('executor', error), context=context
         )
         self._executor.add_node(self.node)
-        self._thread = threading.Thread(target=self._executor.spin_until, args=(self._ended.is_set,), daemon=True)
+        self._thread = threading.Thread(target=self._executor.spin, daemon=True)
         self._thread.start()
 
     def set(self, name: str, value: Any) -> Any:
@@ -334,7 +332,7 @@ class LocalNode:
     def close(self) -> None:
         """Shut the node down."""
         self.node.end('test', timeout_s=5.0)
-        self._ended.set()
+        self._executor.stop()
         self._thread.join(5.0)
         self._executor.shutdown(timeout_sec=1.0)
         self.node.destroy_node()
