@@ -18,11 +18,9 @@ from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess import Preprocessor
 from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.monitoring.metrics import Statistics
-from gps_denied_c7.pipeline.mailbox import Frame, FrameSlots, PreparedImage
+from gps_denied_c7.pipeline.mailbox import IDLE_S, Frame, FrameSlots, FrameThread, PreparedImage
 
 __all__ = ['Decoded', 'DecodeThread', 'Decoder', 'LocalDecoder']
-
-_IDLE_S = 0.5
 
 _log = logging.getLogger(__name__)
 
@@ -72,7 +70,7 @@ class Decoder(Protocol):
         ...
 
 
-class DecodeThread:
+class DecodeThread(FrameThread):
     """
     Decode and pre-process the images of one topic in a thread of its own, and hand them on to the inference thread.
 
@@ -101,57 +99,37 @@ class DecodeThread:
         on_refused: Callable[[str, ImageRejectedError], None],
         statistics: Statistics,
     ) -> None:
+        waiting = FrameSlots([topic], on_replaced=lambda frame: self._count('replaced'))
+        super().__init__(f'c7-decode {topic}', waiting, statistics)
         self._topic = topic
         self._decoder = decoder
-        self._slots = slots
+        self._decoded = slots
         self._spec = spec
         self._pixels_wanted = pixels_wanted
         self._charge = charge
         self._shed = shed
         self._on_refused = on_refused
-        self._statistics = statistics
-        self._waiting = FrameSlots([topic], on_replaced=lambda frame: self._count('replaced'))
-        self._stopping = False
         self._turn = threading.Condition()
         self._busy, self._overtaking = False, 0
         self._charged_ns: int | None = None
-        # A daemon: a decoder that never returns must not keep the process from ending.
-        self._thread = threading.Thread(target=self._run, name=f'c7-decode {topic}', daemon=True)
-
-    def start(self) -> None:
-        """Begin decoding."""
-        self._thread.start()
 
     def has(self, topic: str) -> bool:
         """Return whether an image waits to be decoded."""
-        return self._waiting.has(topic)
+        return self._slots.has(topic)
 
     def put(self, frame: Frame) -> bool:
         """Have ``frame`` decoded next; False once closed."""
-        return self._waiting.put(frame)
+        return self._slots.put(frame)
 
     def close(self) -> None:
         """Decode no further; an image that waits or is being decoded is counted as closed. Does not wait."""
-        self._stopping = True
-        for _ in self._waiting.close():
-            self._count('closed')
+        super().close()
         self._decoder.close()
 
-    def join(self, timeout_s: float) -> bool:
-        """Return whether the thread has ended within ``timeout_s``, once closed."""
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
-        return not self._thread.is_alive()
-
-    def _run(self) -> None:
-        while not self._stopping:
-            try:
-                frame = self._waiting.take(_IDLE_S)
-                if frame is not None:
-                    self._serve(frame)
-                del frame
-            except Exception:
-                _log.exception('%s: decoding met an unexpected error and goes on', self._topic)
+    def _step(self) -> None:
+        frame = self._slots.take(IDLE_S)
+        if frame is not None:
+            self._serve(frame)
 
     def _serve(self, frame: Frame) -> None:
         if self._shed(frame):
@@ -168,12 +146,12 @@ class DecodeThread:
             return
         ready = dataclasses.replace(frame, prepared=prepared)
         # Once closed, a stream of another type may have put a newer image there.
-        if self._stopping or not self._slots.put(ready):
+        if self._closed or not self._decoded.put(ready):
             ready.release()
             self._count('closed')
 
     def _refuse(self, error: ImageRejectedError) -> None:
-        if self._stopping:
+        if self._closed:
             self._count('closed')
         else:
             self._on_refused(self._topic, error)

@@ -1,7 +1,9 @@
-"""One waiting frame per topic, newest wins, served round-robin (N-3)."""
+"""One waiting frame per topic, newest wins, served round-robin by one thread (N-3)."""
 
 from __future__ import annotations
 
+import abc
+import logging
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,10 +11,17 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from gps_denied_c7.errors import C7Error
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
+from gps_denied_c7.monitoring.metrics import Statistics
 
-__all__ = ['Frame', 'FrameSlots', 'PreparedImage']
+__all__ = ['IDLE_S', 'Frame', 'FrameSlots', 'FrameThread', 'PreparedImage']
+
+IDLE_S = 0.5
+"""How long a FrameThread waits for a frame at a time."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,3 +126,49 @@ class FrameSlots:
         for frame in waiting:
             frame.release()
         return waiting
+
+
+class FrameThread(abc.ABC):
+    """
+    Take frames out of slots in a thread of its own, until it is closed.
+
+    :param name: of the thread, also in logs.
+    :param statistics: counts the frames that still wait when it is closed.
+    """
+
+    def __init__(self, name: str, slots: FrameSlots, statistics: Statistics) -> None:
+        self._slots = slots
+        self._statistics = statistics
+        self._closed = False
+        # A daemon: an engine or a decoder that never returns must not keep the process from ending.
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Begin to take frames."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Take no other frame, and refuse further ones; does not wait for the current one."""
+        self._closed = True
+        for frame in self._slots.close():
+            self._statistics.count(frame.topic, 'closed')
+
+    def join(self, timeout_s: float) -> bool:
+        """Return whether the thread has ended within ``timeout_s``, once closed."""
+        if self._thread.ident is not None:
+            self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    @abc.abstractmethod
+    def _step(self) -> None:
+        """Take the next frame and serve it, or come back where none comes for ``IDLE_S``."""
+
+    def _run(self) -> None:
+        while not self._closed:
+            try:
+                self._step()
+            except C7Error as error:
+                _log.error('%s', error)
+            except Exception:
+                # No other thread serves these frames: it outlives whatever one of them brings.
+                _log.exception('%s met an unexpected error and goes on', self._thread.name)

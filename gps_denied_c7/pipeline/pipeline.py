@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections import Counter
@@ -13,22 +12,19 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.errors import C7Error, ImageRejectedError
+from gps_denied_c7.errors import ImageRejectedError
 from gps_denied_c7.failover.chain import Answer, RuntimeChain
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess import Preprocessor
 from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.metrics import Statistics
-from gps_denied_c7.pipeline.mailbox import Frame, FrameSlots, PreparedImage
+from gps_denied_c7.pipeline.mailbox import IDLE_S, Frame, FrameSlots, FrameThread, PreparedImage
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = ['FramePipeline', 'FrameResult', 'FrameTap', 'InferenceThread', 'ServedModel']
 
-_IDLE_S = 0.5
 _LOOK_S = 0.02
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +284,7 @@ def _split_inference(asked_ns: int, ran_ns: tuple[int, int], answered_ns: int) -
     return {'hand_off': began_ns - asked_ns, 'engine': ended_ns - began_ns, 'hand_back': answered_ns - ended_ns}
 
 
-class InferenceThread:
+class InferenceThread(FrameThread):
     """
     Serve the slots from one thread, the only one that runs the engine while the node is active.
 
@@ -306,20 +302,12 @@ class InferenceThread:
         shed: Callable[[Frame], bool],
         statistics: Statistics,
     ) -> None:
-        self._slots = slots
+        super().__init__('c7-inference', slots, statistics)
         self._pipeline = pipeline
         self._too_old = too_old
         self._shed = shed
-        self._statistics = statistics
-        self._stopping = False
         self._replacing = threading.Lock()
         self._replacement: ServedModel | None = None
-        # A daemon: an engine that never returns must not keep the process from ending.
-        self._thread = threading.Thread(target=self._run, name='c7-inference', daemon=True)
-
-    def start(self) -> None:
-        """Begin serving."""
-        self._thread.start()
 
     def answered_frame(self, timeout_s: float) -> Pixels | None:
         """Return a copy of the next answered frame's pixels, None where none came in time; for one thread."""
@@ -348,25 +336,14 @@ class InferenceThread:
         :return: False when the current frame still runs after ``timeout_s``; the thread then ends
             as soon as its engine returns.
         """
-        self._stopping = True
-        for frame in self._slots.close():
-            self._statistics.count(frame.topic, 'closed')
-        if self._thread.ident is not None:
-            self._thread.join(timeout_s)
-        return not self._thread.is_alive()
+        self.close()
+        return self.join(timeout_s)
 
-    def _run(self) -> None:
-        while not self._stopping:
-            try:
-                self._take_replacement()
-                # Not kept in a variable: once it is answered its memory takes the next image, still in the caches.
-                self._serve(self._slots.take(_IDLE_S))
-                self._pipeline.maintain()
-            except C7Error as error:
-                _log.error('%s', error)
-            except Exception:
-                # The thread is the node's only way to answer: it outlives whatever one frame brings.
-                _log.exception('the inference thread met an unexpected error and goes on')
+    def _step(self) -> None:
+        self._take_replacement()
+        # Not kept in a variable: once it is answered its memory takes the next image, still in the caches.
+        self._serve(self._slots.take(IDLE_S))
+        self._pipeline.maintain()
 
     def _serve(self, frame: Frame | None) -> None:
         if frame is None:
