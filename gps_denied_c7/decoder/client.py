@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,13 +28,13 @@ from gps_denied_c7.decoder.protocol import (
 )
 from gps_denied_c7.errors import C7Error, ImageRejectedError, InferenceError
 from gps_denied_c7.failover.backoff import Backoff
-from gps_denied_c7.image.decode import Pixels, check_compressed
+from gps_denied_c7.image.decode import DecodedImage, Pixels, check_compressed
 from gps_denied_c7.image.preprocess import planes_shape
 from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.worker.process import WorkerProcess
 from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout
 
-__all__ = ['DecodedImage', 'ImageDecoder']
+__all__ = ['ImageDecoder']
 
 # To import NumPy, OpenCV and simplejpeg on a busy machine.
 _START_S = 10.0
@@ -70,31 +71,6 @@ def _give_back(loan: deque[_Buffer]) -> None:
     with contextlib.suppress(IndexError):
         buffer = loan.pop()
         buffer.home.append(buffer)
-
-
-@dataclass(frozen=True, slots=True)
-class DecodedImage:
-    """
-    Hold what a decoder process made of one picture.
-
-    :param size: width and height of the decoded image in pixels.
-    :param planes: what :meth:`Preprocessor.resize` makes of it, (channels, rows, columns) uint8 or uint16; a read-only
-        view of shared memory, valid until :meth:`release`.
-    :param pixels: of the decoded image, a copy; None where they were not asked for.
-    :param oddities: faults of the file that were tolerated, of :data:`gps_denied_c7.image.decode.ODDITIES`.
-    :param cost_ns: CPU time that the process used for it, nanoseconds, as the kernel counts.
-    """
-
-    size: tuple[int, int]
-    planes: NDArray
-    pixels: Pixels | None
-    oddities: tuple[str, ...]
-    cost_ns: int
-    _loan: deque[_Buffer] = field(repr=False, compare=False)
-
-    def release(self) -> None:
-        """Give the memory of the planes back to the decoder; safe to repeat, from any thread."""
-        _give_back(self._loan)
 
 
 class ImageDecoder:
@@ -211,7 +187,6 @@ class ImageDecoder:
         self, process: WorkerProcess, format: str, data: memoryview, spec: PreprocessingSpec, pixels: bool
     ) -> DecodedImage:
         deadline = time.monotonic() + self._timeout_s
-        before_ns = self._count_cpu()
         file = np.frombuffer(data, np.uint8)
         self._put(process, file)
         buffer = self._take_buffer(process, spec)
@@ -237,14 +212,12 @@ class ImageDecoder:
             raise
         self._useful = True
         self._backoff.reset(self._name)
-        now_ns = self._count_cpu()
         return DecodedImage(
             size=(width, height),
             planes=planes,
             pixels=None if copied is None else Pixels(copied, answer.order),
             oddities=answer.oddities,
-            cost_ns=now_ns - before_ns,
-            _loan=loan,
+            release=functools.partial(_give_back, loan),
         )
 
     def _put(self, process: WorkerProcess, data: NDArray) -> None:

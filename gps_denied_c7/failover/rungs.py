@@ -61,52 +61,40 @@ class RungHost(Protocol):
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """Canonical inputs, known once loaded."""
-        ...
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """Canonical outputs, known once loaded."""
-        ...
 
     @property
     def alive(self) -> bool:
         """Whether it can still answer; never waits."""
-        ...
 
     @property
     def ran_ns(self) -> tuple[int, int]:
         """When the engine began and ended the run of the last answer, by the steady clock; zeros where unknown."""
-        ...
 
     @property
     def request_arrays(self) -> Mapping[str, NDArray]:
         """Arrays by name that a request is read from without a copy; empty where there are none yet."""
-        ...
 
     def load(self) -> EngineFacts:
         """Load the engine and warm it up."""
-        ...
 
     def begin(self, inputs: Mapping[str, NDArray]) -> None:
         """Hand one request over, which is read before this returns or out of :attr:`request_arrays`."""
-        ...
 
     def poll(self, timeout_s: float | None) -> dict[str, NDArray] | None:
         """Return the answer, valid until the next :meth:`begin`; None where it is not there in time."""
-        ...
 
     def responds(self, patience_s: float) -> bool:
         """Ask for a sign of life regularly while no request runs; False ``patience_s`` after that; never waits."""
-        ...
 
     def kill(self) -> None:
         """Begin to end a request or a load that does not return, and the engine with it; never waits."""
-        ...
 
     def release(self) -> None:
         """Begin to free everything; never waits for a process; safe to repeat."""
-        ...
 
     def join(self, timeout_s: float) -> bool:
         """Wait until nothing is left of what was released; False where something is after ``timeout_s``."""
-        ...

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +75,26 @@ class Pixels:
 
     array: NDArray
     order: str
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedImage:
+    """
+    Hold what a decoder made of one picture.
+
+    :param size: width and height of the decoded image in pixels.
+    :param planes: what :meth:`Preprocessor.resize` makes of it, (channels, rows, columns) uint8 or uint16; read-only,
+        valid until ``release``.
+    :param pixels: of the decoded image, a copy; None where they were not asked for.
+    :param oddities: faults of the file that were tolerated, of :data:`ODDITIES`.
+    :param release: gives the memory of the planes back to the decoder; safe to repeat, from any thread.
+    """
+
+    size: tuple[int, int]
+    planes: NDArray
+    pixels: Pixels | None
+    oddities: tuple[str, ...] = ()
+    release: Callable[[], None] = lambda: None
 
 
 ENCODINGS = tuple(TABLE)

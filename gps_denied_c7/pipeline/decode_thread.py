@@ -11,46 +11,17 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from gps_denied_c7.errors import ImageRejectedError
-from gps_denied_c7.image.decode import Pixels
+from gps_denied_c7.image.decode import DecodedImage, Pixels
 from gps_denied_c7.image.preprocess import Preprocessor
 from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.monitoring.metrics import Statistics
 from gps_denied_c7.pipeline.mailbox import IDLE_S, Frame, FrameSlots, FrameThread, PreparedImage
 
-__all__ = ['Decoded', 'DecodeThread', 'Decoder', 'LocalDecoder']
+__all__ = ['DecodeThread', 'Decoder', 'LocalDecoder']
 
 _log = logging.getLogger(__name__)
-
-
-class Decoded(Protocol):
-    """What a decoder gives for one image, as :class:`gps_denied_c7.decoder.client.DecodedImage`."""
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height of the decoded image, pixels."""
-        ...
-
-    @property
-    def planes(self) -> NDArray:
-        """What :meth:`Preprocessor.resize` makes of it, valid until :meth:`release`."""
-        ...
-
-    @property
-    def pixels(self) -> Pixels | None:
-        """A copy of the decoded image, where one was asked for."""
-        ...
-
-    @property
-    def oddities(self) -> tuple[str, ...]:
-        """Faults in spite of which it was decoded."""
-        ...
-
-    def release(self) -> None:
-        """Give the memory of the planes back; safe to repeat."""
-        ...
 
 
 class Decoder(Protocol):
@@ -59,15 +30,12 @@ class Decoder(Protocol):
     @property
     def cpu_ns(self) -> int:
         """CPU time that it has taken so far, nanoseconds; as of the latest :meth:`decode`."""
-        ...
 
-    def decode(self, message: Any, spec: PreprocessingSpec, *, pixels: bool) -> Decoded:
+    def decode(self, message: Any, spec: PreprocessingSpec, *, pixels: bool) -> DecodedImage:
         """Return one image made ready; raise ImageRejectedError. From one thread at a time."""
-        ...
 
     def close(self) -> None:
         """End; a decode in progress returns with an error, and so does every later one. From any thread."""
-        ...
 
 
 class DecodeThread(FrameThread):
@@ -206,17 +174,6 @@ class DecodeThread(FrameThread):
         self._statistics.count(self._topic, event)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _LocallyDecoded:
-    size: tuple[int, int]
-    planes: NDArray
-    pixels: Pixels | None
-    oddities: tuple[str, ...] = ()
-
-    def release(self) -> None:
-        """Do nothing: the planes are not shared."""
-
-
 class LocalDecoder:
     """
     Decode images in the thread that asks, for a raw topic whose images would keep the inference thread too long.
@@ -234,7 +191,7 @@ class LocalDecoder:
         """CPU time that all images together have taken, nanoseconds."""
         return self._cpu_ns
 
-    def decode(self, message: Any, spec: PreprocessingSpec, *, pixels: bool) -> _LocallyDecoded:
+    def decode(self, message: Any, spec: PreprocessingSpec, *, pixels: bool) -> DecodedImage:
         """Return one image made ready; raises ImageRejectedError. From one thread at a time."""
         began_ns = time.thread_time_ns()
         try:
@@ -246,7 +203,7 @@ class LocalDecoder:
             self._cpu_ns += time.thread_time_ns() - began_ns
         height, width = decoded.array.shape[:2]
         kept = Pixels(decoded.array.copy(), decoded.order) if pixels else None
-        return _LocallyDecoded((width, height), planes, kept)
+        return DecodedImage((width, height), planes, kept)
 
     def close(self) -> None:
         """Do nothing: it holds nothing."""

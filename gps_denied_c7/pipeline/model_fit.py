@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -33,25 +33,17 @@ class ModelSettings(Protocol):
     @property
     def output_tensors(self) -> tuple[str, ...]:
         """Names of the outputs that are published, all of them where empty."""
-        ...
 
     @property
     def allow_non_finite(self) -> tuple[str, ...]:
         """Names of the outputs in which NaN and infinity mean something."""
-        ...
 
     @property
     def preprocessing(self) -> Mapping[str, Any]:
         """What is set differently from the model, by PreprocessingSpec field."""
-        ...
 
     def preprocessing_for(self, spec: PreprocessingSpec) -> PreprocessingSpec:
         """Return a bundle's own pre-processing with what is set otherwise; raise ConfigError where that cannot be."""
-        ...
-
-    def check_outputs(self, names: Collection[str]) -> None:
-        """Raise ConfigError where an output that is to be published is not among ``names``."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +57,6 @@ class ImageSettings:
     def preprocessing_for(self, spec: PreprocessingSpec) -> PreprocessingSpec:
         """Return ``spec`` with what is set; raise ConfigError where that cannot be."""
         return spec.replace(**self.preprocessing)
-
-    def check_outputs(self, names: Collection[str]) -> None:
-        """
-        Refuse a model that lacks an output that is to be published.
-
-        :raises ConfigError: naming ``output_tensors``.
-        """
-        if unknown := sorted(set(self.output_tensors).difference(names)):
-            raise ConfigError('output_tensors', f'the model has no {unknown}.', remedy=f'It has {sorted(names)}.')
 
 
 def read_bundle(path: str, *, limit_s: float, cancelled: threading.Event | None = None) -> ModelBundle:
@@ -131,5 +114,7 @@ def fit_tensors(
             f'the model also takes {others}, and an image fills {tensor.name!r} alone.',
             remedy='Export the model with a single image input, the other inputs as constants inside.',
         )
-    settings.check_outputs([output.name for output in outputs])
+    names = {output.name for output in outputs}
+    if unknown := sorted(set(settings.output_tensors).difference(names)):
+        raise ConfigError('output_tensors', f'the model has no {unknown}.', remedy=f'It has {sorted(names)}.')
     return spec, tensor

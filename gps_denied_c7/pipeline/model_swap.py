@@ -12,10 +12,9 @@ from typing import Any, Protocol
 from gps_denied_c7.errors import C7Error, ConfigError, InferenceError
 from gps_denied_c7.failover.chain import RuntimeChain
 from gps_denied_c7.failover.policy import SHADOWED_FRAMES
-from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.pipeline.model_fit import ModelSettings, fit_bundle, fit_model, read_bundle
-from gps_denied_c7.pipeline.pipeline import ServedModel
+from gps_denied_c7.pipeline.pipeline import InferenceThread, ServedModel
 
 __all__ = ['ModelSwapper', 'SwapPhase', 'SwapStatus']
 
@@ -66,44 +65,26 @@ class SwapStatus:
         return self.phase in (SwapPhase.FAILED, SwapPhase.CANCELLED)
 
 
-class HandOver(Protocol):
-    """What the swap needs of the InferenceThread."""
-
-    def answered_frame(self, timeout_s: float) -> Pixels | None:
-        """Return a copy of the next answered frame's pixels, None where none came in time."""
-        ...
-
-    def replace(self, model: ServedModel, cancelled: threading.Event) -> bool:
-        """Wait until ``model`` answers; False where ``cancelled`` was set before."""
-        ...
-
-
 class SwapOwner(Protocol):
     """What the swapper asks of the node; called from the swap's thread, except where :meth:`ModelSwapper.stop` says."""
 
     def make_chain(self, bundle: ModelBundle, settings: Any) -> RuntimeChain:
         """Return a chain for ``bundle`` that is not loaded yet."""
-        ...
 
     def path_accepted(self, path: str) -> bool:
         """Return whether ``path`` has become the value of the parameter; never waits."""
-        ...
 
-    def model_swapped(self, path: str, model: ServedModel, settings: Any) -> None:
+    def model_swapped(self, model: ServedModel, settings: Any) -> None:
         """Take note that ``model`` answers from now on, as ``settings`` say."""
-        ...
 
-    def keep_model(self, path: str) -> None:
-        """Take the parameters back, ``path`` is not served."""
-        ...
+    def keep_model(self) -> None:
+        """Take the parameters back: the model that answered before still does."""
 
     def swap_changed(self, status: SwapStatus) -> None:
         """Show ``status``."""
-        ...
 
     def record(self, kind: str, **payload: object) -> None:
         """Write a flight record."""
-        ...
 
 
 class _SwapCancelledError(C7Error):
@@ -141,7 +122,7 @@ class ModelSwapper:
     between two frames, and only then is the old one freed. Whatever fails before leaves the old one as it is.
 
     :param served: the model that answers now.
-    :param settings: what is asked of the model that answers now, and of those that come without settings.
+    :param settings: what is asked of the model that answers now.
     :param no_frame_s: seconds to wait for a live frame.
     :param read_s: seconds in which a model must have been read, its engines left out.
     """
@@ -149,7 +130,7 @@ class ModelSwapper:
     def __init__(
         self,
         served: ServedModel,
-        inference: HandOver,
+        inference: InferenceThread,
         owner: SwapOwner,
         settings: ModelSettings,
         *,
@@ -166,18 +147,17 @@ class ModelSwapper:
         self._swap: _Swap | None = None
         self._stopped = False
 
-    def begin(self, path: str, settings: ModelSettings | None = None) -> None:
+    def begin(self, path: str, settings: ModelSettings) -> None:
         """
         Have the model at ``path`` swapped in; nothing is read here, since a disk or mount may not answer.
 
-        :param settings: what is asked of it, None for what is asked of the model that answers now.
+        :param settings: what is asked of it.
         :raises ConfigError: it is refused; nothing has been begun.
         """
         if not path:
             raise ConfigError('model_path', 'is empty.', remedy='Name a model bundle or an .onnx file.')
         if '\0' in path or len(path) > _LONGEST_PATH:
             raise ConfigError('model_path', f'{path[:80]!r}… is not a path.', remedy='Correct it.')
-        settings = settings or self._settings
         with self._lock:
             self._require_free()
             swap = _Swap(path, self._served, settings, self._settings)
@@ -269,7 +249,7 @@ class ModelSwapper:
             _require_wanted(swap)
         swap.model = model
         self._served, self._settings = model, swap.settings
-        self._owner.model_swapped(swap.path, model, swap.settings)
+        self._owner.model_swapped(model, swap.settings)
 
     def _await_accepted(self, swap: _Swap) -> None:
         # A callback further on may still refuse the parameter, and it must not be reverted before it is set.
@@ -316,7 +296,7 @@ class ModelSwapper:
             phase = SwapPhase.CANCELLED if swap.cancelled.is_set() else SwapPhase.FAILED
             reason = 'the streams were closed meanwhile.' if swap.cancelled.is_set() else _describe(error)
             try:
-                self._owner.keep_model(swap.path)
+                self._owner.keep_model()
             except C7Error as failure:
                 reason = f'{reason} {failure}'
             level = logging.INFO if phase is SwapPhase.CANCELLED else logging.ERROR

@@ -324,11 +324,11 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         """Return whether clients see ``path`` as ``model_path`` now."""
         return bool(self.get_parameter('model_path').value == path)
 
-    def model_swapped(self, path: str, model: ServedModel, settings: NodeSettings) -> None:
+    def model_swapped(self, model: ServedModel, settings: NodeSettings) -> None:
         """Note the model that answers now, for diagnostics and the next cleanup."""
         self._model.swapped(settings, model)
 
-    def keep_model(self, path: str) -> None:
+    def keep_model(self) -> None:
         """Restore ``model_path`` and its companions to the model that keeps answering."""
         self._settings.restore_model(self._model.require().settings)
 

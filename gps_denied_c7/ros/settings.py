@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,15 +69,6 @@ class NodeSettings:
     def allow_non_finite(self) -> tuple[str, ...]:
         """Names of the outputs in which NaN and infinity are valid."""
         return self.config.allow_non_finite
-
-    def check_outputs(self, names: Collection[str]) -> None:
-        """
-        Refuse a model that lacks an output which is to be published.
-
-        :raises ConfigError: naming ``output_tensors``.
-        """
-        if unknown := sorted(set(self.output_tensors).difference(names)):
-            raise ConfigError('output_tensors', f'the model has no {unknown}.', remedy=f'It has {sorted(names)}.')
 
     def preprocessing_for(self, spec: PreprocessingSpec) -> PreprocessingSpec:
         """

@@ -11,8 +11,9 @@ from typing import Any
 from rclpy.node import Node
 from sensor_msgs.msg import CompressedImage, Image
 
+from gps_denied_c7.image.decode import DecodedImage
 from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
-from gps_denied_c7.pipeline.decode_thread import Decoded, Decoder, DecodeThread
+from gps_denied_c7.pipeline.decode_thread import Decoder, DecodeThread
 from gps_denied_c7.pipeline.image_share import ImageShare
 from gps_denied_c7.pipeline.mailbox import FrameSlots
 from gps_denied_c7.ros.image_stream import FrameSink, ImageStream, publisher_mismatches, type_name
@@ -45,7 +46,7 @@ class _CompressedDecoder:
     def cpu_ns(self) -> int:
         return self._decoder.cpu_ns
 
-    def decode(self, message: ReceivedImage, spec: PreprocessingSpec, *, pixels: bool) -> Decoded:
+    def decode(self, message: ReceivedImage, spec: PreprocessingSpec, *, pixels: bool) -> DecodedImage:
         picture = message.picture
         assert isinstance(picture, CompressedData)
         return self._decoder.decode(picture.format, picture.data, spec, pixels=pixels)

@@ -462,12 +462,13 @@ def test_a_tensor_outlives_the_decoder_that_made_it(decoder):
 
 
 def test_the_cpu_time_of_pictures_is_counted_refused_ones_too(decoder):
-    first = answers(decoder)
-    after = decoder.cpu_ns
-    assert 0 < first.cost_ns < after
-    costs = [answers(decoder, encoded('.png', scene(800, 800))).cost_ns for _ in range(3)]
-    assert decoder.cpu_ns >= after + sum(costs)
+    answers(decoder)
     before = decoder.cpu_ns
+    assert before > 0
+    for _ in range(3):
+        answers(decoder, encoded('.png', scene(800, 800)))
+        assert decoder.cpu_ns > before
+        before = decoder.cpu_ns
     damaged = encoded('.jpg', scene(2000, 2000))
     assert refused(decoder, damaged[:-500] + b'\xff\xd9').reason == 'data'
     assert decoder.cpu_ns > before

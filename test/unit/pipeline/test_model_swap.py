@@ -118,9 +118,6 @@ class Bench:
         """Change nothing."""
         return spec
 
-    def check_outputs(self, names):
-        """Miss nothing."""
-
     def model(self, name):
         """Write a model file, whose bytes are its weights, and return its path."""
         path = self.directory / f'{name}.onnx'
@@ -143,7 +140,7 @@ class Bench:
         self.results.append((result.frame.message, result.frame_seq, result.answer.model_name))
 
     def swap(self, name):
-        self.swapper.begin(self.model(name))
+        self.swapper.begin(self.model(name), self)
         return self.outcome()
 
     def outcome(self):
@@ -191,11 +188,11 @@ class Bench:
     def path_accepted(self, path):
         return self.on_accept(path)
 
-    def model_swapped(self, path, model, settings):
+    def model_swapped(self, model, settings):
         self.served = model
 
-    def keep_model(self, path):
-        self.kept.append(path)
+    def keep_model(self):
+        self.kept.append(self.statuses[-1].path)
 
     def swap_changed(self, status):
         self.statuses.append(status)
@@ -241,7 +238,7 @@ def test_f6_three_live_frames_are_answered_in_the_shadow(bench):
     script.on_infer = lambda inputs: seen.append(inputs['image'].flat[0])
     bench.answered_by('old')
     bench.flowing.set()
-    bench.swapper.begin(bench.model('new'))
+    bench.swapper.begin(bench.model('new'), bench)
     wait_until(lambda: bench.statuses and bench.statuses[-1].phase is SwapPhase.HANDING_OVER or bench.swaps())
     assert len(seen) >= 1 + 3, 'one proof and three frames'
     sent = {np.float32(message % 256) / np.float32(255) for message in range(1, bench.sent + 1)}
@@ -270,7 +267,7 @@ def test_one_swap_after_another(bench):
 @pytest.mark.parametrize('path', ['', 'net\0.onnx', 'n' * 5000])
 def test_what_the_text_alone_tells_is_refused_and_begins_nothing(bench, path):
     with pytest.raises(ConfigError, match='model_path: '):
-        bench.swapper.begin(path)
+        bench.swapper.begin(path, bench)
     assert bench.statuses == [] and bench.swaps() == []
 
 
@@ -280,7 +277,7 @@ def test_what_has_to_be_read_fails_in_the_background_and_the_parameter_goes_back
     copy.write_bytes(b'old')
     paths = [(str(bench.directory / 'none.onnx'), 'none.onnx'), (str(copy), 'serves already')]
     for number, (path, reason) in enumerate(paths, 1):
-        bench.swapper.begin(path)
+        bench.swapper.begin(path, bench)
         record = bench.outcome()
         assert (record['outcome'], record['model_path']) == ('failed', path) and reason in record['reason']
         assert len(bench.kept) == len(bench.swaps()) == number
@@ -291,9 +288,9 @@ def test_a_second_swap_is_refused_while_one_is_under_way(bench):
     may_load = threading.Event()
     path = bench.model('new')
     bench.scripts['new'].on_load = lambda host: may_load.wait(30)
-    bench.swapper.begin(path)
+    bench.swapper.begin(path, bench)
     with pytest.raises(ConfigError, match='under way'):
-        bench.swapper.begin(bench.model('newer'))
+        bench.swapper.begin(bench.model('newer'), bench)
     may_load.set()
     assert bench.outcome()['model_name'] == 'new'
     assert bench.swap('newer')['outcome'] == 'swapped'
@@ -310,7 +307,7 @@ def raising(error):
 def test_a_model_that_cannot_be_loaded_leaves_the_old_one(bench, error):
     path = bench.model('new')
     bench.scripts['new'].on_load = raising(error)
-    bench.swapper.begin(path)
+    bench.swapper.begin(path, bench)
     record = bench.outcome()
     assert record['outcome'] == 'failed' and str(error).rstrip('.') in record['reason']
     assert (bench.statuses[-1].phase, bench.statuses[-1].reason) == (SwapPhase.FAILED, record['reason'])
@@ -320,7 +317,7 @@ def test_a_model_that_cannot_be_loaded_leaves_the_old_one(bench, error):
 def test_a_model_that_fails_its_proof_leaves_the_old_one(bench):
     path = bench.model('new')
     bench.scripts['new'].on_infer = raising(InferenceError('not finite.'))
-    bench.swapper.begin(path)
+    bench.swapper.begin(path, bench)
     assert 'not finite' in bench.outcome()['reason']
     bench.assert_old_serves('new')
 
@@ -334,7 +331,7 @@ def test_a_model_that_fails_a_live_frame_leaves_the_old_one(bench):
 
     bench.scripts['new'].on_infer = fail_on_an_image
     bench.answered_by('old')
-    bench.swapper.begin(path)
+    bench.swapper.begin(path, bench)
     record = bench.outcome()
     assert record['outcome'] == 'failed' and 'live frame' in record['reason'] and 'not finite' in record['reason']
     assert bench.phases() == [SwapPhase.LOADING, SwapPhase.SHADOWING, SwapPhase.FAILED]
@@ -347,7 +344,7 @@ def test_a_model_that_fails_a_live_frame_leaves_the_old_one(bench):
 def test_a_model_that_no_image_fits_leaves_the_old_one(bench, inputs):
     path = bench.model('new')
     bench.scripts['new'].inputs = inputs
-    bench.swapper.begin(path)
+    bench.swapper.begin(path, bench)
     assert bench.outcome()['outcome'] == 'failed'
     bench.assert_old_serves('new')
 
@@ -364,7 +361,7 @@ def test_a_parameter_that_cannot_be_taken_back_is_told(bench):
     path = bench.model('new')
     bench.scripts['new'].on_load = raising(EngineDeserializeError('damaged.'))
     bench.keep_model = raising(C7Error('cannot be taken back.'))
-    bench.swapper.begin(path)
+    bench.swapper.begin(path, bench)
     record = bench.outcome()
     assert 'damaged' in record['reason'] and 'cannot be taken back' in record['reason']
 
@@ -377,20 +374,20 @@ def test_a_load_is_ended_when_the_streams_are_closed(bench):
         raise EngineDeserializeError('killed.')
 
     bench.scripts['new'].on_load = load_until_killed
-    bench.swapper.begin(path)
+    bench.swapper.begin(path, bench)
     assert bench.scripts['new'].loading.wait(30)
     assert bench.swapper.stop(20.0)
     assert (bench.swaps()[-1]['outcome'], len(bench.swaps())) == ('cancelled', 1)
     assert 'c7.chain_exhausted' not in [kind for kind, _ in bench.records], 'ended is not exhausted'
     with pytest.raises(ConfigError, match='closed'):
-        bench.swapper.begin(bench.model('newer'))
+        bench.swapper.begin(bench.model('newer'), bench)
     bench.assert_old_serves('new')
 
 
 def test_a_load_that_cannot_be_ended_is_left_behind_and_freed_when_it_returns(bench):
     path, may_load = bench.model('new'), threading.Event()
     bench.scripts['new'].on_load = lambda host: may_load.wait(30)
-    bench.swapper.begin(path)
+    bench.swapper.begin(path, bench)
     assert bench.scripts['new'].loading.wait(30)
     assert not bench.swapper.stop(0.1)
     assert bench.swaps()[-1]['outcome'] == 'cancelled', 'told by who stopped it'
@@ -402,7 +399,7 @@ def test_a_load_that_cannot_be_ended_is_left_behind_and_freed_when_it_returns(be
 
 def test_shadowing_is_cancelled_when_the_streams_are_closed(bench):
     bench.swapper._no_frame_s = 60.0
-    bench.swapper.begin(bench.model('new'))
+    bench.swapper.begin(bench.model('new'), bench)
     wait_until(lambda: SwapPhase.SHADOWING in bench.phases())
     assert bench.swapper.stop(20.0)
     assert bench.swaps()[-1]['outcome'] == 'cancelled'
@@ -419,7 +416,7 @@ def test_a_hand_over_that_waits_for_the_frame_in_hand_is_taken_back(bench):
     bench.before_publish = hold
     bench.put()
     assert entered.wait(30)
-    bench.swapper.begin(bench.model('new'))
+    bench.swapper.begin(bench.model('new'), bench)
     wait_until(lambda: SwapPhase.HANDING_OVER in bench.phases() and bench.thread._replacement is not None)
     assert bench.swapper.stop(20.0)
     assert bench.swaps()[-1]['outcome'] == 'cancelled'
