@@ -13,17 +13,16 @@ from numpy.typing import NDArray
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import ChainExhaustedError, InferenceError
 from gps_denied_c7.failover import policy
-from gps_denied_c7.failover.control import EngineControl
+from gps_denied_c7.failover.attempts import LateError, Request
 from gps_denied_c7.failover.engine_watch import EngineWatch
 from gps_denied_c7.failover.fleet import FleetSnapshot, Role
 from gps_denied_c7.failover.loader import EngineLoader, RungEngine
 from gps_denied_c7.failover.policy import Next, Wait
-from gps_denied_c7.failover.replacement import Replacement
-from gps_denied_c7.failover.reports import Transaction
-from gps_denied_c7.failover.request import LateError, Request
+from gps_denied_c7.failover.policy_runner import PolicyRunner
+from gps_denied_c7.failover.policy_view import RESTART
 from gps_denied_c7.failover.rungs import Rung, RungHost, build_rungs
-from gps_denied_c7.failover.status import ChainState, ChainStatus
-from gps_denied_c7.failover.view import RESTART
+from gps_denied_c7.failover.status import ChainState, ChainStatus, Transaction
+from gps_denied_c7.failover.switchover import Switchover
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.tensors import TensorSpec
 
@@ -97,13 +96,13 @@ class RuntimeChain:
         # one, which knows nothing of the first, never the other way round.
         self._turn = threading.RLock()
         self._requests = 0
-        self._control = EngineControl(
+        self._runner = PolicyRunner(
             bundle, config, host_factory, self._rungs,
             emit=emit, on_change=on_change, monotonic_ns=monotonic_ns, make_loader=make_loader,
         )  # fmt: skip
-        self._watch = EngineWatch(self._control, bundle, monotonic_ns)
-        self._replacement = Replacement(self._control, self._watch, config, self._rungs, monotonic_ns)
-        self._fleet, self._reports = self._control.fleet, self._control.reports
+        self._watch = EngineWatch(self._runner, bundle, monotonic_ns)
+        self._switchover = Switchover(self._runner, self._watch, config, self._rungs, monotonic_ns)
+        self._fleet, self._reports = self._runner.fleet, self._runner.reports
 
     @property
     def rungs(self) -> tuple[Rung, ...]:
@@ -151,10 +150,10 @@ class RuntimeChain:
         """
         with self._turn:
             if beside is None:
-                self._replacement.walk(self._rungs)
-                self._control.upkeep()
+                self._switchover.walk(self._rungs)
+                self._runner.upkeep()
             else:
-                self._replacement.walk(self._rungs, beside=beside.make_room)
+                self._switchover.walk(self._rungs, beside=beside.make_room)
 
     def shadow(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """
@@ -182,7 +181,7 @@ class RuntimeChain:
         :return: whether anything was freed. The standby is loaded again after a pause.
         """
         with self._turn:
-            return self._replacement.make_room(lack_bytes)
+            return self._switchover.make_room(lack_bytes)
 
     def prove(self) -> None:
         """
@@ -193,13 +192,13 @@ class RuntimeChain:
         with self._turn:
             engine = self._fleet.serving
             if engine is None:
-                self._replacement.restart(at_once=True)
+                self._switchover.restart(at_once=True)
                 return
             try:
-                self._control.self_test(engine)
+                self._runner.self_test(engine)
             except Exception as error:
                 # It may have died by chance: it is loaded and tested again, after the rungs that come next.
-                self._replacement.after_failure(error)
+                self._switchover.after_failure(error)
 
     # --- one request ------------------------------------------------------------------------------
 
@@ -219,7 +218,7 @@ class RuntimeChain:
         with self._turn:
             if self._fleet.serving is None:
                 self._watch.take_loads()
-                self._replacement.restart()
+                self._switchover.restart()
             started_ns = self._monotonic_ns()
             self._requests += 1
             request = Request(
@@ -236,7 +235,7 @@ class RuntimeChain:
                 except Exception as error:
                     inputs = self._recover_failed(request, engine, error, inputs)
             request.switch.end()
-            self._control.backoff.reset(RESTART)
+            self._runner.backoff.reset(RESTART)
             self._reports.announce()
             self._watch.give_to_shadow(inputs, outputs)
             return self._answer(outputs)
@@ -248,18 +247,18 @@ class RuntimeChain:
         :raises LateError: it is late and there is a standby, or it was loaded for this request and has hung.
         :raises InferenceError: it failed, or has hung for so long that it is loaded again.
         """
-        control, fleet = self._control, self._fleet
+        runner, fleet = self._runner, self._fleet
         engine.began_ns, engine.request, engine.late_answer = self._monotonic_ns(), request.number, None
         engine.host.begin(inputs)
         outputs = engine.host.poll(engine.deadline_s)
         while outputs is None:
-            if control.closing:
+            if runner.closing:
                 raise InferenceError(f'{engine.rung.name} still runs a request while the chain is released.')
             self._watch.look()
             age_s = engine.age_s(self._monotonic_ns())
             hung = age_s > engine.hang_s
             wait = policy.while_waiting(
-                engine, age_s, control.view(),
+                engine, age_s, runner.view(),
                 last=request.fresh(engine), standby_answered=request.answered_by(fleet.standby),
             )  # fmt: skip
             if wait is Wait.LATE:
@@ -267,23 +266,23 @@ class RuntimeChain:
                 raise LateError(f'{engine.rung.name} did not answer within {limit_s * 1e3:.0f} ms.')
             if wait is Wait.ABANDON:
                 raise InferenceError(f'{engine.rung.name} has not answered for {age_s:.1f} s.')
-            control.apply(policy.hurried_load(control.view(), hung=hung))
+            runner.apply(policy.hurried_load(runner.view(), hung=hung))
             outputs = engine.host.poll(_LOOK_S)
         return outputs
 
     def _recover_late(self, request: Request, engine: RungEngine, late: LateError) -> dict[str, NDArray] | None:
         """Have the standby serve in place of a late engine; return its answer where it has given one, late itself."""
-        control, fleet = self._control, self._fleet
+        runner, fleet = self._runner, self._fleet
         _log.error('%s', late)
-        request.take_back = request.take_back or control.blame_snapshot()
+        request.take_back = request.take_back or runner.blame_snapshot()
         attempt = request.note(engine, late, standby=fleet.standby)
-        step = policy.after_attempt(attempt, control.view())
+        step = policy.after_attempt(attempt, runner.view())
         if step.next is Next.REPLACE_FOR_LATER:
-            control.retire_serving('hangs on a request that it was loaded for')
-            self._replacement.replace_serving(step.candidates)
+            runner.retire_serving('hangs on a request that it was loaded for')
+            self._switchover.replace_serving(step.candidates)
             self._give_up(request)
         fleet.move(engine, Role.LATE, str(late))
-        self._replacement.serve_standby(str(late))
+        self._switchover.serve_standby(str(late))
         standby = fleet.serving
         if standby is None or not request.answered_by(standby):
             return None
@@ -294,23 +293,23 @@ class RuntimeChain:
         self, request: Request, engine: RungEngine, error: Exception, inputs: Mapping[str, NDArray]
     ) -> Mapping[str, NDArray]:
         """Replace an engine that failed a request or died; return the inputs, copied out of its memory."""
-        control = self._control
-        request.take_back = request.take_back or control.blame_snapshot()
+        runner = self._runner
+        request.take_back = request.take_back or runner.blame_snapshot()
         attempt = request.note(engine, error, standby=self._fleet.standby)
-        if control.closing:
+        if runner.closing:
             raise error
         # A self-test is written where the frame may have been.
         in_place = engine.host.request_arrays
         inputs = {name: array.copy() if array is in_place.get(name) else array for name, array in inputs.items()}
-        step = policy.after_attempt(attempt, control.view())
+        step = policy.after_attempt(attempt, runner.view())
         if step.next is Next.SELF_TEST:
-            attempt = attempt._replace(passed=control.passes_self_test(engine))
-            step = policy.after_attempt(attempt, control.view())
+            attempt = attempt._replace(passed=runner.passes_self_test(engine))
+            step = policy.after_attempt(attempt, runner.view())
         if step.next is Next.BLAME_REQUEST:
             self._give_up(request)
         _log.error('%s failed a frame: %s', engine.rung.name, error)
-        control.fail_serving(error)
-        loaded = self._replacement.replace_serving(step.candidates)
+        runner.fail_serving(error)
+        loaded = self._switchover.replace_serving(step.candidates)
         serving = self._serving()
         if step.next is Next.RELOAD:
             if request.asked(serving):
@@ -325,7 +324,7 @@ class RuntimeChain:
         assert request.take_back is not None
         request.take_back()
         request.switch.end()
-        self._control.backoff.reset(RESTART)
+        self._runner.backoff.reset(RESTART)
         raise request.error(self._serving(), self._monotonic_ns())
 
     def _answer(self, outputs: Mapping[str, NDArray]) -> Answer:
@@ -356,23 +355,23 @@ class RuntimeChain:
         while no frame comes.
         """
         with self._turn:
-            control = self._control
-            if control.closing:
+            runner = self._runner
+            if runner.closing:
                 # What is ended now is ended on purpose.
                 return
             self._watch.look()
-            control.reconcile()
+            runner.reconcile()
             engine = self._fleet.serving
             try:
                 if engine is not None and not engine.host.alive:
                     error = InferenceError(f'{engine.rung.name} died while no frame came.')
                     _log.error('%s', error)
-                    self._replacement.after_failure(error)
-                elif self._reports.latest.state is ChainState.EXHAUSTED and self._replacement.may_restart():
-                    self._replacement.restart()
+                    self._switchover.after_failure(error)
+                elif self._reports.latest.state is ChainState.EXHAUSTED and self._switchover.may_restart():
+                    self._switchover.restart()
             except ChainExhaustedError as exhausted:
                 _log.error('%s', exhausted)
-            control.upkeep()
+            runner.upkeep()
 
     def release(self, timeout_s: float = 2.0) -> None:
         """
@@ -381,9 +380,9 @@ class RuntimeChain:
         :param timeout_s: seconds to wait for a request that is still running; a worker is killed in half of them.
         :raises InferenceError: the request still runs; its engine stays loaded until it returns.
         """
-        control = self._control
+        runner = self._runner
         if not self._turn.acquire(timeout=timeout_s / 2):
-            control.kill_all()
+            runner.kill_all()
             if not self._turn.acquire(timeout=timeout_s / 2):
                 active = self._reports.latest.active
                 raise InferenceError(
@@ -392,8 +391,8 @@ class RuntimeChain:
                     remedy='Restart the node to get its memory back.',
                 )
         try:
-            control.closing = True
-            control.release()
+            runner.closing = True
+            runner.release()
         finally:
-            control.closing = False
+            runner.closing = False
             self._turn.release()

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 
 from gps_denied_c7.errors import GpuMemoryError, InferenceError
 from gps_denied_c7.failover import policy
-from gps_denied_c7.failover.control import EngineControl
 from gps_denied_c7.failover.fleet import Role
 from gps_denied_c7.failover.loader import RungEngine
-from gps_denied_c7.failover.view import Move, Pause, Purpose
+from gps_denied_c7.failover.policy_runner import PolicyRunner
+from gps_denied_c7.failover.policy_view import Move, Pause, Purpose
 from gps_denied_c7.model.bundle import ModelBundle
 
 __all__ = ['EngineWatch']
@@ -27,11 +27,11 @@ class EngineWatch:
     :param bundle: its rules say whether a shadow agrees.
     """
 
-    def __init__(self, control: EngineControl, bundle: ModelBundle, monotonic_ns: Callable[[], int]) -> None:
-        self._control = control
+    def __init__(self, runner: PolicyRunner, bundle: ModelBundle, monotonic_ns: Callable[[], int]) -> None:
+        self._runner = runner
         self._bundle = bundle
         self._now_ns = monotonic_ns
-        self._fleet, self._loader, self._reports = control.fleet, control.loader, control.reports
+        self._fleet, self._loader, self._reports = runner.fleet, runner.loader, runner.reports
 
     def look(self) -> None:
         """Take the results of loads, late answers and shadowed frames; never waits."""
@@ -39,7 +39,7 @@ class EngineWatch:
         self.take_loads()
         for rung in fleet.newly_stuck():
             if rung.on_gpu:
-                self._control.lose_gpu()
+                self._runner.lose_gpu()
         for engine in fleet.late:
             self._poll_late(engine)
         if fleet.standby is not None:
@@ -60,9 +60,9 @@ class EngineWatch:
             if load.error is not None:
                 _log.info('%s could not be loaded in the background: %s', load.rung.name, load.error)
                 if isinstance(load.error, GpuMemoryError):
-                    self._reports.memory_refused(load.rung, load.error, quiet=self._control.closing)
+                    self._reports.memory_refused(load.rung, load.error, quiet=self._runner.closing)
                     lack_bytes = load.error.lack_bytes
-            self._control.apply(policy.after_load(load, self._control.view(), lack_bytes=lack_bytes))
+            self._runner.apply(policy.after_load(load, self._runner.view(), lack_bytes=lack_bytes))
 
     def _poll_late(self, engine: RungEngine) -> None:
         try:
@@ -73,13 +73,13 @@ class EngineWatch:
             age_s = engine.age_s(self._now_ns())
             if engine.late_answer is not None:
                 _log.warning('%s answered after %.0f ms.', engine.rung.name, age_s * 1e3)
-                self._control.apply(policy.make_standby(engine, self._control.view(), ordered=False))
+                self._runner.apply(policy.make_standby(engine, self._runner.view(), ordered=False))
                 return
             if age_s <= engine.hang_s:
                 return
             why = f'has not answered for {age_s:.1f} s and is killed.'
         _log.error('%s, which was late, %s', engine.rung.name, why)
-        self._control.note_fault(engine.rung)
+        self._runner.note_fault(engine.rung)
         self._fleet.move(engine, Role.RETIRING, why)
 
     def _check_standby(self, engine: RungEngine) -> None:
@@ -90,12 +90,12 @@ class EngineWatch:
         elif not engine.host.responds(engine.hang_s):
             why = 'hangs'
             _log.error('the standby %s does not respond and is killed.', engine.rung.name)
-            self._control.note_fault(engine.rung)
-        elif not policy.eligible(engine.rung, Purpose.SERVE, self._control.view()):
+            self._runner.note_fault(engine.rung)
+        elif not policy.eligible(engine.rung, Purpose.SERVE, self._runner.view()):
             why = 'the GPU is lost'
         else:
             return
-        self._control.apply((Move(engine, Role.RETIRING, why),))
+        self._runner.apply((Move(engine, Role.RETIRING, why),))
 
     def poll_shadow(self, engine: RungEngine) -> None:
         """Compare what the shadow made of a live frame, where it has answered."""
@@ -140,4 +140,4 @@ class EngineWatch:
     def _drop_shadow(self, engine: RungEngine, fault: str) -> None:
         """Retire a shadow that is at fault, and pause."""
         self._reports.promotion_delayed(engine.rung, fault)
-        self._control.apply((Pause(('promotion', engine.rung)), Move(engine, Role.RETIRING, fault)))
+        self._runner.apply((Pause(('promotion', engine.rung)), Move(engine, Role.RETIRING, fault)))

@@ -8,7 +8,7 @@ from enum import Enum
 from typing import NamedTuple
 
 from gps_denied_c7.failover.loader import EngineLoad, EngineLoader, RungEngine
-from gps_denied_c7.failover.reaper import RetiringEngines
+from gps_denied_c7.failover.retiring import RetiringEngines
 from gps_denied_c7.failover.rungs import Rung
 
 __all__ = ['MOVES', 'Fleet', 'FleetSnapshot', 'Role']

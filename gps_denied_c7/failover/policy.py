@@ -13,8 +13,7 @@ from typing import NamedTuple
 
 from gps_denied_c7.failover.fleet import Role
 from gps_denied_c7.failover.loader import EngineLoad, RungEngine
-from gps_denied_c7.failover.rungs import Rung
-from gps_denied_c7.failover.view import (
+from gps_denied_c7.failover.policy_view import (
     HURRIED,
     Actions,
     Cancel,
@@ -30,6 +29,7 @@ from gps_denied_c7.failover.view import (
     TrustGpu,
     View,
 )
+from gps_denied_c7.failover.rungs import Rung
 
 __all__ = [
     'ABANDON_FACTOR', 'MAX_RELOADS', 'RECONCILE', 'SHADOWED_FRAMES',

@@ -13,8 +13,8 @@ from gps_denied_c7.failover import policy
 from gps_denied_c7.failover.fleet import MOVES, Role
 from gps_denied_c7.failover.loader import RungEngine
 from gps_denied_c7.failover.policy import Attempted, Outcome
+from gps_denied_c7.failover.policy_view import Gpu, Purpose, View
 from gps_denied_c7.failover.rungs import Rung
-from gps_denied_c7.failover.view import Gpu, Purpose, View
 from gps_denied_c7.runtimes.protocol import EngineFacts, ProviderSet
 from support.source_tree import REPOSITORY
 

@@ -31,7 +31,7 @@ from gps_denied_c7.failover.backoff import Backoff
 from gps_denied_c7.failover.file_watch import FileWatch, bundle_files, cache_directories, fingerprint
 from gps_denied_c7.failover.gpu_health import GpuHealth
 from gps_denied_c7.failover.loader import EngineLoad, EngineLoader, RungEngine
-from gps_denied_c7.failover.reaper import RetiringEngines
+from gps_denied_c7.failover.retiring import RetiringEngines
 from gps_denied_c7.failover.rungs import ORT_LABEL, Rung, RungHost, build_rungs
 from gps_denied_c7.failover.self_test import Proof
 from gps_denied_c7.failover.status import ChainState, ChainStatus

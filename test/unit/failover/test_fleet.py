@@ -8,8 +8,8 @@ import pytest
 
 from gps_denied_c7.failover.fleet import MOVES, Fleet, Role
 from gps_denied_c7.failover.loader import RungEngine
-from gps_denied_c7.failover.reaper import RetiringEngines
-from gps_denied_c7.failover.reports import ChainReports, Transaction
+from gps_denied_c7.failover.retiring import RetiringEngines
+from gps_denied_c7.failover.status import ChainReports, Transaction
 from gps_denied_c7.runtimes.protocol import EngineFacts
 from support.scripted_workers import CPU, GPU, OTHER_GPU, Bench
 

@@ -11,8 +11,7 @@ from gps_denied_c7.errors import EngineDeserializeError, GpuMemoryError
 from gps_denied_c7.failover import policy
 from gps_denied_c7.failover.loader import EngineLoad, RungEngine
 from gps_denied_c7.failover.policy import Attempted, Next, Outcome, Wait
-from gps_denied_c7.failover.rungs import Rung
-from gps_denied_c7.failover.view import (
+from gps_denied_c7.failover.policy_view import (
     HURRIED,
     Cancel,
     ClearPause,
@@ -27,6 +26,7 @@ from gps_denied_c7.failover.view import (
     TrustGpu,
     View,
 )
+from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.runtimes.protocol import EngineFacts, ProviderSet
 
 TRT = Rung('tensorrt', ProviderSet.GPU)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gps_denied_c7.failover import reaper
-from gps_denied_c7.failover.reaper import RetiringEngines
+from gps_denied_c7.failover import retiring
+from gps_denied_c7.failover.retiring import RetiringEngines
 from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.runtimes.protocol import ProviderSet
 
@@ -59,7 +59,7 @@ def test_f4_what_stays_is_told_of_once_and_forgotten_when_it_goes(engines, recor
 
 
 def test_f4_at_the_end_they_are_waited_for_together(engines, records, monkeypatch):
-    monkeypatch.setattr(reaper, '_UNKILLABLE_S', 0.05)
+    monkeypatch.setattr(retiring, '_UNKILLABLE_S', 0.05)
     hosts = [Host(), Host(), Host()]
     for host in hosts:
         engines.add(GPU, host)

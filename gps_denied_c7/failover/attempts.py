@@ -9,8 +9,8 @@ from typing import NamedTuple, TypeVar
 from gps_denied_c7.errors import InferenceError, WorkerDiedError, error_and_causes, join_reasons
 from gps_denied_c7.failover.loader import RungEngine
 from gps_denied_c7.failover.policy import Attempted, Outcome
-from gps_denied_c7.failover.reports import Transaction
 from gps_denied_c7.failover.rungs import Rung
+from gps_denied_c7.failover.status import Transaction
 
 __all__ = ['LateError', 'Request', 'pid_of', 'without_frames']
 

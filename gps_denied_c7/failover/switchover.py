@@ -8,39 +8,38 @@ from collections.abc import Callable
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import GpuMemoryError
 from gps_denied_c7.failover import policy
-from gps_denied_c7.failover.control import EngineControl, log_unexpected
+from gps_denied_c7.failover.attempts import without_frames
 from gps_denied_c7.failover.engine_watch import EngineWatch
 from gps_denied_c7.failover.fleet import Role
 from gps_denied_c7.failover.loader import EngineLoad, RungEngine
-from gps_denied_c7.failover.reports import Transaction
-from gps_denied_c7.failover.request import without_frames
+from gps_denied_c7.failover.policy_runner import PolicyRunner, log_unexpected
+from gps_denied_c7.failover.policy_view import RESTART, Move, Pause, Purpose
 from gps_denied_c7.failover.rungs import Rung
-from gps_denied_c7.failover.status import ChainState
-from gps_denied_c7.failover.view import RESTART, Move, Pause, Purpose
+from gps_denied_c7.failover.status import ChainState, Transaction
 
-__all__ = ['Replacement']
+__all__ = ['Switchover']
 
 _log = logging.getLogger(__name__)
 
 
-class Replacement:
+class Switchover:
     """Find the engine that serves next; may wait as long as a load takes."""
 
     def __init__(
         self,
-        control: EngineControl,
+        runner: PolicyRunner,
         watch: EngineWatch,
         config: C7InferenceConfig,
         rungs: tuple[Rung, ...],
         monotonic_ns: Callable[[], int],
     ) -> None:
-        self._control = control
+        self._runner = runner
         self._watch = watch
         self._config = config
         self._isolated = config.isolation == 'process'
         self._rungs = rungs
         self._now_ns = monotonic_ns
-        self._fleet, self._loader, self._reports = control.fleet, control.loader, control.reports
+        self._fleet, self._loader, self._reports = runner.fleet, runner.loader, runner.reports
 
     def after_failure(self, error: Exception) -> None:
         """
@@ -52,8 +51,8 @@ class Replacement:
         assert serving is not None
         switch = Transaction(self._fleet, self._reports, self._now_ns())
         switch.because(serving.rung.name, str(error))
-        failed = self._control.fail_serving(error)
-        self.replace_serving((*policy.rungs_after(failed, self._control.view()), failed))
+        failed = self._runner.fail_serving(error)
+        self.replace_serving((*policy.rungs_after(failed, self._runner.view()), failed))
         switch.end()
 
     def restart(self, *, at_once: bool = False) -> None:
@@ -71,7 +70,7 @@ class Replacement:
             raise self._reports.exhausted_error()
         switch = Transaction(self._fleet, self._reports, before.since_ns)
         if exhausted:
-            self._control.try_gpu_again()
+            self._runner.try_gpu_again()
             switch.because('none', 'the chain was exhausted')
         self.replace_serving(self._rungs)
         switch.end()
@@ -80,8 +79,8 @@ class Replacement:
         """Return whether an exhausted chain has an engine that was loaded meanwhile, or one to try after its pause."""
         if self._fleet.standby is not None:
             return True
-        view = self._control.view()
-        return len(view.refused) < len(view.rungs) and self._control.backoff.may_begin(RESTART)
+        view = self._runner.view()
+        return len(view.refused) < len(view.rungs) and self._runner.backoff.may_begin(RESTART)
 
     def replace_serving(self, candidates: tuple[Rung, ...]) -> bool:
         """
@@ -91,7 +90,7 @@ class Replacement:
         """
         self._watch.take_loads()
         standby = self._fleet.standby
-        view = self._control.view()
+        view = self._runner.view()
         if standby is not None and standby.host.alive and policy.eligible(standby.rung, Purpose.SERVE, view):
             self.serve_standby('the engine before failed')
             return False
@@ -102,7 +101,7 @@ class Replacement:
         """Have the standby serve."""
         standby = self._fleet.standby
         assert standby is not None
-        self._control.apply((Move(standby, Role.SERVING, why),))
+        self._runner.apply((Move(standby, Role.SERVING, why),))
 
     def walk(self, candidates: tuple[Rung, ...], *, beside: Callable[[int], bool] = lambda lack_bytes: False) -> None:
         """
@@ -111,12 +110,12 @@ class Replacement:
         :param beside: frees memory of another chain; returns whether it did.
         :raises ChainExhaustedError: none works.
         """
-        self._control.retire_serving('replaced')
+        self._runner.retire_serving('replaced')
         end_ns = self._now_ns() + int(self._config.configure_budget_s * 1e9)
         for position, rung in enumerate(candidates):
-            if not policy.eligible(rung, Purpose.LOAD_NOW, self._control.view()):
+            if not policy.eligible(rung, Purpose.LOAD_NOW, self._runner.view()):
                 continue
-            if self._control.closing:
+            if self._runner.closing:
                 break
             last = position == len(candidates) - 1
             try:
@@ -124,21 +123,21 @@ class Replacement:
             except Exception as error:
                 log_unexpected(rung, error)
                 self._reports.failures[rung.name] = without_frames(error)
-                self._reports.rejected(rung, error, quiet=self._control.closing)
+                self._reports.rejected(rung, error, quiet=self._runner.closing)
                 continue
             if engine is not None:
-                self._control.apply((Move(engine, Role.SERVING, 'is the first usable rung'),))
+                self._runner.apply((Move(engine, Role.SERVING, 'is the first usable rung'),))
                 return
             _log.warning('%s is still loading; the next rung serves meanwhile.', rung.name)
         if self._serve_shadow():
             return
-        self._control.apply((Pause(RESTART),))
-        raise self._reports.exhausted(quiet=self._control.closing)
+        self._runner.apply((Pause(RESTART),))
+        raise self._reports.exhausted(quiet=self._runner.closing)
 
     def _serve_shadow(self) -> bool:
         """Have the shadow serve at once where nothing else does and it can be asked."""
         engine = self._fleet.shadow
-        if engine is None or self._control.closing:
+        if engine is None or self._runner.closing:
             return False
         self._watch.poll_shadow(engine)
         if self._fleet.shadow is None:
@@ -146,8 +145,8 @@ class Replacement:
         if engine.expected is not None or not engine.host.alive:
             self._fleet.move(engine, Role.RETIRING, 'it cannot be asked now')
             return False
-        trust = policy.trust_gpu(engine, self._control.view())
-        self._control.apply((*trust, Move(engine, Role.SERVING, 'no other is usable')))
+        trust = policy.trust_gpu(engine, self._runner.view())
+        self._runner.apply((*trust, Move(engine, Role.SERVING, 'no other is usable')))
         return True
 
     def _load_within(self, rung: Rung, budget_s: float | None, beside: Callable[[int], bool]) -> RungEngine | None:
@@ -177,9 +176,9 @@ class Replacement:
 
     def make_room(self, lack_bytes: int, but: EngineLoad | None = None) -> bool:
         """Free what does not serve, as far as needed; return False where all of it would not be enough."""
-        actions = policy.make_room(lack_bytes, self._control.view(), but=but)
+        actions = policy.make_room(lack_bytes, self._runner.view(), but=but)
         for action in actions or ():
             if isinstance(action, Move):
                 _log.warning('%s is unloaded: another engine lacks GPU memory.', action.engine.rung.name)
-        self._control.apply(actions or ())
+        self._runner.apply(actions or ())
         return actions is not None

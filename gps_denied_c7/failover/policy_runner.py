@@ -9,18 +9,13 @@ from dataclasses import replace
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import C7Error
 from gps_denied_c7.failover import policy
+from gps_denied_c7.failover.attempts import pid_of, without_frames
 from gps_denied_c7.failover.backoff import Backoff
 from gps_denied_c7.failover.file_watch import FileWatch, bundle_files, cache_directories, fingerprint
 from gps_denied_c7.failover.fleet import Fleet, Role
 from gps_denied_c7.failover.gpu_health import GpuHealth
 from gps_denied_c7.failover.loader import EngineLoader, RungEngine
-from gps_denied_c7.failover.reaper import RetiringEngines
-from gps_denied_c7.failover.reports import ChainReports, Transaction
-from gps_denied_c7.failover.request import pid_of, without_frames
-from gps_denied_c7.failover.rungs import Rung, RungHost
-from gps_denied_c7.failover.self_test import Proof
-from gps_denied_c7.failover.status import ChainStatus
-from gps_denied_c7.failover.view import (
+from gps_denied_c7.failover.policy_view import (
     Actions,
     Cancel,
     ClearPause,
@@ -33,9 +28,13 @@ from gps_denied_c7.failover.view import (
     TrustGpu,
     View,
 )
+from gps_denied_c7.failover.retiring import RetiringEngines
+from gps_denied_c7.failover.rungs import Rung, RungHost
+from gps_denied_c7.failover.self_test import Proof
+from gps_denied_c7.failover.status import ChainReports, ChainStatus, Transaction
 from gps_denied_c7.model.bundle import ModelBundle
 
-__all__ = ['EngineControl', 'log_unexpected']
+__all__ = ['PolicyRunner', 'log_unexpected']
 
 _ATTEMPTS, _LAST_ATTEMPTS = 2, 6
 _STUCK = 'a worker cannot be ended'
@@ -43,7 +42,7 @@ _STUCK = 'a worker cannot be ended'
 _log = logging.getLogger(__name__)
 
 
-class EngineControl:
+class PolicyRunner:
     """
     Hold the engines of a chain, and have them loaded, moved and ended as the policy says.
 
