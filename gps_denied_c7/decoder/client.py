@@ -233,20 +233,11 @@ class ImageDecoder:
             size = max(_LEAST_INPUT_BYTES, min(2 * data.nbytes, self._memory_bytes))
             self._drop_input()
             segment = SharedTensors.create(size, writable=True)
-            self._map(process, MapInput(), segment)
+            process.send_segment(MapInput(), segment)
             # Not before: a process that reads from another segment would decode an earlier file.
             self._input, self._data = segment, segment.arrays(TensorLayout.single('data', 'uint8', (size,)))['data']
         assert self._data is not None
         self._data[: data.nbytes] = data
-
-    @staticmethod
-    def _map(process: WorkerProcess, message: MapInput | MapBuffer, segment: SharedTensors) -> None:
-        """Hand a new segment to the process; close it where that fails."""
-        try:
-            process.send(message, [segment.descriptor], block=False)
-        except BaseException:
-            segment.close()
-            raise
 
     def _take_buffer(self, process: WorkerProcess, spec: PreprocessingSpec) -> _Buffer:
         """Return a buffer with room for the planes of any image, which is no longer among the free ones."""
@@ -263,7 +254,7 @@ class ImageDecoder:
         if number is None:
             raise self._unavailable(f'has no buffer left: {_MOST_BUFFERS} pictures were not released.')
         buffer = _Buffer(number, SharedTensors.create(size, writable=False), self._free)
-        self._map(process, MapBuffer(number), buffer.segment)
+        process.send_segment(MapBuffer(number), buffer.segment)
         self._buffers.append(buffer)
         return buffer
 

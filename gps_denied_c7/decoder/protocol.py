@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from gps_denied_c7.image.decode import MAX_PIXELS, MAX_SIDE, ODDITIES, ORDERS, REASONS
 from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
-from gps_denied_c7.worker.messages import ChildProtocol
+from gps_denied_c7.worker.channel import ChildProtocol
 
 __all__ = [
     'DECODER_PROTOCOL', 'TEXT_CHARACTERS', 'Copied', 'CopyPixels', 'Decode', 'Decoded', 'MapBuffer', 'MapInput',

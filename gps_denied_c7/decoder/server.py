@@ -23,8 +23,7 @@ from gps_denied_c7.image.buffers import Scratch
 from gps_denied_c7.image.decode import Pixels, decode_picture, import_decoders, is_out_of_memory
 from gps_denied_c7.image.preprocess import Preprocessor
 from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
-from gps_denied_c7.worker.channel import Channel, ChannelClosedError
-from gps_denied_c7.worker.messages import Ready
+from gps_denied_c7.worker.channel import Channel, ChannelClosedError, Ready
 from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout
 
 __all__ = ['DecoderService']
@@ -68,11 +67,7 @@ class DecoderService:
             CopyPixels: lambda message, descriptors: self._copy(message.number, descriptors[0]),
         }
         self._channel.send(Ready())
-        while True:
-            received = self._channel.receive()
-            assert received is not None
-            message, descriptors = received
-            handlers[type(message)](message, descriptors)
+        self._channel.serve(handlers)
 
     def _map_input(self, descriptor: int) -> None:
         segment = SharedTensors(descriptor, writable=False)

@@ -31,8 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     begin_child(WORKER_NAME, options.lifetime)
     if options.spare:
         _import_unhurried(options.spare)
-    from gps_denied_c7.worker.channel import Channel, ChannelClosedError
-    from gps_denied_c7.worker.messages import Ready
+    from gps_denied_c7.worker.channel import Channel, ChannelClosedError, Ready
     from gps_denied_c7.worker.protocol import WORKER_PROTOCOL
 
     channel = Channel(socket.socket(fileno=options.channel), WORKER_PROTOCOL, in_child=True)

@@ -23,8 +23,8 @@ from gps_denied_c7.runtimes.protocol import BuildProgress, EngineFacts
 from gps_denied_c7.runtimes.registry import require_strategy
 from gps_denied_c7.stalling import read_or_give_up
 from gps_denied_c7.tensors import TensorSpec
+from gps_denied_c7.worker.channel import MessageError
 from gps_denied_c7.worker.exchange import Exchange
-from gps_denied_c7.worker.messages import MessageError
 from gps_denied_c7.worker.process import WorkerProcess
 from gps_denied_c7.worker.protocol import (
     WORKER_PROTOCOL,
@@ -105,11 +105,6 @@ class WorkerHost:
     def alive(self) -> bool:
         """Whether the worker runs; never waits."""
         return self._process is not None and self._process.alive
-
-    @property
-    def running(self) -> bool:
-        """Whether a request was begun whose answer has not been taken."""
-        return self._exchange is not None and self._exchange.running
 
     @property
     def request_arrays(self) -> Mapping[str, NDArray]:

@@ -173,10 +173,5 @@ class Exchange:
             raise InferenceError(f'no memory for a segment of {size} bytes: {error}.') from error
         if before is not None:
             before.close()
-        try:
-            # A worker that reads nothing must not hold up this process.
-            self._process.send(message, [segment.descriptor], block=False)
-        except InferenceError:
-            segment.close()
-            raise
+        self._process.send_segment(message, segment)
         return segment

@@ -13,11 +13,18 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from gps_denied_c7.errors import NO_THREADS_REMEDY, EngineDeserializeError, WorkerDiedError
+from gps_denied_c7.errors import NO_THREADS_REMEDY, EngineDeserializeError, InferenceError, WorkerDiedError
 from gps_denied_c7.python_child import SAFE_DIRECTORY, python_child, worker_environment
-from gps_denied_c7.worker.channel import Channel, ChannelClosedError
+from gps_denied_c7.worker.channel import (
+    PROTOCOL_VERSION,
+    Channel,
+    ChannelClosedError,
+    ChildProtocol,
+    MessageError,
+    Ready,
+)
 from gps_denied_c7.worker.log import WorkerLog
-from gps_denied_c7.worker.messages import PROTOCOL_VERSION, ChildProtocol, MessageError, Ready
+from gps_denied_c7.worker.shared_memory import SharedTensors
 
 __all__ = ['WorkerProcess']
 
@@ -174,6 +181,15 @@ class WorkerProcess:
             self._channel.send(message, descriptors, block=block)
         except ChannelClosedError as error:
             raise self._died() from error
+
+    def send_segment(self, message: Any, segment: SharedTensors) -> None:
+        """Hand a segment of shared memory over with ``message``; close it where that fails, as :meth:`send` does."""
+        try:
+            # A process that reads nothing must not hold up this one.
+            self.send(message, [segment.descriptor], block=False)
+        except InferenceError:
+            segment.close()
+            raise
 
     def await_ready(self, deadline: float) -> bool:
         """

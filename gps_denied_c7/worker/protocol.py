@@ -19,7 +19,7 @@ from gps_denied_c7.errors import (
 )
 from gps_denied_c7.runtimes.protocol import BuildProgress, EngineFacts
 from gps_denied_c7.tensors import TensorSpec
-from gps_denied_c7.worker.messages import ChildProtocol
+from gps_denied_c7.worker.channel import ChildProtocol
 from gps_denied_c7.worker.shared_memory import TensorLayout
 
 __all__ = [

@@ -95,11 +95,7 @@ class EngineService:
             Load: lambda _, descriptors: self._load(descriptors[0]),
             MapRequests: lambda _, descriptors: self._map_requests(descriptors[0]),
         }
-        while True:
-            received = self._channel.receive()
-            assert received is not None
-            message, descriptors = received
-            handlers[type(message)](message, descriptors)
+        self._channel.serve(handlers)
 
     def _load(self, descriptor: int) -> None:
         with os.fdopen(descriptor, 'rb') as file:

@@ -16,8 +16,7 @@ from hypothesis import strategies as st
 
 from gps_denied_c7._typed_json import as_array, reader_of
 from gps_denied_c7.errors import C7Error
-from gps_denied_c7.worker.channel import Channel, ChannelClosedError
-from gps_denied_c7.worker.messages import MessageError
+from gps_denied_c7.worker.channel import Channel, ChannelClosedError, MessageError
 from gps_denied_c7.worker.protocol import WORKER_PROTOCOL, Answer, AnswerNext, ErrorReport, NeedRoom
 from support.fuzz_channel import (
     ERROR,

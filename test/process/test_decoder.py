@@ -31,7 +31,7 @@ from gps_denied_c7.image.decode import ODDITIES, Pixels
 from gps_denied_c7.image.preprocess import Preprocessor
 from gps_denied_c7.image.preprocess_spec import Interpolation, PreprocessingSpec, ResizeMode
 from gps_denied_c7.worker import process as worker_process
-from gps_denied_c7.worker.messages import PROTOCOL_VERSION, MessageSet, Ready
+from gps_denied_c7.worker.channel import PROTOCOL_VERSION, MessageSet, Ready
 from gps_denied_c7.worker.process import WorkerProcess
 from support.left_behind import processes_naming
 

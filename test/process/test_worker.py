@@ -51,10 +51,9 @@ from gps_denied_c7.runtimes.protocol import BuildProgress, EngineFacts, Provider
 from gps_denied_c7.worker import client as worker_client
 from gps_denied_c7.worker import process as worker_process
 from gps_denied_c7.worker import server as worker_server
-from gps_denied_c7.worker.channel import Channel, ChannelClosedError
+from gps_denied_c7.worker.channel import PROTOCOL_VERSION, Channel, ChannelClosedError, MessageError, Ready
 from gps_denied_c7.worker.client import WorkerHost, worker_hosts
 from gps_denied_c7.worker.log import WorkerLog
-from gps_denied_c7.worker.messages import PROTOCOL_VERSION, MessageError, Ready
 from gps_denied_c7.worker.process import WorkerProcess
 from gps_denied_c7.worker.protocol import (
     WORKER_PROTOCOL,

@@ -19,10 +19,9 @@ from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.runtimes.protocol import BuildProgress, EngineFacts, ProviderSet
 from gps_denied_c7.tensors import TensorSpec
-from gps_denied_c7.worker.channel import Channel
+from gps_denied_c7.worker.channel import Channel, Ready
 from gps_denied_c7.worker.client import WorkerHost
 from gps_denied_c7.worker.exchange import Exchange
-from gps_denied_c7.worker.messages import Ready
 from gps_denied_c7.worker.process import WorkerProcess
 from gps_denied_c7.worker.protocol import (
     WORKER_PROTOCOL,

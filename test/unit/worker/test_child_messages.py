@@ -16,7 +16,7 @@ from gps_denied_c7.decoder.protocol import DECODER_PROTOCOL, Decoded, Refused
 from gps_denied_c7.errors import InferenceError
 from gps_denied_c7.image.decode import REASONS
 from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
-from gps_denied_c7.worker.messages import PACKET_BYTES, PROTOCOL_VERSION, MessageError, MessageSet, Ready
+from gps_denied_c7.worker.channel import PACKET_BYTES, PROTOCOL_VERSION, MessageError, MessageSet, Ready
 from gps_denied_c7.worker.protocol import (
     WORKER_PROTOCOL,
     AnswerNext,
