@@ -15,8 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
+from gps_denied_c7.child_environment import SAFE_DIRECTORY, python_child
 from gps_denied_c7.errors import C7Error
-from gps_denied_c7.python_child import SAFE_DIRECTORY, python_child
 from gps_denied_c7.ros.dds_memory import MORE_SHM, SEGMENT_OVERHEAD, HostTransport
 from gps_denied_c7.ros.fastdds import (
     BUILTIN_TRANSPORTS,

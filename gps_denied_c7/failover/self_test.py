@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from gps_denied_c7.errors import InferenceError
 from gps_denied_c7.failover.rungs import RungHost
 from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.stalling import read_or_give_up
+from gps_denied_c7.stalled_reads import read_or_give_up
 from gps_denied_c7.tensors import noise_inputs
 
 __all__ = ['Proof']

@@ -20,9 +20,9 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from gps_denied_c7.child_environment import SAFE_DIRECTORY, python_child, worker_environment
 from gps_denied_c7.errors import InferenceError, ModelBundleError, RuntimeUnavailableError
 from gps_denied_c7.model.files import npz_bytes
-from gps_denied_c7.python_child import SAFE_DIRECTORY, python_child, worker_environment
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = ['Reference', 'reference_answers']

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from gps_denied_c7._json import require
 from gps_denied_c7.errors import ModelBundleError
 from gps_denied_c7.host_memory import require_memory
-from gps_denied_c7.stalling import note_progress
+from gps_denied_c7.stalled_reads import note_progress
 
 __all__ = [
     'GOLDEN_LIMIT_BYTES',
@@ -92,7 +92,7 @@ def file_digest(path: Path, sought: bytes = b'') -> tuple[str, bool]:
 
 def read_pieces(path: Path, file: BinaryIO) -> Iterator[bytes]:
     """
-    Yield the bytes that an open file had when this began, in pieces of 1 MiB; notes progress (:mod:`stalling`).
+    Yield the bytes that an open file had when this began, in pieces of 1 MiB; notes progress (:mod:`stalled_reads`).
 
     :raises ModelBundleError: it became shorter or longer meanwhile.
     """

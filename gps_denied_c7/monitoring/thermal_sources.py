@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
+from gps_denied_c7.child_environment import SAFE_DIRECTORY, python_child, worker_environment
 from gps_denied_c7.monitoring.thermal import (
     LatestReading,
     ThermalLevel,
@@ -27,7 +28,6 @@ from gps_denied_c7.monitoring.thermal import (
     UnknownThermalState,
     worst,
 )
-from gps_denied_c7.python_child import SAFE_DIRECTORY, python_child, worker_environment
 
 __all__ = ['JetsonThermal', 'NvmlThermal', 'find_thermal_source', 'read_jetson']
 

@@ -21,7 +21,7 @@ from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.image_input import default_preprocessing, image_input
 from gps_denied_c7.pipeline.pipeline import ServedModel
-from gps_denied_c7.stalling import read_or_give_up
+from gps_denied_c7.stalled_reads import read_or_give_up
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = ['ImageSettings', 'ModelSettings', 'fit_bundle', 'fit_model', 'fit_tensors', 'read_bundle']

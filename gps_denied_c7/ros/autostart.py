@@ -11,7 +11,7 @@ from typing import Any
 from gps_denied_c7.engines.store import fallback_directory
 from gps_denied_c7.errors import C7Error
 from gps_denied_c7.failover.file_watch import fingerprint, model_files
-from gps_denied_c7.stalling import read_or_give_up
+from gps_denied_c7.stalled_reads import read_or_give_up
 
 __all__ = ['Autostart', 'start_conditions']
 

@@ -21,7 +21,7 @@ from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.external_data import find_external
 from gps_denied_c7.runtimes.protocol import BuildProgress, EngineFacts
 from gps_denied_c7.runtimes.registry import require_strategy
-from gps_denied_c7.stalling import read_or_give_up
+from gps_denied_c7.stalled_reads import read_or_give_up
 from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.worker.channel import MessageError
 from gps_denied_c7.worker.exchange import Exchange

@@ -13,8 +13,8 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from gps_denied_c7.child_environment import SAFE_DIRECTORY, python_child, worker_environment
 from gps_denied_c7.errors import NO_THREADS_REMEDY, EngineDeserializeError, InferenceError, WorkerDiedError
-from gps_denied_c7.python_child import SAFE_DIRECTORY, python_child, worker_environment
 from gps_denied_c7.worker.channel import (
     PROTOCOL_VERSION,
     Channel,

@@ -28,6 +28,7 @@ pytest.importorskip('onnxruntime')
 import onnx
 from onnx import TensorProto, helper
 
+from gps_denied_c7.child_environment import worker_environment
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.demo.network import write_demo_bundle
 from gps_denied_c7.errors import (
@@ -46,7 +47,6 @@ from gps_denied_c7.failover.memory_budget import GpuMemoryBudget
 from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
-from gps_denied_c7.python_child import worker_environment
 from gps_denied_c7.runtimes.protocol import BuildProgress, EngineFacts, ProviderSet
 from gps_denied_c7.worker import client as worker_client
 from gps_denied_c7.worker import process as worker_process

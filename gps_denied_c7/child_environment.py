@@ -1,5 +1,5 @@
 """
-Start Python processes in which nothing runs that lies in the working directory.
+Give Python child processes a command and an environment in which nothing runs from the working directory.
 
 Python looks for modules in the working directory with ``-m`` and ``-c``; it and the loader of shared libraries also do
 for an empty or relative entry of a search path, and hooks like colcon's leave empty ones. The node may be started

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from gps_denied_c7.python_child import SAFE_DIRECTORY, clean_environment, python_child, worker_environment
+from gps_denied_c7.child_environment import SAFE_DIRECTORY, clean_environment, python_child, worker_environment
 from support.source_tree import REPOSITORY
 
 SHOW = """

@@ -9,7 +9,7 @@ from gps_denied_c7.errors import C7Error, ModelBundleError
 from gps_denied_c7.failover.self_test import Proof
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.pipeline.model_fit import read_bundle
-from gps_denied_c7.stalling import StalledReadError, note_progress, read_or_give_up
+from gps_denied_c7.stalled_reads import StalledReadError, note_progress, read_or_give_up
 from support.stalled_mount import stalled_mount
 
 
@@ -82,7 +82,7 @@ def test_what_a_read_raises_comes_out_of_it():
 def test_golden_files_on_a_mount_that_does_not_answer_are_given_up(tmp_path, monkeypatch):
     from gps_denied_c7.demo.network import write_demo_bundle
 
-    monkeypatch.setattr('gps_denied_c7.stalling.STALLED_S', 0.3)
+    monkeypatch.setattr('gps_denied_c7.stalled_reads.STALLED_S', 0.3)
     root = tmp_path / 'net'
     write_demo_bundle(root)
     bundle = ModelBundle.load(root)
