@@ -21,6 +21,7 @@ from gps_denied_c7.failover.policy import Next, Wait
 from gps_denied_c7.failover.policy_runner import PolicyRunner
 from gps_denied_c7.failover.policy_view import RESTART
 from gps_denied_c7.failover.rungs import Rung, RungHost, build_rungs
+from gps_denied_c7.failover.standby import hurried_load
 from gps_denied_c7.failover.status import ChainState, ChainStatus, Transaction
 from gps_denied_c7.failover.switchover import Switchover
 from gps_denied_c7.model.bundle import ModelBundle
@@ -266,7 +267,7 @@ class RuntimeChain:
                 raise LateError(f'{engine.rung.name} did not answer within {limit_s * 1e3:.0f} ms.')
             if wait is Wait.ABANDON:
                 raise InferenceError(f'{engine.rung.name} has not answered for {age_s:.1f} s.')
-            runner.apply(policy.hurried_load(runner.view(), hung=hung))
+            runner.apply(hurried_load(runner.view(), hung=hung))
             outputs = engine.host.poll(_LOOK_S)
         return outputs
 

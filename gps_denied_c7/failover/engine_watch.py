@@ -13,6 +13,7 @@ from gps_denied_c7.failover.fleet import Role
 from gps_denied_c7.failover.loader import RungEngine
 from gps_denied_c7.failover.policy_runner import PolicyRunner
 from gps_denied_c7.failover.policy_view import Move, Pause, Purpose
+from gps_denied_c7.failover.standby import make_standby
 from gps_denied_c7.model.bundle import ModelBundle
 
 __all__ = ['EngineWatch']
@@ -73,7 +74,7 @@ class EngineWatch:
             age_s = engine.age_s(self._now_ns())
             if engine.late_answer is not None:
                 _log.warning('%s answered after %.0f ms.', engine.rung.name, age_s * 1e3)
-                self._runner.apply(policy.make_standby(engine, self._runner.view(), ordered=False))
+                self._runner.apply(make_standby(engine, self._runner.view(), ordered=False))
                 return
             if age_s <= engine.hang_s:
                 return
@@ -91,7 +92,7 @@ class EngineWatch:
             why = 'hangs'
             _log.error('the standby %s does not respond and is killed.', engine.rung.name)
             self._runner.note_fault(engine.rung)
-        elif not policy.eligible(engine.rung, Purpose.SERVE, self._runner.view()):
+        elif not self._runner.view().eligible(engine.rung, Purpose.SERVE):
             why = 'the GPU is lost'
         else:
             return

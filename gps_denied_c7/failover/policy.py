@@ -30,14 +30,13 @@ from gps_denied_c7.failover.policy_view import (
     View,
 )
 from gps_denied_c7.failover.rungs import Rung
+from gps_denied_c7.failover.standby import make_standby, standby_load
 
 __all__ = [
     'ABANDON_FACTOR', 'MAX_RELOADS', 'RECONCILE', 'SHADOWED_FRAMES',
     'Attempted', 'Next', 'Outcome', 'Step', 'Wait',
-    'after_attempt', 'after_load', 'after_serving', 'departure', 'eligible', 'hurried_load', 'make_room',
-    'make_standby',
-    'pause_after_failure', 'promotion', 'rungs_after', 'standby_load', 'suspend_gpu', 'trust_gpu',
-    'upkeep', 'while_waiting',
+    'after_attempt', 'after_load', 'after_serving', 'departure', 'make_room', 'pause_after_failure', 'promotion',
+    'suspend_gpu', 'trust_gpu', 'upkeep', 'while_waiting',
 ]  # fmt: skip
 
 SHADOWED_FRAMES = 3
@@ -46,46 +45,6 @@ MAX_RELOADS = 3
 """How often one request has the same rung loaded again while its workers die."""
 ABANDON_FACTOR = 10.0
 """Hang limits after which an engine is ended although no other one could be loaded."""
-
-
-# --- which rung may do what -----------------------------------------------------------------------
-
-
-def eligible(rung: Rung, purpose: Purpose, view: View) -> bool:
-    """
-    Return whether ``rung`` may be used for ``purpose``.
-
-    A lost GPU is not used, except in a chain of GPU rungs only, and for a shadow beside an engine on the CPU.
-    """
-    usable = view.gpu is Gpu.OK or not rung.on_gpu or all(each.on_gpu for each in view.rungs)
-    if purpose is Purpose.SERVE:
-        return usable
-    if purpose is Purpose.LOAD_NOW:
-        return usable and rung not in view.refused
-    if purpose is Purpose.LOAD:
-        beside = Purpose.SHADOW if view.better(rung) else Purpose.SERVE
-        return rung not in view.refused and eligible(rung, beside, view)
-    cpu_serves = view.serving is not None and not view.serving.rung.on_gpu
-    return usable or (cpu_serves and view.gpu is not Gpu.HUNG)
-
-
-def rungs_after(rung: Rung, view: View) -> tuple[Rung, ...]:
-    """Return the rungs that come after ``rung``."""
-    return view.rungs[view.rungs.index(rung) + 1 :]
-
-
-def make_standby(engine: RungEngine, view: View, *, ordered: bool) -> Actions:
-    """
-    Make ``engine`` the standby where one is wanted, else retire it.
-
-    :param ordered: it was loaded as standby; it replaces one that is less preferred.
-    """
-    standby = view.standby
-    replaces = standby is None or (ordered and view.preference(engine.rung) < view.preference(standby.rung))
-    if not (replaces and (ordered or view.hot_standby) and eligible(engine.rung, Purpose.SERVE, view)):
-        return (Move(engine, Role.RETIRING, 'no standby is needed'),)
-    retired = () if standby is None else (Move(standby, Role.RETIRING, f'{engine.rung.name} is preferred'),)
-    return (*retired, Move(engine, Role.STANDBY, 'is available'))
 
 
 def after_serving(view: View) -> Actions:
@@ -112,10 +71,10 @@ def upkeep(view: View) -> Actions:
     wanted = [rung for rung in view.rungs if view.better(rung)] if view.shadow is None else []
     if view.standby is not None:
         standby = view.preference(view.standby.rung)
-        wanted += [rung for rung in rungs_after(view.serving.rung, view) if view.preference(rung) < standby]
+        wanted += [rung for rung in view.rungs_after(view.serving.rung) if view.preference(rung) < standby]
     pauses: Actions = ()
     for rung in wanted:
-        if not eligible(rung, Purpose.LOAD, view):
+        if not view.eligible(rung, Purpose.LOAD):
             continue
         pause = ('promotion', rung)
         if view.pause(pause) is PauseState.NONE:
@@ -126,32 +85,6 @@ def upkeep(view: View) -> Actions:
     return pauses
 
 
-def standby_load(view: View, *, hurry: bool = False) -> Actions:
-    """
-    Begin to load the most preferred engine that may be standby, unless one is being loaded.
-
-    :param hurry: a frame waits for it: where each has failed and pauses, the one whose pause ends first is loaded,
-        unless that was done so shortly before that the frames may be late because of it.
-    """
-    if not view.isolated or view.serving is None or any(not view.better(load.rung) for load in view.loads):
-        return ()
-    # Two engines of unknown size that are loaded at once could take the memory of the one that serves.
-    gpu_taken = any(load.rung.on_gpu for load in view.loads)
-    wanted = [
-        rung for rung in (*rungs_after(view.serving.rung, view), view.serving.rung)
-        if eligible(rung, Purpose.LOAD, view) and not (gpu_taken and rung.on_gpu)
-    ]  # fmt: skip
-    if not wanted:
-        return ()
-    rung = min(wanted, key=lambda each: (view.pause_left_ns(('standby', each)), *view.preference(each)))
-    pause = ('standby', rung)
-    if view.pause(pause) is not PauseState.RUNNING:
-        return (Load(rung, pause),)
-    if hurry and view.pause(HURRIED) is not PauseState.RUNNING:
-        return (Pause(HURRIED), Load(rung))
-    return ()
-
-
 def after_load(load: EngineLoad, view: View, *, lack_bytes: int | None = None) -> Actions:
     """
     Return what to do after a load in the background that has ended.
@@ -160,7 +93,7 @@ def after_load(load: EngineLoad, view: View, *, lack_bytes: int | None = None) -
     :param lack_bytes: GPU memory that it lacked, where that is why it failed.
     """
     rung, better = load.rung, view.better(load.rung)
-    if load.engine is not None and better and eligible(rung, Purpose.SHADOW, view):
+    if load.engine is not None and better and view.eligible(rung, Purpose.SHADOW):
         before = () if view.shadow is None else (Move(view.shadow, Role.RETIRING, f'{rung.name} is loaded'),)
         return (*before, Move(load.engine, Role.SHADOW, 'is to agree on live frames'))
     if load.engine is not None:
@@ -221,13 +154,13 @@ def promotion(view: View) -> Actions:
 
 def trust_gpu(shadow: RungEngine, view: View) -> Actions:
     """Trust a lost GPU again where the shadow on it is to serve."""
-    return () if eligible(shadow.rung, Purpose.SERVE, view) else (TrustGpu(shadow.rung),)
+    return () if view.eligible(shadow.rung, Purpose.SERVE) else (TrustGpu(shadow.rung),)
 
 
 def departure(view: View) -> Actions:
     """Have the standby serve where the GPU was lost by another engine than the one that serves (F-2)."""
     serving, standby = view.serving, view.standby
-    if serving is None or eligible(serving.rung, Purpose.SERVE, view):
+    if serving is None or view.eligible(serving.rung, Purpose.SERVE):
         return ()
     if standby is None:
         # It answers meanwhile, so that no frame waits for the load.
@@ -246,15 +179,15 @@ RECONCILE = (promotion, departure)
 def suspend_gpu(view: View) -> Actions:
     """Leave a lost GPU alone for a pause: no engine on it takes over."""
     shadow = view.shadow
-    dropped = shadow is not None and not eligible(shadow.rung, Purpose.SERVE, view)
+    dropped = shadow is not None and not view.eligible(shadow.rung, Purpose.SERVE)
     retired = (Move(shadow, Role.RETIRING, 'the GPU is lost'),) if shadow is not None and dropped else ()
-    lost = (rung for rung in view.rungs if not eligible(rung, Purpose.SERVE, view))
+    lost = (rung for rung in view.rungs if not view.eligible(rung, Purpose.SERVE))
     return (*retired, *(Pause(('promotion', rung)) for rung in lost))
 
 
 def pause_after_failure(rung: Rung, view: View) -> Actions:
     """Return the pause before a rung that failed while it served is tried again; one of a lost GPU has it already."""
-    return (Pause(('promotion', rung)),) if eligible(rung, Purpose.SERVE, view) else ()
+    return (Pause(('promotion', rung)),) if view.eligible(rung, Purpose.SERVE) else ()
 
 
 class Wait(Enum):
@@ -277,12 +210,6 @@ def while_waiting(engine: RungEngine, age_s: float, view: View, *, last: bool, s
         return Wait.LATE
     # Nothing could be loaded beside it in all that time; its memory may be what is missing.
     return Wait.ABANDON if age_s > ABANDON_FACTOR * engine.hang_s else Wait.GO_ON
-
-
-def hurried_load(view: View, *, hung: bool) -> Actions:
-    """Begin to load a standby for a request that waits."""
-    wanted = view.standby is None and ((view.hot_standby and not view.late) or hung)
-    return standby_load(view, hurry=True) if wanted else ()
 
 
 class Outcome(Enum):
@@ -341,7 +268,7 @@ def after_attempt(attempt: Attempted, view: View) -> Step:
     the request is to blame.
     """
     rung = attempt.rung
-    others = rungs_after(rung, view)
+    others = view.rungs_after(rung)
     if attempt.outcome is Outcome.LATE:
         # A fresh engine passed its self-test while the others were late: it is the request that it hangs on.
         gives_up = attempt.fresh and not attempt.standby_answered

@@ -84,6 +84,27 @@ class View:
         """Return whether ``rung`` is preferred to the one that serves; False where none does."""
         return self.serving is not None and self.rungs.index(rung) < self.rungs.index(self.serving.rung)
 
+    def eligible(self, rung: Rung, purpose: Purpose) -> bool:
+        """
+        Return whether ``rung`` may be used for ``purpose``.
+
+        A lost GPU is not used, except in a chain of GPU rungs only, and for a shadow beside an engine on the CPU.
+        """
+        usable = self.gpu is Gpu.OK or not rung.on_gpu or all(each.on_gpu for each in self.rungs)
+        if purpose is Purpose.SERVE:
+            return usable
+        if purpose is Purpose.LOAD_NOW:
+            return usable and rung not in self.refused
+        if purpose is Purpose.LOAD:
+            beside = Purpose.SHADOW if self.better(rung) else Purpose.SERVE
+            return rung not in self.refused and self.eligible(rung, beside)
+        cpu_serves = self.serving is not None and not self.serving.rung.on_gpu
+        return usable or (cpu_serves and self.gpu is not Gpu.HUNG)
+
+    def rungs_after(self, rung: Rung) -> tuple[Rung, ...]:
+        """Return the rungs that come after ``rung``."""
+        return self.rungs[self.rungs.index(rung) + 1 :]
+
     def preference(self, rung: Rung) -> tuple[bool, int]:
         """Order rungs for the standby: the chain's order, another engine of the active rung last (F-3)."""
         return rung == self.active, self.rungs.index(rung)

@@ -52,7 +52,7 @@ class Switchover:
         switch = Transaction(self._fleet, self._reports, self._now_ns())
         switch.because(serving.rung.name, str(error))
         failed = self._runner.fail_serving(error)
-        self.replace_serving((*policy.rungs_after(failed, self._runner.view()), failed))
+        self.replace_serving((*self._runner.view().rungs_after(failed), failed))
         switch.end()
 
     def restart(self, *, at_once: bool = False) -> None:
@@ -91,7 +91,7 @@ class Switchover:
         self._watch.take_loads()
         standby = self._fleet.standby
         view = self._runner.view()
-        if standby is not None and standby.host.alive and policy.eligible(standby.rung, Purpose.SERVE, view):
+        if standby is not None and standby.host.alive and view.eligible(standby.rung, Purpose.SERVE):
             self.serve_standby('the engine before failed')
             return False
         self.walk(candidates)
@@ -113,7 +113,7 @@ class Switchover:
         self._runner.retire_serving('replaced')
         end_ns = self._now_ns() + int(self._config.configure_budget_s * 1e9)
         for position, rung in enumerate(candidates):
-            if not policy.eligible(rung, Purpose.LOAD_NOW, self._runner.view()):
+            if not self._runner.view().eligible(rung, Purpose.LOAD_NOW):
                 continue
             if self._runner.closing:
                 break

@@ -61,7 +61,7 @@ def eligibility() -> Iterator[str]:
     for gpu in Gpu:
         for name, rung in _SERVING.items():
             view = View(_RUNGS, active=rung, serving=None if rung is None else _engine(rung), gpu=gpu)
-            cells = ['yes' if policy.eligible(GPU, purpose, view) else '–' for purpose in Purpose]
+            cells = ['yes' if view.eligible(GPU, purpose) else '–' for purpose in Purpose]
             yield f'| {gpu.value} | {name} | {" | ".join(cells)} |'
 
 

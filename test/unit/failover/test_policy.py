@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from gps_denied_c7.errors import EngineDeserializeError, GpuMemoryError
-from gps_denied_c7.failover import policy
+from gps_denied_c7.failover import policy, standby
 from gps_denied_c7.failover.loader import EngineLoad, RungEngine
 from gps_denied_c7.failover.policy import Attempted, Next, Outcome, Wait
 from gps_denied_c7.failover.policy_view import (
@@ -111,19 +111,19 @@ def test_f2_f6_a_lost_gpu_serves_no_frame_and_is_tried_beside_the_cpu_alone(
     rung, gpu, serving, serve, shadow, load, load_now
 ):
     seen = view(serving, gpu=gpu)
-    found = [policy.eligible(rung, purpose, seen) for purpose in (SERVE, SHADOW, LOAD, LOAD_NOW)]
+    found = [seen.eligible(rung, purpose) for purpose in (SERVE, SHADOW, LOAD, LOAD_NOW)]
     assert found == [serve, shadow, load, load_now]
 
 
 @pytest.mark.parametrize('gpu', Gpu)
 def test_f2_a_chain_of_gpu_rungs_has_nothing_else_than_its_gpu(gpu):
     seen = view(ORT, rungs=(TRT, ORT), gpu=gpu)
-    assert all(policy.eligible(TRT, purpose, seen) for purpose in Purpose)
+    assert all(seen.eligible(TRT, purpose) for purpose in Purpose)
 
 
 @pytest.mark.parametrize(('purpose', 'allowed'), [(SERVE, True), (SHADOW, True), (LOAD, False), (LOAD_NOW, False)])
 def test_f6_what_was_refused_is_not_loaded_until_a_file_changes(purpose, allowed):
-    assert policy.eligible(TRT, purpose, view(CPU, refused=frozenset({TRT}))) is allowed
+    assert view(CPU, refused=frozenset({TRT})).eligible(TRT, purpose) is allowed
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ HURRIED_LOADS = [
 
 @table(('seen', 'hung', 'actions'), HURRIED_LOADS)
 def test_f4_a_standby_is_loaded_for_a_frame_that_waits(seen, hung, actions):
-    assert told(policy.hurried_load(seen, hung=hung)) == actions
+    assert told(standby.hurried_load(seen, hung=hung)) == actions
 
 
 def ended(rung, *, engine_of=True, gpu_bytes=None, lacks=None):
