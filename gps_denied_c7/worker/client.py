@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numpy.typing import NDArray
 
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.errors import EngineDeserializeError, InferenceError, ModelBundleError, WorkerDiedError
+from gps_denied_c7.errors import InferenceError, ModelBundleError, WorkerDiedError
 from gps_denied_c7.failover.memory_budget import GpuMemoryBudget, GpuMemoryClaim
 from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.model.artefact import Artefact
@@ -25,6 +25,7 @@ from gps_denied_c7.stalled_reads import read_or_give_up
 from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.worker.channel import MessageError
 from gps_denied_c7.worker.exchange import Exchange
+from gps_denied_c7.worker.load_timeout import LoadTimeout
 from gps_denied_c7.worker.process import WorkerProcess
 from gps_denied_c7.worker.protocol import (
     WORKER_PROTOCOL,
@@ -41,8 +42,6 @@ from gps_denied_c7.worker.spare import SpareWorker
 
 __all__ = ['WorkerHost', 'worker_hosts']
 
-# A builder may measure one tactic, or time one layer, for minutes and show nothing meanwhile.
-_LONGEST_STEP_S = 600.0
 # A spare worker that does not confirm its task within this time is stopped, or gets no CPU time.
 _SPARE_S = 0.25
 _SIGN_EVERY_S = 0.25
@@ -275,32 +274,23 @@ class WorkerHost:
 
     def _wait_for_engine(self, process: WorkerProcess) -> Loaded:
         """Return the worker's report of the engine that it has loaded."""
-        limit_s = self._task.config.load_timeout_s
-        deadline = time.monotonic() + limit_s
-        step: tuple[str, float | None] | None = None
-        while process.await_ready(deadline) and (message := process.receive(deadline)) is not None:
+        config = self._task.config
+        timeout = LoadTimeout(config.load_timeout_s, builds=config.build_on_configure)
+        while process.await_ready(timeout.deadline) and (message := process.receive(timeout.deadline)) is not None:
             if isinstance(message, Loaded):
                 return message
             if isinstance(message, LoadFailed):
                 raise message.error.error()
             if isinstance(message, Progress):
-                now = (message.progress.phase, message.progress.fraction)
-                if self._task.config.build_on_configure and now != step:
-                    # Only a new step counts: a worker reports progress also while its builder hangs.
-                    step, limit_s = now, max(limit_s, _LONGEST_STEP_S)
-                    deadline = time.monotonic() + limit_s
+                timeout.note(message.progress)
                 if self._on_build is not None:
                     self._on_build(message.progress)
             elif not isinstance(message, Loading):
                 raise MessageError(f'{self._name()} sent {type(message).__name__} before it has loaded an engine.')
-            if time.monotonic() > deadline:
+            if time.monotonic() > timeout.deadline:
                 break
         self.kill()
-        stood = f' The build had reached: {step[0]}.' if step is not None else ''
-        raise EngineDeserializeError(
-            f'{self._name()} did not load, or report a new step, within {limit_s:.0f} s and was killed.{stood}',
-            remedy='Raise load_timeout_s, or build the engine before the flight (c7_engine build).',
-        )
+        raise timeout.error(self._name())
 
     def _loaded(self) -> Exchange:
         if self._exchange is None or self._released:
