@@ -26,10 +26,6 @@ class Backoff:
         """Return by what has failed when its pause ends, by the steady clock; it may be over."""
         return {what: end_ns for what, (end_ns, _) in self._pauses.items()}
 
-    def __contains__(self, what: Hashable) -> bool:
-        """Return whether ``what`` has failed since it was last reset."""
-        return what in self._pauses
-
     def begin(self, what: Hashable, bounds_s: tuple[float, float]) -> None:
         """
         Begin the next pause of ``what``, twice as long as the last one.

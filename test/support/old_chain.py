@@ -850,7 +850,7 @@ class RuntimeChain:
         return serving is not None and self._rungs.index(rung) < self._rungs.index(serving.rung)
 
     def _due(self, purpose: str, rung: Rung) -> bool:
-        if (purpose, rung) not in self._backoff and purpose == 'promotion':
+        if (purpose, rung) not in self._backoff.ends() and purpose == 'promotion':
             # It has just failed: its first attempt is one pause away.
             self._postpone(purpose, rung)
         return self._backoff.may_begin((purpose, rung))

@@ -56,8 +56,8 @@ def test_an_attempt_that_takes_longer_than_any_pause_is_no_sign_that_all_was_wel
 
 def test_what_has_not_failed_need_not_wait(backoff):
     backoff.begin('x', BOUNDS_S)
-    assert 'x' in backoff and not backoff.may_begin('x')
-    assert 'y' not in backoff and backoff.may_begin('y')
+    assert 'x' in backoff.ends() and not backoff.may_begin('x')
+    assert 'y' not in backoff.ends() and backoff.may_begin('y')
 
 
 def test_what_was_noted_in_error_is_taken_back(backoff, clock):
@@ -66,7 +66,7 @@ def test_what_was_noted_in_error_is_taken_back(backoff, clock):
     backoff.begin('x', BOUNDS_S)
     backoff.begin('y', BOUNDS_S)
     take_back()
-    assert 'y' not in backoff
+    assert 'y' not in backoff.ends()
     assert length_s(backoff, clock) == pytest.approx(1.0, abs=0.11)
 
 
@@ -79,4 +79,4 @@ def test_what_is_reset_begins_anew(backoff, clock):
     assert length_s(backoff, clock) == pytest.approx(1.0, abs=0.11)
     backoff.begin('y', BOUNDS_S)
     backoff.clear()
-    assert 'x' not in backoff and backoff.may_begin('y')
+    assert 'x' not in backoff.ends() and backoff.may_begin('y')
