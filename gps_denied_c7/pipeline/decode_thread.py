@@ -81,21 +81,13 @@ class DecodeThread(FrameThread):
         self._busy, self._overtaking = False, 0
         self._charged_ns: int | None = None
 
-    def has(self, topic: str) -> bool:
-        """Return whether an image waits to be decoded."""
-        return self._slots.has(topic)
-
-    def put(self, frame: Frame) -> bool:
-        """Have ``frame`` decoded next; False once closed."""
-        return self._slots.put(frame)
-
     def close(self) -> None:
         """Decode no further; an image that waits or is being decoded is counted as closed. Does not wait."""
         super().close()
         self._decoder.close()
 
     def _step(self) -> None:
-        frame = self._slots.take(IDLE_S)
+        frame = self.slots.take(IDLE_S)
         if frame is not None:
             self._serve(frame)
 

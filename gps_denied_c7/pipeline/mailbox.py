@@ -137,7 +137,8 @@ class FrameThread(abc.ABC):
     """
 
     def __init__(self, name: str, slots: FrameSlots, statistics: Statistics) -> None:
-        self._slots = slots
+        self.slots = slots
+        """Where frames wait for this thread."""
         self._statistics = statistics
         self._closed = False
         # A daemon: an engine or a decoder that never returns must not keep the process from ending.
@@ -150,7 +151,7 @@ class FrameThread(abc.ABC):
     def close(self) -> None:
         """Take no other frame, and refuse further ones; does not wait for the current one."""
         self._closed = True
-        for frame in self._slots.close():
+        for frame in self.slots.close():
             self._statistics.count(frame.topic, 'closed')
 
     def join(self, timeout_s: float) -> bool:

@@ -342,7 +342,7 @@ class InferenceThread(FrameThread):
     def _step(self) -> None:
         self._take_replacement()
         # Not kept in a variable: once it is answered its memory takes the next image, still in the caches.
-        self._serve(self._slots.take(IDLE_S))
+        self._serve(self.slots.take(IDLE_S))
         self._pipeline.maintain()
 
     def _serve(self, frame: Frame | None) -> None:

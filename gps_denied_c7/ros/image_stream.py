@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Any, Protocol
+from typing import Any
 
 from rclpy.exceptions import InvalidHandle
 from rclpy.node import Node
@@ -19,7 +19,7 @@ from sensor_msgs.msg import CompressedImage, Image
 
 from gps_denied_c7.errors import ConfigError, ImageRejectedError
 from gps_denied_c7.monitoring.metrics import Statistics
-from gps_denied_c7.pipeline.mailbox import Frame
+from gps_denied_c7.pipeline.mailbox import Frame, FrameSlots
 from gps_denied_c7.ros.executor import PromptCallbackGroup, yield_gil
 from gps_denied_c7.ros.guard import CallbackGuard
 from gps_denied_c7.ros.loss_counter import MessagesLost, MissedMessages
@@ -35,7 +35,7 @@ from gps_denied_c7.ros.rcl import Rcl, SubscriptionReady, UnreadableMessageError
 from gps_denied_c7.ros.settings import LiveSettings
 
 __all__ = [
-    'DEFAULT_QOS', 'FrameSink', 'ImageStream', 'publisher_mismatches', 'queue_depth', 'resolve_topics', 'type_name',
+    'DEFAULT_QOS', 'ImageStream', 'publisher_mismatches', 'queue_depth', 'resolve_topics', 'type_name',
 ]  # fmt: skip
 
 DEFAULT_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
@@ -46,18 +46,6 @@ _OVERRUNS, _OVERRUN_S = 10, 1.0
 
 # Humble's callbacks get the message alone: where rclpy takes the messages, loss is unknown there.
 _HAS_MESSAGE_INFO = hasattr(Subscription, 'CallbackType')
-
-
-class FrameSink(Protocol):
-    """Where the images of a topic wait for their turn: FrameSlots, or a DecodeThread."""
-
-    def has(self, topic: str) -> bool:
-        """Return whether one of ``topic`` waits."""
-        ...
-
-    def put(self, frame: Frame) -> bool:
-        """Have ``frame`` wait; False once closed."""
-        ...
 
 
 class _Queue:
@@ -131,7 +119,7 @@ class ImageStream:
         node: Node,
         topic: str,
         message_type: type[Image] | type[CompressedImage],
-        sink: FrameSink,
+        sink: FrameSlots,
         *,
         statistics: Statistics,
         admits: Callable[[str], bool],

@@ -16,7 +16,7 @@ from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.pipeline.decode_thread import Decoder, DecodeThread
 from gps_denied_c7.pipeline.image_share import ImageShare
 from gps_denied_c7.pipeline.mailbox import FrameSlots
-from gps_denied_c7.ros.image_stream import FrameSink, ImageStream, publisher_mismatches, type_name
+from gps_denied_c7.ros.image_stream import ImageStream, publisher_mismatches, type_name
 from gps_denied_c7.ros.messages import CompressedData, ReceivedImage, image_type
 from gps_denied_c7.ros.settings import NodeSettings
 
@@ -102,7 +102,7 @@ class StreamSet:
         *,
         slots: FrameSlots,
         share: ImageShare,
-        open_stream: Callable[[str, type[Image] | type[CompressedImage], FrameSink], ImageStream],
+        open_stream: Callable[[str, type[Image] | type[CompressedImage], FrameSlots], ImageStream],
         make_decoder: Callable[[str], Decoder],
         make_local_decoder: Callable[[], Decoder],
         make_thread: Callable[[str, Decoder], DecodeThread],
@@ -189,9 +189,10 @@ class StreamSet:
         return found[0] if len(found) == 1 else camera.message_type
 
     def _open(self, camera: _Camera) -> None:
-        sink: FrameSink = self._slots
+        sink = self._slots
         if camera.message_type is CompressedImage:
-            sink = camera.decoding or self._begin_decoding(camera, self._make_decoder(camera.topic))
+            decoding = camera.decoding or self._begin_decoding(camera, self._make_decoder(camera.topic))
+            sink = decoding.slots
         camera.stream = self._open_stream(camera.topic, camera.message_type, sink)
 
     def _begin_decoding(self, camera: _Camera, decoder: Decoder) -> DecodeThread:
@@ -243,5 +244,5 @@ class StreamSet:
         if camera.decoding is not None or len(self._cameras) == 1 or (cost.image_ms or 0.0) < _LONG_MS:
             return
         assert camera.stream is not None
-        camera.stream.sink = self._begin_decoding(camera, self._make_local_decoder())
+        camera.stream.sink = self._begin_decoding(camera, self._make_local_decoder()).slots
         _log.info('%s is now decoded in its own thread: %s.', camera.topic, cost)

@@ -62,9 +62,7 @@ class Bench:
                 self.no_threads -= 1
                 raise RuntimeError("can't start new thread")
 
-        return SimpleNamespace(
-            start=start, close=close, join=lambda timeout_s: True, has=None, put=None
-        )
+        return SimpleNamespace(start=start, close=close, join=lambda timeout_s: True, slots=None)
 
 
 @pytest.fixture

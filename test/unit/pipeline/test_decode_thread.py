@@ -106,7 +106,7 @@ class Bench:
 
     def send(self, message):
         self.statistics.count(TOPIC, 'received')
-        if not self.thread.put(Frame(TOPIC, message, time.monotonic_ns(), 0)):
+        if not self.thread.slots.put(Frame(TOPIC, message, time.monotonic_ns(), 0)):
             self.statistics.count(TOPIC, 'closed')
 
     def take(self):
