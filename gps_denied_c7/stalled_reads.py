@@ -76,7 +76,6 @@ def read_or_give_up(
     work: Callable[[], _T],
     *,
     limit_s: float,
-    stalled_s: float | None = None,
     cancelled: threading.Event | None = None,
 ) -> _T:
     """
@@ -85,7 +84,6 @@ def read_or_give_up(
     :param what: the file, for messages; where an earlier read of it was left behind and still hangs, no other begins.
     :param work: calls :func:`note_progress` after each piece.
     :param limit_s: seconds for all of it.
-    :param stalled_s: seconds without progress, None for ``STALLED_S``.
     :param cancelled: gives up at once when it is set.
     :raises StalledReadError: it stalls, takes too long, or was cancelled; its thread is left behind.
     """
@@ -95,7 +93,6 @@ def read_or_give_up(
         before = _left_behind.get(what)
     if before is not None:
         raise StalledReadError(f'{what}: an earlier read still hangs.', remedy=_REMEDY)
-    stalled_s = STALLED_S if stalled_s is None else stalled_s
     read = _Read(what, work)
     try:
         read.thread.start()
@@ -105,8 +102,8 @@ def read_or_give_up(
         now_s = time.monotonic()
         if cancelled is not None and cancelled.is_set():
             why, remedy = 'its read was cancelled', ''
-        elif now_s - read.last_s > stalled_s:
-            why, remedy = f'no data came for {stalled_s:g} s', _REMEDY
+        elif now_s - read.last_s > STALLED_S:
+            why, remedy = f'no data came for {STALLED_S:g} s', _REMEDY
         elif now_s - read.began_s > limit_s:
             why, remedy = f'it was not read within {limit_s:g} s', _SLOW_REMEDY
         else:

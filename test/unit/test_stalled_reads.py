@@ -48,7 +48,7 @@ def test_a_read_ends_as_soon_as_it_is_cancelled(tmp_path):
         read_bundle(str(mount), limit_s=300.0, cancelled=cancelled)
 
 
-def test_a_read_that_goes_on_is_waited_for_and_one_that_does_not_is_not():
+def test_a_read_that_goes_on_is_waited_for_and_one_that_does_not_is_not(monkeypatch):
     over = threading.Event()
 
     def slow(pieces):
@@ -57,9 +57,12 @@ def test_a_read_that_goes_on_is_waited_for_and_one_that_does_not_is_not():
             note_progress()
         return pieces
 
-    assert read_or_give_up('slow', lambda: slow(8), limit_s=60.0, stalled_s=0.6) == 8
+    monkeypatch.setattr('gps_denied_c7.stalled_reads.STALLED_S', 0.6)
+    assert read_or_give_up('slow', lambda: slow(8), limit_s=60.0) == 8
+    monkeypatch.setattr('gps_denied_c7.stalled_reads.STALLED_S', 0.2)
     with pytest.raises(StalledReadError, match=r'no data came for 0\.2 s'):
-        read_or_give_up('none', lambda: over.wait(60.0), limit_s=60.0, stalled_s=0.2)
+        read_or_give_up('none', lambda: over.wait(60.0), limit_s=60.0)
+    monkeypatch.undo()
     ended = threading.Event()
 
     def endless():
