@@ -96,9 +96,9 @@ def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> HostProfile:
     """Make this the host that the engines of the tests were built for."""
-    from gps_denied_c7.ground import command_sweep, command_verify, compatibility
+    from gps_denied_c7.ground import compatibility, sweep, verify
     from support.engine_cache_files import HOST
 
-    for module in (command_sweep, command_verify, compatibility):
+    for module in (sweep, verify, compatibility):
         monkeypatch.setattr(module, 'local_host_profile', lambda: HOST)
     return HOST

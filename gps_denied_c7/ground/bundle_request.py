@@ -1,4 +1,4 @@
-"""The request for a model bundle, and one golden request of it with its answer."""
+"""The request for a model bundle."""
 
 from __future__ import annotations
 
@@ -7,11 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import NDArray
-
 from gps_denied_c7.model.compare import OutputRule
 
-__all__ = ['BundleRequest', 'GoldenCase']
+__all__ = ['BundleRequest']
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,19 +44,3 @@ class BundleRequest:
     force: bool = False
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class GoldenCase:
-    """
-    One golden request and its answer.
-
-    :param given: the user gave it: it is refused, and not left out, if it cannot be used.
-    :param answer_to_rounded: to the same request in half precision, which is how the engines of a GPU see it.
-    """
-
-    name: str
-    inputs: dict[str, NDArray]
-    given: bool = False
-    answer: dict[str, NDArray] = field(default_factory=dict)
-    answer_to_rounded: dict[str, NDArray] = field(default_factory=dict)

@@ -10,15 +10,13 @@ import sys
 from collections.abc import Sequence
 
 from gps_denied_c7.errors import C7Error
-from gps_denied_c7.ground import command_build, command_bundle, command_inspect, command_sweep, command_verify
+from gps_denied_c7.ground import build, inspect, make_bundle, sweep, verify
 from gps_denied_c7.ground.command_line import log_to_stderr
 from gps_denied_c7.text import plain
 
 __all__ = ['main']
 
-COMMANDS = tuple(
-    module.COMMAND for module in (command_build, command_inspect, command_verify, command_sweep, command_bundle)
-)
+COMMANDS = tuple(module.COMMAND for module in (build, inspect, verify, sweep, make_bundle))
 
 _EXIT_CODES = """exit status:
   0    done; nothing was refused

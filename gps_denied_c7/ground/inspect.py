@@ -1,11 +1,13 @@
-"""Describe an engine file, and what the gate of a host would refuse (G-3)."""
+"""``c7_engine inspect``: describe an engine file, and what the gate of a host would refuse (G-3)."""
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,10 +23,12 @@ from gps_denied_c7.engines.manifest import (
 )
 from gps_denied_c7.engines.trusted_files import read_trusted, trusted_directory
 from gps_denied_c7.errors import EngineSchemaMismatchError, ModelBundleError
-from gps_denied_c7.ground.compatibility import mismatches
+from gps_denied_c7.ground.command_line import Command, path_argument, print_field, print_json, print_manifest
+from gps_denied_c7.ground.compatibility import known_host, mismatches
 from gps_denied_c7.model.files import open_regular, read_file
+from gps_denied_c7.text import plain
 
-__all__ = ['EngineReport', 'Refusal', 'inspect_engine']
+__all__ = ['COMMAND', 'EngineReport', 'Refusal', 'inspect_engine']
 
 _NO_LIMIT = 1 << 62
 _REMEDY = 'Build the engine again on this host, or use the .onnx.'
@@ -81,7 +85,7 @@ class EngineReport:
             'manifest': dataclasses.asdict(self.manifest) if self.manifest else None,
             'plan': {'bytes': self.size, 'sha256': self.sha256, 'tensorrt': self.plan},
             'refused': [
-                {name: _plain(value) for name, value in dataclasses.asdict(refusal).items()}
+                {name: _json_value(value) for name, value in dataclasses.asdict(refusal).items()}
                 for refusal in self.refusals
             ],
         }
@@ -166,5 +170,49 @@ def _untrusted_manifest(engine: Path) -> EngineManifest | None:
         return None
 
 
-def _plain(value: object) -> object:
+def _json_value(value: object) -> object:
     return value if isinstance(value, (str, int, float, type(None))) else str(value)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('file', type=path_argument, metavar='FILE', help='.engine file')
+
+
+def _run(options: argparse.Namespace) -> int:
+    host, unknown = known_host()
+    report = inspect_engine(options.file, host)
+    if options.json:
+        print_json(**report.to_json(), host=dataclasses.asdict(host), unknown=list(unknown))
+    else:
+        _print_report(report, unknown)
+    if report.plan is None:
+        print(f'c7_engine inspect: {plain(report.path)} is not a TensorRT engine.', file=sys.stderr)
+    return 1 if report.plan is None else 0
+
+
+def _print_report(report: EngineReport, unknown: Sequence[str]) -> None:
+    print(plain(report.path))
+    if report.manifest is not None:
+        print_manifest(report.manifest)
+    elif report.name is not None:
+        print_field('model', f'{report.name.model}, {report.name.precision} (by the file name)')
+        print_field('built on', f'SM {report.name.sm}, TensorRT {report.name.tensorrt} (by the file name)')
+    print_field('header', f'plan of TensorRT {report.plan}' if report.plan else 'not a TensorRT plan')
+    print_field('file', f'{report.size} bytes, sha256 {report.sha256}')
+    print('this host would refuse it:' if report.refusals else 'this host finds nothing wrong with it')
+    for refusal in report.refusals:
+        print_field(refusal.field, f'expected {refusal.expected!r}, found {refusal.found!r}. {refusal.remedy}')
+    if unknown:
+        print('not compared with this host:')
+        for reason in unknown:
+            print(f'  {reason}')
+
+
+COMMAND = Command(
+    name='inspect',
+    summary='describe an engine file, and whether this machine would refuse it',
+    description='Describe an engine file by its name, its manifest (the .json beside it), its header and its digest,\n'
+    'and list what this machine would refuse. Loads nothing: works without a GPU and without TensorRT.',
+    add_arguments=_add_arguments,
+    run=_run,
+)

@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gps_denied_c7.errors import ModelBundleError
-from gps_denied_c7.ground.bundle_request import BundleRequest, GoldenCase
-from gps_denied_c7.ground.golden_pictures import FLAT
+from gps_denied_c7.ground.bundle_request import BundleRequest
+from gps_denied_c7.ground.golden import FLAT, GoldenCase
 from gps_denied_c7.ground.input_shapes import Shape, shape_text
 from gps_denied_c7.model.compare import Alike, AllClose, OutputRule, compare_output
 from gps_denied_c7.model.onnx_file import OnnxModel
@@ -34,7 +34,7 @@ _SMALLEST_NORMAL = {'fp16': 2.0**-14}
 """Below it FP16 has fewer bits, and an engine may answer zero."""
 
 
-def default_rule(output: str, golden: NDArray | Sequence[NDArray], precision: str, computed_in: str = '') -> AllClose:
+def default_rule(output: str, golden: Sequence[NDArray], precision: str, computed_in: str = '') -> AllClose:
     """
     Return the rule for a dense floating-point output: a share of the range of its golden answers.
 
@@ -43,19 +43,18 @@ def default_rule(output: str, golden: NDArray | Sequence[NDArray], precision: st
     and TF32 and ``2**-7`` in BF16 and INT8, but in FP16 no less than ``2**-14``, its smallest normal number. An answer
     of 1000 +- 0.01 so gets 3.9 in FP16, an INT8 network with answers in -1 to 1 gets 0.031.
 
-    :param golden: its answer, or its answers to several requests.
+    :param golden: its answers to all requests.
     :param precision: the coarsest that engines may compute in, of ``TOLERANCES``.
     :param computed_in: what the model itself computes in, where that is coarser: ``bf16`` or ``int8``.
     :raises ModelBundleError: the output holds no floating-point numbers, for which a share means nothing.
     """
-    arrays = [golden] if isinstance(golden, np.ndarray) else list(golden)
-    if kinds := {array.dtype.name for array in arrays if array.dtype.kind != 'f'}:
+    if kinds := {array.dtype.name for array in golden if array.dtype.kind != 'f'}:
         raise ModelBundleError(
             f'output {output!r} holds {min(kinds)} values, for which no tolerance follows from the range.',
             remedy=f'Give --rule {output}=set_overlap,min_iou=0.9,members=values, {output}=allclose,rtol=0,atol=0, '
             f'or {output}=default.',
         )
-    spread, greatest = _extent(arrays)
+    spread, greatest = _extent(golden)
     # A constant answer has no range; its magnitude is used instead.
     tolerance = max(TOLERANCES[precision] * (spread or greatest or 1.0), _floor(greatest, precision, computed_in))
     return AllClose(output, rtol=0.0, atol=float(f'{tolerance:.3g}'))

@@ -1,5 +1,5 @@
 """
-Sweep the caches of built engines, TensorRT's own and ONNX Runtime's, by age, size and host (G-3).
+``c7_engine sweep``: remove engines from the caches, TensorRT's own and ONNX Runtime's, by age, size and host (G-3).
 
 Only what the caches themselves write is removed, recognised by name; everything else is reported and not touched.
 The manifest or the listing, without which no engine is admitted, is removed first: an interrupted sweep leaves
@@ -8,46 +8,33 @@ nothing that looks complete.
 
 from __future__ import annotations
 
+import argparse
 import fcntl
 import os
-import re
-import stat
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gps_denied_c7.engines.manifest import EngineName, HostProfile, manifest_path, read_manifest
-from gps_denied_c7.engines.ort_store import LISTING_NAME, WHOLE_ENGINE, BuiltFor, CacheListing, read_listing
-from gps_denied_c7.engines.store import LOCK_NAME, PART_SUFFIX, TIMING_SUFFIX
+from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.engines.manifest import HostProfile
+from gps_denied_c7.engines.store import LOCK_NAME, EngineCache, fallback_directory
 from gps_denied_c7.engines.trusted_files import trusted_directory
 from gps_denied_c7.errors import EngineSchemaMismatchError
+from gps_denied_c7.ground.cache_items import CacheItem, list_engines, list_ort
+from gps_denied_c7.ground.command_line import Command, not_negative, path_argument, print_json, size
 from gps_denied_c7.ground.compatibility import mismatches
+from gps_denied_c7.runtimes.host_profile import local_host_profile
+from gps_denied_c7.text import plain
 
-__all__ = ['CacheItem', 'Caches', 'Criteria', 'Removal', 'SweepReport', 'list_cache', 'sweep']
+__all__ = ['COMMAND', 'Caches', 'Criteria', 'Removal', 'SweepReport', 'sweep']
 
 LEFTOVER_AGE_S = 3600.0
 """How old a half-written item must be to count as left over, in seconds: a younger one may be under way."""
 
 _DAY_S = 86400.0
-
-_PART = re.compile(r'\.[A-Za-z0-9][A-Za-z0-9._-]*\.[A-Za-z0-9_]{8}' + re.escape(PART_SUFFIX), re.ASCII)
-_TIMING = re.compile(
-    r'\w+-sm(?P<sm>\d{2,3})-trt(?P<tensorrt>\d+(?:\.\d+){2,3})-(?P<platform>\w+-\w+)(?:-level\d)?'
-    + re.escape(TIMING_SUFFIX),
-    re.ASCII,
-)
-_MODEL_DIGEST = re.compile(r'[0-9a-f]{64}')
-# The provider's own files, an engine of TensorRT's own builder, and a listing that was never finished.
-_ORT_FILE = re.compile(
-    r'TensorrtExecutionProvider_.+\.(?:engine|profile|timing)|'
-    + re.escape(WHOLE_ENGINE)
-    + r'|\.'
-    + re.escape(LISTING_NAME)
-    + r'\.[a-z0-9_]{8}',
-    re.ASCII,
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,28 +58,6 @@ class Caches:
 
     engines: Sequence[Path]
     ort: Sequence[Path]
-
-
-@dataclass(frozen=True, slots=True)
-class CacheItem:
-    """
-    Describe what is kept or removed as one.
-
-    :param kind: ``engine``, ``timing``, ``ort_cache`` or ``leftover``.
-    :param path: the file or directory that gives it its name.
-    :param files: names below ``directory`` in the order of removal, with what they were when listed.
-    :param written_s: when its newest file was written, seconds since the epoch.
-    :param bytes: size of its files.
-    :param built_for: what it was built for, None where that is unknown.
-    """
-
-    kind: str
-    path: Path
-    directory: Path
-    files: tuple[tuple[str, os.stat_result], ...]
-    written_s: float
-    bytes: int
-    built_for: HostProfile | BuiltFor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,14 +131,14 @@ def sweep(caches: Caches, criteria: Criteria, *, now_s: float, dry_run: bool = F
     report = SweepReport(dry_run)
     items: list[CacheItem] = []
     seen: set[Path] = set()
-    for directories, kind in ((caches.engines, 'engines'), (caches.ort, 'ort')):
+    for directories, listed in ((caches.engines, list_engines), (caches.ort, list_ort)):
         for directory in directories:
             if not os.path.lexists(directory):
                 continue
             try:
                 real = trusted_directory(directory)
                 if real not in seen:
-                    found, foreign = list_cache(real, kind)
+                    found, foreign = listed(real)
                     items += found
                     report.foreign += foreign
                 seen.add(real)
@@ -194,126 +159,14 @@ def sweep(caches: Caches, criteria: Criteria, *, now_s: float, dry_run: bool = F
     return report
 
 
-def list_cache(directory: Path, kind: str) -> tuple[list[CacheItem], list[Path]]:
-    """
-    Return what a cache directory holds: its items, and the paths that are not the cache's own.
-
-    :param directory: a real path.
-    :param kind: ``engines`` or ``ort``.
-    :raises OSError: it cannot be read.
-    """
-    return (_list_engines if kind == 'engines' else _list_ort)(directory)
-
-
-def _list_engines(directory: Path) -> tuple[list[CacheItem], list[Path]]:
-    entries = _regular_files(directory)
-    items, foreign = [], [directory / name for name, info in entries.items() if info is None]
-    for name, info in entries.items():
-        if info is None or name == LOCK_NAME:
-            continue
-        engine_name = name.removesuffix('.json')
-        if _is_engine(engine_name):
-            note = manifest_path(Path(engine_name)).name
-            pair = tuple((part, found) for part in (note, engine_name) if (found := entries.get(part)) is not None)
-            if len(pair) == 1:
-                items.append(_item('leftover', directory / name, directory, pair))
-            elif name == engine_name:
-                items.append(_item('engine', directory / name, directory, pair, _engine_host(directory / name)))
-        elif match := _TIMING.fullmatch(name):
-            host = HostProfile('', int(match['sm']), match['tensorrt'], match['platform'])
-            items.append(_item('timing', directory / name, directory, ((name, info),), host))
-        elif _PART.fullmatch(name):
-            items.append(_item('leftover', directory / name, directory, ((name, info),)))
-        else:
-            foreign.append(directory / name)
-    return items, foreign
-
-
-def _list_ort(directory: Path) -> tuple[list[CacheItem], list[Path]]:
-    items: list[CacheItem] = []
-    foreign: list[Path] = []
-    for name in sorted(os.listdir(directory)):
-        path = directory / name
-        if not _MODEL_DIGEST.fullmatch(name) or not stat.S_ISDIR(path.lstat().st_mode):
-            foreign.append(path)
-            continue
-        entries = _regular_files(path)
-        listing = _listing(path)
-        listed = {file.name for file in listing.files} if listing else set()
-        strange = [
-            path / entry
-            for entry, info in entries.items()
-            if info is None or not (entry == LISTING_NAME or entry in listed or _ORT_FILE.fullmatch(entry))
-        ]
-        if strange:
-            foreign += strange
-            continue
-        # The listing first: without it the rest counts as cold.
-        names = sorted(entries, key=lambda entry: (entry != LISTING_NAME, entry))
-        files = tuple((entry, info) for entry in names if (info := entries[entry]) is not None)
-        kind = 'ort_cache' if LISTING_NAME in entries else 'leftover'
-        items.append(_item(kind, path, path, files, listing.built_for if listing else None))
-    return items, foreign
-
-
-def _item(
-    kind: str,
-    path: Path,
-    directory: Path,
-    files: tuple[tuple[str, os.stat_result], ...],
-    built_for: HostProfile | BuiltFor | None = None,
-) -> CacheItem:
-    written_s = max((info.st_mtime for _, info in files), default=0.0) or path.stat().st_mtime
-    return CacheItem(kind, path, directory, files, written_s, sum(info.st_size for _, info in files), built_for)
-
-
-def _regular_files(directory: Path) -> dict[str, os.stat_result | None]:
-    """Return what each entry is, None for anything but a regular file."""
-    entries: dict[str, os.stat_result | None] = {}
-    for name in sorted(os.listdir(directory)):
-        try:
-            info = os.lstat(directory / name)
-        except FileNotFoundError:
-            # A builder renamed it meanwhile.
-            continue
-        entries[name] = info if stat.S_ISREG(info.st_mode) else None
-    return entries
-
-
-def _is_engine(name: str) -> bool:
-    try:
-        EngineName.parse(name)
-    except EngineSchemaMismatchError:
-        return False
-    return True
-
-
-def _engine_host(engine: Path) -> HostProfile:
-    """Return what an engine was built for, by its manifest, or as far as its name tells."""
-    name = EngineName.parse(engine.name)
-    try:
-        manifest = read_manifest(engine)
-    except EngineSchemaMismatchError:
-        return HostProfile('', name.sm, name.tensorrt, '')
-    return HostProfile(manifest.gpu, name.sm, name.tensorrt, manifest.platform)
-
-
-def _listing(directory: Path) -> CacheListing | None:
-    try:
-        return read_listing(directory)
-    except EngineSchemaMismatchError:
-        return None
-
-
 def _choose(
     items: Sequence[CacheItem], criteria: Criteria, now_s: float
 ) -> Iterator[tuple[CacheItem, str | None]]:
     """Yield each item with the reason why it goes, None where it stays; oldest first."""
     ordered = sorted(items, key=lambda item: (item.written_s, str(item.path)))
-    reasons = {id(item): _reason(item, criteria, now_s) for item in ordered}
-    left = sum(item.bytes for item in ordered if reasons[id(item)] is None)
-    for item in ordered:
-        reason = reasons[id(item)]
+    reasoned = [(item, _reason(item, criteria, now_s)) for item in ordered]
+    left = sum(item.bytes for item, reason in reasoned if reason is None)
+    for item, reason in reasoned:
         if reason is None and criteria.max_bytes is not None and left > criteria.max_bytes and item.kind != 'leftover':
             reason = f'the caches hold more than {criteria.max_bytes} bytes'
             left -= item.bytes
@@ -387,3 +240,79 @@ def _locked(item: CacheItem) -> Iterator[int]:
             os.close(lock)
     finally:
         os.close(directory)
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    defaults = C7InferenceConfig()
+    parser.add_argument(
+        '--older-than', type=not_negative, metavar='DAYS', help='engines written more than DAYS days ago'
+    )
+    parser.add_argument(
+        '--max-size', type=size, metavar='BYTES',
+        help='the oldest engines, until the rest takes at most BYTES, for example 500M or 20G',
+    )  # fmt: skip
+    parser.add_argument(
+        '--not-for-this-host', action='store_true',
+        help='engines built for another GPU, TensorRT or platform; needs the GPU',
+    )  # fmt: skip
+    parser.add_argument('--dry-run', action='store_true', help='print what would be removed, remove nothing')
+    where = f"default: {{}}, and the user's own cache that replaces it ({fallback_directory(Path('…')).parent})"
+    parser.add_argument('--cache', type=path_argument, metavar='DIR', help=where.format(defaults.engine_cache_dir))
+    parser.add_argument('--ort-cache', type=path_argument, metavar='DIR', help=where.format(defaults.ort_trt_cache_dir))
+
+
+def _run(options: argparse.Namespace) -> int:
+    defaults = C7InferenceConfig()
+    caches = Caches(
+        engines=[options.cache] if options.cache else EngineCache.at(defaults.engine_cache_dir).directories,
+        ort=[options.ort_cache]
+        if options.ort_cache
+        else (defaults.ort_trt_cache_dir, fallback_directory(defaults.ort_trt_cache_dir)),
+    )
+    criteria = Criteria(
+        older_than_s=None if options.older_than is None else options.older_than * _DAY_S,
+        max_bytes=options.max_size,
+        not_for=local_host_profile() if options.not_for_this_host else None,
+    )
+    report = sweep(caches, criteria, now_s=time.time(), dry_run=options.dry_run)
+    if options.json:
+        print_json(**report.to_json())
+    else:
+        _print_sweep(report)
+    return 1 if report.failed or report.refused else 0
+
+
+def _print_sweep(report: SweepReport) -> None:
+    for removal in report.removed:
+        print(f'{"would remove" if report.dry_run else "removed"} {plain(removal.item.path)}')
+        print(f'  {removal.item.kind}, {_size(removal.item.bytes)}: {removal.reason}')
+    for removal in report.failed:
+        print(f'NOT removed {plain(removal.item.path)}\n  {plain(removal.problem)} ({removal.reason})')
+    for path, problem in report.refused:
+        print(f'NOT swept {plain(path)}\n  {plain(problem)}')
+    for path in report.foreign:
+        print(f'not touched {plain(path)}\n  not written by a cache')
+    print(
+        f'{len(report.removed)} {"would be removed" if report.dry_run else "removed"} ({_size(report.freed_bytes)}), '
+        f'{len(report.kept) + len(report.failed)} kept ({_size(report.kept_bytes)})'
+    )
+
+
+def _size(count: int) -> str:
+    value, unit = float(count), 'bytes'
+    for larger in ('KiB', 'MiB', 'GiB', 'TiB'):
+        if value < 1024:
+            break
+        value, unit = value / 1024, larger
+    return f'{count} bytes' if unit == 'bytes' else f'{value:.1f} {unit}'
+
+
+COMMAND = Command(
+    name='sweep',
+    summary='remove engines from both caches by age, size or machine',
+    description='Remove engines from the engine cache and from the cache of ONNX Runtime that meet one of the\n'
+    'conditions given. Without a condition, only the remains of interrupted builds are removed (older than an\n'
+    'hour). Files that no cache has written are not touched.',
+    add_arguments=_add_arguments,
+    run=_run,
+)

@@ -1,12 +1,13 @@
-"""Check engines, caches and bundles as the node does before a flight, one verdict for each (G-3)."""
+"""``c7_engine verify``: check engines, caches and bundles as the node does before a flight (G-3)."""
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from gps_denied_c7.errors import (
     ModelBundleError,
     RuntimeUnavailableError,
 )
+from gps_denied_c7.ground.command_line import Command, add_image_size, image_settings, path_argument, print_json
 from gps_denied_c7.ground.compatibility import mismatches
-from gps_denied_c7.ground.golden_pictures import noise_picture
+from gps_denied_c7.ground.golden import noise_picture
 from gps_denied_c7.ground.reference import reference_answers
-from gps_denied_c7.ground.trial import TrialRun, run_picture, served_model
+from gps_denied_c7.ground.trial import TrialRun, figures, read_picture, run_picture, served_model
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.model.artefact import Artefact
 from gps_denied_c7.model.bundle import ModelBundle
@@ -31,15 +33,18 @@ from gps_denied_c7.model.bundle_json import MODEL_JSON
 from gps_denied_c7.model.files import BundleFile
 from gps_denied_c7.model.onnx_file import read_onnx
 from gps_denied_c7.pipeline.model_fit import ImageSettings, fit_bundle
+from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.pt.archive_scan.archive import read_torch_archive
+from gps_denied_c7.text import plain
 
-__all__ = ['Checks', 'Verdict', 'verify']
+__all__ = ['COMMAND', 'Checks', 'Verdict', 'verify']
 
 _MODEL_DIGEST = re.compile(r'[0-9a-f]{64}')
 _REBUILD = 'Build it again on this host.'
 _TORCH = ('.pt2', '.pt')
 
 Host = Callable[[], HostProfile]
+_Check = tuple[Path, str, Callable[[], object]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,21 +157,17 @@ def _verify_bundle(path: Path, checks: Checks) -> Iterator[Verdict]:
         yield Verdict(path, 'bundle', error.message, error.remedy)
         return
     yield Verdict(path, 'bundle')
-    whole = True
-    for artefact in bundle.artefacts:
-        verdict = _verdict(artefact.path, 'artefact', partial(_check_artefact, bundle, artefact, checks.host))
-        whole = whole and verdict.admitted
-        yield verdict
-    for file, load in _golden_files(bundle):
-        verdict = _verdict(file.path, 'golden', load)
-        whole = whole and verdict.admitted
-        yield verdict
-    if checks.run_models and whole:
-        for artefact in bundle.artefacts if bundle.golden else ():
-            if artefact.path.suffix == '.onnx':
-                verdict = _verdict(artefact.path, 'answers', partial(_check_answers, bundle, artefact))
-                whole = whole and verdict.admitted
-                yield verdict
+    files: list[_Check] = [
+        (artefact.path, 'artefact', partial(_check_artefact, bundle, artefact, checks.host))
+        for artefact in bundle.artefacts
+    ]
+    for index, case in enumerate(bundle.golden):
+        files.append((case.inputs.path, 'golden', partial(bundle.golden_inputs, index)))
+        files.append((case.outputs.path, 'golden', partial(bundle.golden_outputs, index)))
+    whole = yield from _verdicts(files)
+    if whole and checks.run_models and bundle.golden:
+        models = [artefact for artefact in bundle.artefacts if artefact.path.suffix == '.onnx']
+        whole = yield from _verdicts([(one.path, 'answers', partial(_check_answers, bundle, one)) for one in models])
     if whole:
         verdict = _served(path, bundle, checks)
         # That model.json says nothing against it does not show that the node serves it.
@@ -174,10 +175,14 @@ def _verify_bundle(path: Path, checks: Checks) -> Iterator[Verdict]:
             yield verdict
 
 
-def _golden_files(bundle: ModelBundle) -> Iterator[tuple[BundleFile, Callable[[], object]]]:
-    for index, case in enumerate(bundle.golden):
-        yield case.inputs, partial(bundle.golden_inputs, index)
-        yield case.outputs, partial(bundle.golden_outputs, index)
+def _verdicts(checks: Sequence[_Check]) -> Generator[Verdict, None, bool]:
+    """Yield the verdict of each check, and return whether all were admitted."""
+    whole = True
+    for path, kind, check in checks:
+        verdict = _verdict(path, kind, check)
+        whole = whole and verdict.admitted
+        yield verdict
+    return whole
 
 
 def _served(path: Path, bundle: ModelBundle, checks: Checks) -> Verdict:
@@ -287,3 +292,84 @@ def _check_artefact(bundle: ModelBundle, artefact: Artefact, host: Host | None) 
         read_torch_archive(artefact.path, artefact.sha256)
     else:
         BundleFile(artefact.path, artefact.sha256).verify()
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        'paths', type=path_argument, nargs='*', metavar='PATH',
+        help='model bundle (directory), .onnx or .engine file, engine cache, or cache of ONNX Runtime',
+    )  # fmt: skip
+    parser.add_argument(
+        '--run', type=path_argument, nargs='?', const=True, dest='run_picture', metavar='PICTURE',
+        help='run the model on a JPEG or PNG on this machine, as the node would, and print its outputs; without '
+        'PICTURE: on an image of noise. Write it after the paths',
+    )  # fmt: skip
+    add_image_size(parser)
+    parser.add_argument(
+        '--any-host', action='store_true',
+        help='check for damage and for write access of other users, not whether this machine can use it',
+    )  # fmt: skip
+    parser.add_argument(
+        '--digests-only', action='store_true', help='do not run or load the model of a bundle; check its files only'
+    )
+
+
+def _run(options: argparse.Namespace) -> int:
+    # Determined once at most, and only if there is an engine.
+    host = None if options.any_host else lru_cache(maxsize=1)(local_host_profile)
+    paths, picture = options.paths, options.run_picture
+    if not paths and isinstance(picture, Path):
+        # verify --run BUNDLE
+        paths, picture = [picture], True
+    if not paths:
+        options.error('the following arguments are required: PATH')
+    checks = Checks(
+        host,
+        run_models=not options.digests_only,
+        run=bool(picture),
+        picture=read_picture(picture) if isinstance(picture, Path) else None,
+        settings=ImageSettings(image_settings(options)),
+    )
+    verdicts = []
+    for path in paths:
+        for verdict in verify(path, checks):
+            verdicts.append(verdict)
+            if not options.json:
+                mark = 'ok' if verdict.admitted else 'REFUSED'
+                print(f'{mark:<8} {verdict.kind:<9} {plain(verdict.path)}', flush=True)
+                if not verdict.admitted:
+                    print(f'         {plain(f"{verdict.refusal} {verdict.remedy}".rstrip())}', flush=True)
+                if verdict.run is not None:
+                    _print_run(verdict.run)
+    refused = sum(not verdict.admitted for verdict in verdicts)
+    if checks.run and not refused and not any(verdict.run for verdict in verdicts):
+        raise ModelBundleError('there is no model to run at these paths.', remedy='Name a bundle or an .onnx.')
+    if options.json:
+        print_json(verdicts=[verdict.to_json() for verdict in verdicts], refused=refused)
+    else:
+        print(f'{len(verdicts)} verified, {refused} refused')
+    return 1 if refused else 0
+
+
+def _print_run(run: TrialRun) -> None:
+    width, height = run.source_size
+    print(f'         picture of {width}x{height}: {run.seconds * 1e3:.1f} ms, {run.runtime} on {run.provider}')
+    for name, array in run.outputs.items():
+        summary = figures(array)
+        numbers = [f'{key} {summary[key]:.6g}' for key in ('min', 'mean', 'max') if key in summary]
+        numbers += [f'{summary["not_finite"]} not finite'] if summary['not_finite'] else []
+        first = ' '.join(value if isinstance(value, str) else f'{value:.6g}' for value in summary['first'])
+        numbers.append(f'first {first}' if first else 'empty')
+        size = 'x'.join(map(str, array.shape)) or 'a scalar'
+        print(f'           {plain(name)} {array.dtype} {size}: {", ".join(numbers)}')
+
+
+COMMAND = Command(
+    name='verify',
+    summary='check engines, caches and bundles, and whether the node would serve them here',
+    description='Check that engines, caches and model bundles are whole, and that this machine can use them; one line\n'
+    'for each check. For a bundle, its golden answers are also computed again, and it is loaded as the node would\n'
+    'load it ("served"). A directory is searched one level deep. Changes nothing.',
+    add_arguments=_add_arguments,
+    run=_run,
+)

@@ -23,7 +23,7 @@ from gps_denied_c7.failover.chain import RuntimeChain
 from gps_denied_c7.failover.in_process import in_process_hosts
 from gps_denied_c7.ground import make_bundle as bundle_maker
 from gps_denied_c7.ground.bundle_request import BundleRequest
-from gps_denied_c7.ground.golden_pictures import golden_pictures, noise_picture
+from gps_denied_c7.ground.golden import golden_pictures, noise_picture
 from gps_denied_c7.ground.make_bundle import make_bundle
 from gps_denied_c7.ground.output_rules import TOLERANCES, default_rule
 from gps_denied_c7.ground.verify import Checks, verify
@@ -152,7 +152,7 @@ def test_m1_default_rule_allows_its_share_and_no_more(low: float, spread: float,
     golden = low + spread * np.linspace(0.0, 1.0, 11)
     # By hand: four steps of 2**-10 of the greatest value, in FP16 no less than its smallest normal number.
     rounding = max(4 * np.abs(golden).max() / 1024, {'fp16': 2**-14, 'fp32': 0.0}[precision])
-    rule = default_rule('x', golden, precision)
+    rule = default_rule('x', [golden], precision)
     found = golden + error * max(TOLERANCES[precision] * np.ptp(golden), rounding)
     if abs(error) < 0.99:
         assert rule.disagreement(found, golden) is None
@@ -164,7 +164,7 @@ def test_m1_default_rule_allows_its_share_and_no_more(low: float, spread: float,
     ('value', 'atol'), [(0.0, 0.01), (-5.0, 0.05)]
 )
 def test_m1_an_answer_without_a_range_is_judged_by_its_size(value: float, atol: float) -> None:
-    assert default_rule('x', np.full((2, 2), value), 'fp16').atol == pytest.approx(atol)
+    assert default_rule('x', [np.full((2, 2), value)], 'fp16').atol == pytest.approx(atol)
 
 
 @pytest.mark.parametrize('given_as', ['size', 'shape', 'golden request'])
@@ -432,8 +432,8 @@ def test_m1_an_answer_that_hardly_changes_is_said_and_refused(tmp_path: Path, sc
 
 def test_m1_an_int8_network_has_the_tolerance_of_int8() -> None:
     golden = np.linspace(-1.0, 1.0, 11)
-    assert default_rule('x', golden, 'fp16', 'int8').atol == pytest.approx(4 / 128, rel=0.01)
-    assert default_rule('x', golden, 'fp16', 'fp32').atol == pytest.approx(0.02, rel=0.01)
+    assert default_rule('x', [golden], 'fp16', 'int8').atol == pytest.approx(4 / 128, rel=0.01)
+    assert default_rule('x', [golden], 'fp16', 'fp32').atol == pytest.approx(0.02, rel=0.01)
 
 
 def normalised() -> onnx.ModelProto:

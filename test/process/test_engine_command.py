@@ -17,7 +17,7 @@ import pytest
 from onnx import helper
 
 from gps_denied_c7.engines.manifest import HostProfile
-from gps_denied_c7.ground.golden_pictures import noise_picture
+from gps_denied_c7.ground.golden import noise_picture
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess import Preprocessor
 from gps_denied_c7.image.preprocess_spec import PreprocessingSpec

@@ -44,7 +44,7 @@ TORN = 5
 # line read, forked from one that has imported everything, so that fifty take seconds.
 BUILDERS_OF_FAKE_PLANS = """
 import itertools, os, sys
-from gps_denied_c7.ground import cli as engine_cli, command_build
+from gps_denied_c7.ground import cli as engine_cli, build
 from gps_denied_c7.engines.store import EngineCache
 from gps_denied_c7.runtimes.protocol import EngineCacheEntry
 from support.numbered_engines import fake_plan_of, manifest_for
@@ -53,7 +53,7 @@ def build_fake_plan(model, config, build):
     cached = EngineCache.at(config.engine_cache_dir).publish(*prepared)
     return EngineCacheEntry(cached.path, prepared[1].engine_sha256, model, build)
 
-command_build.build_engine = build_fake_plan
+build.build_engine = build_fake_plan
 for line in sys.stdin:
     child = os.fork()
     if child:

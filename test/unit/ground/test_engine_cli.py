@@ -21,7 +21,7 @@ from gps_denied_c7.engines.admission import EngineGate
 from gps_denied_c7.engines.manifest import HostProfile, manifest_path
 from gps_denied_c7.engines.store import EngineCache
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, RuntimeUnavailableError
-from gps_denied_c7.ground import command_build, compatibility
+from gps_denied_c7.ground import build, compatibility
 from gps_denied_c7.ground.cli import main
 from gps_denied_c7.ground.inspect import inspect_engine
 from gps_denied_c7.model.bundle import ModelBundle
@@ -125,7 +125,7 @@ class FakeBuilderThisMachineHasNoGpu:
 @pytest.fixture
 def builder(monkeypatch: pytest.MonkeyPatch) -> FakeBuilderThisMachineHasNoGpu:
     fake = FakeBuilderThisMachineHasNoGpu()
-    monkeypatch.setattr(command_build, 'build_engine', fake)
+    monkeypatch.setattr(build, 'build_engine', fake)
     return fake
 
 

@@ -1,4 +1,4 @@
-"""``c7_engine build``: make a model's TensorRT engine for this machine."""
+"""``c7_engine build``: build a model's TensorRT engine for this machine (G-3)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,17 @@ from dataclasses import asdict
 
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engines.manifest import read_manifest
-from gps_denied_c7.ground.command_arguments import Command, add_image_size, image_settings, positive_size
-from gps_denied_c7.ground.command_line import path_argument
-from gps_denied_c7.ground.command_output import print_json, print_manifest
+from gps_denied_c7.ground.command_line import (
+    Command,
+    add_image_size,
+    image_settings,
+    path_argument,
+    positive_size,
+    print_json,
+    print_manifest,
+)
 from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.pipeline.model_fit import fit_bundle
+from gps_denied_c7.pipeline.model_fit import ImageSettings, fit_bundle
 from gps_denied_c7.runtimes.protocol import BuildConfig, BuildProgress
 from gps_denied_c7.runtimes.trt.build import PRECISIONS, build_engine
 from gps_denied_c7.text import plain
@@ -58,7 +64,8 @@ def _run(options: argparse.Namespace) -> int:
     )
     build = BuildConfig(allow_build=True, precision=options.precision, progress=_Progress())
     started_s = time.monotonic()
-    entry = build_engine(fit_bundle(ModelBundle.load(options.model), image_settings(options)), config, build)
+    bundle = fit_bundle(ModelBundle.load(options.model), ImageSettings(image_settings(options)))
+    entry = build_engine(bundle, config, build)
     seconds = time.monotonic() - started_s
     manifest = read_manifest(entry.path)
     if options.json:
