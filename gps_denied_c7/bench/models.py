@@ -45,52 +45,38 @@ def build_model(channels: int, layers: int, *, dense_maps: int) -> bytes:
 
     :param dense_maps: how many maps ``dense`` holds, 1.23 MB each; 0 for no such output.
     """
-    from onnx import TensorProto, checker, helper, numpy_helper
+    from onnx import checker, numpy_helper, parser
 
-    random = np.random.default_rng(7)
-    nodes: list[Any] = []
-    constants: list[Any] = []
-
-    def constant(name: str, value: Any) -> str:
-        constants.append(numpy_helper.from_array(value, name))
-        return name
-
-    def weights(name: str, *shape: int) -> str:
-        # He initialisation: values neither die nor explode, however many layers there are.
-        scale = np.sqrt(2.0 / np.prod(shape[1:]))
-        return constant(name, (random.standard_normal(shape) * scale).astype(np.float32))
-
-    def convolve(source: str, output: str, into: int, of: int, side: int, stride: int = 1) -> str:
-        pad = (side - 1) // 2 if stride == 1 else 0
-        nodes.append(
-            helper.make_node(
-                'Conv', [source, weights(f'{output}_w', into, of, side, side)], [output],
-                kernel_shape=[side, side], pads=[pad] * 4, strides=[stride, stride],
-            )  # fmt: skip
-        )
-        return output
-
-    body = convolve(INPUT, 'stem', _WIDTH_OF_BODY, channels, _STRIDE, _STRIDE)
-    for number in range(layers):
-        convolve(body, f'conv{number}', _WIDTH_OF_BODY, _WIDTH_OF_BODY, 3)
-        nodes.append(helper.make_node('Relu', [f'conv{number}'], [f'relu{number}']))
-        body = f'relu{number}'
-    nodes.append(helper.make_node('GlobalAveragePool', [body], ['pooled']))
-    nodes.append(helper.make_node('Flatten', ['pooled'], ['flat'], axis=1))
-    nodes.append(helper.make_node('MatMul', ['flat', weights('head', _WIDTH_OF_BODY, 256)], ['descriptor']))
-    outputs = [helper.make_tensor_value_info('descriptor', TensorProto.FLOAT, [1, 256])]
+    weights: dict[str, tuple[int, ...]] = {'stem': (_WIDTH_OF_BODY, channels, _STRIDE, _STRIDE)}
+    steps = [f'relu0 = Conv <kernel_shape = {[_STRIDE] * 2}, strides = {[_STRIDE] * 2}> ({INPUT}, stem)']
+    for number in range(1, layers + 1):
+        weights[f'body{number}'] = (_WIDTH_OF_BODY, _WIDTH_OF_BODY, 3, 3)
+        steps += [
+            f'conv{number} = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (relu{number - 1}, body{number})',
+            f'relu{number} = Relu (conv{number})',
+        ]
+    weights['head'] = (_WIDTH_OF_BODY, 256)
+    steps += [
+        f'pooled = GlobalAveragePool (relu{layers})',
+        'flat = Flatten <axis = 1> (pooled)',
+        'descriptor = MatMul (flat, head)',
+    ]
+    outputs = 'float[1,256] descriptor'
     if dense_maps:
-        convolve(body, 'cells', dense_maps * _STRIDE**2, _WIDTH_OF_BODY, 1)
-        nodes.append(helper.make_node('DepthToSpace', ['cells'], ['dense'], blocksize=_STRIDE))
-        shape = [1, dense_maps, NETWORK_HEIGHT, NETWORK_WIDTH]
-        outputs.append(helper.make_tensor_value_info('dense', TensorProto.FLOAT, shape))
-    image = helper.make_tensor_value_info(INPUT, TensorProto.FLOAT, [1, channels, NETWORK_HEIGHT, NETWORK_WIDTH])
-    model = helper.make_model(
-        helper.make_graph(nodes, f'bench_{layers}', [image], outputs, constants),
-        ir_version=_IR_VERSION,
-        opset_imports=[helper.make_opsetid('', _OPSET)],
-        producer_name='gps_denied_c7',
-    )
+        weights['map'] = (dense_maps * _STRIDE**2, _WIDTH_OF_BODY, 1, 1)
+        steps += [
+            f'cells = Conv <kernel_shape = [1, 1]> (relu{layers}, map)',
+            f'dense = DepthToSpace <blocksize = {_STRIDE}> (cells)',
+        ]
+        outputs += f', float[1,{dense_maps},{NETWORK_HEIGHT},{NETWORK_WIDTH}] dense'
+    head = f'<ir_version: {_IR_VERSION}, opset_import: ["" : {_OPSET}], producer_name: "gps_denied_c7">'
+    signature = f'(float[1,{channels},{NETWORK_HEIGHT},{NETWORK_WIDTH}] {INPUT}) => ({outputs})'
+    model = parser.parse_model('\n'.join([head, f'bench_{layers} {signature} {{', *steps, '}']))
+    random = np.random.default_rng(7)
+    for name, shape in weights.items():
+        # He initialisation: values neither die nor explode, however many layers there are.
+        values = random.standard_normal(shape) * np.sqrt(2.0 / np.prod(shape[1:]))
+        model.graph.initializer.append(numpy_helper.from_array(values.astype(np.float32), name))
     checker.check_model(model, full_check=True)
     return bytes(model.SerializeToString(deterministic=True))
 

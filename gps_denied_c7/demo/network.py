@@ -7,7 +7,6 @@ import hashlib
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,10 +54,8 @@ PATCH_OFFSETS = tuple(range(-7, 8, 2))
 """Where a patch is sampled around its keypoint, in x and in y, pixels."""
 _BLUR = 3
 _EPSILON = 1e-6
-
-# The oldest pair that has every operator used, so that ONNX Runtime 1.17 with TensorRT 8.6 loads it as well.
-_OPSET = 17
-_IR_VERSION = 8
+_REACH = WINDOW // 2
+_NMS_SIDE = 2 * NMS_RADIUS + 1
 
 _INPUTS = (TensorSpec('image', 'float32', (1, 1, HEIGHT, WIDTH)),)
 _OUTPUTS = (
@@ -68,25 +65,117 @@ _OUTPUTS = (
     TensorSpec('heatmap', 'float32', (1, 1, HEIGHT // CELL, WIDTH // CELL)),
 )
 
+_NETWORK = f"""
+<ir_version: 8, opset_import: ["" : 17], producer_name: "gps_denied_c7">
+{NAME} (float[1,1,{HEIGHT},{WIDTH}] image) => (
+    float[1,{KEYPOINTS},2] keypoints, float[1,{KEYPOINTS}] scores,
+    float[1,{KEYPOINTS},{len(PATCH_OFFSETS) ** 2}] descriptors, float[1,1,{HEIGHT // CELL},{WIDTH // CELL}] heatmap)
+{{
+    # The corner response. Split into equal parts: opset 13 to 17 infer the sizes from the number of outputs.
+    gradient = Conv <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (image, sobel)
+    gx, gy = Split <axis = 1> (gradient)
+    gxx = Mul (gx, gx)
+    gxy = Mul (gx, gy)
+    gyy = Mul (gy, gy)
+    products = Concat <axis = 1> (gxx, gxy, gyy)
+    column_sums = Conv <kernel_shape = [{WINDOW}, 1], pads = [{_REACH}, 0, {_REACH}, 0], group = 3> (products, column)
+    sums = Conv <kernel_shape = [1, {WINDOW}], pads = [0, {_REACH}, 0, {_REACH}], group = 3> (column_sums, row)
+    sxx, sxy, syy = Split <axis = 1> (sums)
+    trace = Add (sxx, syy)
+    half_trace = Mul (trace, half)
+    difference = Sub (sxx, syy)
+    half_difference = Mul (difference, half)
+    difference2 = Mul (half_difference, half_difference)
+    sxy2 = Mul (sxy, sxy)
+    discriminant = Add (difference2, sxy2)
+    spread = Sqrt (discriminant)
+    response = Sub (half_trace, spread)
 
-class _Graph:
-    """Collect nodes and constants; every method returns the name of what it made."""
+    # Non-maximum suppression.
+    neighbourhood = MaxPool <kernel_shape = {[_NMS_SIDE] * 2}, pads = {[NMS_RADIUS] * 4}, strides = [1, 1]> (response)
+    is_peak = Equal (response, neighbourhood)
+    is_strong = Greater (response, threshold)
+    chosen = And (is_peak, is_strong)
+    peaks = Where (chosen, response, zero)
+    inner_peaks = Slice (peaks, crop_start, crop_end, crop_axes)
 
-    def __init__(self) -> None:
-        self.nodes: list[Any] = []
-        self.constants: list[Any] = []
+    # The strongest keypoints. Integer arithmetic: in half precision a flat index would not survive.
+    flat_peaks = Reshape (inner_peaks, flat)
+    scores, place = TopK <axis = 1, largest = 1, sorted = 1> (flat_peaks, count)
+    inner_row = Div (place, inner_width)
+    row_start = Mul (inner_row, inner_width)
+    inner_column = Sub (place, row_start)
+    y = Add (inner_row, border)
+    x = Add (inner_column, border)
+    x_column = Unsqueeze (x, last_axis)
+    y_column = Unsqueeze (y, last_axis)
+    xy = Concat <axis = 2> (x_column, y_column)
+    xy_float = Cast <to = 1> (xy)
+    found = Greater (scores, zero)
+    found_column = Unsqueeze (found, last_axis)
+    keypoints = Where (found_column, xy_float, nowhere)
 
-    def constant(self, name: str, value: NDArray) -> str:
-        from onnx import numpy_helper
+    # Their descriptors. Sum of squares = mean of squares x samples; the mean keeps half precision in range.
+    smooth = Conv <kernel_shape = [{_BLUR}, {_BLUR}], pads = {[_BLUR // 2] * 4}> (image, blur)
+    pixels = Reshape (smooth, all)
+    image_row_start = Mul (y, width)
+    centre = Add (image_row_start, x)
+    centre_column = Unsqueeze (centre, last_axis)
+    sample_places = Add (centre_column, grid)
+    samples = Gather <axis = 0> (pixels, sample_places)
+    mean = ReduceMean <axes = [2], keepdims = 1> (samples)
+    centred = Sub (samples, mean)
+    squared = Mul (centred, centred)
+    power = ReduceMean <axes = [2], keepdims = 1> (squared)
+    energy = Mul (power, samples_per_patch)
+    safe_energy = Add (energy, epsilon)
+    length = Sqrt (safe_energy)
+    unit = Div (centred, length)
+    descriptors = Where (found_column, unit, zero)
 
-        self.constants.append(numpy_helper.from_array(value, name))
-        return name
+    # The heatmap.
+    inner_response = Slice (response, crop_start, crop_end, crop_axes)
+    cells = MaxPool <kernel_shape = [{CELL}, {CELL}], strides = [{CELL}, {CELL}]> (inner_response)
+    heatmap = Pad <mode = "constant"> (cells, cell_border, zero)
+}}
+"""
+"""
+The network as text for ONNX's parser.
 
-    def add(self, operator: str, inputs: Sequence[str], output: str, **attributes: Any) -> str:
-        from onnx import helper
+It has the oldest pair of IR version and opset that has every operator used, so that ONNX Runtime 1.17 with TensorRT 8.6
+loads it as well.
+"""
 
-        self.nodes.append(helper.make_node(operator, list(inputs), [output], name=output, **attributes))
-        return output
+
+def _constants() -> dict[str, NDArray]:
+    """Return the network's constants by name."""
+    sobel = np.array([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]], np.float32) * np.float32(1.0 / (4 * WINDOW))
+    grid = np.array([[[dy * WIDTH + dx for dy in PATCH_OFFSETS for dx in PATCH_OFFSETS]]], np.int64)
+    edge = BORDER // CELL
+    return {
+        'sobel': np.stack([sobel, sobel.T])[:, None],
+        'column': np.ones((3, 1, WINDOW, 1), np.float32),
+        'row': np.ones((3, 1, 1, WINDOW), np.float32),
+        'half': np.array(0.5, np.float32),
+        'threshold': np.array(THRESHOLD, np.float32),
+        'zero': np.array(0, np.float32),
+        'crop_start': np.array([BORDER, BORDER], np.int64),
+        'crop_end': np.array([HEIGHT - BORDER, WIDTH - BORDER], np.int64),
+        'crop_axes': np.array([2, 3], np.int64),
+        'flat': np.array([1, -1], np.int64),
+        'count': np.array([KEYPOINTS], np.int64),
+        'inner_width': np.array(WIDTH - 2 * BORDER, np.int64),
+        'border': np.array(BORDER, np.int64),
+        'last_axis': np.array([2], np.int64),
+        'nowhere': np.array(-1, np.float32),
+        'blur': np.full((1, 1, _BLUR, _BLUR), 1 / _BLUR**2, np.float32),
+        'all': np.array([-1], np.int64),
+        'width': np.array(WIDTH, np.int64),
+        'grid': grid,
+        'samples_per_patch': np.array(grid.size, np.float32),
+        'epsilon': np.array(_EPSILON, np.float32),
+        'cell_border': np.array([0, 0, edge, edge, 0, 0, edge, edge], np.int64),
+    }
 
 
 def build_model() -> bytes:
@@ -101,143 +190,14 @@ def build_model() -> bytes:
     - ``descriptors`` 1x512x64 float32, 8x8 samples of the smoothed patch, less their mean, of unit length;
     - ``heatmap`` 1x1x60x80 float32, the greatest response in each 8x8 cell, 0 along the border.
     """
-    from onnx import TensorProto, checker, helper
+    from onnx import checker, numpy_helper, parser
 
-    graph = _Graph()
-    response = _corner_response(graph)
-    strongest = _non_maximum_suppression(graph, response)
-    _keypoints(graph, strongest)
-    _descriptors(graph)
-    _heatmap(graph, response)
-    model = helper.make_model(
-        helper.make_graph(
-            graph.nodes,
-            NAME,
-            [helper.make_tensor_value_info(spec.name, TensorProto.FLOAT, spec.shape) for spec in _INPUTS],
-            [helper.make_tensor_value_info(spec.name, TensorProto.FLOAT, spec.shape) for spec in _OUTPUTS],
-            graph.constants,
-        ),
-        ir_version=_IR_VERSION,
-        opset_imports=[helper.make_opsetid('', _OPSET)],
-        producer_name='gps_denied_c7',
-    )
+    model = parser.parse_model(_NETWORK)
+    for node in model.graph.node:
+        node.name = node.output[0]
+    model.graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in _constants().items())
     checker.check_model(model, full_check=True)
     return model.SerializeToString(deterministic=True)
-
-
-def _corner_response(graph: _Graph) -> str:
-    scale = 1.0 / (4 * WINDOW)
-    sobel = np.array([[-1, 0, 1], [-2, 0, 2], [-1, 0, 1]], np.float32) * np.float32(scale)
-    kernels = np.stack([sobel, sobel.T])[:, None]
-    gradient = graph.add(
-        'Conv', ['image', graph.constant('sobel', kernels)], 'gradient', kernel_shape=[3, 3], pads=[1, 1, 1, 1]
-    )
-    graph.nodes.append(_split(gradient, ('gx', 'gy')))
-    products = [
-        graph.add('Mul', [left, right], name)
-        for left, right, name in (('gx', 'gx', 'gxx'), ('gx', 'gy', 'gxy'), ('gy', 'gy', 'gyy'))
-    ]
-    stacked = graph.add('Concat', products, 'products', axis=1)
-    reach = WINDOW // 2
-    ones = graph.constant('box', np.ones((3, 1, WINDOW, 1), np.float32))
-    columns = graph.add(
-        'Conv', [stacked, ones], 'column_sums', kernel_shape=[WINDOW, 1], pads=[reach, 0, reach, 0], group=3
-    )
-    ones = graph.constant('box_row', np.ones((3, 1, 1, WINDOW), np.float32))
-    sums = graph.add('Conv', [columns, ones], 'sums', kernel_shape=[1, WINDOW], pads=[0, reach, 0, reach], group=3)
-    graph.nodes.append(_split(sums, ('sxx', 'sxy', 'syy')))
-    half = graph.constant('half', np.array(0.5, np.float32))
-    trace = graph.add('Mul', [graph.add('Add', ['sxx', 'syy'], 'trace'), half], 'half_trace')
-    difference = graph.add('Mul', [graph.add('Sub', ['sxx', 'syy'], 'difference'), half], 'half_difference')
-    squares = graph.add(
-        'Add',
-        [graph.add('Mul', [difference, difference], 'difference2'), graph.add('Mul', ['sxy', 'sxy'], 'sxy2')],
-        'discriminant',
-    )
-    return graph.add('Sub', [trace, graph.add('Sqrt', [squares], 'spread')], 'response')
-
-
-def _split(source: str, names: Sequence[str]) -> Any:
-    from onnx import helper
-
-    # Equal parts along the channels; opset 13 to 17 infer the sizes from the number of outputs.
-    return helper.make_node('Split', [source], list(names), name=f'split_{source}', axis=1)
-
-
-def _crop(graph: _Graph, source: str, output: str) -> str:
-    bounds = {
-        'crop_start': np.array([BORDER, BORDER], np.int64),
-        'crop_end': np.array([HEIGHT - BORDER, WIDTH - BORDER], np.int64),
-        'crop_axes': np.array([2, 3], np.int64),
-    }
-    known = {tensor.name for tensor in graph.constants}
-    names = [name if name in known else graph.constant(name, value) for name, value in bounds.items()]
-    return graph.add('Slice', [source, *names], output)
-
-
-def _non_maximum_suppression(graph: _Graph, response: str) -> str:
-    side = 2 * NMS_RADIUS + 1
-    greatest = graph.add(
-        'MaxPool', [response], 'neighbourhood', kernel_shape=[side, side], pads=[NMS_RADIUS] * 4, strides=[1, 1]
-    )
-    is_peak = graph.add('Equal', [response, greatest], 'is_peak')
-    is_strong = graph.add('Greater', [response, graph.constant('threshold', np.array(THRESHOLD, np.float32))], 'strong')
-    chosen = graph.add('And', [is_peak, is_strong], 'chosen')
-    peaks = graph.add('Where', [chosen, response, graph.constant('zero', np.array(0, np.float32))], 'peaks')
-    return _crop(graph, peaks, 'inner_peaks')
-
-
-def _keypoints(graph: _Graph, peaks: str) -> None:
-    from onnx import helper
-
-    flat = graph.add('Reshape', [peaks, graph.constant('row', np.array([1, -1], np.int64))], 'flat_peaks')
-    count = graph.constant('count', np.array([KEYPOINTS], np.int64))
-    graph.nodes.append(
-        helper.make_node('TopK', [flat, count], ['scores', 'place'], name='strongest', axis=1, largest=1, sorted=1)
-    )
-    # Integer arithmetic: in half precision a flat index would not survive.
-    width = graph.constant('inner_width', np.array(WIDTH - 2 * BORDER, np.int64))
-    border = graph.constant('border', np.array(BORDER, np.int64))
-    row = graph.add('Div', ['place', width], 'inner_row')
-    column = graph.add('Sub', ['place', graph.add('Mul', [row, width], 'row_start')], 'inner_column')
-    y = graph.add('Add', [row, border], 'y')
-    x = graph.add('Add', [column, border], 'x')
-    last = graph.constant('last_axis', np.array([2], np.int64))
-    points = [graph.add('Unsqueeze', [value, last], f'{value}_column') for value in (x, y)]
-    places = graph.add('Cast', [graph.add('Concat', points, 'xy', axis=2)], 'xy_float', to=1)
-    found = graph.add('Greater', ['scores', 'zero'], 'found')
-    graph.add('Unsqueeze', [found, last], 'found_column')
-    nowhere = graph.constant('nowhere', np.array(-1, np.float32))
-    graph.add('Where', ['found_column', places, nowhere], 'keypoints')
-
-
-def _descriptors(graph: _Graph) -> None:
-    reach = _BLUR // 2
-    box = graph.constant('blur', np.full((1, 1, _BLUR, _BLUR), 1 / _BLUR**2, np.float32))
-    smooth = graph.add('Conv', ['image', box], 'smooth', kernel_shape=[_BLUR, _BLUR], pads=[reach] * 4)
-    pixels = graph.add('Reshape', [smooth, graph.constant('all', np.array([-1], np.int64))], 'pixels')
-    row_start = graph.add('Mul', ['y', graph.constant('width', np.array(WIDTH, np.int64))], 'image_row_start')
-    centre = graph.add('Unsqueeze', [graph.add('Add', [row_start, 'x'], 'centre'), 'last_axis'], 'centre_column')
-    grid = np.array([[[dy * WIDTH + dx for dy in PATCH_OFFSETS for dx in PATCH_OFFSETS]]], np.int64)
-    samples = graph.add(
-        'Gather', [pixels, graph.add('Add', [centre, graph.constant('grid', grid)], 'sample_places')], 'samples', axis=0
-    )
-    mean = graph.add('ReduceMean', [samples], 'mean', axes=[2], keepdims=1)
-    centred = graph.add('Sub', [samples, mean], 'centred')
-    power = graph.add('ReduceMean', [graph.add('Mul', [centred, centred], 'squared')], 'power', axes=[2], keepdims=1)
-    # Sum of squares = mean of squares x samples; the mean keeps half precision in range.
-    total = graph.add('Mul', [power, graph.constant('samples_per_patch', np.array(grid.size, np.float32))], 'energy')
-    safe = graph.add('Add', [total, graph.constant('epsilon', np.array(_EPSILON, np.float32))], 'safe_energy')
-    unit = graph.add('Div', [centred, graph.add('Sqrt', [safe], 'length')], 'unit')
-    graph.add('Where', ['found_column', unit, 'zero'], 'descriptors')
-
-
-def _heatmap(graph: _Graph, response: str) -> None:
-    inner = _crop(graph, response, 'inner_response')
-    cells = graph.add('MaxPool', [inner], 'cells', kernel_shape=[CELL, CELL], strides=[CELL, CELL])
-    edge = BORDER // CELL
-    pads = graph.constant('cell_border', np.array([0, 0, edge, edge, 0, 0, edge, edge], np.int64))
-    graph.add('Pad', [cells, pads, 'zero'], 'heatmap', mode='constant')
 
 
 def expected_outputs(image: NDArray) -> dict[str, NDArray]:
@@ -250,8 +210,7 @@ def expected_outputs(image: NDArray) -> dict[str, NDArray]:
     import cv2
 
     response = cv2.cornerMinEigenVal(image, blockSize=WINDOW, ksize=3)
-    side = 2 * NMS_RADIUS + 1
-    greatest = cv2.dilate(response, np.ones((side, side), np.uint8))
+    greatest = cv2.dilate(response, np.ones((_NMS_SIDE, _NMS_SIDE), np.uint8))
     peaks = np.where((response == greatest) & (response > THRESHOLD), response, 0)
     inner = (slice(BORDER, HEIGHT - BORDER), slice(BORDER, WIDTH - BORDER))
     rows, columns = np.nonzero(peaks[inner])
