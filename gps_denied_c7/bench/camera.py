@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import rclpy
 from rclpy.node import Node
 from rclpy.publisher import Publisher
 from rclpy.qos import QoSProfile, ReliabilityPolicy
-from rclpy.signals import SignalHandlerOptions
 from sensor_msgs.msg import CompressedImage, Image
 
 from gps_denied_c7.bench.cases import JPEG
-from gps_denied_c7.bench.commands import CommandLine
-from gps_denied_c7.ros.fastdds import apply_profile, tune_allocator
+from gps_denied_c7.bench.commands import CommandLine, ros_node
 from gps_denied_c7.ros.rcl import Rcl
 
 __all__ = ['Cameras', 'main']
@@ -122,29 +118,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('--encoding', required=True)
     options = parser.parse_args(arguments)
     commands = CommandLine()
-    apply_profile(os.environ)
-    tune_allocator()
-    rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
-    node = rclpy.create_node('c7_bench_camera', start_parameter_services=False, enable_rosout=False)
-    try:
-        topics = {name: own.split(',') for name, _, own in (text.partition('=') for text in options.topics)}
-        width, height = options.size
-        cameras = Cameras(node, topics, width, height, options.encoding)
-        commands.answer({'ready': True})
-        while True:
-            commands.answer(_serve(cameras, commands.wait()))
-    except EOFError:
-        return 0
-    finally:
-        node.destroy_node()
-        rclpy.try_shutdown()
+    topics = {name: own.split(',') for name, _, own in (text.partition('=') for text in options.topics)}
+    with ros_node('c7_bench_camera') as node:
+        cameras = Cameras(node, topics, *options.size, options.encoding)
 
+        def answer(do: str, contestant: str, **settings: float) -> dict[str, Any]:
+            if do == 'match':
+                return {'matched_s': cameras.wait_matched(contestant, **settings)}
+            return {'stamps': cameras.send(contestant, **settings)}
 
-def _serve(cameras: Cameras, command: dict[str, Any]) -> dict[str, Any]:
-    if command['do'] == 'match':
-        return {'matched_s': cameras.wait_matched(command['contestant'], command['timeout_s'])}
-    stamps = cameras.send(command['contestant'], command['rate_hz'], command['seconds'])
-    return {'stamps': stamps}
+        commands.serve(answer)
+    return 0
 
 
 if __name__ == '__main__':

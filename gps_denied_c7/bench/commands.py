@@ -1,15 +1,19 @@
-"""Line by line of JSON between the benchmark and its children."""
+"""What the benchmark's children share: commands from the benchmark, line by line of JSON, and a ROS node."""
 
 from __future__ import annotations
 
 import json
 import os
-import queue
+import select
 import sys
-import threading
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
-__all__ = ['CommandLine']
+if TYPE_CHECKING:
+    from rclpy.node import Node
+
+__all__ = ['CommandLine', 'ros_node']
 
 
 class CommandLine:
@@ -21,41 +25,46 @@ class CommandLine:
     """
 
     def __init__(self) -> None:
-        self._output: TextIO = os.fdopen(os.dup(sys.stdout.fileno()), 'w', encoding='utf-8')
+        self._output = os.fdopen(os.dup(sys.stdout.fileno()), 'w', encoding='utf-8')
         os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-        self._commands: queue.SimpleQueue[dict[str, Any] | None] = queue.SimpleQueue()
-        threading.Thread(target=self._read, daemon=True).start()
 
-    def _read(self) -> None:
-        for line in sys.stdin:
-            self._commands.put(json.loads(line))
-        self._commands.put(None)
-
-    def poll(self) -> dict[str, Any] | None:
+    def serve(self, answer: Callable[..., dict[str, Any]], *, meanwhile: Callable[[], object] | None = None) -> None:
         """
-        Return the next command, None where there is none yet.
+        Say that this process is ready, and answer each command until standard input ends.
 
-        :raises EOFError: there will be none any more.
+        The benchmark sends a command once it has the answer to the one before.
+
+        :param answer: gets what the command says by name.
+        :param meanwhile: called again and again while no command has come.
         """
-        try:
-            command = self._commands.get_nowait()
-        except queue.Empty:
-            return None
-        if command is None:
-            raise EOFError
-        return command
+        self._say({'ready': True})
+        while True:
+            while meanwhile is not None and not select.select([sys.stdin], [], [], 0)[0]:
+                meanwhile()
+            line = sys.stdin.readline()
+            if not line:
+                return
+            self._say(answer(**json.loads(line)))
 
-    def wait(self) -> dict[str, Any]:
-        """
-        Return the next command once it has come.
-
-        :raises EOFError: there will be none any more.
-        """
-        command = self._commands.get()
-        if command is None:
-            raise EOFError
-        return command
-
-    def answer(self, values: dict[str, Any]) -> None:
-        """Send one object."""
+    def _say(self, values: dict[str, Any]) -> None:
         print(json.dumps(values), file=self._output, flush=True)
+
+
+@contextmanager
+def ros_node(name: str) -> Iterator[Node]:
+    """Yield a node with nothing but what is added to it, which handles no signal."""
+    # Here and not above: the bare engine has no ROS in its process.
+    import rclpy
+    from rclpy.signals import SignalHandlerOptions
+
+    from gps_denied_c7.ros.fastdds import apply_profile, tune_allocator
+
+    apply_profile(os.environ)
+    tune_allocator()
+    rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
+    node = rclpy.create_node(name, start_parameter_services=False, enable_rosout=False)
+    try:
+        yield node
+    finally:
+        node.destroy_node()
+        rclpy.try_shutdown()

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
+from gps_denied_c7.bench.commands import CommandLine
 from gps_denied_c7.bench.models import engine_session, time_engine
 
 __all__ = ['main']
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the network for as long as each line of standard input says, and print what every inference took."""
+    """Run the network for as long as each command says, and answer what every inference took."""
     parser = argparse.ArgumentParser(prog='c7_bench_engine', description='Run a network as fast as it goes.')
     parser.add_argument('--model', required=True)
     options = parser.parse_args(arguments)
+    commands = CommandLine()
     session = engine_session(options.model)
-    print(json.dumps({'ready': True}), flush=True)
-    for line in sys.stdin:
-        print(json.dumps({'durations_ns': time_engine(session, json.loads(line)['seconds'])}), flush=True)
+    commands.serve(lambda seconds: {'durations_ns': time_engine(session, seconds)})
     return 0
 
 

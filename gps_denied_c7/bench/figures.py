@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gps_denied_c7._typed_json import reader_of
 from gps_denied_c7.bench.cases import BARE, FORTY_LINES, IN_PROCESS, SHIPPED, SHIPPED_TRANSPORT, Case
 
 __all__ = [
@@ -205,26 +206,12 @@ class CaseResult:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> CaseResult:
-        """Read what :meth:`to_json` wrote."""
-        case = dict(values['case'])
-        for name in ('contestants', 'series'):
-            case[name] = tuple(case[name])
-        return cls(
-            Case(**case),
-            values['engine_ms'],
-            values['sent_hz'],
-            {name: _result_from(result) for name, result in values['results'].items()},
-        )
+        """
+        Read what :meth:`to_json` wrote.
 
-
-def _result_from(values: Mapping[str, Any]) -> Result:
-    fields = dict(values)
-    for name in ('latency', 'outside'):
-        fields[name] = Percentiles(**fields[name]) if fields[name] else None
-    fields['stages'] = {stage: Percentiles(**figures) for stage, figures in fields['stages'].items()}
-    for name in ('p50_by_repetition', 'answered_hz_by_repetition'):
-        fields[name] = tuple(fields[name])
-    return Result(**fields)
+        :raises ValueError: it is anything else.
+        """
+        return reader_of(cls)({name: value for name, value in values.items() if name != 'name'})
 
 
 def series_of(cases: Sequence[CaseResult]) -> dict[str, list[CaseResult]]:
@@ -366,13 +353,12 @@ class Verdict:
 def verdicts(cases: Sequence[CaseResult]) -> list[Verdict]:
     """Return every limit that these cases can tell anything about."""
     found: list[Verdict] = []
+    shipped = []
     for case in cases:
-        found += _against_forty_lines(case)
-        found += _outside_engine(case)
-        found += _throughput(case)
-        found += _isolation(case)
-        found += _transport(case)
-    shipped = [case.results[SHIPPED] for case in cases if SHIPPED in case.results]
+        if node := case.results.get(SHIPPED):
+            shipped.append(node)
+            for compare in (_against_forty_lines, _outside_engine, _throughput, _isolation, _transport):
+                found += compare(case, node)
     found += _lasting('active and idle', 'of one core', [one.idle_percent for one in shipped], 2.0, ' %')
     found += _lasting('process start to active', '', [one.start_s for one in shipped], 3.0, ' s')
     return found
@@ -391,9 +377,9 @@ def _lasting(what: str, of: str, values: Sequence[float | None], limit: float, u
     return _at_most(f'{what}, median', float(np.median(measured)), limit, of or 'all cases', unit)
 
 
-def _against_forty_lines(case: CaseResult) -> list[Verdict]:
-    node, reference = case.results.get(SHIPPED), case.results.get(FORTY_LINES)
-    if node is None or reference is None:
+def _against_forty_lines(case: CaseResult, node: Result) -> list[Verdict]:
+    reference = case.results.get(FORTY_LINES)
+    if reference is None:
         return []
     at_1080p = case.case.height == 1080 and case.case.encoding == 'rgb8'
     strict = at_1080p and case.case.model_ms == 5 and not case.case.is_overloaded
@@ -404,9 +390,9 @@ def _against_forty_lines(case: CaseResult) -> list[Verdict]:
     ]
 
 
-def _outside_engine(case: CaseResult) -> list[Verdict]:
-    node = case.results.get(SHIPPED)
-    if node is None or node.outside is None or case.case.is_overloaded or case.case.large_outputs:
+def _outside_engine(case: CaseResult, node: Result) -> list[Verdict]:
+    limit = _OUTSIDE_MS.get((case.case.height, case.case.encoding))
+    if limit is None or node.outside is None or case.case.is_overloaded or case.case.large_outputs:
         return []
     # With several cameras a frame waits while another one's is answered, which is not the node's work.
     if case.case.transport != SHIPPED_TRANSPORT or case.case.cameras > 1:
@@ -414,15 +400,12 @@ def _outside_engine(case: CaseResult) -> list[Verdict]:
     # Callback entry to publish returned: the message's own durations end before the publish call.
     message = node.stages['message'].p50
     measured = node.outside.p50 + max(0.0, (node.publish_call_ms or message) - message)
-    limit = _OUTSIDE_MS.get((case.case.height, case.case.encoding))
-    if limit is None:
-        return []
     return _at_most('in the node outside the engine, p50', measured, limit, case.case.title, ' ms')
 
 
-def _throughput(case: CaseResult) -> list[Verdict]:
-    node, bare = case.results.get(SHIPPED), case.results.get(BARE)
-    if node is None or bare is None or not case.case.is_saturated or case.case.model_ms < 30:
+def _throughput(case: CaseResult, node: Result) -> list[Verdict]:
+    bare = case.results.get(BARE)
+    if bare is None or not case.case.is_saturated or case.case.model_ms < 30:
         return []
     ratio = _paired(operator.truediv, node.answered_hz_by_repetition, bare.answered_hz_by_repetition)
     if ratio is None:
@@ -430,19 +413,16 @@ def _throughput(case: CaseResult) -> list[Verdict]:
     return [Verdict('answers per second / bare engine', '≥ 0.9 x', f'{ratio:.2f} x', ratio >= 0.9, case.case.title)]
 
 
-def _isolation(case: CaseResult) -> list[Verdict]:
-    node, inside = case.results.get(SHIPPED), case.results.get(IN_PROCESS)
-    if node is None or inside is None or case.case.is_overloaded:
+def _isolation(case: CaseResult, node: Result) -> list[Verdict]:
+    inside = case.results.get(IN_PROCESS)
+    if inside is None or case.case.is_overloaded:
         return []
     difference = _paired(operator.sub, node.p50_by_repetition, inside.p50_by_repetition)
-    if difference is None:
-        return []
     return _at_most('isolation process - none, p50', difference, 0.3, case.case.title, ' ms')
 
 
-def _transport(case: CaseResult) -> list[Verdict]:
-    node = case.results.get(SHIPPED)
-    if node is None or case.case.height != 1080 or case.case.transport != SHIPPED_TRANSPORT:
+def _transport(case: CaseResult, node: Result) -> list[Verdict]:
+    if case.case.height != 1080 or case.case.transport != SHIPPED_TRANSPORT:
         return []
     if case.case.cameras > 1 or case.case.is_overloaded:
         return []

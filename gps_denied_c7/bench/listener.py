@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from gps_denied_c7_msgs.msg import Tensor, TensorList
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
-from rclpy.signals import SignalHandlerOptions
 from rclpy.subscription import Subscription
 
-from gps_denied_c7.bench.commands import CommandLine
-from gps_denied_c7.ros.fastdds import apply_profile, tune_allocator
+from gps_denied_c7.bench.commands import CommandLine, ros_node
 from gps_denied_c7.ros.messages import stage_durations
 from gps_denied_c7.ros.rcl import Rcl, SubscriptionReady, Untaken
 
@@ -93,27 +89,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('contestants', nargs='+')
     options = parser.parse_args(arguments)
     commands = CommandLine()
-    apply_profile(os.environ)
-    tune_allocator()
-    rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
-    node = rclpy.create_node('c7_bench_listener', start_parameter_services=False, enable_rosout=False)
-    executor = SingleThreadedExecutor()
-    executor.add_node(node)
-    try:
+    with ros_node('c7_bench_listener') as node:
+        executor = SingleThreadedExecutor()
+        executor.add_node(node)
         listener = Listener(node, options.contestants)
-        commands.answer({'ready': True})
-        while True:
-            executor.spin_once(timeout_sec=0.02)
-            command = commands.poll()
-            if command is not None:
-                name = command['contestant']
-                commands.answer({'answers': listener.collect(name), 'statuses': listener.statuses(name)})
-    except EOFError:
-        return 0
-    finally:
+
+        def answer(contestant: str) -> dict[str, Any]:
+            return {'answers': listener.collect(contestant), 'statuses': listener.statuses(contestant)}
+
+        commands.serve(answer, meanwhile=lambda: executor.spin_once(timeout_sec=0.02))
         executor.shutdown()
-        node.destroy_node()
-        rclpy.try_shutdown()
+    return 0
 
 
 if __name__ == '__main__':

@@ -114,7 +114,8 @@ class Measurement:
             if first and name == SHIPPED:
                 self._wait_ready(started[name], timed=True)
         running = [started[record.contestant.name] for record in self._records]
-        for one in running:
+        answering = [one for one in running if one.service is None]
+        for one in answering:
             if not (first and one.name == SHIPPED):
                 self._wait_ready(one)
         self._wait_quiet(running)
@@ -126,15 +127,13 @@ class Measurement:
             for one in [*running[turn:], *running[:turn]]:
                 self._measure(one)
         time.sleep(_DIAGNOSTICS_S)
-        for one in running:
+        for one in answering:
             self._note_end(one)
-        for one in running:
+        for one in answering:
             # All at once: each takes a second to leave its domain.
-            if one.service is None:
-                one.child.process.send_signal(signal.SIGINT)
-        for one in running:
-            if one.service is None:
-                one.child.wait()
+            one.child.process.send_signal(signal.SIGINT)
+        for one in answering:
+            one.child.wait()
 
     def _service(self, stack: ExitStack, module: str, arguments: Sequence[str], log: str = '') -> _Service:
         path = self._logs / f'{log or module.rpartition(".")[2]}.log'
@@ -156,8 +155,6 @@ class Measurement:
 
     def _wait_ready(self, running: _Running, *, timed: bool = False) -> None:
         """Wait until images are answered."""
-        if running.service is not None:
-            return
         name, child = running.name, running.child
         matched = self._camera.ask(do='match', contestant=name, timeout_s=_MATCH_S)['matched_s']
         child.check_alive()
@@ -258,8 +255,6 @@ class Measurement:
 
     def _note_end(self, running: _Running) -> None:
         """Note a contestant's last answers, its diagnostics and its memory before it ends."""
-        if running.service is not None:
-            return
         collected, record = self._collect(running.name), running.record
         if collected['answers']:
             record.blocks.append(Block((), 0, collected['answers'], {}, 0.0))

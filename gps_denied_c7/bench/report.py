@@ -77,8 +77,6 @@ class BenchReport:
 
     def limits_table(self, style: str = 'github') -> str:
         """Return each limit with what was measured; what was missed is set in bold."""
-        from tabulate import tabulate
-
         def mark(text: str, met: bool) -> str:
             return text if met or style != 'github' else f'**{text}**'
 
@@ -86,48 +84,38 @@ class BenchReport:
             [one.what, one.where, one.limit, mark(one.measured, one.met), mark('met' if one.met else 'missed', one.met)]
             for one in verdicts(self.cases)
         ]
-        return tabulate(rows, headers=['limit on', 'case', 'limit', 'measured', ''], tablefmt=style)
+        return _table(['limit on', 'case', 'limit', 'measured', ''], rows, style)
 
-    def case_table(self, case: CaseResult, style: str = 'github') -> str:
+    def case_table(self, case: CaseResult) -> str:
         """Return latency, throughput and frames of each contestant in one case."""
-        from tabulate import tabulate
-
         reference = case.results.get(FORTY_LINES)
         rows = []
         for result in case.results.values():
-            latency = result.latency
-            figures = [f'{value:.2f}' for value in (latency.p50, latency.p95, latency.p99)] if latency else ['–'] * 3
             ratios = ['', '']
             if reference is not None and result.sent and result is not reference:
                 ratios = [_number(ratio_p50(result, reference)), _number(ratio_p99(result, reference))]
             frames = _frames(result) if result.sent else ['', '', '', '']
-            rows.append([result.title, *figures, *ratios, f'{result.answered_hz:.1f}', *frames])
+            latency = _latency(result, 'p50', 'p95', 'p99')
+            rows.append([result.title, *latency, *ratios, f'{result.answered_hz:.1f}', *frames])
         headers = [
             '', 'p50 ms', 'p95', 'p99', 'p50 / forty', 'p99 / forty', 'answers/s', 'sent', 'answered',
             'dropped by policy', 'lost',
         ]  # fmt: skip
-        return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
+        return _table(headers, rows)
 
-    def stage_table(self, case: CaseResult, style: str = 'github') -> str:
+    def stage_table(self, case: CaseResult) -> str:
         """Return where the time of one case goes, p50 in milliseconds, with processor time and memory."""
-        from tabulate import tabulate
-
         rows = []
         for result in case.results.values():
-            if not result.stages:
-                continue
-            stages = [f'{result.stages[stage].p50:.2f}' for stage in STAGES]
-            own = result.cpu_ms_per_answer.get('contestant')
-            rows.append(
-                [result.title, *stages, _number(own), _number(result.memory_mb, 0), _number(result.idle_percent, 1)]
-            )
+            if result.stages:
+                stages = [f'{result.stages[stage].p50:.2f}' for stage in STAGES]
+                own = _number(result.cpu_ms_per_answer.get('contestant'))
+                rows.append([result.title, *stages, own, _number(result.memory_mb, 0), _number(result.idle_percent, 1)])
         headers = ['p50, ms', *STAGES, 'CPU ms / answer', 'memory MB', 'idle, % of a core']
-        return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
+        return _table(headers, rows)
 
-    def overview_table(self, style: str = 'github') -> str:
+    def overview_table(self) -> str:
         """Return the forty lines beside this node, a row for each case in which both answered."""
-        from tabulate import tabulate
-
         cases = compared(self.cases)
         axes = list(dict.fromkeys(axis for case in cases for axis in case.case.words))
         rows = []
@@ -136,8 +124,8 @@ class BenchReport:
             rows.append(
                 [
                     *(case.case.words.get(axis, '') for axis in axes),
-                    *(text for one in (forty, node) for text in _latency(one)),
-                    *(_ratio(ratio, style) for ratio in (ratio_p50(node, forty), ratio_p99(node, forty))),
+                    *(text for one in (forty, node) for text in _latency(one, 'p50', 'p99')),
+                    *(_ratio(ratio) for ratio in (ratio_p50(node, forty), ratio_p99(node, forty))),
                     *(f'{one.answered_hz:.1f}' for one in (forty, node)),
                     *[node.dropped, node.lost, forty.lost],
                 ]
@@ -146,12 +134,10 @@ class BenchReport:
             *axes, 'forty p50', 'forty p99', 'node p50', 'node p99', 'p50 / forty', 'p99 / forty', 'forty/s', 'node/s',
             'dropped', 'lost', 'forty lost',
         ]  # fmt: skip
-        return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
+        return _table(headers, rows)
 
-    def series_table(self, series: str, style: str = 'github') -> str:
+    def series_table(self, series: str) -> str:
         """Return how the figures of the forty lines and of this node grow along one series, a row for each point."""
-        from tabulate import tabulate
-
         rows = []
         for case in series_of(self.cases)[series]:
             bare, forty, node = (case.results.get(name) for name in (BARE, FORTY_LINES, SHIPPED))
@@ -160,7 +146,7 @@ class BenchReport:
                 [
                     case.case.point(series),
                     _number(bare.latency.p50 if bare and bare.latency else None),
-                    *(text for one in (forty, node) for text in _latency(one)),
+                    *(text for one in (forty, node) for text in _latency(one, 'p50', 'p99')),
                     f'{case.total_hz:g}',
                     *(_number(one.answered_hz if one else None, 1) for one in (forty, node)),
                     *(_number(stage.p50 if stage else None) for stage in stages),
@@ -172,7 +158,7 @@ class BenchReport:
             series, 'engine p50', 'forty p50', 'forty p99', 'node p50', 'node p99', 'sent/s', 'forty/s', 'node/s',
             *STAGES, 'dropped', 'lost', 'forty lost',
         ]  # fmt: skip
-        return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
+        return _table(headers, rows)
 
     def markdown(self, heading: str = '#', *, sections: Collection[str] = SECTIONS, folder: str = '') -> str:
         """
@@ -213,6 +199,12 @@ class BenchReport:
         return f'{text} when the network was made.'
 
 
+def _table(headers: Sequence[str], rows: Sequence[Sequence[object]], style: str = 'github') -> str:
+    from tabulate import tabulate
+
+    return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True)
+
+
 def _overview(cases: Sequence[CaseResult]) -> str:
     """Return in a sentence how often the node takes no longer than the forty lines."""
     pairs = [(case.results[SHIPPED], case.results[FORTY_LINES]) for case in cases]
@@ -225,19 +217,21 @@ def _overview(cases: Sequence[CaseResult]) -> str:
     )
 
 
-def _ratio(value: float | None, style: str) -> str:
+def _ratio(value: float | None) -> str:
     """Return a ratio of two times; one above 1 is set in bold."""
     text = _number(value)
-    return f'**{text}**' if value is not None and value > 1.0 and style == 'github' else text
+    return f'**{text}**' if value is not None and value > 1.0 else text
 
 
 def _number(value: float | None, digits: int = 2) -> str:
     return '' if value is None else f'{value:.{digits}f}'
 
 
-def _latency(result: Result | None) -> Sequence[str]:
-    latency = result.latency if result else None
-    return [f'{latency.p50:.2f}', f'{latency.p99:.2f}'] if latency else ['–', '–']
+def _latency(result: Result | None, *names: str) -> Sequence[str]:
+    """Return percentiles of the latency by name."""
+    if result is None or result.latency is None:
+        return ['–'] * len(names)
+    return [f'{getattr(result.latency, name):.2f}' for name in names]
 
 
 def _frames(result: Result) -> Sequence[object]:
