@@ -17,7 +17,8 @@ from gps_denied_c7.bench.cases import BARE, DEFAULT_TRANSPORT, JPEG, SHIPPED, Ca
 from gps_denied_c7.bench.figures import Block, CaseResult, Result, summarise, summarise_bare
 from gps_denied_c7.bench.models import BenchModel
 from gps_denied_c7.bench.resources import cpu_seconds, memory_mb
-from gps_denied_c7.demo.processes import Child, DemoError
+from gps_denied_c7.demo.child_process import Child, DemoError
+from gps_denied_c7.demo.output import write_parameters
 
 __all__ = ['BenchOptions', 'Measurement']
 
@@ -90,12 +91,12 @@ class Measurement:
             self._logs.mkdir(exist_ok=True)
             with ExitStack() as stack:
                 self._run_round(stack, of_round, first=number == 0)
-        results = {record.contestant.name: record.summary() for record in self._records}
+        results = {record.name: record.summary() for record in self._records}
         return CaseResult(self._case, self._model.engine_ms, self._hz, results)
 
     def _run_round(self, stack: ExitStack, repetitions: Sequence[int], *, first: bool) -> None:
         """Start every process, measure, and shut them down."""
-        nodes = [record.contestant.name for record in self._records if record.contestant.name != BARE]
+        nodes = [record.name for record in self._records if record.name != BARE]
         suffix = '/compressed' if self._case.encoding == JPEG else ''
         cameras = [f'camera_{number}/image_raw{suffix}' for number in range(self._case.cameras)]
         topics = {name: [f'/{name}/{camera}' for camera in cameras] for name in nodes}
@@ -106,62 +107,57 @@ class Measurement:
             ['--size', str(self._case.width), str(self._case.height), '--encoding', self._case.encoding,
              '--topics', *(f'{name}={",".join(own)}' for name, own in topics.items())],
         )  # fmt: skip
-        started: dict[str, _Running] = {}
         # The start of the node as shipped is timed before the others start.
-        for record in sorted(self._records, key=lambda record: record.contestant.name != SHIPPED):
-            name = record.contestant.name
-            started[name] = self._start(stack, record, topics.get(name, []))
-            if first and name == SHIPPED:
-                self._wait_ready(started[name], timed=True)
-        running = [started[record.contestant.name] for record in self._records]
-        answering = [one for one in running if one.service is None]
-        for one in answering:
-            if not (first and one.name == SHIPPED):
-                self._wait_ready(one)
-        self._wait_quiet(running)
+        for record in sorted(self._records, key=lambda record: record.name != SHIPPED):
+            self._start(stack, record, topics.get(record.name, []))
+            if first and record.name == SHIPPED:
+                self._wait_ready(record, timed=True)
+        answering = [record for record in self._records if record.name != BARE]
+        for record in answering:
+            if not (first and record.name == SHIPPED):
+                self._wait_ready(record)
+        self._wait_quiet()
         if self._with_idle and first:
-            self._watch_idle(running)
+            self._watch_idle()
         for repetition in repetitions:
             # The first contestant changes each time: the effects of one on the next, such as heat, reach all of them.
-            turn = repetition % len(running)
-            for one in [*running[turn:], *running[:turn]]:
-                self._measure(one)
+            turn = repetition % len(self._records)
+            for record in [*self._records[turn:], *self._records[:turn]]:
+                self._measure(record)
         time.sleep(_DIAGNOSTICS_S)
-        for one in answering:
-            self._note_end(one)
-        for one in answering:
+        for record in answering:
+            self._note_end(record)
+        for record in answering:
             # All at once: each takes a second to leave its domain.
-            one.child.process.send_signal(signal.SIGINT)
-        for one in answering:
-            one.child.wait()
+            record.child.process.send_signal(signal.SIGINT)
+        for record in answering:
+            record.child.wait()
 
     def _service(self, stack: ExitStack, module: str, arguments: Sequence[str], log: str = '') -> _Service:
         path = self._logs / f'{log or module.rpartition(".")[2]}.log'
-        child = Child(module, arguments, self._environ, log=path, pipe=True, commands=True)
-        # The end of its input shuts it down; its context manager ends a process that ignores that.
-        stack.enter_context(child)
-        assert child.process.stdin is not None
-        stack.callback(_end_input, child)
-        return _Service(child)
+        service = stack.enter_context(_Service(module, arguments, self._environ, path))
+        service.answer()
+        return service
 
-    def _start(self, stack: ExitStack, record: _Record, topics: list[str]) -> _Running:
-        contestant, began = record.contestant, time.time()
-        if contestant.name == BARE:
-            service = self._service(stack, contestant.module, ['--model', str(self._model.path)], contestant.name)
-            return _Running(record, service.child, began, service)
-        log = self._logs / f'{contestant.name}.log'
-        arguments = self._arguments(contestant, topics)
-        return _Running(record, stack.enter_context(Child(contestant.module, arguments, self._environ, log=log)), began)
+    def _start(self, stack: ExitStack, record: _Record, topics: list[str]) -> None:
+        """Start a contestant's process; the bare engine is asked instead of being sent images."""
+        module, record.began_s = record.contestant.module, time.time()
+        if record.name == BARE:
+            record.child = self._service(stack, module, ['--model', str(self._model.path)], record.name)
+        else:
+            log = self._logs / f'{record.name}.log'
+            arguments = self._arguments(record.contestant, topics)
+            record.child = stack.enter_context(Child(module, arguments, self._environ, log=log))
 
-    def _wait_ready(self, running: _Running, *, timed: bool = False) -> None:
+    def _wait_ready(self, record: _Record, *, timed: bool = False) -> None:
         """Wait until images are answered."""
-        name, child = running.name, running.child
+        name, child = record.name, record.child
         matched = self._camera.ask(do='match', contestant=name, timeout_s=_MATCH_S)['matched_s']
         child.check_alive()
         if matched is None:
             raise DemoError(f'{name} did not subscribe in {_MATCH_S:.0f} s.\n{child.tail()}')
         if timed:
-            running.record.start_s = matched - running.began_s
+            record.start_s = matched - record.began_s
         # The other end may match a moment later, and an engine's first run is slower.
         time.sleep(_MATCHED_S)
         deadline = time.monotonic() + _FIRST_ANSWER_S
@@ -179,7 +175,7 @@ class Measurement:
         time.sleep(settle_s)
         answers += self._collect(name)['answers']
         # Frames sent before both ends had matched do not count as lost.
-        running.record.blocks.append(Block((), len(answers), answers, {}, 0.0))
+        record.blocks.append(Block((), len(answers), answers, {}, 0.0))
 
     def _arguments(self, contestant: Contestant, topics: list[str]) -> list[str]:
         rename = ['-r', f'__node:={contestant.name}']
@@ -189,47 +185,42 @@ class Measurement:
         values = {
             'image_topics': topics,
             'model_path': str(self._model.path),
-            'autostart': True,
             # There is no better rung here, and looking for one would disturb the measurement.
             'promotion_backoff_s': [3600.0, 3600.0],
-            'engine_cache_dir': str(self._directory / 'engines' / 'engine_cache'),
-            'ort_trt_cache_dir': str(self._directory / 'engines' / 'ort_trt_cache'),
             **contestant.parameters,
         }
-        path = self._logs / f'{contestant.name}.yaml'
-        lines = [f'    {name}: {json.dumps(value)}' for name, value in values.items()]
-        path.write_text('\n'.join(['/**:', '  ros__parameters:', *lines, '']), encoding='utf-8')
+        path = write_parameters(self._logs / f'{contestant.name}.yaml', self._directory, values)
         return ['--ros-args', *rename, '--params-file', str(path)]
 
-    def _wait_quiet(self, running: Sequence[_Running]) -> None:
+    def _wait_quiet(self) -> None:
         """Wait until no process loads anything any more, as a node does its standby; at most a few seconds."""
         deadline = time.monotonic() + _QUIET_AT_LAST_S
-        spent = sum(cpu_seconds(one.child.process.pid) for one in running)
+        spent = sum(self._cpu_seconds())
         while time.monotonic() < deadline:
             time.sleep(_QUIET_S)
-            before, spent = spent, sum(cpu_seconds(one.child.process.pid) for one in running)
-            if spent - before < _QUIET_SHARE * _QUIET_S * len(running):
+            before, spent = spent, sum(self._cpu_seconds())
+            if spent - before < _QUIET_SHARE * _QUIET_S * len(self._records):
                 return
 
-    def _watch_idle(self, running: Sequence[_Running]) -> None:
+    def _watch_idle(self) -> None:
         """Measure each process while no images are sent."""
-        began = time.monotonic()
-        before = [cpu_seconds(one.child.process.pid) for one in running]
+        began, before = time.monotonic(), self._cpu_seconds()
         time.sleep(self._options.idle_s)
-        for one, was in zip(running, before, strict=True):
-            spent = cpu_seconds(one.child.process.pid) - was
-            one.record.idle_percent = 100.0 * spent / (time.monotonic() - began)
+        for record, was, spent in zip(self._records, before, self._cpu_seconds(), strict=True):
+            record.idle_percent = 100.0 * (spent - was) / (time.monotonic() - began)
 
-    def _measure(self, running: _Running) -> None:
-        if running.service is not None:
-            seconds = self._seconds * _BARE_SHARE
-            running.record.durations.append(running.service.ask(seconds=seconds)['durations_ns'])
+    def _cpu_seconds(self) -> list[float]:
+        return [cpu_seconds(record.child.process.pid) for record in self._records]
+
+    def _measure(self, record: _Record) -> None:
+        if isinstance(record.child, _Service):
+            record.durations.append(record.child.ask(seconds=self._seconds * _BARE_SHARE)['durations_ns'])
             return
-        name = running.name
+        name = record.name
         pids = {
-            'contestant': running.child.process.pid,
-            'camera': self._camera.child.process.pid,
-            'listener': self._listener.child.process.pid,
+            'contestant': record.child.process.pid,
+            'camera': self._camera.process.pid,
+            'listener': self._listener.process.pid,
         }
         before = {key: cpu_seconds(pid) for key, pid in pids.items()}
         began = time.monotonic()
@@ -239,8 +230,8 @@ class Measurement:
         time.sleep(_SETTLE_S + 6e-3 * self._model.engine_ms * self._case.cameras)
         spent = {key: cpu_seconds(pid) - before[key] for key, pid in pids.items()}
         elapsed = time.monotonic() - began
-        running.child.check_alive()
-        running.record.blocks.append(
+        record.child.check_alive()
+        record.blocks.append(
             Block(
                 stamps=sent['stamps'],
                 warm_up=len(warm_up['stamps']),
@@ -253,37 +244,45 @@ class Measurement:
     def _collect(self, name: str) -> dict[str, Any]:
         return self._listener.ask(contestant=name)
 
-    def _note_end(self, running: _Running) -> None:
+    def _note_end(self, record: _Record) -> None:
         """Note a contestant's last answers, its diagnostics and its memory before it ends."""
-        collected, record = self._collect(running.name), running.record
+        collected = self._collect(record.name)
         if collected['answers']:
             record.blocks.append(Block((), 0, collected['answers'], {}, 0.0))
         record.statuses.append(collected['statuses'])
-        record.memory_mb.append(memory_mb(running.child.process.pid))
+        record.memory_mb.append(memory_mb(record.child.process.pid))
 
 
-class _Service:
-    """Ask a child process that answers each line with a line."""
+class _Service(Child):
+    """Run a module that answers each line with a line; the end of its input shuts it down."""
 
-    def __init__(self, child: Child) -> None:
-        self.child = child
-        self._answer()
+    def __init__(self, module: str, arguments: Sequence[str], environ: Mapping[str, str], log: Path) -> None:
+        super().__init__(module, arguments, environ, log=log, pipe=True, commands=True)
+
+    def __exit__(self, *raised: Any) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        # A child that still waits for a dead process is interrupted.
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(5.0)
+        super().__exit__(*raised)
 
     def ask(self, **command: Any) -> dict[str, Any]:
         """Return the answer to one command."""
-        assert self.child.process.stdin is not None
+        assert self.process.stdin is not None
         try:
-            print(json.dumps(command), file=self.child.process.stdin, flush=True)
+            print(json.dumps(command), file=self.process.stdin, flush=True)
         except BrokenPipeError:
-            self.child.process.wait()
-        return self._answer()
+            self.process.wait()
+        return self.answer()
 
-    def _answer(self) -> dict[str, Any]:
-        assert self.child.process.stdout is not None
-        line = self.child.process.stdout.readline()
+    def answer(self) -> dict[str, Any]:
+        """Return the next answer; the first one says that the process is ready."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
         if not line:
-            self.child.process.wait()
-            self.child.check_alive()
+            self.process.wait()
+            self.check_alive()
         answer: dict[str, Any] = json.loads(line)
         return answer
 
@@ -293,11 +292,15 @@ class _Record:
     """
     What one contestant has done in a case, in all its processes.
 
+    :param child: its present process.
+    :param began_s: wall clock when that was started.
     :param durations: of the bare engine's inferences, nanoseconds, one list a repetition.
     :param statuses: of a node's diagnostics, one for each process.
     """
 
     contestant: Contestant
+    child: Child = field(init=False)
+    began_s: float = 0.0
     blocks: list[Block] = field(default_factory=list)
     durations: list[list[int]] = field(default_factory=list)
     statuses: list[Mapping[str, Mapping[str, str]]] = field(default_factory=list)
@@ -305,44 +308,20 @@ class _Record:
     start_s: float | None = None
     idle_percent: float | None = None
 
+    @property
+    def name(self) -> str:
+        return self.contestant.name
+
     def summary(self) -> Result:
         """Return the figures."""
-        contestant = self.contestant
-        if contestant.name == BARE:
-            return summarise_bare(contestant.name, contestant.title, self.durations)
+        if self.name == BARE:
+            return summarise_bare(self.name, self.contestant.title, self.durations)
         return summarise(
-            contestant.name,
-            contestant.title,
+            self.name,
+            self.contestant.title,
             self.blocks,
-            statuses=self.statuses if contestant.is_node else None,
+            statuses=self.statuses if self.contestant.is_node else None,
             memory_mb=statistics.median(self.memory_mb),
             start_s=self.start_s,
             idle_percent=self.idle_percent,
         )
-
-
-@dataclass(slots=True)
-class _Running:
-    """
-    One contestant that runs.
-
-    :param began_s: wall clock when its process was started.
-    :param service: of the bare engine, which is asked instead of being sent images.
-    """
-
-    record: _Record
-    child: Child
-    began_s: float
-    service: _Service | None = None
-
-    @property
-    def name(self) -> str:
-        return self.record.contestant.name
-
-
-def _end_input(child: Child) -> None:
-    assert child.process.stdin is not None
-    child.process.stdin.close()
-    # A child that still waits for a dead process is interrupted by its context manager.
-    with suppress(subprocess.TimeoutExpired):
-        child.process.wait(5.0)

@@ -8,8 +8,7 @@ import json
 import math
 import os
 import platform
-import shutil
-import signal
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -32,8 +31,9 @@ from gps_denied_c7.bench.measurement import BenchOptions, Measurement
 from gps_denied_c7.bench.models import BenchModel, calibrated_model
 from gps_denied_c7.bench.plots import draw_plots
 from gps_denied_c7.bench.report import BenchReport
-from gps_denied_c7.demo.processes import DemoError, child_environment, free_domain_id, free_ports
-from gps_denied_c7.errors import C7Error
+from gps_denied_c7.demo.child_process import run_program
+from gps_denied_c7.demo.output import claim_output
+from gps_denied_c7.demo.ros_domain import child_environment, free_domain_id, free_ports
 from gps_denied_c7.ground.command_line import path_argument
 from gps_denied_c7.monitoring.cpu_latency import CpuLatencyRequest
 from gps_denied_c7.monitoring.host_info import package_versions
@@ -42,8 +42,6 @@ from gps_denied_c7.ros.fastdds import DdsPorts
 __all__ = ['main', 'run_bench']
 
 NumberT = TypeVar('NumberT', int, float)
-
-_MARKER = '.c7_bench'
 
 
 def run_bench(options: BenchOptions, say: Callable[[str], None]) -> BenchReport:
@@ -67,7 +65,7 @@ def run_bench(options: BenchOptions, say: Callable[[str], None]) -> BenchReport:
             cores = CpuLatencyRequest()
             cores.hold(options.cpu_wakeup_latency_us)
             stack.callback(cores.drop)
-        output = _claim(options.output)
+        output = claim_output(options.output, 'c7_bench')
         domain_id, ports = options.domain_id, None
         if domain_id is None:
             ports = free_ports(os.environ)
@@ -100,21 +98,6 @@ def _write(output: Path, report: BenchReport) -> None:
     (output / 'report.md').write_text(report.markdown(), encoding='utf-8')
 
 
-def _claim(output: Path) -> Path:
-    """Make the output directory, or clear what an earlier run made, and nothing else."""
-    output = output.resolve()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        if any(output.iterdir()) and not (output / _MARKER).exists():
-            raise DemoError(f'{output} holds files not made by a benchmark.', remedy='Name another --output.')
-        shutil.rmtree(output)
-        output.mkdir()
-        (output / _MARKER).touch()
-    except OSError as error:
-        raise DemoError(f'{output} cannot be written: {error}.', remedy='Name another --output.') from error
-    return output
-
-
 def _environment(
     case: Case, domain_id: int, ports: DdsPorts | None, output: Path, processes: int
 ) -> dict[str, str]:
@@ -128,13 +111,10 @@ def _environment(
 
 def _facts(options: BenchOptions) -> dict[str, str]:
     versions = package_versions()
-    model = next(
-        (line.partition(':')[2].strip() for line in _lines('/proc/cpuinfo') if line.startswith('model name')),
-        platform.processor(),
-    )
+    model = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text(encoding='utf-8'))
     latency_us = options.cpu_wakeup_latency_us
     return {
-        'machine': f'{len(os.sched_getaffinity(0))} cores, {model or platform.machine()}',
+        'machine': f'{len(os.sched_getaffinity(0))} cores, {model[1] if model else platform.machine()}',
         'ROS': f'{os.environ.get("ROS_DISTRO", "unknown")}, Python {platform.python_version()}',
         'versions': ', '.join(f'{name} {version}' for name, version in versions.items() if version),
         'day': time.strftime('%Y-%m-%d'),
@@ -143,13 +123,6 @@ def _facts(options: BenchOptions) -> dict[str, str]:
         'idle cores': 'as the system sets them' if latency_us is None else f'awake within {latency_us} µs (PM QoS)',
         'load before': f'{os.getloadavg()[0]:.2f} processes running on average over the last minute',
     }
-
-
-def _lines(path: str) -> list[str]:
-    try:
-        return Path(path).read_text(encoding='utf-8').splitlines()
-    except OSError:
-        return []
 
 
 def _form(parsed: argparse.Namespace) -> tuple[tuple[Case, ...], dict[str, Any]]:
@@ -167,11 +140,6 @@ def _only(cases: tuple[Case, ...], texts: Sequence[str]) -> tuple[Case, ...]:
     return tuple(
         case for case in cases if any(text == case.name or (text not in names and text in case.name) for text in texts)
     )
-
-
-def _with(case: Case, contestants: Sequence[str]) -> Case:
-    """Return the case with those of its contestants alone."""
-    return dataclasses.replace(case, contestants=tuple(name for name in case.contestants if name in contestants))
 
 
 def _positive(kind: type[NumberT]) -> Callable[[str], NumberT]:
@@ -236,7 +204,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases, chosen = _form(parsed)
     cases = _only(cases, parsed.only)
     if parsed.contestants is not None:
-        cases = tuple(_with(case, parsed.contestants) for case in cases)
+        cases = tuple(
+            dataclasses.replace(case, contestants=tuple(one for one in case.contestants if one in parsed.contestants))
+            for case in cases
+        )
         cases = tuple(case for case in cases if set(case.contestants) - {BARE})
     if parsed.list and cases:
         print('\n'.join(case.name for case in cases))
@@ -256,18 +227,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         output=parsed.output, cases=cases, domain_id=parsed.domain_id,
         cpu_wakeup_latency_us=parsed.cpu_wakeup_latency_us, **chosen,
     )  # fmt: skip
-    # Children have sessions of their own, so they are ended by leaving their context managers.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        report = run_bench(options, lambda line: print(line, flush=True))
-    except C7Error as error:
-        print(f'c7_bench: {error}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run_program('c7_bench', lambda: _bench(options))
+
+
+def _bench(options: BenchOptions) -> int:
+    """Measure; the exit status says that the figures were measured, not that they are good."""
+    report = run_bench(options, lambda line: print(line, flush=True))
     print(f'\n{report.limits_table("simple_outline")}\n\n{report.seconds:.0f} s; tables, plots, logs: {options.output}')
-    # Figures, not a test: the exit status says that they were measured.
     return 0
 
 

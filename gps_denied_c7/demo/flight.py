@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from gps_denied_c7.errors import C7Error, ConfigError
 if TYPE_CHECKING:
     from rosbags.typesys.store import Typestore
 
-__all__ = ['DEFAULT_CAMERAS', 'Camera', 'Flight', 'FlightSummary', 'Pose', 'main', 'pose_at', 'write_flight']
+__all__ = ['DEFAULT_CAMERAS', 'Camera', 'Flight', 'FlightSummary', 'Pose', 'fly', 'main', 'pose_at', 'write_flight']
 
 MAP_FRAME = 'map'
 POSE_TOPIC = '/ground_truth/pose'
@@ -262,30 +263,46 @@ def write_flight(
     terrain = terrain if terrain is not None else paint_terrain(flight.seed)
     store = get_typestore(Stores.ROS2_JAZZY)
     path.parent.mkdir(parents=True, exist_ok=True)
-    frames = {f'{camera.name}/image_raw': 0 for camera in flight.cameras}
-    exposures = list(_exposures(flight))
+    exposures = _exposures(flight)
+    frames = Counter(f'{camera.name}/image_raw' for _, camera in exposures)
     plugin = StoragePlugin.MCAP if flight.storage == 'mcap' else StoragePlugin.SQLITE3
     # Version 8 is also read by older ROS 2 distributions; 9 only changed how the metadata spells the QoS.
     with Writer(path, version=8, storage_plugin=plugin) as writer:
         recorder = _Recorder(writer, store, terrain, flight)
         for done, (time_ns, camera) in enumerate(exposures, start=1):
             recorder.record(time_ns, camera)
-            frames[f'{camera.name}/image_raw'] += 1
             if progress is not None:
                 progress(done, len(exposures))
     size = sum(file.stat().st_size for file in path.iterdir() if file.suffix in ('.mcap', '.db3'))
     return FlightSummary(path, frames, size)
 
 
-def _exposures(flight: Flight) -> Iterator[tuple[int, Camera]]:
-    """Yield (nanoseconds into the flight, camera) in time order, cameras in their order where times are equal."""
-    plan = [
-        (round(index * 1e9 / camera.rate_hz), order, camera)
-        for order, camera in enumerate(flight.cameras)
+def fly(path: Path, flight: Flight, *, disable_bar: bool | None) -> FlightSummary:
+    """
+    Record ``flight`` as :func:`write_flight` does, behind a progress bar.
+
+    :param disable_bar: None to draw it on a terminal alone.
+    """
+    from tqdm import tqdm
+
+    with tqdm(desc='painting', unit='frame', disable=disable_bar, leave=False) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.set_description('flying', refresh=False)
+            bar.total = total
+            bar.update(done - bar.n)
+
+        return write_flight(path, flight, progress=advance)
+
+
+def _exposures(flight: Flight) -> list[tuple[int, Camera]]:
+    """Return (nanoseconds into the flight, camera) in time order, cameras in their order where times are equal."""
+    exposures = [
+        (round(index * 1e9 / camera.rate_hz), camera)
+        for camera in flight.cameras
         for index in range(math.ceil(flight.duration_s * camera.rate_hz - 1e-9))
     ]
-    for time_ns, _, camera in sorted(plan, key=lambda item: item[:2]):
-        yield time_ns, camera
+    return sorted(exposures, key=lambda exposure: exposure[0])
 
 
 class _Recorder:
@@ -424,26 +441,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         cameras = tuple(Camera.parse(text) for text in options.camera or ()) or DEFAULT_CAMERAS
         flight = Flight(options.duration, cameras, options.seed, options.storage)
-        summary = _with_progress(options.bag, flight, quiet=options.no_progress)
+        summary = fly(options.bag, flight, disable_bar=options.no_progress)
     except C7Error as error:
         print(f'{parser.prog}: {error}', file=sys.stderr)
         return 1
     frames = ', '.join(f'{count} on {topic}' for topic, count in summary.frames.items())
     print(f'{summary.path}: {frames}; {summary.size_bytes / 1e6:.0f} MB')
     return 0
-
-
-def _with_progress(path: Path, flight: Flight, *, quiet: bool) -> FlightSummary:
-    from tqdm import tqdm
-
-    with tqdm(desc='painting', unit='frame', disable=quiet, leave=False) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.set_description('flying', refresh=False)
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return write_flight(path, flight, progress=advance)
 
 
 if __name__ == '__main__':

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from gps_denied_c7.demo.terrain import paint_terrain
-from gps_denied_c7.errors import C7Error
-from gps_denied_c7.ground.command_line import path_argument
 from gps_denied_c7.image.preprocess_spec import PreprocessingSpec, ResizeMode
 from gps_denied_c7.model.artefact import ONLY_GOLDEN, Artefact
 from gps_denied_c7.model.bundle_write import write_bundle
@@ -32,7 +27,6 @@ __all__ = [
     'WINDOW',
     'build_model',
     'expected_outputs',
-    'main',
     'write_demo_bundle',
 ]
 
@@ -276,20 +270,3 @@ def write_demo_bundle(directory: Path | str) -> Path:
         golden={ONLY_GOLDEN: ({'image': image[None, None]}, expected_outputs(image))},
     )  # fmt: skip
     return directory
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
-    parser = argparse.ArgumentParser(prog='c7_demo_network', description='Write the demo network as a model bundle.')
-    parser.add_argument('directory', type=path_argument)
-    options = parser.parse_args(arguments)
-    try:
-        print(write_demo_bundle(options.directory))
-    except C7Error as error:
-        print(f'c7_demo_network: {error}', file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == '__main__':
-    sys.exit(main())

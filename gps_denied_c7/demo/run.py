@@ -5,25 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
-import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from gps_denied_c7.demo.flight import Camera, Flight, write_flight
+from gps_denied_c7.demo.child_process import Child, DemoError, run_program, wait_for
+from gps_denied_c7.demo.flight import Camera, Flight, fly
 from gps_denied_c7.demo.network import HEIGHT, WIDTH, write_demo_bundle
+from gps_denied_c7.demo.output import claim_output, write_parameters
 from gps_denied_c7.demo.picture import Detections, compose, read_frame
-from gps_denied_c7.demo.processes import Child, DemoError, child_environment, free_domain_id, free_ports, wait_for
 from gps_denied_c7.demo.report import DemoReport, FrameCount, stage_percentiles
-from gps_denied_c7.errors import C7Error
+from gps_denied_c7.demo.ros_domain import child_environment, free_domain_id, free_ports
 from gps_denied_c7.ground.command_line import path_argument
 from gps_denied_c7.monitoring.flight_record import in_order
 
@@ -35,7 +34,6 @@ _LISTEN_S = 30.0
 _ANSWER_S = 20.0
 _REPLAY_SLACK_S = 120.0
 _PACES = (1.0, 0.5, 0.25)
-_MARKER = '.c7_demo'
 _OWN = ('flight', 'bundle', 'ros_log')
 
 
@@ -124,10 +122,11 @@ def run_demo(options: DemoOptions, say: Callable[[str], None], *, progress: bool
     :param progress: draw progress bars on standard error.
     :raises DemoError: a process did not start, answer or end.
     """
-    output = _claim(options.output)
+    output = claim_output(options.output, 'c7_demo', _OWN)
     seconds: dict[str, float] = {}
     with _timed(seconds, 'flight'):
-        bag = _fly(options, output, progress)
+        flight = Flight(options.duration_s, options.cameras)
+        bag = fly(output / 'flight', flight, disable_bar=None if progress else True).path
     say(f'flight recorded: {bag}')
     with _timed(seconds, 'network'):
         bundle = write_demo_bundle(output / 'bundle')
@@ -144,22 +143,6 @@ def run_demo(options: DemoOptions, say: Callable[[str], None], *, progress: bool
     (output / 'report.json').write_text(json.dumps(report.to_json(), indent=2) + '\n', encoding='utf-8')
     (output / 'report.md').write_text(report.markdown(), encoding='utf-8')
     return report
-
-
-def _claim(output: Path) -> Path:
-    """Make the output directory, or clear what an earlier demo made in it, and nothing else."""
-    output = output.resolve()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        taken = [name for name in _OWN if (output / name).exists()]
-        if taken and not (output / _MARKER).exists():
-            raise DemoError(f'{output} holds {", ".join(taken)}, not made by a demo.', remedy='Name another --output.')
-        (output / _MARKER).touch()
-        for name in taken:
-            shutil.rmtree(output / name)
-    except OSError as error:
-        raise DemoError(f'{output} cannot be written: {error}.', remedy='Name another --output.') from error
-    return output
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +175,9 @@ class _Run:
             )
             feed = _Feed(observer)
             with _timed(self.seconds, 'start'):
-                parameters = _write_parameters(output, topics, self.bundle)
+                parameters = write_parameters(
+                    output / 'parameters.yaml', output, {'image_topics': topics, 'model_path': str(self.bundle)}
+                )
                 arguments = ['--ros-args', '--params-file', str(parameters)]
                 node = stack.enter_context(
                     Child('gps_denied_c7.ros.main', arguments, environ, log=output / 'node.log')
@@ -205,7 +190,8 @@ class _Run:
             last = dict(feed.statuses)
             exit_code = node.stop()
             # The record went out before the process ended; that it comes late or never is for the report to tell.
-            _poll(lambda: any(record['kind'] == 'c7.session_ended' for record in feed.records), 3.0)
+            with suppress(DemoError):
+                wait_for(lambda: any(record['kind'] == 'c7.session_ended' for record in feed.records), 3.0, 'its end')
             observer.stop()
             feed.join()
         say('node stopped')
@@ -237,39 +223,6 @@ def _timed(seconds: dict[str, float], name: str) -> Iterator[None]:
     began = time.monotonic()
     yield
     seconds[name] = round(time.monotonic() - began, 3)
-
-
-def _poll(condition: Callable[[], bool], timeout_s: float) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition() and time.monotonic() < deadline:
-        time.sleep(0.02)
-
-
-def _fly(options: DemoOptions, output: Path, progress: bool) -> Path:
-    from tqdm import tqdm
-
-    with tqdm(desc='flight', unit='frame', disable=None if progress else True, leave=False) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
-        flight = Flight(options.duration_s, options.cameras)
-        return write_flight(output / 'flight', flight, progress=advance).path
-
-
-def _write_parameters(output: Path, topics: Sequence[str], bundle: Path) -> Path:
-    values = {
-        'image_topics': list(topics),
-        'model_path': str(bundle),
-        'autostart': True,
-        'engine_cache_dir': str(output / 'engines' / 'engine_cache'),
-        'ort_trt_cache_dir': str(output / 'engines' / 'ort_trt_cache'),
-    }
-    path = output / 'parameters.yaml'
-    lines = [f'    {name}: {json.dumps(value)}' for name, value in values.items()]
-    path.write_text('\n'.join(['/**:', '  ros__parameters:', *lines, '']), encoding='utf-8')
-    return path
 
 
 def _wait_answered(feed: _Feed, sent: Mapping[str, int], *children: Child) -> None:
@@ -406,17 +359,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hd_rate_hz=parsed.hd_rate,
         domain_id=parsed.domain_id,
     )
-    # Children have sessions of their own, so they are ended by leaving their context managers.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-    # A shell starts what runs in the background with SIGINT ignored, and Python would leave it so.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        report = run_demo(options, lambda line: print(line, flush=True), progress=not parsed.no_progress)
-    except C7Error as error:
-        print(f'c7_demo: {error}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return run_program('c7_demo', lambda: _demo(options, progress=not parsed.no_progress))
+
+
+def _demo(options: DemoOptions, *, progress: bool) -> int:
+    report = run_demo(options, lambda line: print(line, flush=True), progress=progress)
     print(f'\n{report.text()}\n\npicture, table and logs: {options.output}')
     problems = report.problems()
     for problem in problems:

@@ -88,14 +88,12 @@ def reference_answers(
         else:
             answers.append(InferenceError(f'plain session.run fails: {fault}') if fault else None)
     return Reference(
-        tuple(TensorSpec(name, dtype, _axes(shape)) for name, dtype, shape in reply['outputs']),
+        tuple(
+            TensorSpec(name, dtype, None if shape is None else tuple(shape)) for name, dtype, shape in reply['outputs']
+        ),
         tuple(reply['left_out']),
         tuple(answers),
     )
-
-
-def _axes(shape: list[int | None] | None) -> Any:
-    return None if shape is None else tuple(shape)
 
 
 def _run_child(request: bytes) -> tuple[int, bytes, bytes]:

@@ -32,14 +32,13 @@ class CpuLatencyError(C7Error):
 
 class CpuLatencyRequest:
     """
-    Hold at most one request; safe to call from any thread. The kernel drops it with this process, however that ends.
+    Hold at most one request; for one thread at a time. The kernel drops it with this process, however that ends.
 
     :param device: that of the kernel.
     """
 
     def __init__(self, device: Path = CPU_LATENCY_DEVICE) -> None:
         self._device = device
-        self._lock = threading.Lock()
         self._file: int | None = None
 
     def hold(self, latency_us: int) -> None:
@@ -48,23 +47,18 @@ class CpuLatencyRequest:
 
         :raises CpuLatencyError: the device is missing or may not be written; nothing is asked for any more then.
         """
-        with self._lock:
-            self._drop()
-            try:
-                self._file = os.open(self._device, os.O_WRONLY)
-                os.write(self._file, struct.pack('i', latency_us))
-            except OSError as error:
-                self._drop()
-                raise CpuLatencyError(
-                    f'cores cannot be asked to wake up within {latency_us} µs: {error}.', remedy=_REMEDY
-                ) from error
+        self.drop()
+        try:
+            self._file = os.open(self._device, os.O_WRONLY)
+            os.write(self._file, struct.pack('i', latency_us))
+        except OSError as error:
+            self.drop()
+            raise CpuLatencyError(
+                f'cores cannot be asked to wake up within {latency_us} µs: {error}.', remedy=_REMEDY
+            ) from error
 
     def drop(self) -> None:
         """Ask for nothing any more; safe to repeat."""
-        with self._lock:
-            self._drop()
-
-    def _drop(self) -> None:
         file, self._file = self._file, None
         if file is not None:
             os.close(file)

@@ -180,10 +180,6 @@ def read_payload(text: str) -> dict[str, Any]:
     return payload
 
 
-def _wall_clock_ns() -> int:
-    return time.time_ns()
-
-
 @dataclass(slots=True)
 class _Merged:
     until: float
@@ -225,7 +221,7 @@ class FdrRecorder:
         *,
         node: str,
         session_id: str | None = None,
-        ros_time_ns: Callable[[], int] = _wall_clock_ns,
+        ros_time_ns: Callable[[], int] = time.time_ns,
         monotonic_ns: Callable[[], int] = time.monotonic_ns,
     ) -> None:
         self._sink = sink

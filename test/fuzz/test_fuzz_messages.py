@@ -22,7 +22,7 @@ from rclpy.serialization import serialize_message
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import String
 
-from gps_denied_c7.demo.processes import free_domain_id
+from gps_denied_c7.demo.ros_domain import free_domain_id
 from gps_denied_c7.image.decode import RawImage
 from gps_denied_c7.ros.fastdds import ports_in_force
 from gps_denied_c7.ros.messages import taken_image

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from gps_denied_c7.demo import processes, run
-from gps_denied_c7.demo.processes import DemoError, child_environment, free_domain_id, free_ports
+from gps_denied_c7.demo import ros_domain, run
+from gps_denied_c7.demo.child_process import DemoError
+from gps_denied_c7.demo.ros_domain import child_environment, free_domain_id, free_ports
 from gps_denied_c7.ros.fastdds import OWN_PORTS, named_profile, ports_in_force, uses_fast_dds
 from support.harness import NodeProcess, Peer, image, wait_until
 from support.networks import copying
@@ -136,7 +137,7 @@ def test_children_of_demo_and_benchmark_use_ports_of_their_own(plain, tmp_path, 
     ports = free_ports(os.environ)
     environ = child_environment(31, tmp_path, 2, ports=ports, transports=transports)
     assert ports_in_force(environ) == ports == OWN_PORTS
-    assert not set(environ) & set(processes.FOREIGN_NETWORK)
+    assert not set(environ) & set(ros_domain.FOREIGN_NETWORK)
 
 
 def test_a_profile_or_rmw_that_the_user_chose_is_left_and_its_ports_are_searched(plain, tmp_path, monkeypatch):

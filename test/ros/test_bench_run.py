@@ -81,7 +81,7 @@ def test_what_is_not_the_benchmarks_is_left_alone(tmp_path):
     (tmp_path / 'precious').write_text('kept')
     run = subprocess.run([*BENCH, '--output', str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert run.returncode == 2
-    assert 'not made by a benchmark' in run.stderr
+    assert 'not made by c7_bench' in run.stderr
     assert (tmp_path / 'precious').read_text() == 'kept'
 
 
@@ -111,6 +111,7 @@ def test_no_latency_of_cores_that_the_kernel_does_not_take(capsys, latency):
 
 def test_cores_are_held_awake_for_everybody_while_they_are_measured(monkeypatch, tmp_path, capsys):
     from gps_denied_c7.bench import run
+    from gps_denied_c7.demo import child_process
     from gps_denied_c7.monitoring.cpu_latency import CpuLatencyError, CpuLatencyRequest
 
     asked = []
@@ -124,7 +125,7 @@ def test_cores_are_held_awake_for_everybody_while_they_are_measured(monkeypatch,
         raise CpuLatencyError('not here.')
 
     monkeypatch.setattr(CpuLatencyRequest, 'hold', refuse)
-    monkeypatch.setattr(run.signal, 'signal', lambda number, handler: None)
+    monkeypatch.setattr(child_process.signal, 'signal', lambda number, handler: None)
     before = (tmp_path / 'out' / 'report.json').read_bytes()
     assert run.main(['--cpu-wakeup-latency-us', '20', '--output', str(tmp_path / 'out')]) == 2
     assert 'not here' in capsys.readouterr().err
@@ -135,9 +136,10 @@ def test_cores_are_held_awake_for_everybody_while_they_are_measured(monkeypatch,
 def ran(monkeypatch):
     """The options of each run that the command line asks for; nothing is measured."""
     from gps_denied_c7.bench import run
+    from gps_denied_c7.demo import child_process
 
     ran = []
-    monkeypatch.setattr(run.signal, 'signal', lambda number, handler: None)
+    monkeypatch.setattr(child_process.signal, 'signal', lambda number, handler: None)
     monkeypatch.setattr(
         run, 'run_bench', lambda options, say: ran.append(options) or run.BenchReport((), {}, 0.0, {})
     )  # fmt: skip

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.demo.processes import Child
+from gps_denied_c7.demo.child_process import Child
 from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal_sources import NvmlThermal

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gps_denied_c7.demo.processes import Child, DemoError, child_environment, free_domain_id, wait_for
+from gps_denied_c7.demo.child_process import Child, DemoError, wait_for
+from gps_denied_c7.demo.ros_domain import child_environment, free_domain_id
 from gps_denied_c7.ros.fastdds import OWN_PORTS, ports_in_force
 from support.left_behind import processes_naming
 
@@ -92,7 +93,7 @@ def test_what_is_not_the_demos_is_left_alone(tmp_path):
     (tmp_path / 'bundle' / 'precious').write_text('kept')
     run = subprocess.run([*DEMO, '--output', str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert run.returncode == 2
-    assert 'holds bundle, not made by a demo' in run.stderr
+    assert 'holds bundle, not made by c7_demo' in run.stderr
     assert (tmp_path / 'bundle' / 'precious').read_text() == 'kept'
 
 
@@ -111,7 +112,7 @@ def test_a_signal_is_not_lost_while_a_child_is_started(tmp_path, monkeypatch):
     code = """
 import os
 os.register_at_fork(before=lambda: print('a hook'))
-from gps_denied_c7.demo.processes import Child
+from gps_denied_c7.demo.child_process import Child
 with Child('quiet_child', [], os.environ) as child:
     print('ended with', child.wait(30))
 """
@@ -178,7 +179,7 @@ def test_children_stay_on_this_host(tmp_path, monkeypatch):
 
 def test_little_shared_memory_is_shared_out(tmp_path, monkeypatch):
     """In a container's 64 MiB the shipped segment fits no process; a smaller one fits all."""
-    from gps_denied_c7.demo import processes
+    from gps_denied_c7.demo import ros_domain
     from gps_denied_c7.ros.dds_memory import HostTransport
     from gps_denied_c7.ros.fastdds import segment_size
 
@@ -187,7 +188,7 @@ def test_little_shared_memory_is_shared_out(tmp_path, monkeypatch):
     monkeypatch.delenv('RMW_IMPLEMENTATION', raising=False)
 
     def environment(free: int) -> dict[str, str]:
-        monkeypatch.setattr(processes.HostTransport, 'read', lambda: HostTransport(free, 0, None))
+        monkeypatch.setattr(ros_domain.HostTransport, 'read', lambda: HostTransport(free, 0, None))
         return child_environment(31, tmp_path, processes=3)
 
     def asked(environ: dict[str, str]) -> int:

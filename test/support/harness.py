@@ -28,7 +28,7 @@ from rclpy.parameter import Parameter
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 
-from gps_denied_c7.demo import processes
+from gps_denied_c7.demo import ros_domain
 from gps_denied_c7.monitoring.flight_record import in_order
 from gps_denied_c7.ros.executor import PoolExecutor
 from gps_denied_c7.ros.fastdds import named_profile, ports_in_force
@@ -51,7 +51,7 @@ LEVELS = {DiagnosticStatus.OK: 'OK', DiagnosticStatus.WARN: 'WARN', DiagnosticSt
 
 def free_domain_id() -> contextlib.AbstractContextManager[int]:
     """Hold a ROS domain in which there is nothing; each call begins with the next one."""
-    return processes.free_domain_id(ports_in_force(os.environ))
+    return ros_domain.free_domain_id(ports_in_force(os.environ))
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
-from gps_denied_c7.demo.processes import FOREIGN_NETWORK, free_domain_id
+from gps_denied_c7.demo.ros_domain import FOREIGN_NETWORK, free_domain_id
 from gps_denied_c7.ros.fastdds import (
     OWN_PORTS,
     named_profile,
