@@ -15,7 +15,8 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CompressedImage, Image
 
 from gps_denied_c7.bench.cases import JPEG
-from gps_denied_c7.bench.commands import CommandLine, ros_node
+from gps_denied_c7.bench.commands import CommandLine
+from gps_denied_c7.ros.helper_node import helper_node
 from gps_denied_c7.ros.rcl import Rcl
 
 __all__ = ['Cameras', 'main']
@@ -119,7 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     commands = CommandLine()
     topics = {name: own.split(',') for name, _, own in (text.partition('=') for text in options.topics)}
-    with ros_node('c7_bench_camera') as node:
+    with helper_node('c7_bench_camera') as (node, _):
         cameras = Cameras(node, topics, *options.size, options.encoding)
 
         def answer(do: str, contestant: str, **settings: float) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,7 +24,6 @@ __all__ = [
     'Case',
     'Contestant',
     'full_cases',
-    'present_contestants',
     'quick_cases',
     'scaling_cases',
 ]
@@ -60,7 +59,7 @@ class Contestant:
     :param title: for the reader.
     :param module: that is started.
     :param arguments: of the module, beside those that every one of its kind gets.
-    :param parameters: of the node, beside model and topics; left out where one of them is not declared.
+    :param parameters: of the node, beside model and topics.
     """
 
     name: str
@@ -95,11 +94,6 @@ CONTESTANTS = (
 )
 
 _USUAL = (BARE, FORTY_LINES, IN_PROCESS, SHIPPED)
-
-
-def present_contestants(declared: Collection[str]) -> tuple[Contestant, ...]:
-    """Return the contestants that exist here: those whose parameters this node declares."""
-    return tuple(one for one in CONTESTANTS if set(one.parameters) <= set(declared))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

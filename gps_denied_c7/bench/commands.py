@@ -1,4 +1,4 @@
-"""What the benchmark's children share: commands from the benchmark, line by line of JSON, and a ROS node."""
+"""Line by line of JSON between the benchmark and its children."""
 
 from __future__ import annotations
 
@@ -6,14 +6,10 @@ import json
 import os
 import select
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
-if TYPE_CHECKING:
-    from rclpy.node import Node
-
-__all__ = ['CommandLine', 'ros_node']
+__all__ = ['CommandLine']
 
 
 class CommandLine:
@@ -48,23 +44,3 @@ class CommandLine:
 
     def _say(self, values: dict[str, Any]) -> None:
         print(json.dumps(values), file=self._output, flush=True)
-
-
-@contextmanager
-def ros_node(name: str) -> Iterator[Node]:
-    """Yield a node with nothing but what is added to it, which handles no signal."""
-    # Here and not above: the bare engine has no ROS in its process.
-    import rclpy
-    from rclpy.signals import SignalHandlerOptions
-
-    from gps_denied_c7.ros.fastdds import apply_profile, tune_allocator
-
-    apply_profile(os.environ)
-    tune_allocator()
-    rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
-    node = rclpy.create_node(name, start_parameter_services=False, enable_rosout=False)
-    try:
-        yield node
-    finally:
-        node.destroy_node()
-        rclpy.try_shutdown()

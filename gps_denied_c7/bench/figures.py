@@ -11,17 +11,16 @@ import numpy as np
 
 from gps_denied_c7._typed_json import reader_of
 from gps_denied_c7.bench.cases import BARE, FORTY_LINES, IN_PROCESS, SHIPPED, SHIPPED_TRANSPORT, Case
+from gps_denied_c7.monitoring.metrics import Percentiles, percentiles
 
 __all__ = [
     'STAGES',
     'Block',
     'CaseResult',
-    'Percentiles',
     'Result',
     'Verdict',
     'compared',
     'has_overview',
-    'percentiles',
     'ratio_p50',
     'ratio_p99',
     'series_of',
@@ -46,24 +45,6 @@ _MS = 1e-6
 _MANY = 10
 _INSIDE = ('queue', 'decode', 'preprocess', 'hand_off', 'engine', 'hand_back')
 _OUTSIDE_MS = {(480, 'mono8'): 1.5, (1080, 'rgb8'): 4.0}
-
-
-@dataclass(frozen=True, slots=True)
-class Percentiles:
-    """Hold percentiles in milliseconds, over ``count`` values."""
-
-    p50: float
-    p95: float
-    p99: float
-    count: int
-
-
-def percentiles(milliseconds: Sequence[float]) -> Percentiles | None:
-    """Return the percentiles of some values, None where there are none."""
-    if not len(milliseconds):
-        return None
-    p50, p95, p99 = (float(value) for value in np.percentile(np.asarray(milliseconds, np.float64), (50, 95, 99)))
-    return Percentiles(p50, p95, p99, len(milliseconds))
 
 
 @dataclass(frozen=True, slots=True)

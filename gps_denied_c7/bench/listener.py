@@ -11,12 +11,12 @@ from typing import Any
 
 from diagnostic_msgs.msg import DiagnosticArray
 from gps_denied_c7_msgs.msg import Tensor, TensorList
-from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.subscription import Subscription
 
-from gps_denied_c7.bench.commands import CommandLine, ros_node
+from gps_denied_c7.bench.commands import CommandLine
+from gps_denied_c7.ros.helper_node import helper_node
 from gps_denied_c7.ros.messages import stage_durations
 from gps_denied_c7.ros.rcl import Rcl, SubscriptionReady, Untaken
 
@@ -89,16 +89,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('contestants', nargs='+')
     options = parser.parse_args(arguments)
     commands = CommandLine()
-    with ros_node('c7_bench_listener') as node:
-        executor = SingleThreadedExecutor()
-        executor.add_node(node)
+    with helper_node('c7_bench_listener') as (node, executor):
         listener = Listener(node, options.contestants)
 
         def answer(contestant: str) -> dict[str, Any]:
             return {'answers': listener.collect(contestant), 'statuses': listener.statuses(contestant)}
 
         commands.serve(answer, meanwhile=lambda: executor.spin_once(timeout_sec=0.02))
-        executor.shutdown()
     return 0
 
 

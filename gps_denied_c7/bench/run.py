@@ -22,7 +22,6 @@ from gps_denied_c7.bench.cases import (
     DEFAULT_TRANSPORT,
     Case,
     full_cases,
-    present_contestants,
     quick_cases,
     scaling_cases,
 )
@@ -52,12 +51,9 @@ def run_bench(options: BenchOptions, say: Callable[[str], None]) -> BenchReport:
     :raises DemoError: a process did not start, answer or end.
     :raises CpuLatencyError: the kernel cannot be asked for cores that wake up fast.
     """
-    # Here and not above: it is part of the ROS side, and the report of an old run can be read without that.
-    from gps_denied_c7.ros.parameter_table import PARAMETERS
-
     began = time.monotonic()
     facts = _facts(options)
-    contestants = {one.name: one for one in present_contestants({declared.name for declared in PARAMETERS})}
+    contestants = {one.name: one for one in CONTESTANTS}
     models: dict[tuple[int, int, int], BenchModel] = {}
     done: list[CaseResult] = []
     with ExitStack() as stack:
@@ -74,7 +70,7 @@ def run_bench(options: BenchOptions, say: Callable[[str], None]) -> BenchReport:
             key = (case.channels, case.model_ms, case.dense_maps)
             if key not in models:
                 models[key] = calibrated_model(output, case.channels, case.model_ms, dense_maps=case.dense_maps)
-            chosen = [contestants[name] for name in case.contestants if name in contestants]
+            chosen = [contestants[name] for name in case.contestants]
             environ = _environment(case, domain_id, ports, output, len(chosen) + 2)
             measurement = Measurement(
                 options, case, models[key], chosen, environ, output / case.name, with_idle=number == 1

@@ -67,20 +67,20 @@ class DemoOptions:
         return small, Camera('/camera_hd', 1920, 1080, 'rgb8', self.hd_rate_hz, field_of_view_deg=66.0)
 
 
-class _Feed:
+class _Feed(threading.Thread):
     """Collect what the observer process prints."""
 
     def __init__(self, child: Child) -> None:
+        super().__init__(daemon=True)
         assert child.process.stdout is not None
         self._lines = child.process.stdout
         self.answers: list[dict[str, Any]] = []
         self.records: list[dict[str, Any]] = []
         self.statuses: dict[str, dict[str, Any]] = {}
         self.last_answer = time.monotonic()
-        self._thread = threading.Thread(target=self._read, daemon=True)
-        self._thread.start()
+        self.start()
 
-    def _read(self) -> None:
+    def run(self) -> None:
         for line in self._lines:
             event = json.loads(line)
             if event['event'] == 'answer':
@@ -91,22 +91,10 @@ class _Feed:
             else:
                 self.statuses = event['statuses']
 
-    def records_in_order(self) -> list[dict[str, Any]]:
-        """Return the records in the order in which the node wrote them."""
-        return in_order(self.records, lambda record: (record['session_id'], record['seq']))
-
-    def join(self) -> None:
-        """Wait for the end of the output, after the process has ended."""
-        self._thread.join(5.0)
-
     def values(self, status: str) -> Mapping[str, str]:
         """Return the values of the latest diagnostic status of that name."""
         values: Mapping[str, str] = self.statuses.get(status, {}).get('values', {})
         return values
-
-    def lifecycle_state(self) -> str:
-        """Return the node's lifecycle state as last reported."""
-        return self.values('Runtime').get('lifecycle_state', 'unknown')
 
     def counter(self, topic: str, *names: str) -> int:
         """Return the sum of those counters of a topic, by the node's own latest count."""
@@ -182,7 +170,10 @@ class _Run:
                 node = stack.enter_context(
                     Child('gps_denied_c7.ros.main', arguments, environ, log=output / 'node.log')
                 )
-                wait_for(lambda: feed.lifecycle_state() == 'active', _START_S, 'the node to be active', node, observer)
+                wait_for(
+                    lambda: feed.values('Runtime').get('lifecycle_state') == 'active',
+                    _START_S, 'the node to be active', node, observer,
+                )  # fmt: skip
             say(f'node active on ROS domain {domain_id}: {feed.statuses["Runtime"]["message"]}')
             with _timed(self.seconds, 'replay'):
                 sent = self._replay(topics, environ)
@@ -193,7 +184,7 @@ class _Run:
             with suppress(DemoError):
                 wait_for(lambda: any(record['kind'] == 'c7.session_ended' for record in feed.records), 3.0, 'its end')
             observer.stop()
-            feed.join()
+            feed.join(5.0)
         say('node stopped')
         if not feed.answers:
             raise DemoError('no frame was answered.', remedy=f'See {output / "node.log"}.')
@@ -268,6 +259,7 @@ def _account(
             stages[topic] = stage_percentiles(answers)
     runtime = statuses.get('Runtime', {})
     notices = [value for name, value in runtime.get('values', {}).items() if name.startswith('notice ')]
+    records = in_order(feed.records, lambda record: (record['session_id'], record['seq']))
     last = feed.answers[-1]
     return DemoReport(
         frames=tuple(frames),
@@ -277,7 +269,7 @@ def _account(
         runtimes=tuple(dict.fromkeys(answer['runtime'] for answer in feed.answers)),
         providers=tuple(dict.fromkeys(answer['provider'] for answer in feed.answers)),
         is_fallback=any(answer['is_fallback'] for answer in feed.answers),
-        records=tuple((record['kind'], record['payload']) for record in feed.records_in_order()),
+        records=tuple((record['kind'], record['payload']) for record in records),
         standing_alerts=tuple(filter(None, runtime.get('values', {}).get('alerts', '').split(', '))),
         diagnostics_message=runtime.get('message', ''),
         node_exit_code=exit_code,

@@ -187,16 +187,14 @@ def _staged(output: Path) -> Iterator[Path]:
             )
         target.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(dir=target.parent, prefix=f'.{target.name[:100]}.'))
+        try:
+            yield stage
+            os.chmod(stage, 0o755)
+            os.rename(stage, target)
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
     except OSError as error:
         raise ModelBundleError(f'{output} cannot be made: {error.strerror}.', remedy='Name another one.') from error
-    try:
-        yield stage
-        os.chmod(stage, 0o755)
-        os.rename(stage, target)
-    except OSError as error:
-        raise ModelBundleError(f'{output} cannot be made: {error.strerror}.', remedy='Name another one.') from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
 
 
 def _read_request(path: Path | None) -> dict[str, NDArray]:

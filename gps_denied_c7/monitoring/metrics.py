@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
-__all__ = ['STAGES', 'Percentiles', 'Statistics', 'StatisticsSnapshot', 'StreamCounters']
+__all__ = ['STAGES', 'Percentiles', 'Statistics', 'StatisticsSnapshot', 'StreamCounters', 'percentiles']
 
 STAGES = ('queue', 'decode', 'preprocess', 'hand_off', 'engine', 'hand_back', 'publish', 'total')
 
@@ -57,12 +58,20 @@ class StreamCounters:
 
 @dataclass(frozen=True, slots=True)
 class Percentiles:
-    """Hold p50, p95 and p99 of one stage in milliseconds, over the last ``count`` frames."""
+    """Hold percentiles in milliseconds, over ``count`` values."""
 
-    p50_ms: float
-    p95_ms: float
-    p99_ms: float
+    p50: float
+    p95: float
+    p99: float
     count: int
+
+
+def percentiles(milliseconds: Sequence[float] | NDArray) -> Percentiles | None:
+    """Return the percentiles of some values, None where there are none."""
+    if not len(milliseconds):
+        return None
+    p50, p95, p99 = (float(value) for value in np.percentile(milliseconds, (50, 95, 99)))
+    return Percentiles(p50, p95, p99, len(milliseconds))
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +155,7 @@ class Statistics:
             refused = {topic: dict(counter) for topic, counter in self._refused.items()}
             odd = {topic: dict(counter) for topic, counter in self._odd.items()}
             missed = dict(self._missed)
-            windows = {stage: np.array(window, dtype=np.int64) for stage, window in self._stages.items() if window}
+            windows = {stage: np.array(window, dtype=np.int64) for stage, window in self._stages.items()}
             failures = dict(self._callback_failures)
         streams = {}
         for topic, counter in counts.items():
@@ -154,13 +163,5 @@ class Statistics:
             streams[topic] = StreamCounters(
                 **counter, refused=refused.get(topic, {}), odd=odd.get(topic, {}), lost=lost, pushed_out=pushed_out
             )
-        return StatisticsSnapshot(
-            streams=streams,
-            stages={stage: _percentiles(window) for stage, window in windows.items()},
-            callback_failures=failures,
-        )
-
-
-def _percentiles(nanoseconds: np.ndarray) -> Percentiles:
-    p50, p95, p99 = np.percentile(nanoseconds, (50, 95, 99)) / 1e6
-    return Percentiles(float(p50), float(p95), float(p99), int(nanoseconds.size))
+        stages = {stage: percentiles(window / 1e6) for stage, window in windows.items()}
+        return StatisticsSnapshot(streams, {stage: found for stage, found in stages.items() if found}, failures)

@@ -118,8 +118,8 @@ class LatestReading:
         with self._lock:
             self._taken = (self._monotonic(), reading)
 
-    def state(self) -> ThermalState:
-        """Return the reading with its age."""
+    def thermal_state(self) -> ThermalState:
+        """Return the latest snapshot with its age; never reads a sensor, never blocks."""
         with self._lock:
             taken = self._taken
         if taken is None:

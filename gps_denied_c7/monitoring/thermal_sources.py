@@ -24,7 +24,6 @@ from gps_denied_c7.monitoring.thermal import (
     ThermalLevel,
     ThermalReading,
     ThermalSource,
-    ThermalState,
     UnknownThermalState,
     worst,
 )
@@ -104,7 +103,7 @@ def read_jetson(sys_root: Path) -> tuple[ThermalReading, dict[int, int]]:
     return ThermalReading(worst(levels), temperatures, tuple(reasons)), counts
 
 
-class JetsonThermal:
+class JetsonThermal(LatestReading):
     """
     Read a Jetson's thermal zones and over-current counters once a second.
 
@@ -122,10 +121,9 @@ class JetsonThermal:
         stale_s: float = _HANG_S,
         monotonic: Callable[[], float] = time.monotonic,
     ) -> None:
+        super().__init__('jetson-sysfs', stale_s=stale_s, monotonic=monotonic)
         self._root = sys_root
         self._period_s = period_s
-        self._monotonic = monotonic
-        self._latest = LatestReading('jetson-sysfs', stale_s=stale_s, monotonic=monotonic)
         self._counts: dict[int, int] | None = None
         self._event_at: dict[int, float] = {}
         self._stopping = threading.Event()
@@ -137,10 +135,6 @@ class JetsonThermal:
     def stop(self) -> None:
         """End reading without waiting for a read that hangs; safe to repeat."""
         self._stopping.set()
-
-    def thermal_state(self) -> ThermalState:
-        """Return the latest snapshot with its age; never reads a sensor, never blocks."""
-        return self._latest.state()
 
     def read(self) -> None:
         """Take one reading; may block."""
@@ -159,7 +153,7 @@ class JetsonThermal:
         if events:
             level = worst([reading.level, ThermalLevel.THROTTLED])
             reading = ThermalReading(level, reading.temperatures_c, (*reading.reasons, *events))
-        self._latest.put(reading)
+        self.put(reading)
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -209,7 +203,7 @@ def _integer(file: Path) -> int | None:
 # --- NVML -----------------------------------------------------------------------------------------
 
 
-class NvmlThermal:
+class NvmlThermal(LatestReading):
     """
     Listen to a helper process that asks NVML once a second.
 
@@ -229,11 +223,11 @@ class NvmlThermal:
         backoff_s: tuple[float, float] = _BACKOFF_S,
         environment: Mapping[str, str] | None = None,
     ) -> None:
+        super().__init__('nvml', stale_s=hang_s)
         self._arguments = tuple(arguments)
         self._hang_s = hang_s
         self._backoff_s = backoff_s
         self._environment = environment
-        self._latest = LatestReading('nvml', stale_s=hang_s)
         self._stopping = threading.Event()
         # Its other end is closed to wake the listener.
         self._wake, self._waker = os.pipe()
@@ -255,10 +249,6 @@ class NvmlThermal:
             os.close(self._waker)
             if self._thread is not None:
                 self._thread.join(1.0)
-
-    def thermal_state(self) -> ThermalState:
-        """Return the latest snapshot with its age; never asks NVML, never blocks."""
-        return self._latest.state()
 
     def _run(self) -> None:
         pause_s = self._backoff_s[0]
@@ -320,7 +310,7 @@ class NvmlThermal:
                 if 'unavailable' in said:
                     self._warn(f'thermal state unknown: {said["unavailable"]}')
                     return any_reading, bool(said.get('final'))
-                self._latest.put(_nvml_reading(said))
+                self.put(_nvml_reading(said))
                 any_reading = True
 
     def _warn(self, text: str) -> None:

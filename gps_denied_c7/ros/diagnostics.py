@@ -243,14 +243,14 @@ def latency_report(stages: Mapping[str, Percentiles], warn_ms: float) -> Report:
     """
     values: dict[str, Any] = {}
     for stage, figures in stages.items():
-        for name in ('p50_ms', 'p95_ms', 'p99_ms'):
-            values[f'{stage}_{name}'] = f'{getattr(figures, name):.3f}'
+        for name in ('p50', 'p95', 'p99'):
+            values[f'{stage}_{name}_ms'] = f'{getattr(figures, name):.3f}'
     total = stages.get('total')
     if total is None:
         return Report('Latency', OK, 'no frame answered yet', values)
     values['frames'] = total.count
-    message = f'p50 {total.p50_ms:.1f} ms, p95 {total.p95_ms:.1f} ms'
-    if warn_ms and total.p95_ms > warn_ms:
+    message = f'p50 {total.p50:.1f} ms, p95 {total.p95:.1f} ms'
+    if warn_ms and total.p95 > warn_ms:
         return Report('Latency', WARN, f'{message}, above latency_warn_ms {warn_ms:.1f}', values)
     return Report('Latency', OK, message, values)
 

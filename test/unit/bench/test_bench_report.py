@@ -8,9 +8,10 @@ import json
 import pytest
 
 from gps_denied_c7.bench.cases import BARE, CAMERAS, FORTY_LINES, IMAGE_SIZE, OUTPUT_SIZE, SHIPPED, Case, scaling_cases
-from gps_denied_c7.bench.figures import STAGES, CaseResult, Result, percentiles
+from gps_denied_c7.bench.figures import STAGES, CaseResult, Result
 from gps_denied_c7.bench.plots import draw_plots, latency_plot, ratio_plot, scaling_plot, throughput_plot
 from gps_denied_c7.bench.report import BenchReport
+from gps_denied_c7.monitoring.metrics import percentiles
 
 CASE = Case(width=1920, height=1080, encoding='rgb8', model_ms=5)
 

@@ -11,8 +11,9 @@ from types import ModuleType
 import pytest
 
 from gps_denied_c7.bench.cases import FORTY_LINES, SHIPPED, Case
-from gps_denied_c7.bench.figures import CaseResult, Result, percentiles
+from gps_denied_c7.bench.figures import CaseResult, Result
 from gps_denied_c7.bench.report import BenchReport
+from gps_denied_c7.monitoring.metrics import percentiles
 from support.source_tree import REPOSITORY
 
 

@@ -13,21 +13,14 @@ from gps_denied_c7.bench.cases import (
     CONTESTANTS,
     FORTY_LINES,
     IMAGE_SIZE,
-    IN_PROCESS,
     JPEG,
     OUTPUT_SIZE,
     SHIPPED,
     Case,
     full_cases,
-    present_contestants,
     quick_cases,
     scaling_cases,
 )
-
-
-def test_a_contestant_whose_parameter_is_not_declared_is_left_out():
-    assert IN_PROCESS not in [one.name for one in present_contestants({'model_path'})]
-    assert present_contestants({'model_path', 'isolation'}) == CONTESTANTS
 
 
 @pytest.mark.parametrize('cases', [quick_cases(), full_cases(), scaling_cases()], ids=['quick', 'full', 'scaling'])

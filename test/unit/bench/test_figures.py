@@ -13,7 +13,6 @@ from gps_denied_c7.bench.figures import (
     Block,
     CaseResult,
     Result,
-    percentiles,
     ratio_p50,
     ratio_p99,
     series_of,
@@ -22,6 +21,7 @@ from gps_denied_c7.bench.figures import (
     summarise_bare,
     verdicts,
 )
+from gps_denied_c7.monitoring.metrics import percentiles
 
 MS = 10**6
 SMALL = Case(width=640, height=480, encoding='mono8', model_ms=5)
@@ -59,12 +59,6 @@ def test_stages_add_up_to_the_latency():
     assert list(stages) == list(STAGES)
     assert list(stages.values()) == pytest.approx([4, 1, 1, 2, 1, 3, 1, 1, 6])
     assert sum(stages.values()) == pytest.approx(20)
-
-
-def test_percentiles_of_nothing_are_nothing():
-    assert percentiles([]) is None
-    figures = percentiles(list(range(101)))
-    assert (figures.p50, figures.p95, figures.p99, figures.count) == (50, 95, 99, 101)
 
 
 def test_a_summary_counts_warm_up_among_frames_and_nowhere_else():

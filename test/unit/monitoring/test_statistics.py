@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from gps_denied_c7.monitoring.metrics import Statistics
+from gps_denied_c7.monitoring.metrics import Statistics, percentiles
 
 
 def test_loss_is_unknown_until_somebody_knows():
@@ -33,9 +33,15 @@ def test_percentiles_are_in_milliseconds():
     for duration in range(1, 101):
         statistics.observe({'total': duration * 1_000_000})
     total = statistics.snapshot().stages['total']
-    assert total.p50_ms == np.percentile(range(1, 101), 50)
-    assert total.p99_ms == np.percentile(range(1, 101), 99)
+    assert total.p50 == np.percentile(range(1, 101), 50)
+    assert total.p99 == np.percentile(range(1, 101), 99)
     assert total.count == 100
+
+
+def test_percentiles_of_nothing_are_nothing():
+    assert percentiles([]) is None
+    figures = percentiles(list(range(101)))
+    assert (figures.p50, figures.p95, figures.p99, figures.count) == (50, 95, 99, 101)
 
 
 def test_a_snapshot_does_not_change_later():

@@ -70,7 +70,7 @@ def sysfs(tmp_path: Path) -> FakeSysfsThisMachineIsNoJetson:
 
 
 def test_thermal_is_unknown_before_the_first_reading() -> None:
-    state = LatestReading('nvml').state()
+    state = LatestReading('nvml').thermal_state()
     assert (state.level, state.source, state.age_s) == (ThermalLevel.UNKNOWN, 'nvml', float('inf'))
 
 
@@ -78,9 +78,9 @@ def test_thermal_age_grows_and_an_old_reading_says_nothing_about_now(clock: Cloc
     latest = LatestReading('nvml', stale_s=5.0, monotonic=clock)
     latest.put(ThermalReading(ThermalLevel.THROTTLED, {'gpu': 91.0}, ('hot',)))
     clock.now += 4.0
-    assert (latest.state().level, latest.state().age_s) == (ThermalLevel.THROTTLED, 4.0)
+    assert (latest.thermal_state().level, latest.thermal_state().age_s) == (ThermalLevel.THROTTLED, 4.0)
     clock.now += 2.0
-    state = latest.state()
+    state = latest.thermal_state()
     assert (state.level, state.age_s) == (ThermalLevel.UNKNOWN, 6.0)
     assert state.temperatures_c == {'gpu': 91.0}
 
