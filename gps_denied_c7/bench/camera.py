@@ -121,7 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = CommandLine()
     topics = {name: own.split(',') for name, _, own in (text.partition('=') for text in options.topics)}
     with helper_node('c7_bench_camera') as (node, _):
-        cameras = Cameras(node, topics, *options.size, options.encoding)
+        width, height = options.size
+        cameras = Cameras(node, topics, width, height, options.encoding)
 
         def answer(do: str, contestant: str, **settings: float) -> dict[str, Any]:
             if do == 'match':

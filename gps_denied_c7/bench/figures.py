@@ -192,7 +192,8 @@ class CaseResult:
 
         :raises ValueError: it is anything else.
         """
-        return reader_of(cls)({name: value for name, value in values.items() if name != 'name'})
+        read: Callable[[object], CaseResult] = reader_of(cls)  # type: ignore[arg-type]  # a class has a hash
+        return read({name: value for name, value in values.items() if name != 'name'})
 
 
 def series_of(cases: Sequence[CaseResult]) -> dict[str, list[CaseResult]]:

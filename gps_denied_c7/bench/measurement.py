@@ -135,7 +135,8 @@ class Measurement:
 
     def _service(self, stack: ExitStack, module: str, arguments: Sequence[str], log: str = '') -> _Service:
         path = self._logs / f'{log or module.rpartition(".")[2]}.log'
-        service = stack.enter_context(_Service(module, arguments, self._environ, path))
+        service = _Service(module, arguments, self._environ, path)
+        stack.enter_context(service)
         service.answer()
         return service
 
@@ -259,7 +260,7 @@ class _Service(Child):
     def __init__(self, module: str, arguments: Sequence[str], environ: Mapping[str, str], log: Path) -> None:
         super().__init__(module, arguments, environ, log=log, pipe=True, commands=True)
 
-    def __exit__(self, *raised: Any) -> None:
+    def __exit__(self, *raised: object) -> None:
         assert self.process.stdin is not None
         self.process.stdin.close()
         # A child that still waits for a dead process is interrupted.

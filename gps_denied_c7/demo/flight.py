@@ -6,7 +6,7 @@ import argparse
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,7 @@ from gps_denied_c7.errors import C7Error, ConfigError
 if TYPE_CHECKING:
     from rosbags.typesys.store import Typestore
 
-__all__ = ['DEFAULT_CAMERAS', 'Camera', 'Flight', 'FlightSummary', 'Pose', 'fly', 'main', 'pose_at', 'write_flight']
+__all__ = ['DEFAULT_CAMERAS', 'Camera', 'Flight', 'FlightSummary', 'Pose', 'main', 'pose_at', 'write_flight']
 
 MAP_FRAME = 'map'
 POSE_TOPIC = '/ground_truth/pose'
@@ -242,7 +242,7 @@ class _Sensor:
 
 
 def write_flight(
-    path: Path, flight: Flight, *, terrain: Terrain | None = None, progress: Callable[[int, int], None] | None = None
+    path: Path, flight: Flight, *, terrain: Terrain | None = None, disable_bar: bool | None = True
 ) -> FlightSummary:
     """
     Record ``flight`` as a rosbag2 in the new directory ``path``.
@@ -251,48 +251,33 @@ def write_flight(
     frame in ``map`` on ``/ground_truth/pose`` at every exposure. Bag time is the header stamp.
 
     :param terrain: land already painted from the flight's seed, painted here where None.
-    :param progress: called with (frames done, frames in all).
+    :param disable_bar: draw no progress bar on standard error; None to draw it on a terminal alone.
     :raises ConfigError: ``path`` exists.
     """
     from rosbags.rosbag2 import StoragePlugin, Writer
     from rosbags.typesys import Stores, get_typestore
+    from tqdm import tqdm
 
     path = Path(path)
     if path.exists():
         raise ConfigError('path', f'{path} exists.', remedy='Name a new directory, or remove that one.')
-    terrain = terrain if terrain is not None else paint_terrain(flight.seed)
     store = get_typestore(Stores.ROS2_JAZZY)
     path.parent.mkdir(parents=True, exist_ok=True)
     exposures = _exposures(flight)
     frames = Counter(f'{camera.name}/image_raw' for _, camera in exposures)
     plugin = StoragePlugin.MCAP if flight.storage == 'mcap' else StoragePlugin.SQLITE3
     # Version 8 is also read by older ROS 2 distributions; 9 only changed how the metadata spells the QoS.
-    with Writer(path, version=8, storage_plugin=plugin) as writer:
-        recorder = _Recorder(writer, store, terrain, flight)
-        for done, (time_ns, camera) in enumerate(exposures, start=1):
+    with (
+        Writer(path, version=8, storage_plugin=plugin) as writer,
+        tqdm(total=len(exposures), desc='painting', unit='frame', disable=disable_bar, leave=False) as bar,
+    ):
+        recorder = _Recorder(writer, store, terrain or paint_terrain(flight.seed), flight)
+        bar.set_description('flying')
+        for time_ns, camera in exposures:
             recorder.record(time_ns, camera)
-            if progress is not None:
-                progress(done, len(exposures))
+            bar.update()
     size = sum(file.stat().st_size for file in path.iterdir() if file.suffix in ('.mcap', '.db3'))
     return FlightSummary(path, frames, size)
-
-
-def fly(path: Path, flight: Flight, *, disable_bar: bool | None) -> FlightSummary:
-    """
-    Record ``flight`` as :func:`write_flight` does, behind a progress bar.
-
-    :param disable_bar: None to draw it on a terminal alone.
-    """
-    from tqdm import tqdm
-
-    with tqdm(desc='painting', unit='frame', disable=disable_bar, leave=False) as bar:
-
-        def advance(done: int, total: int) -> None:
-            bar.set_description('flying', refresh=False)
-            bar.total = total
-            bar.update(done - bar.n)
-
-        return write_flight(path, flight, progress=advance)
 
 
 def _exposures(flight: Flight) -> list[tuple[int, Camera]]:
@@ -441,7 +426,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         cameras = tuple(Camera.parse(text) for text in options.camera or ()) or DEFAULT_CAMERAS
         flight = Flight(options.duration, cameras, options.seed, options.storage)
-        summary = fly(options.bag, flight, disable_bar=options.no_progress)
+        summary = write_flight(options.bag, flight, disable_bar=options.no_progress)
     except C7Error as error:
         print(f'{parser.prog}: {error}', file=sys.stderr)
         return 1

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from gps_denied_c7.demo.child_process import Child, DemoError, run_program, wait_for
-from gps_denied_c7.demo.flight import Camera, Flight, fly
+from gps_denied_c7.demo.flight import Camera, Flight, write_flight
 from gps_denied_c7.demo.network import HEIGHT, WIDTH, write_demo_bundle
 from gps_denied_c7.demo.output import claim_output, write_parameters
 from gps_denied_c7.demo.picture import Detections, compose, read_frame
@@ -114,7 +114,7 @@ def run_demo(options: DemoOptions, say: Callable[[str], None], *, progress: bool
     seconds: dict[str, float] = {}
     with _timed(seconds, 'flight'):
         flight = Flight(options.duration_s, options.cameras)
-        bag = fly(output / 'flight', flight, disable_bar=None if progress else True).path
+        bag = write_flight(output / 'flight', flight, disable_bar=None if progress else True).path
     say(f'flight recorded: {bag}')
     with _timed(seconds, 'network'):
         bundle = write_demo_bundle(output / 'bundle')

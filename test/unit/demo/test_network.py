@@ -170,7 +170,7 @@ def test_golden_answer_is_opencvs_and_the_network_gives_it(bundle, network):
     np.testing.assert_allclose(bundle.golden_outputs()['scores'][0], response[rows, columns], rtol=1e-6)
 
 
-@pytest.mark.parametrize(('constant', 'value'), [('sobel', 0.9), ('blur', 0.0), ('box_row', 1.2), ('threshold', 40.0)])
+@pytest.mark.parametrize(('constant', 'value'), [('sobel', 0.9), ('blur', 0.0), ('row', 1.2), ('threshold', 40.0)])
 def test_wrong_weights_fail_the_golden_proof(bundle, constant, value):
     """M-1: the comparison rules tell a network whose constants were changed from the right one."""
     model = onnx.load_from_string(build_model())
