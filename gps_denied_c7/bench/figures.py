@@ -192,8 +192,9 @@ class CaseResult:
 
         :raises ValueError: it is anything else.
         """
-        read: Callable[[object], CaseResult] = reader_of(cls)  # type: ignore[arg-type]  # a class has a hash
-        return read({name: value for name, value in values.items() if name != 'name'})
+        fields = {name: value for name, value in values.items() if name != 'name'}
+        case: CaseResult = reader_of(cls)(fields)  # type: ignore[arg-type]
+        return case
 
 
 def series_of(cases: Sequence[CaseResult]) -> dict[str, list[CaseResult]]:
