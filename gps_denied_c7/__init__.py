@@ -33,8 +33,7 @@ if TYPE_CHECKING:
     from gps_denied_c7.image.preprocess import Preprocessor
     from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
     from gps_denied_c7.model.artefact import Artefact, Golden
-    from gps_denied_c7.model.bundle import ModelBundle
-    from gps_denied_c7.model.bundle_write import write_bundle
+    from gps_denied_c7.model.bundle import ModelBundle, write_bundle
     from gps_denied_c7.model.compare import AllClose, MatchedDistance, SetOverlap
     from gps_denied_c7.monitoring.thermal import ThermalLevel, ThermalState, ThermalStatePublisher
     from gps_denied_c7.monitoring.thermal_sources import find_thermal_source
@@ -141,8 +140,7 @@ _HOMES = {
     'image.preprocess': ('Preprocessor',),
     'image.preprocess_spec': ('PreprocessingSpec',),
     'model.artefact': ('Artefact', 'Golden'),
-    'model.bundle': ('ModelBundle',),
-    'model.bundle_write': ('write_bundle',),
+    'model.bundle': ('ModelBundle', 'write_bundle'),
     'model.compare': ('AllClose', 'MatchedDistance', 'SetOverlap'),
     'monitoring.thermal': ('ThermalLevel', 'ThermalState', 'ThermalStatePublisher'),
     'monitoring.thermal_sources': ('find_thermal_source',),

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from gps_denied_c7.demo.terrain import paint_terrain
 from gps_denied_c7.image.preprocess_spec import PreprocessingSpec, ResizeMode
 from gps_denied_c7.model.artefact import ONLY_GOLDEN, Artefact
-from gps_denied_c7.model.bundle_write import write_bundle
+from gps_denied_c7.model.bundle import write_bundle
 from gps_denied_c7.model.compare import AllClose, MatchedDistance
 from gps_denied_c7.model.files import write_atomically
 from gps_denied_c7.tensors import TensorSpec

@@ -44,8 +44,7 @@ from gps_denied_c7.ground.output_rules import TOLERANCES, certain_outputs, outpu
 from gps_denied_c7.ground.trial import served_model
 from gps_denied_c7.image.preprocess_spec import LETTERBOX_ANCHORS, LETTERBOX_SCALINGS, Interpolation, ResizeMode
 from gps_denied_c7.model.artefact import Artefact
-from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.model.bundle_write import write_bundle
+from gps_denied_c7.model.bundle import ModelBundle, write_bundle
 from gps_denied_c7.model.compare import OutputRule, rule_from_json, rule_to_json
 from gps_denied_c7.model.external_data import find_external
 from gps_denied_c7.model.files import BundleFile, file_sha256, read_npz, write_atomically

@@ -22,8 +22,7 @@ from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess import Preprocessor
 from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.model.artefact import Artefact
-from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.model.bundle_write import write_bundle
+from gps_denied_c7.model.bundle import ModelBundle, write_bundle
 from gps_denied_c7.model.files import file_sha256
 from gps_denied_c7.runtimes.gpu import cuda
 from support.engine_cache_files import fake_plan, publish_engine

@@ -9,8 +9,7 @@ import numpy as np
 from gps_denied_c7.errors import ModelBundleError
 from gps_denied_c7.image.preprocess_spec import PreprocessingSpec, ResizeMode
 from gps_denied_c7.model.artefact import ONLY_GOLDEN, Artefact
-from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.model.bundle_write import write_bundle
+from gps_denied_c7.model.bundle import ModelBundle, write_bundle
 from gps_denied_c7.model.compare import AllClose, MatchedDistance, SetOverlap
 from gps_denied_c7.model.image_input import default_preprocessing
 from gps_denied_c7.tensors import TensorSpec

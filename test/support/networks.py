@@ -10,8 +10,7 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper, load_from_strin
 
 from gps_denied_c7.demo.network import build_model
 from gps_denied_c7.model.artefact import ONLY_GOLDEN, Artefact
-from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.model.bundle_write import write_bundle
+from gps_denied_c7.model.bundle import ModelBundle, write_bundle
 from gps_denied_c7.model.files import file_sha256
 
 __all__ = [

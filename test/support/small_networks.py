@@ -13,7 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.model.artefact import Artefact
-from gps_denied_c7.model.bundle_write import write_bundle
+from gps_denied_c7.model.bundle import write_bundle
 from gps_denied_c7.model.compare import AllClose
 from gps_denied_c7.model.files import file_sha256
 from gps_denied_c7.tensors import TensorSpec

@@ -19,8 +19,7 @@ from gps_denied_c7.failover.file_watch import FileWatch
 from gps_denied_c7.failover.loader import EngineLoad, EngineLoader
 from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.failover.self_test import Proof
-from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.model.bundle_write import write_bundle
+from gps_denied_c7.model.bundle import ModelBundle, write_bundle
 from gps_denied_c7.runtimes.protocol import EngineFacts, ProviderSet
 
 pytest.importorskip('onnx')

@@ -20,8 +20,7 @@ from gps_denied_c7.errors import ModelBundleError
 from gps_denied_c7.image.preprocess_spec import PreprocessingSpec, ResizeMode
 from gps_denied_c7.model import bundle_json
 from gps_denied_c7.model.artefact import Artefact
-from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.model.bundle_write import write_bundle
+from gps_denied_c7.model.bundle import ModelBundle, write_bundle
 from gps_denied_c7.model.compare import AllClose, MatchedDistance, SetOverlap
 from gps_denied_c7.model.files import BundleFile, file_sha256, npz_bytes, read_npz
 from gps_denied_c7.model.image_input import default_preprocessing, image_input
