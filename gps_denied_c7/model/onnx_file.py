@@ -21,13 +21,16 @@ from gps_denied_c7.model.external_data import (
     external_locations,
     find_external,
     model_contents,
+    put_inside,
     read_sealed,
+    require_promised,
+    require_protobuf,
     require_protobuf_size,
+    take_in_weights,
 )
 from gps_denied_c7.model.files import file_size, read_file
 from gps_denied_c7.model.image_input import image_axes
 from gps_denied_c7.model.onnx_random import random_operators
-from gps_denied_c7.model.onnx_weights import put_inside, require_promised, require_protobuf, take_in_weights
 from gps_denied_c7.tensors import TensorSpec
 
 if TYPE_CHECKING:

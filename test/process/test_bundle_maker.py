@@ -29,7 +29,7 @@ from gps_denied_c7.ground.output_rules import TOLERANCES, default_rule
 from gps_denied_c7.ground.verify import Checks, verify
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess import Preprocessor
-from gps_denied_c7.model import onnx_weights
+from gps_denied_c7.model import external_data
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.compare import AllClose, MatchedDistance, SetOverlap
 from gps_denied_c7.model.onnx_file import read_onnx
@@ -594,7 +594,7 @@ def test_m1_weights_too_large_for_one_file_stay_in_theirs_under_a_digest(
     (tmp_path / 'source').mkdir()
     path = tmp_path / 'source' / 'net.onnx'
     onnx.save_model(model, path, save_as_external_data=True, location='net.weights', size_threshold=0)
-    monkeypatch.setattr(onnx_weights, 'PROTOBUF_LIMIT_BYTES', 2 << 20)
+    monkeypatch.setattr(external_data, 'PROTOBUF_LIMIT_BYTES', 2 << 20)
     result = make_bundle(BundleRequest(model=path, output=tmp_path / 'bundle'))
     shutil.rmtree(path.parent)
     digest = hashlib.sha256(weights.tobytes()).hexdigest()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from gps_denied_c7.errors import EngineDeserializeError
+from gps_denied_c7.model.external_data import names_read
 from gps_denied_c7.model.onnx_file import OnnxModel
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def _sort_nodes(graph: onnx.GraphProto) -> None:
     while waiting:
         blocked = []
         for node in waiting:
-            if _names_used(node) & made <= ready:
+            if names_read([node]) & made <= ready:
                 ordered.append(node)
                 ready.update(node.output)
             else:
@@ -76,13 +77,3 @@ def _sort_nodes(graph: onnx.GraphProto) -> None:
     copies = [type(node).FromString(node.SerializeToString()) for node in ordered]
     del graph.node[:]
     graph.node.extend(copies)
-
-
-def _names_used(node: onnx.NodeProto) -> set[str]:
-    """Return the tensors that a node reads, those of an outer graph that its subgraphs read included."""
-    names = set(node.input)
-    for attribute in node.attribute:
-        for graph in (attribute.g, *attribute.graphs):
-            for inner in graph.node:
-                names |= _names_used(inner)
-    return names

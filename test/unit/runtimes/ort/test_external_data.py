@@ -26,7 +26,7 @@ from gps_denied_c7.errors import (
     EngineSchemaMismatchError,
     ModelBundleError,
 )
-from gps_denied_c7.model import onnx_file, onnx_weights
+from gps_denied_c7.model import external_data, onnx_file
 from gps_denied_c7.model.artefact import Artefact
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.external_data import read_sealed
@@ -458,7 +458,7 @@ def test_what_has_to_go_inside_and_is_too_large_is_refused(tmp_path: Path, monke
     (tmp_path / 'net.weights').write_bytes(W.tobytes())
     constants = [helper.make_node('Constant', [], [f'w{index}'], value=external('', W)) for index in range(9)]
     path = write(tmp_path / 'net.onnx', [*constants, helper.make_node('MatMul', ['x', 'w1'], ['y'])], [])
-    monkeypatch.setattr(onnx_weights, 'PROTOBUF_LIMIT_BYTES', 3 << 20)
+    monkeypatch.setattr(external_data, 'PROTOBUF_LIMIT_BYTES', 3 << 20)
     assert '2 GiB' in refusal(path).message
     # Not so what a session is handed.
     np.testing.assert_array_equal(answer(ModelBundle.load(scaled(tmp_path / 'large.onnx', 2.0, 4096)))['y'],
