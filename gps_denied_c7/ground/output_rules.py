@@ -14,6 +14,7 @@ from gps_denied_c7.ground.golden import FLAT, GoldenCase
 from gps_denied_c7.ground.input_shapes import Shape, shape_text
 from gps_denied_c7.model.compare import Alike, AllClose, OutputRule, compare_output
 from gps_denied_c7.model.onnx_file import OnnxModel
+from gps_denied_c7.model.shape_inference import infer_output_shapes
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = ['TOLERANCES', 'certain_outputs', 'default_rule', 'output_rules', 'refuse_empty', 'stable_cases']
@@ -124,7 +125,7 @@ def certain_outputs(
     outputs: Sequence[TensorSpec], model: OnnxModel, inputs: Sequence[TensorSpec]
 ) -> tuple[TensorSpec, ...]:
     """Return the outputs as they were seen; sizes that depend on the data, by the operators' rules, are free."""
-    inferred = model.output_shapes({spec.name: [size or 1 for size in spec.axes] for spec in inputs})
+    inferred = infer_output_shapes(model.skeleton, {spec.name: [size or 1 for size in spec.axes] for spec in inputs})
     certain = []
     for spec in outputs:
         shape, seen = inferred.get(spec.name), spec.shape

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +29,8 @@ from gps_denied_c7.model.external_data import (
 )
 from gps_denied_c7.model.files import file_size, read_file
 from gps_denied_c7.model.image_input import image_axes
-from gps_denied_c7.model.onnx_random import random_operators
+from gps_denied_c7.model.random_operators import random_operators
+from gps_denied_c7.model.shape_inference import skeleton_of
 from gps_denied_c7.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -38,13 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = ['OnnxModel', 'ep_context_model', 'read_onnx']
 
-_log = logging.getLogger(__name__)
-
-
 _COPY_AGAIN = 'Copy or export the model again.'
-
-# Tensors up to this size may be shapes that inference reads; larger ones are weights.
-_SHAPE_BYTES = 1024
 
 # Oldest versions that know EPContext and every later ONNX Runtime reads: 1.17 stops at IR 9, opset 20.
 _IR_VERSION = 8
@@ -64,7 +58,7 @@ class OnnxModel:
     :param external_data: hex digest of each external file with weights, by its name in the model.
     :param weights: by name, weights of the main graph that a session has to be handed with ``source``: read-only
         views of sealed copies of the external files.
-    :param skeleton: the graph without its weights and without the shapes that the exporter declared for its outputs.
+    :param skeleton: what shapes are inferred from (:mod:`gps_denied_c7.model.shape_inference`).
     :param random: operators that make the same request have other answers, as ``Dropout 'drop1'``.
     """
 
@@ -76,35 +70,6 @@ class OnnxModel:
     weights: Mapping[str, NDArray] = field(repr=False)
     skeleton: bytes = field(default=b'', repr=False)
     random: tuple[str, ...] = ()
-
-    def output_shapes(self, inputs: Mapping[str, Sequence[int]]) -> dict[str, tuple[int | None, ...] | None]:
-        """
-        Return the shape of each output that follows from the operators alone, for inputs of these shapes.
-
-        A file may declare the size that an output had for the exporter's example image.
-
-        :return: by output name; None for an axis whose size depends on the data, or for an output whose number of axes
-            is unknown.
-        """
-        import onnx
-
-        model = onnx.ModelProto.FromString(self.skeleton)
-        for value in model.graph.input:
-            for axis, size in zip(value.type.tensor_type.shape.dim, inputs.get(value.name, ()), strict=False):
-                axis.dim_value = size
-        names = [value.name for value in model.graph.output]
-        passed_through = {value.name for value in (*model.graph.input, *model.graph.initializer)}
-        # As outputs, they have no shape, which would be taken for that of the input.
-        made = [onnx.ValueInfoProto.FromString(value.SerializeToString()) for value in model.graph.output]
-        del model.graph.output[:]
-        model.graph.output.extend(value for value in made if value.name not in passed_through)
-        try:
-            model = onnx.shape_inference.infer_shapes(model, data_prop=True)
-        except (onnx.shape_inference.InferenceError, RuntimeError, ValueError) as error:
-            # Each output is then allocated again for each request, which is right for any shape.
-            _log.info('shapes of the outputs cannot be inferred: %s', error)
-        shapes = {value.name: _known_shape(value) for value in model.graph.output}
-        return {name: shapes.get(name) for name in names}
 
     @property
     def content_sha256(self) -> str:
@@ -250,7 +215,7 @@ def read_onnx(path: Path, sha256: str | None, external_data: Mapping[str, str] |
         external_data=digests,
         weights=weights,
         random=random_operators(model, nodes),
-        skeleton=_skeleton(model),
+        skeleton=skeleton_of(model),
     )
 
 
@@ -323,44 +288,8 @@ def _parse(path: Path, data: bytes) -> onnx.ModelProto:
     return model
 
 
-def _skeleton(model: onnx.ModelProto) -> bytes:
-    """Return the model without large tensors and without what it declares of shapes beyond its inputs; changes it."""
-    from onnx import helper
-
-    graph = model.graph
-    given = {value.name for value in graph.input}
-    small = []
-    for tensor in graph.initializer:
-        if tensor.ByteSize() <= _SHAPE_BYTES and tensor.data_location != tensor.EXTERNAL:
-            small.append(tensor)
-        elif tensor.name not in given:
-            # As an input, it has a type and a shape, and no values.
-            graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, list(tensor.dims)))
-    for index, node in reversed(list(enumerate(graph.node))):
-        # Some exporters keep weights in these.
-        if node.op_type == 'Constant' and node.attribute[:1] and node.ByteSize() > _SHAPE_BYTES:
-            tensor = node.attribute[0].t
-            if node.attribute[0].name == 'value' and node.output[:1] and node.domain in ('', 'ai.onnx'):
-                graph.input.append(helper.make_tensor_value_info(node.output[0], tensor.data_type, list(tensor.dims)))
-                del graph.node[index]
-    kept = [type(tensor).FromString(tensor.SerializeToString()) for tensor in small]
-    del graph.initializer[:], graph.value_info[:]
-    graph.initializer.extend(kept)
-    for value in graph.output:
-        if value.type.HasField('tensor_type'):
-            value.type.tensor_type.ClearField('shape')
-    return bytes(model.SerializeToString())
-
-
 def _fixed(axis: int | str | None) -> bool:
     return isinstance(axis, int) and axis > 0
-
-
-def _known_shape(value: onnx.ValueInfoProto) -> tuple[int | None, ...] | None:
-    tensor = value.type.tensor_type
-    if not tensor.HasField('shape'):
-        return None
-    return tuple(axis.dim_value if axis.HasField('dim_value') else None for axis in tensor.shape.dim)
 
 
 def _dtypes(values: Iterable[onnx.ValueInfoProto]) -> dict[str, str]:
@@ -373,5 +302,3 @@ def _dtypes(values: Iterable[onnx.ValueInfoProto]) -> dict[str, str]:
         except KeyError:
             continue
     return types
-
-

@@ -20,8 +20,8 @@ import pytest
 from numpy.typing import NDArray
 
 from gps_denied_c7.config import C7InferenceConfig
+from gps_denied_c7.runtimes.ort.providers import CPU, CUDA, TENSORRT
 from gps_denied_c7.runtimes.ort.runtime import OnnxTrtEpRuntime
-from gps_denied_c7.runtimes.ort.session_plan import CPU, CUDA, TENSORRT
 from gps_denied_c7.runtimes.protocol import BuildConfig, ProviderSet
 from support import conformance
 from support.gpu.results import percentiles, record

@@ -22,9 +22,7 @@ from gps_denied_c7.runtimes.gpu.cuda import open_cuda, require_gpu
 from gps_denied_c7.runtimes.gpu.tensorrt_library import import_tensorrt
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.ort.io_binding import GpuIo, HostIo, TensorIo, compare_runs
-from gps_denied_c7.runtimes.ort.placement import profiled_placement
-from gps_denied_c7.runtimes.ort.session import Session, open_session
-from gps_denied_c7.runtimes.ort.session_plan import (
+from gps_denied_c7.runtimes.ort.providers import (
     CPU,
     CUDA,
     TENSORRT,
@@ -35,7 +33,7 @@ from gps_denied_c7.runtimes.ort.session_plan import (
     plan_engine,
     plan_model,
 )
-from gps_denied_c7.runtimes.ort.session_tensors import certain_outputs, specs
+from gps_denied_c7.runtimes.ort.session import Session, certain_outputs, open_session, profiled_placement, specs
 from gps_denied_c7.runtimes.protocol import EngineCacheEntry, EngineFacts, ProviderSet
 from gps_denied_c7.runtimes.tensor_mapping import fix_shapes, own_input_shapes
 from gps_denied_c7.runtimes.trt.build import PlanRequest, build_plan, workspace_bytes

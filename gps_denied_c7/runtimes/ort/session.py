@@ -1,11 +1,17 @@
-"""Make a session as it was planned, and free it with all that goes with it."""
+"""A session of ONNX Runtime: made as it was planned, where its graph landed, its tensors, and all that goes with it."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
+import itertools
+import json
+import logging
 import os
 import tempfile
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -14,15 +20,43 @@ from typing import Any
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engines.ort_store import CacheBuild
 from gps_denied_c7.errors import EngineDeserializeError
+from gps_denied_c7.model.onnx_file import OnnxModel
+from gps_denied_c7.model.shape_inference import infer_output_shapes
 from gps_denied_c7.runtimes.ort.io_binding import TensorIo
-from gps_denied_c7.runtimes.ort.placement import Placement, profile_runs, reported_placement, reports_placement
-from gps_denied_c7.runtimes.ort.session_plan import CPU, TENSORRT, Attempt, SessionPlan, provider_options
+from gps_denied_c7.runtimes.ort.providers import CPU, TENSORRT, Attempt, SessionPlan, provider_options
 from gps_denied_c7.runtimes.trt.build_watch import BuildWatch
 from gps_denied_c7.tensors import TensorSpec
 
-__all__ = ['Session', 'open_session']
+__all__ = ['Placement', 'Session', 'certain_outputs', 'open_session', 'profiled_placement', 'specs']
 
 _ERRORS_ONLY = 3
+# ONNX Runtime's element types; those that NumPy lacks are refused.
+_DTYPES = {
+    'tensor(bool)': 'bool',
+    'tensor(double)': 'float64',
+    'tensor(float)': 'float32',
+    'tensor(float16)': 'float16',
+    **{f'tensor({sign}int{bits})': f'{sign}int{bits}' for sign in ('', 'u') for bits in (8, 16, 32, 64)},
+}
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """
+    Say where a graph landed.
+
+    :param nodes: graph nodes by provider.
+    :param engines: TensorRT engines that the graph became.
+    """
+
+    nodes: Counter[str]
+    engines: int
+
+    @property
+    def is_one_engine(self) -> bool:
+        return self.engines == 1 and not any(count for name, count in self.nodes.items() if name != TENSORRT)
 
 
 @dataclass(slots=True, eq=False)
@@ -100,8 +134,8 @@ def _session(
 ) -> Session:
     options = _session_options(ort, plan, attempt, config)
     profile = None
-    if attempt.providers != (CPU,) and not reports_placement(ort.InferenceSession):
-        profile = profile_runs(options)
+    if attempt.providers != (CPU,) and not _reports_placement(ort.InferenceSession):
+        profile = _profile_runs(options)
     every = provider_options(plan, attempt, config)
     watch = BuildWatch(plan.progress, f'{TENSORRT} builds') if attempt.builds else contextlib.nullcontext()
     try:
@@ -130,7 +164,7 @@ def _session(
         certain=attempt.engine,
         inputs=(),
         outputs=(),
-        placement=reported_placement(session),
+        placement=_reported_placement(session),
         build=plan.build,
         built=attempt.built,
         profile=profile,
@@ -146,7 +180,7 @@ def _session_options(ort: ModuleType, plan: SessionPlan, attempt: Attempt, confi
     options.enable_mem_pattern = False
     # Spinning threads take CPU time from the flight software.
     options.add_session_config_entry('session.intra_op.allow_spinning', '0')
-    if reports_placement(ort.InferenceSession):
+    if _reports_placement(ort.InferenceSession):
         options.add_session_config_entry('session.record_ep_graph_assignment_info', '1')
     if attempt.weights:
         # ONNX Runtime copies them while it makes the session, and reads no file.
@@ -176,3 +210,109 @@ def _strict(session: type[Any]) -> type[Any]:
             pass
 
     return StrictSession
+
+
+# --- where its graph landed ------------------------------------------------------------------------
+
+
+def _reports_placement(session: Any) -> bool:
+    """Return whether sessions of this class say where their graph landed, as from ONNX Runtime 1.24 on."""
+    return hasattr(session, 'get_provider_graph_assignment_info')
+
+
+def _reported_placement(session: Any) -> Placement | None:
+    """Return where the graph landed, None before ONNX Runtime 1.24, which cannot say before it has run."""
+    if not _reports_placement(session):
+        return None
+    nodes: Counter[str] = Counter()
+    engines = 0
+    for subgraph in session.get_provider_graph_assignment_info():
+        nodes[subgraph.ep_name] += len(subgraph.get_nodes())
+        engines += subgraph.ep_name == TENSORRT
+    return Placement(nodes, engines) if nodes else None
+
+
+def _profile_runs(options: Any) -> tempfile.TemporaryDirectory[str] | None:
+    """Have a session write down what it runs; that ends with the first run, and costs it about a millisecond."""
+    try:
+        profile = tempfile.TemporaryDirectory(prefix='c7-profile-', ignore_cleanup_errors=True)
+    except OSError as error:
+        _log.warning('where the graph runs will not be known: %s', error)
+        return None
+    options.enable_profiling = True
+    options.profile_file_prefix = str(Path(profile.name) / 'run')
+    return profile
+
+
+def profiled_placement(session: Any) -> Placement | None:
+    """Return which provider ran which nodes, as the session wrote it down, None where it did not."""
+    try:
+        events = json.loads(Path(session.end_profiling()).read_text(errors='replace'))
+        ran = {
+            (event['name'], event['args'].get('node_index')): event['args']['provider']
+            for event in events
+            if event.get('cat') == 'Node' and 'provider' in event.get('args', {})
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        _log.warning('where the graph runs is not known: %s', error)
+        return None
+    nodes = Counter(ran.values())
+    # A fused engine is one node to the executor.
+    return Placement(nodes, nodes[TENSORRT]) if nodes else None
+
+
+# --- its tensors ----------------------------------------------------------------------------------
+
+
+def certain_outputs(
+    engine: Session, wanted: Collection[str], model: OnnxModel | None, given: Mapping[str, Sequence[int | None]]
+) -> tuple[TensorSpec, ...]:
+    """
+    Return the wanted outputs, each size as far as operators and ONNX Runtime agree on it.
+
+    :param given: shapes that the bundle gives inputs, by name: the sizes of axes that are free and have no name.
+    """
+    declared = specs([argument for argument in engine.session.get_outputs() if argument.name in wanted])
+    if engine.certain or model is None:
+        return declared
+    fed = {
+        spec.name: [
+            own or wanted or 1
+            for own, wanted in itertools.zip_longest(spec.axes, given.get(spec.name, ())[: len(spec.axes)])
+        ]
+        for spec in engine.inputs
+    }
+    inferred = infer_output_shapes(model.skeleton, fed)
+    return tuple(dataclasses.replace(spec, shape=_certain_shape(spec, inferred.get(spec.name))) for spec in declared)
+
+
+def _certain_shape(declared: TensorSpec, inferred: tuple[int | None, ...] | None) -> tuple[int | None, ...] | None:
+    if inferred is None or len(inferred) != len(declared.axes):
+        # ONNX Runtime reports an output of unknown rank as it reports a scalar.
+        return None if inferred is None or declared.axes else inferred
+    return tuple(
+        size if other in (None, size) else None for size, other in zip(inferred, declared.axes, strict=True)
+    )
+
+
+def specs(arguments: Sequence[Any]) -> tuple[TensorSpec, ...]:
+    """
+    Return what a session says of its inputs or outputs.
+
+    :raises EngineDeserializeError: NumPy lacks the type of one.
+    """
+    for argument in arguments:
+        if argument.type not in _DTYPES:
+            raise EngineDeserializeError(
+                f'tensor {argument.name!r} is a {argument.type}, which NumPy has no type for.',
+                remedy='Where it is an output that is not needed, name those that are in output_tensors; else export '
+                f'the model with one of {sorted(set(_DTYPES.values()))}.',
+            )
+    return tuple(
+        TensorSpec(
+            argument.name,
+            _DTYPES[argument.type],
+            tuple(size if isinstance(size, int) else None for size in argument.shape),
+        )
+        for argument in arguments
+    )

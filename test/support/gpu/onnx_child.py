@@ -29,8 +29,8 @@ from gps_denied_c7.model.artefact import Artefact
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.onnx_file import ep_context_model
 from gps_denied_c7.runtimes.host_profile import local_host_profile
+from gps_denied_c7.runtimes.ort.providers import CPU, CUDA, TENSORRT
 from gps_denied_c7.runtimes.ort.runtime import OnnxTrtEpRuntime
-from gps_denied_c7.runtimes.ort.session_plan import CPU, CUDA, TENSORRT
 from gps_denied_c7.runtimes.protocol import BuildConfig, EngineCacheEntry, EngineHandle, ProviderSet
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))

@@ -1,5 +1,5 @@
 """
-Plan a session of ONNX Runtime: every way to make it, best first.
+Plan a session of ONNX Runtime: which execution providers are tried, best first, and with which options.
 
 Planning is pure. It reads no file, builds no engine and calls no library: :class:`Engines` says which engines of
 TensorRT are available.

@@ -12,7 +12,7 @@ from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engines.ort_store import WHOLE_ENGINE, BuiltFor, CachedFile, CacheListing, VerifiedCache, WholeGraph
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.onnx_file import OnnxModel
-from gps_denied_c7.runtimes.ort.session_plan import (
+from gps_denied_c7.runtimes.ort.providers import (
     CPU,
     CUDA,
     TENSORRT,
