@@ -7,14 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gps_denied_c7.engines.sealed_json import check_tensors, from_sealed_json, to_sealed_json
+from gps_denied_c7.engines.sealed_json import SealedRecord, check_tensors
 from gps_denied_c7.engines.trusted_files import REBUILD, read_trusted
 from gps_denied_c7.errors import EngineSchemaMismatchError
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = ['EngineManifest', 'EngineName', 'HostProfile', 'manifest_path', 'read_manifest', 'same_tensorrt']
-
-MANIFEST_SCHEMA = 1
 
 _MANIFEST_LIMIT_BYTES = 1 << 20
 
@@ -99,7 +97,7 @@ class EngineName:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EngineManifest:
+class EngineManifest(SealedRecord):
     """
     Record what an engine is and where it came from; it lies beside the engine as ``<engine>.json``.
 
@@ -120,6 +118,9 @@ class EngineManifest:
     :param versions: other versions by name, as ``cuda`` and ``driver``; recorded, not compared.
     """
 
+    record = 'manifest'
+    remedy = REBUILD
+
     model: str
     engine_sha256: str
     engine_bytes: int
@@ -136,17 +137,7 @@ class EngineManifest:
 
     def check(self) -> None:
         """Raise ValueError for an engine that lacks inputs or outputs."""
-        check_tensors(self.inputs)
-        check_tensors(self.outputs)
-
-    def to_json(self) -> bytes:
-        """Return the manifest file's bytes."""
-        return to_sealed_json(self, 'manifest', MANIFEST_SCHEMA)
-
-    @classmethod
-    def from_json(cls, content: bytes) -> EngineManifest:
-        """Read a manifest file's bytes, or raise EngineSchemaMismatchError for the first thing wrong in them."""
-        return from_sealed_json(cls, content, 'manifest', MANIFEST_SCHEMA, REBUILD)
+        check_tensors(self.inputs, self.outputs)
 
     @property
     def engine_name(self) -> EngineName:

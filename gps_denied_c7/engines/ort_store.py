@@ -20,11 +20,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from gps_denied_c7.engines.sealed_json import check_tensors, from_sealed_json, to_sealed_json
+from gps_denied_c7.engines.sealed_json import SealedRecord, check_tensors
 from gps_denied_c7.engines.store import fallback_directory, make_private_directory
 from gps_denied_c7.engines.trusted_files import read_trusted, trusted_directory
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, ModelBundleError
-from gps_denied_c7.model.files import write_atomically
+from gps_denied_c7.model.files import sync_directory, write_atomically
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = [
@@ -42,7 +42,6 @@ __all__ = [
 ]
 
 LISTING_NAME = 'listing.json'
-LISTING_SCHEMA = 1
 # An engine that TensorRT's own builder made of a whole model; the provider, whose names are others, never finds it.
 WHOLE_ENGINE = 'whole.engine'
 
@@ -106,12 +105,11 @@ class WholeGraph:
 
     def check(self) -> None:
         """Raise ValueError for an engine that lacks inputs or outputs."""
-        check_tensors(self.inputs)
-        check_tensors(self.outputs)
+        check_tensors(self.inputs, self.outputs)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CacheListing:
+class CacheListing(SealedRecord):
     """
     List what a build wrote; it lies among those files as ``listing.json``.
 
@@ -119,6 +117,9 @@ class CacheListing:
 
     :param whole_graph: None where the graph became several engines, or runs elsewhere in part.
     """
+
+    record = 'listing'
+    remedy = _REBUILD
 
     built_for: BuiltFor
     files: tuple[CachedFile, ...]
@@ -128,15 +129,6 @@ class CacheListing:
         """Raise ValueError where no file is listed."""
         if not self.files:
             raise ValueError('no file is listed')
-
-    def to_json(self) -> bytes:
-        """Return the listing file's bytes."""
-        return to_sealed_json(self, 'listing', LISTING_SCHEMA)
-
-    @classmethod
-    def from_json(cls, content: bytes) -> CacheListing:
-        """Read a listing file's bytes, or raise EngineSchemaMismatchError for the first thing wrong in them."""
-        return from_sealed_json(cls, content, 'listing', LISTING_SCHEMA, _REBUILD)
 
 
 @dataclass(frozen=True, slots=True)
@@ -269,8 +261,8 @@ class CacheBuild:
                 built_for=self.built_for, files=files, whole_graph=_as_whole_graph(engines, whole_graph)
             )
             write_atomically(self.directory / LISTING_NAME, listing.to_json())
-            _sync(self.directory)
-            _sync(self.directory.parent)
+            sync_directory(self.directory)
+            sync_directory(self.directory.parent)
         except (OSError, ModelBundleError, EngineSchemaMismatchError) as error:
             self.close()
             raise EngineDeserializeError(f'The built engines are not kept: {error}') from error
@@ -393,11 +385,3 @@ def _as_whole_graph(
 
 def _mismatch(name: str, expected: object, found: object) -> EngineSchemaMismatchError:
     return EngineSchemaMismatchError(name, expected=expected, found=found, remedy=_REBUILD)
-
-
-def _sync(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

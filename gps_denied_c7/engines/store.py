@@ -13,20 +13,26 @@ import hashlib
 import logging
 import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from gps_denied_c7.engines.manifest import EngineManifest, EngineName, HostProfile, manifest_path, same_tensorrt
+from gps_denied_c7.engines.manifest import (
+    EngineManifest,
+    EngineName,
+    HostProfile,
+    manifest_path,
+    read_manifest,
+    same_tensorrt,
+)
 from gps_denied_c7.engines.trusted_files import read_trusted, trusted_directory
 from gps_denied_c7.errors import C7Error, EngineDeserializeError, EngineSchemaMismatchError
+from gps_denied_c7.model.files import sync_directory, unfinished_file
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = [
     'LOCK_NAME',
-    'PART_SUFFIX',
     'TIMING_SUFFIX',
     'CachedEngine',
     'EngineCache',
@@ -35,15 +41,13 @@ __all__ = [
     'make_private_directory',
 ]
 
-PART_SUFFIX = '.part'
-"""How the name of an unfinished file ends; it begins with a dot. Nothing reads such a file."""
 TIMING_SUFFIX = '.timing'
 """How the name of a timing cache ends."""
 LOCK_NAME = '.lock'
 """Held with flock while files are put in place."""
 
-_MANIFEST_LIMIT_BYTES = 1 << 20
 _TIMING_LIMIT_BYTES = 256 << 20
+_DIGEST_BYTES = hashlib.sha256().digest_size
 _MODEL_NAME_LENGTH = 128
 
 _log = logging.getLogger(__name__)
@@ -105,17 +109,20 @@ class EngineCache:
         directory = self.writable_directory()
         try:
             with (
-                _part(directory, name, plan) as engine,
-                _part(directory, f'{name}.json', manifest.to_json()) as note,
+                unfinished_file(directory, name, plan) as engine,
+                unfinished_file(directory, f'{name}.json', manifest.to_json()) as note,
                 # Two builders that end at once must not mix their files.
                 _locked(directory),
             ):
                 os.replace(engine, directory / name)
-                _sync_directory(directory)
+                sync_directory(directory)
                 os.replace(note, manifest_path(directory / name))
-                _sync_directory(directory)
+                sync_directory(directory)
         except OSError as error:
-            raise _unwritable(directory, error) from error
+            raise EngineDeserializeError(
+                f'the engine could not be kept in {directory}: {error.strerror or error}.',
+                remedy='Make room, or name another directory in engine_cache_dir.',
+            ) from error
         return CachedEngine(directory / name, manifest)
 
     def read_timing_cache(self, host: HostProfile, level: int) -> bytes:
@@ -129,9 +136,10 @@ class EngineCache:
             try:
                 if path.exists():
                     trusted_directory(directory)
-                    digest, content = _split_digest(read_trusted(path, _TIMING_LIMIT_BYTES))
-                    if hashlib.sha256(content).digest() == digest:
-                        return content
+                    content = read_trusted(path, _TIMING_LIMIT_BYTES)
+                    timings = content[_DIGEST_BYTES:]
+                    if hashlib.sha256(timings).digest() == content[:_DIGEST_BYTES]:
+                        return timings
                     _log.warning('%s is damaged; timings are measured again.', path)
             except (EngineSchemaMismatchError, OSError) as error:
                 _log.warning('%s: timings are measured again: %s', path, error)
@@ -142,7 +150,7 @@ class EngineCache:
         try:
             directory = self.writable_directory()
             name = _timing_name(host, level)
-            with _part(directory, name, hashlib.sha256(content).digest() + content) as part:
+            with unfinished_file(directory, name, hashlib.sha256(content).digest() + content) as part:
                 os.replace(part, directory / name)
         except (C7Error, OSError) as error:
             _log.warning('the timing cache was not kept: %s', error)
@@ -213,7 +221,7 @@ def _engines_in(
             continue
         path = directory / file_name
         try:
-            manifest = EngineManifest.from_json(read_trusted(manifest_path(path), _MANIFEST_LIMIT_BYTES))
+            manifest = read_manifest(path)
         except EngineSchemaMismatchError as error:
             _log.warning('%s is passed over: %s', path, error)
             continue
@@ -241,27 +249,6 @@ def _timing_name(host: HostProfile, level: int) -> str:
     return f'{gpu}-sm{host.sm}-trt{host.tensorrt}-{host.platform}-level{level}{TIMING_SUFFIX}'
 
 
-def _split_digest(content: bytes) -> tuple[bytes, bytes]:
-    size = hashlib.sha256().digest_size
-    return content[:size], content[size:]
-
-
-@contextmanager
-def _part(directory: Path, name: str, content: bytes) -> Iterator[str]:
-    """Write an unfinished file to the disk, yield its path, and remove it unless it was renamed."""
-    handle, path = tempfile.mkstemp(dir=directory, prefix=f'.{name[:128]}.', suffix=PART_SUFFIX)
-    try:
-        with os.fdopen(handle, 'wb') as file:
-            file.write(content)
-            file.flush()
-            os.fchmod(file.fileno(), 0o644)
-            os.fsync(file.fileno())
-        yield path
-    finally:
-        if os.path.exists(path):
-            os.unlink(path)
-
-
 @contextmanager
 def _locked(directory: Path) -> Iterator[None]:
     # The kernel gives the lock back when its holder dies.
@@ -271,18 +258,3 @@ def _locked(directory: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _unwritable(directory: Path, error: OSError) -> EngineDeserializeError:
-    return EngineDeserializeError(
-        f'the engine could not be kept in {directory}: {error.strerror or error}.',
-        remedy='Make room, or name another directory in engine_cache_dir.',
-    )

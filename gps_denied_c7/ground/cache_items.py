@@ -10,8 +10,9 @@ from pathlib import Path
 
 from gps_denied_c7.engines.manifest import EngineName, HostProfile, manifest_path, read_manifest
 from gps_denied_c7.engines.ort_store import LISTING_NAME, WHOLE_ENGINE, BuiltFor, CacheListing, read_listing
-from gps_denied_c7.engines.store import LOCK_NAME, PART_SUFFIX, TIMING_SUFFIX
+from gps_denied_c7.engines.store import LOCK_NAME, TIMING_SUFFIX
 from gps_denied_c7.errors import EngineSchemaMismatchError
+from gps_denied_c7.model.files import PART_SUFFIX
 
 __all__ = ['CacheItem', 'list_engines', 'list_ort']
 
@@ -28,7 +29,9 @@ _ORT_FILE = re.compile(
     + re.escape(WHOLE_ENGINE)
     + r'|\.'
     + re.escape(LISTING_NAME)
-    + r'\.[a-z0-9_]{8}',
+    + r'\.[a-z0-9_]{8}(?:'
+    + re.escape(PART_SUFFIX)
+    + ')?',
     re.ASCII,
 )
 

@@ -26,6 +26,7 @@ from gps_denied_c7.stalled_reads import note_progress
 
 __all__ = [
     'GOLDEN_LIMIT_BYTES',
+    'PART_SUFFIX',
     'BundleFile',
     'expand_home',
     'file_digest',
@@ -37,6 +38,8 @@ __all__ = [
     'read_npz',
     'read_pieces',
     'require_hex',
+    'sync_directory',
+    'unfinished_file',
     'write_atomically',
 ]
 
@@ -47,6 +50,9 @@ _LIMIT_BYTES = 4 << 30
 
 GOLDEN_LIMIT_BYTES = 256 << 20
 """Bytes of all golden tensors of a bundle together, which the node itself reads; tens of MB are usual."""
+
+PART_SUFFIX = '.part'
+"""How the name of an unfinished file ends; it begins with a dot. Nothing reads such a file."""
 
 # Of a golden file: zipfile allocates half a kilobyte for each entry before its size is known.
 _MOST_ENTRIES = 1024
@@ -266,6 +272,26 @@ def npz_bytes(arrays: Mapping[str, NDArray]) -> bytes:
     return content.getvalue()
 
 
+@contextmanager
+def unfinished_file(directory: Path, name: str, content: bytes) -> Iterator[str]:
+    """
+    Write a file to the disk under another name, yield its path, and remove it unless it was renamed.
+
+    :raises OSError: it cannot be written.
+    """
+    handle, path = tempfile.mkstemp(dir=directory, prefix=f'.{name[:128]}.', suffix=PART_SUFFIX)
+    try:
+        with os.fdopen(handle, 'wb') as file:
+            file.write(content)
+            file.flush()
+            os.fchmod(file.fileno(), 0o644)
+            os.fsync(file.fileno())
+        yield path
+    finally:
+        if os.path.exists(path):
+            os.unlink(path)
+
+
 def write_atomically(path: Path, content: bytes) -> None:
     """
     Replace a file as a whole and sync it, making its directory where needed.
@@ -274,19 +300,23 @@ def write_atomically(path: Path, content: bytes) -> None:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-        try:
-            with os.fdopen(handle, 'wb') as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
+        with unfinished_file(path.parent, path.name, content) as part:
+            os.replace(part, path)
     except OSError as error:
         raise ModelBundleError(f'{path}: cannot be written: {error.strerror}.') from error
+
+
+def sync_directory(directory: Path) -> None:
+    """
+    Bring the names in a directory onto the disk.
+
+    :raises OSError: it cannot be opened or synced.
+    """
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def require_hex(key: str, value: str) -> None:

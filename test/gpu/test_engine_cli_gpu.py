@@ -23,8 +23,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from gps_denied_c7.engines.admission import EngineGate
-from gps_denied_c7.engines.store import PART_SUFFIX
 from gps_denied_c7.errors import EngineSchemaMismatchError, RuntimeUnavailableError
+from gps_denied_c7.model.files import PART_SUFFIX
 from gps_denied_c7.runtimes.gpu.tensorrt_library import import_tensorrt, vendor_logger
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from support.gpu.results import record

@@ -24,12 +24,10 @@ from gps_denied_c7.engines.ort_store import (
     BuiltFor,
     OrtEngineCache,
 )
-from gps_denied_c7.engines.store import (
-    PART_SUFFIX,
-    EngineCache,
-)
+from gps_denied_c7.engines.store import EngineCache
 from gps_denied_c7.errors import EngineSchemaMismatchError
 from gps_denied_c7.ground.sweep import LEFTOVER_AGE_S, Caches, Criteria, sweep
+from gps_denied_c7.model.files import PART_SUFFIX
 from support.engine_cache_files import HOST, SOURCE, fake_plan, manifest_of
 from support.numbered_engines import fake_plan_of, manifest_for
 from support.source_tree import REPOSITORY, TESTS

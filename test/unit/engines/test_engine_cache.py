@@ -18,13 +18,13 @@ from gps_denied_c7.engines.admission import EngineGate
 from gps_denied_c7.engines.manifest import EngineName, manifest_path
 from gps_denied_c7.engines.store import (
     LOCK_NAME,
-    PART_SUFFIX,
     EngineCache,
     engine_model_name,
     fallback_directory,
     make_private_directory,
 )
 from gps_denied_c7.errors import EngineDeserializeError
+from gps_denied_c7.model.files import PART_SUFFIX
 from support.engine_cache_files import HOST, SOURCE, fake_plan, manifest_of
 
 

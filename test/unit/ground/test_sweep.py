@@ -149,7 +149,9 @@ def test_g3_timing_caches_are_swept_too(caches: Caches) -> None:
 
 
 @pytest.mark.parametrize('days', [0.0, 0.02, 0.05, 3.0])
-def test_g3_leftovers_go_once_nobody_can_be_at_work_on_them(caches: Caches, days: float) -> None:
+@pytest.mark.parametrize('suffix', ['', '.part'])
+def test_g3_leftovers_go_once_nobody_can_be_at_work_on_them(caches: Caches, days: float, suffix: str) -> None:
+    """Up to 0.1.0 an unfinished listing had no suffix."""
     engine = publish_engine(caches.engines[0], model='lost-its-manifest')
     manifest_path(engine).unlink()
     note = publish_engine(caches.engines[0], model='lost-its-engine')
@@ -157,7 +159,7 @@ def test_g3_leftovers_go_once_nobody_can_be_at_work_on_them(caches: Caches, days
     part = caches.engines[0] / f'.{engine.name}.k3_9xq0a.part'
     part.write_bytes(b'half')
     unlisted = publish_ort_cache(caches.ort[0], b'unlisted')
-    (unlisted / 'listing.json').rename(unlisted / '.listing.json.k3_9xq0a')
+    (unlisted / 'listing.json').rename(unlisted / f'.listing.json.k3_9xq0a{suffix}')
     empty = caches.ort[0] / ('e' * 64)
     empty.mkdir()
     half = caches.ort[0] / ('f' * 64)
