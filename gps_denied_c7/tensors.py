@@ -45,15 +45,20 @@ class TensorSpec:
         """The shape where every size is known and none is zero, else None."""
         return None if self.shape is None or not all(self.shape) else tuple(size for size in self.shape if size)
 
+    def takes(self, shape: Sequence[int | None]) -> bool:
+        """Say whether an array may have ``shape``; an axis that is free on either side agrees with any size."""
+        return self.shape is None or (
+            len(self.shape) == len(shape)
+            and all(None in axis or axis[0] == axis[1] for axis in zip(self.shape, shape, strict=True))
+        )
+
     def mismatch(self, array: NDArray) -> str | None:
         """Say how ``array`` breaks this spec, or None where it fits."""
         if array.dtype != np.dtype(self.dtype):
             return f'tensor {self.name!r}: expected dtype {self.dtype}, found {array.dtype}'
-        fits = self.shape is None or (
-            len(array.shape) == len(self.shape)
-            and all(want is None or want == have for want, have in zip(self.shape, array.shape, strict=True))
-        )
-        return None if fits else f'tensor {self.name!r}: expected shape {self.shape}, found {array.shape}'
+        if not self.takes(array.shape):
+            return f'tensor {self.name!r}: expected shape {self.shape}, found {array.shape}'
+        return None
 
 
 def _brightest(dtype: np.dtype[Any]) -> int:

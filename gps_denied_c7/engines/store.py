@@ -29,7 +29,6 @@ from gps_denied_c7.engines.manifest import (
 from gps_denied_c7.engines.trusted_files import read_trusted, trusted_directory
 from gps_denied_c7.errors import C7Error, EngineDeserializeError, EngineSchemaMismatchError
 from gps_denied_c7.model.files import sync_directory, unfinished_file
-from gps_denied_c7.tensors import TensorSpec
 
 __all__ = [
     'LOCK_NAME',
@@ -231,13 +230,7 @@ def _engines_in(
 
 
 def _takes(manifest: EngineManifest, shapes: Shapes) -> bool:
-    return all(_fits(spec, shapes[spec.name]) for spec in manifest.inputs if spec.name in shapes)
-
-
-def _fits(spec: TensorSpec, wanted: Sequence[int | None]) -> bool:
-    return len(spec.axes) == len(wanted) and all(
-        None in (have, want) or have == want for have, want in zip(spec.axes, wanted, strict=True)
-    )
+    return all(spec.takes(shapes[spec.name]) for spec in manifest.inputs if spec.name in shapes)
 
 
 def _version(text: str) -> tuple[int, ...]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 
-from gps_denied_c7.engines.host_versions import driver_version, platform_name
 from gps_denied_c7.engines.manifest import HostProfile, same_tensorrt
 from gps_denied_c7.engines.ort_store import BuiltFor
 from gps_denied_c7.errors import RuntimeUnavailableError
 from gps_denied_c7.monitoring.host_info import package_versions
-from gps_denied_c7.runtimes.host_profile import local_host_profile, tensorrt_version
+from gps_denied_c7.runtimes.host_profile import driver_version, local_host_profile, platform_name, tensorrt_version
 
 __all__ = ['known_host', 'mismatches']
 

@@ -27,7 +27,7 @@ def image_input(inputs: Sequence[TensorSpec], preprocessing: PreprocessingSpec) 
     fits = [
         tensor
         for tensor in inputs
-        if tensor.dtype == preprocessing.dtype and _shape_fits(tensor.axes, preprocessing.tensor_shape)
+        if tensor.dtype == preprocessing.dtype and tensor.takes(preprocessing.tensor_shape)
     ]
     if len(fits) != 1:
         raise ModelBundleError(
@@ -109,7 +109,3 @@ def default_preprocessing(inputs: Sequence[TensorSpec]) -> PreprocessingSpec:
         )
     except ConfigError as error:
         raise ModelBundleError(f'input {tensor.name!r}: {error.message}', remedy=remedy) from error
-
-
-def _shape_fits(shape: Sequence[int | None], wanted: Sequence[int]) -> bool:
-    return len(shape) == len(wanted) and all(have in (None, want) for have, want in zip(shape, wanted, strict=True))

@@ -10,7 +10,6 @@ from types import ModuleType
 from numpy.typing import NDArray
 
 from gps_denied_c7.engines.admission import AdmittedEngine
-from gps_denied_c7.engines.host_versions import driver_version, linked_tensorrt, platform_name
 from gps_denied_c7.engines.manifest import same_tensorrt
 from gps_denied_c7.engines.ort_store import BuiltFor, OrtEngineCache
 from gps_denied_c7.engines.store import EngineCache
@@ -20,7 +19,7 @@ from gps_denied_c7.model.onnx_file import OnnxModel, read_onnx
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine
 from gps_denied_c7.runtimes.gpu.cuda import open_cuda, require_gpu
 from gps_denied_c7.runtimes.gpu.tensorrt_library import import_tensorrt
-from gps_denied_c7.runtimes.host_profile import local_host_profile
+from gps_denied_c7.runtimes.host_profile import driver_version, linked_tensorrt, local_host_profile, platform_name
 from gps_denied_c7.runtimes.ort.io_binding import GpuIo, HostIo, TensorIo, compare_runs
 from gps_denied_c7.runtimes.ort.providers import (
     CPU,

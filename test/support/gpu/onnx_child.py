@@ -22,13 +22,12 @@ from numpy.typing import NDArray
 
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engines.admission import EngineGate
-from gps_denied_c7.engines.host_versions import linked_tensorrt
 from gps_denied_c7.engines.ort_store import CacheListing
 from gps_denied_c7.errors import C7Error
 from gps_denied_c7.model.artefact import Artefact
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.onnx_file import ep_context_model
-from gps_denied_c7.runtimes.host_profile import local_host_profile
+from gps_denied_c7.runtimes.host_profile import linked_tensorrt, local_host_profile
 from gps_denied_c7.runtimes.ort.providers import CPU, CUDA, TENSORRT
 from gps_denied_c7.runtimes.ort.runtime import OnnxTrtEpRuntime
 from gps_denied_c7.runtimes.protocol import BuildConfig, EngineCacheEntry, EngineHandle, ProviderSet
