@@ -193,7 +193,7 @@ def refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the object of these pairs, or raise ValueError for a key that appears twice."""
     values = dict(pairs)
     if len(values) != len(pairs):
-        raise ValueError(f'a key appears twice among {[name for name, _ in pairs]}')
+        raise ValueError(f'a key appears twice among {[name for name, _ in pairs]!s:.200}')
     return values
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from gps_denied_c7.errors import InferenceError
 
-__all__ = ['TensorSpec', 'check_inputs', 'check_outputs', 'is_finite', 'nearly_equal', 'noise_inputs', 'probe_inputs']
+__all__ = ['TensorSpec', 'check_arrays', 'check_finite', 'is_finite', 'nearly_equal', 'noise_inputs', 'probe_inputs']
 
 Arrays = Mapping[str, NDArray]
 
@@ -66,14 +66,18 @@ def _brightest(dtype: np.dtype[Any]) -> int:
     return 255 if dtype == np.uint8 else int(dtype.kind == 'f')
 
 
-def check_inputs(specs: Sequence[TensorSpec], arrays: Arrays) -> None:
-    """Raise InferenceError unless ``arrays`` holds exactly the tensors that ``specs`` name."""
-    _check(specs, arrays, 'input')
+def check_arrays(role: str, specs: Sequence[TensorSpec], arrays: Arrays) -> None:
+    """
+    Raise InferenceError unless ``arrays`` holds exactly the tensors that ``specs`` name.
 
-
-def check_outputs(specs: Sequence[TensorSpec], arrays: Arrays) -> None:
-    """Raise InferenceError unless ``arrays`` holds exactly the tensors that ``specs`` name."""
-    _check(specs, arrays, 'output')
+    :param role: what they are, for the error: ``input`` or ``output``.
+    """
+    expected = [spec.name for spec in specs]
+    if set(expected) != set(arrays):
+        raise InferenceError(f'{role}s: expected {sorted(expected)}, found {sorted(arrays)}.')
+    for spec in specs:
+        if problem := spec.mismatch(arrays[spec.name]):
+            raise InferenceError(f'{role} {problem}.')
 
 
 def check_finite(arrays: Arrays) -> None:
@@ -124,15 +128,6 @@ def is_finite(array: NDArray) -> bool:
     # A value that is not finite leaves a sum that is not. Of 6 MB it takes two thirds of the time of the exact look,
     # which is left for a sum that overflows. Not the dot product: OpenBLAS would wake threads for it.
     return math.isfinite(np.einsum('i->', flat)) or bool(np.isfinite(flat).all())
-
-
-def _check(specs: Sequence[TensorSpec], arrays: Arrays, role: str) -> None:
-    expected = [spec.name for spec in specs]
-    if set(expected) != set(arrays):
-        raise InferenceError(f'{role}s: expected {sorted(expected)}, found {sorted(arrays)}.')
-    for spec in specs:
-        if problem := spec.mismatch(arrays[spec.name]):
-            raise InferenceError(f'{role} {problem}.')
 
 
 def probe_inputs(specs: Sequence[TensorSpec]) -> Iterator[dict[str, NDArray]]:

@@ -41,15 +41,14 @@ class AdmittedEngine:
 
 
 class EngineGate:
-    """Admit engine files built for one host."""
+    """
+    Admit engine files built for one host.
+
+    :param host: what an engine must have been built for.
+    """
 
     def __init__(self, host: HostProfile) -> None:
-        self._host = host
-
-    @property
-    def host(self) -> HostProfile:
-        """What an engine must have been built for."""
-        return self._host
+        self.host = host
 
     def admit(
         self, path: Path, *, engine_sha256: str | None = None, source_sha256: str | None = None
@@ -68,8 +67,8 @@ class EngineGate:
         promised = manifest.engine_name
         for part in dataclasses.fields(EngineName):
             _compare(part.name, getattr(promised, part.name), getattr(name, part.name))
-        _compare('gpu', self._host.gpu, manifest.gpu)
-        _compare('platform', self._host.platform, manifest.platform)
+        _compare('gpu', self.host.gpu, manifest.gpu)
+        _compare('platform', self.host.platform, manifest.platform)
         if source_sha256 is not None:
             _compare('source_sha256', source_sha256, manifest.source_sha256)
         if engine_sha256 is not None:
@@ -81,9 +80,9 @@ class EngineGate:
         return AdmittedEngine(plan, manifest, path)
 
     def _compare_host(self, sm: int, tensorrt: str) -> None:
-        _compare('sm', self._host.sm, sm)
-        if not same_tensorrt(self._host.tensorrt, tensorrt):
-            raise EngineSchemaMismatchError('tensorrt', expected=self._host.tensorrt, found=tensorrt, remedy=REBUILD)
+        _compare('sm', self.host.sm, sm)
+        if not same_tensorrt(self.host.tensorrt, tensorrt):
+            raise EngineSchemaMismatchError('tensorrt', expected=self.host.tensorrt, found=tensorrt, remedy=REBUILD)
 
 
 def plan_version(plan: bytes) -> str | None:

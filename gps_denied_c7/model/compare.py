@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -255,14 +256,10 @@ def rule_from_json(output: str, fields: Fields) -> OutputRule:
 
 def rule_to_json(rule: OutputRule) -> dict[str, Any]:
     """Return the JSON object of a rule, which stands under its output's name."""
-    if isinstance(rule, AllClose):
-        return {'kind': rule.kind, 'rtol': rule.rtol, 'atol': rule.atol}
-    if isinstance(rule, MatchedDistance):
-        return {'kind': rule.kind, 'max_distance': rule.max_distance, 'min_fraction': rule.min_fraction}
-    if isinstance(rule, Alike):
-        return {'kind': rule.kind}
-    values = {'kind': rule.kind, 'min_iou': rule.min_iou, 'members': rule.members}
-    return values if rule.k is None else {**values, 'k': rule.k}
+    # What does not compare comes from the output's spec, not from the rule.
+    values = {field.name: getattr(rule, field.name) for field in dataclasses.fields(rule) if field.compare}
+    del values['output']
+    return {'kind': rule.kind, **{key: value for key, value in values.items() if value is not None}}
 
 
 def compare_output(

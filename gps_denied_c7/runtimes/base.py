@@ -28,7 +28,7 @@ from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import ThermalState, ThermalStatePublisher, UnknownThermalState
 from gps_denied_c7.runtimes.protocol import BuildConfig, EngineCacheEntry, EngineFacts, EngineHandle, ProviderSet
 from gps_denied_c7.runtimes.tensor_mapping import artefact_of, contradiction, fix_shapes, map_tensors
-from gps_denied_c7.tensors import TensorSpec, check_finite, check_inputs, check_outputs, noise_inputs, probe_inputs
+from gps_denied_c7.tensors import TensorSpec, check_arrays, check_finite, noise_inputs, probe_inputs
 
 __all__ = ['BaseRuntime', 'LoadedEngine']
 
@@ -101,7 +101,7 @@ class _Bound(Generic[EngineT]):
             for name, value in inputs.items():
                 if not isinstance(value, np.ndarray):
                     raise InferenceError(f'input {name!r} is a {type(value).__name__}, not a NumPy array.')
-            check_inputs(self.inputs, inputs)
+            check_arrays('input', self.inputs, inputs)
             if all(array.flags.c_contiguous for array in inputs.values()):
                 known.update({name: (array, array.shape, array.dtype) for name, array in inputs.items()})
         return {own: np.asarray(inputs[name], order='C') for name, own in self.own_inputs.items()}
@@ -320,7 +320,7 @@ class BaseRuntime(ABC, Generic[EngineT]):
         outputs = {name: found[own] for name, own in bound.own_outputs.items() if own in found}
         if any(outputs.get(name) is not array for name, (array, _) in bound.answers.items()) or not bound.answers:
             self._relax(bound)
-            check_outputs(bound.outputs, outputs)
+            check_arrays('output', bound.outputs, outputs)
             bound.answers.clear()
             for spec in bound.outputs:
                 array = outputs[spec.name]

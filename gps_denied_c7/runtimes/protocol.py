@@ -123,22 +123,18 @@ class EngineHandle(Protocol):
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """Canonical inputs, in the bundle's order."""
-        ...
 
     @property
     def outputs(self) -> tuple[TensorSpec, ...]:
         """Canonical outputs, in the bundle's order."""
-        ...
 
     @property
     def facts(self) -> EngineFacts:
         """What was loaded."""
-        ...
 
     @property
     def ran_ns(self) -> tuple[int, int]:
         """When its last run began and ended by the steady clock, in nanoseconds: the vendor's part of a request."""
-        ...
 
 
 @runtime_checkable
@@ -157,7 +153,6 @@ class InferenceRuntime(Protocol):
         :raises RuntimeUnavailableError: the bundle has no artefact for this strategy and none may be built.
         :raises EngineDeserializeError: the build failed.
         """
-        ...
 
     def deserialize_engine(self, entry: EngineCacheEntry) -> EngineHandle:
         """
@@ -166,7 +161,6 @@ class InferenceRuntime(Protocol):
         :raises EngineSchemaMismatchError: the file is not what its name, manifest or digest promise.
         :raises EngineDeserializeError: the vendor library refused it, or only refused hardware took it.
         """
-        ...
 
     def infer(self, handle: EngineHandle, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """
@@ -178,16 +172,12 @@ class InferenceRuntime(Protocol):
         :raises InferenceError: inputs that do not fit, a vendor error, or an output that is
             non-finite or of the wrong shape or dtype; also a foreign or released handle.
         """
-        ...
 
     def release_engine(self, handle: EngineHandle) -> None:
         """Free the engine; a foreign or released handle is a silent no-op."""
-        ...
 
     def thermal_state(self) -> ThermalState:
         """Return the injected publisher's latest snapshot."""
-        ...
 
     def current_runtime_label(self) -> str:
         """Return the strategy's label, whatever provider is active."""
-        ...

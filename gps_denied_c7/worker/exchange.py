@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gps_denied_c7.errors import InferenceError, WorkerDiedError
-from gps_denied_c7.tensors import TensorSpec, check_inputs, check_outputs
+from gps_denied_c7.tensors import TensorSpec, check_arrays
 from gps_denied_c7.worker.process import WorkerProcess
 from gps_denied_c7.worker.protocol import (
     Answer,
@@ -136,12 +136,12 @@ class Exchange:
             dataclasses.replace(spec, shape=None) if spec.name in message.unsized else spec for spec in self.outputs
         )
         # The worker has checked each value; what decides about memory and shapes is checked here again.
-        check_outputs(self.outputs, found)
+        check_arrays('output', self.outputs, found)
         self._found, self._layout_sent, self.ran_ns = found, True, message.ran_ns
 
     def _copy(self, inputs: Mapping[str, NDArray]) -> None:
         """Copy ``inputs`` to where the worker reads them."""
-        check_inputs(self.inputs, inputs)
+        check_arrays('input', self.inputs, inputs)
         own = self.request_arrays
         if not own or any(own[name].shape != array.shape for name, array in inputs.items()):
             layout = TensorLayout.of({spec.name: inputs[spec.name] for spec in self.inputs})

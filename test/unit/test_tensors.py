@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from gps_denied_c7.errors import InferenceError
-from gps_denied_c7.tensors import TensorSpec, check_finite, check_outputs, is_finite
+from gps_denied_c7.tensors import TensorSpec, check_arrays, check_finite, is_finite
 
 
 @pytest.mark.parametrize('dtype', ['float16', 'float32', 'float64'])
@@ -53,9 +53,9 @@ def test_r1_every_float16_bit_pattern_is_judged_as_numpy_does() -> None:
 
 def test_r1_a_tensor_that_is_missing_or_of_another_shape_or_type_is_found() -> None:
     array = np.zeros((2, 2), np.float32)
-    check_outputs([TensorSpec('scores', 'float32', (2, None))], {'scores': array})
+    check_arrays('output', [TensorSpec('scores', 'float32', (2, None))], {'scores': array})
     for spec in (TensorSpec('scores', 'float32', (4,)), TensorSpec('scores', 'float64', (2, 2))):
         with pytest.raises(InferenceError, match='expected'):
-            check_outputs([spec], {'scores': array})
+            check_arrays('output', [spec], {'scores': array})
     with pytest.raises(InferenceError, match='points'):
-        check_outputs([TensorSpec('points', 'float32', (2, 2))], {'scores': array})
+        check_arrays('output', [TensorSpec('points', 'float32', (2, 2))], {'scores': array})

@@ -13,7 +13,7 @@ from gps_denied_c7.runtimes.gpu.cuda import QUAD_BYTES, Cuda, address_of
 from gps_denied_c7.runtimes.gpu.staging import StagedTensor
 from gps_denied_c7.tensors import is_finite
 
-__all__ = ['FiniteCheck']
+__all__ = ['FiniteCheck', 'watch_outputs']
 
 _KERNEL_NAME = b'find_non_finite'
 
@@ -170,3 +170,19 @@ class FiniteCheck:
         )
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
         return min(_MAX_BLOCKS, -(-quads // _THREADS)), values, pointers
+
+
+def watch_outputs(
+    cuda: Cuda, outputs: Mapping[str, StagedTensor], stream: Any, notes: list[str]
+) -> FiniteCheck | None:
+    """
+    Have the GPU look for NaN and infinity in these outputs, where it can.
+
+    :param outputs: as for :meth:`FiniteCheck.proven`.
+    :param notes: gets the reason where it cannot.
+    """
+    try:
+        return FiniteCheck.proven(cuda, outputs, stream)
+    except Exception as error:
+        notes.append(f'The CPU checks the outputs for NaN and infinity, since the GPU cannot: {error}')
+        return None

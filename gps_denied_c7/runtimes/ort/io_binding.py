@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from gps_denied_c7.errors import EngineDeserializeError
 from gps_denied_c7.runtimes.gpu.cuda import Cuda
-from gps_denied_c7.runtimes.gpu.nonfinite import FiniteCheck
+from gps_denied_c7.runtimes.gpu.nonfinite import FiniteCheck, watch_outputs
 from gps_denied_c7.runtimes.gpu.staging import StagedTensor
 from gps_denied_c7.tensors import TensorSpec, nearly_equal
 
@@ -52,6 +52,7 @@ class TensorIo(ABC):
         self._session = session
         self._binding = session.io_binding()
         self._names = tuple(spec.name for spec in outputs)
+        self._outputs: dict[str, Any] = {}
 
     def run(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """
@@ -84,9 +85,9 @@ class TensorIo(ABC):
         self._bind_outputs()
 
     @property
-    @abstractmethod
     def placed(self) -> frozenset[str]:
         """Outputs that have a place of their own."""
+        return frozenset(self._outputs)
 
     @abstractmethod
     def place(self, arrays: Mapping[str, NDArray]) -> None:
@@ -168,11 +169,6 @@ class HostIo(TensorIo):
         self._values: dict[str, Any] = {}
         self._bind_outputs()
 
-    @property
-    def placed(self) -> frozenset[str]:
-        """Outputs that have a place of their own."""
-        return frozenset(self._outputs)
-
     def place(self, arrays: Mapping[str, NDArray]) -> None:
         """Bind these arrays instead of its own outputs, where they are shaped as those are; see TensorIo."""
         for name, own in self._outputs.items():
@@ -232,15 +228,12 @@ class GpuIo(TensorIo):
                     self._outputs[spec.name] = StagedTensor(cuda, spec.sizes, spec.dtype, self._stream, inward=False)
             self._answer = {name: tensor.host for name, tensor in self._outputs.items()}
             self._bind_outputs()
-            self._watch_outputs(finite)
+            if set(finite) <= self.placed:
+                watched = {name: self._outputs[name] for name in finite}
+                self._check = watch_outputs(cuda, watched, self._stream, self.notes)
         except BaseException:
             self.release()
             raise
-
-    @property
-    def placed(self) -> frozenset[str]:
-        """Outputs that have a place of their own."""
-        return frozenset(self._outputs)
 
     def place(self, arrays: Mapping[str, NDArray]) -> None:
         """Have the pages of these arrays locked, and copied from and to; see TensorIo."""
@@ -309,20 +302,11 @@ class GpuIo(TensorIo):
     def _wait_for_device(self) -> None:
         self._cuda.call('cudaDeviceSynchronize')
 
-    def _watch_outputs(self, finite: Collection[str]) -> None:
-        """Have the GPU look for NaN and infinity, where it can."""
-        if not set(finite) <= self.placed:
-            return
-        try:
-            watched = {name: self._outputs[name] for name in finite}
-            self._check = FiniteCheck.proven(self._cuda, watched, self._stream)
-        except Exception as error:
-            self.notes.append(f'The CPU checks the outputs for NaN and infinity, since the GPU cannot: {error}')
-
     def _drop_check(self) -> None:
         check, self._check = self._check, None
         if check is not None:
             check.release()
+
 
 def compare_runs(io: TensorIo, inputs: Mapping[str, NDArray], *, random: bool = False) -> Iterator[str]:
     """

@@ -91,17 +91,13 @@ class Session:
 
     def release(self) -> None:
         """Free everything; ONNX Runtime frees a session, GPU memory included, when its last reference goes."""
-        self.built = None
-        io, self.io = self.io, None
-        if io is not None:
-            io.release()
-        self.session = None
-        profile, self.profile = self.profile, None
-        if profile is not None:
-            profile.cleanup()
-        build, self.build = self.build, None
-        if build is not None:
-            build.close()
+        if self.io is not None:
+            self.io.release()
+        self.io = self.session = self.built = None
+        if self.profile is not None:
+            self.profile.cleanup()
+        if self.build is not None:
+            self.build.close()
 
 
 def open_session(

@@ -13,7 +13,7 @@ from typing import Any
 
 import gps_denied_c7
 from gps_denied_c7.config import C7InferenceConfig
-from gps_denied_c7.engines.admission import EngineGate
+from gps_denied_c7.engines.admission import EngineGate, plan_version
 from gps_denied_c7.engines.manifest import EngineManifest, HostProfile, same_tensorrt
 from gps_denied_c7.engines.store import EngineCache, engine_model_name
 from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, RuntimeUnavailableError
@@ -47,7 +47,6 @@ __all__ = [
 
 LABEL = 'tensorrt'
 PRECISIONS = ('fp16', 'fp32')
-
 
 _log = logging.getLogger(__name__)
 
@@ -397,8 +396,8 @@ def _manifest(built: Plan, request: PlanRequest, gate: EngineGate, cuda: Cuda, t
 
 def _plan_tensorrt(plan: bytes, host: str) -> str:
     """Return the version that the plan itself carries, with its build number, where that is this host's."""
-    found = '.'.join(str(number) for number in plan[24:28])
-    if len(plan) < 28 or not same_tensorrt(host, found):
+    found = plan_version(plan)
+    if found is None or not same_tensorrt(host, found):
         raise EngineSchemaMismatchError(
             'plan_version', expected=host, found=found, remedy='Install one TensorRT alone, and build again.'
         )

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from gps_denied_c7.engines.admission import AdmittedEngine
 from gps_denied_c7.errors import EngineDeserializeError, InferenceError
 from gps_denied_c7.runtimes.gpu.cuda import Cuda, CudaError
-from gps_denied_c7.runtimes.gpu.nonfinite import FiniteCheck
+from gps_denied_c7.runtimes.gpu.nonfinite import FiniteCheck, watch_outputs
 from gps_denied_c7.runtimes.gpu.staging import StagedTensor
 from gps_denied_c7.runtimes.gpu.tensorrt_library import dtype_name, error_recorder, vendor_logger
 from gps_denied_c7.tensors import TensorSpec, nearly_equal
@@ -88,7 +88,8 @@ class TensorrtEngine:
         """
         self._leaving = {name: tensor for name, tensor in self.outputs.items() if name in names}
         self._answer = {name: tensor.host for name, tensor in self._leaving.items()}
-        self._watch_outputs(finite)
+        watched = {name: tensor for name, tensor in self.outputs.items() if name in finite}
+        self._check = watch_outputs(self._cuda, watched, self._stream, self.notes)
 
     def run(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
         """Run one request; the arrays returned are views of pinned memory, valid until the next run."""
@@ -256,13 +257,6 @@ class TensorrtEngine:
         (self.inputs if inward else self.outputs)[spec.name] = tensor
         if not self._context.set_tensor_address(spec.name, tensor.address):
             raise self._refused(f'TensorRT does not take the memory for {spec.name!r}')
-
-    def _watch_outputs(self, finite: Collection[str]) -> None:
-        """Have the GPU look for NaN and infinity, where it can."""
-        try:
-            self._check = FiniteCheck.proven(self._cuda, {name: self.outputs[name] for name in finite}, self._stream)
-        except Exception as error:
-            self.notes.append(f'The CPU checks the outputs for NaN and infinity, since the GPU cannot: {error}')
 
     # --- running ----------------------------------------------------------------------------------
 

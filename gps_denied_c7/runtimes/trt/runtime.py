@@ -20,7 +20,7 @@ from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine
 from gps_denied_c7.runtimes.gpu.cuda import open_cuda
 from gps_denied_c7.runtimes.gpu.tensorrt_library import import_tensorrt
-from gps_denied_c7.runtimes.protocol import BuildConfig, EngineCacheEntry, EngineFacts, EngineHandle
+from gps_denied_c7.runtimes.protocol import BuildConfig, EngineCacheEntry, EngineFacts
 from gps_denied_c7.runtimes.tensor_mapping import own_input_shapes
 from gps_denied_c7.runtimes.trt.build import build_engine, source_artefact, source_shapes
 from gps_denied_c7.runtimes.trt.engine import BUILD_REMEDY, TensorrtEngine
@@ -28,7 +28,6 @@ from gps_denied_c7.runtimes.trt.engine import BUILD_REMEDY, TensorrtEngine
 __all__ = ['PROVIDER', 'TensorrtRuntime']
 
 PROVIDER = 'TensorRT'
-
 
 _log = logging.getLogger(__name__)
 
@@ -42,19 +41,6 @@ class TensorrtRuntime(BaseRuntime['TensorrtEngine']):
     """
 
     label = 'tensorrt'
-
-    def input_buffers(self, handle: EngineHandle) -> dict[str, NDArray]:
-        """
-        Return the pinned memory that requests are copied into, by canonical input name.
-
-        A caller that fills these and passes them to :meth:`infer` saves that copy. Writable; no request may run
-        meanwhile; good until ``release_engine``.
-
-        :raises InferenceError: a foreign or released handle.
-        """
-        bound = self._bound(handle)
-        buffers = {name: bound.engine.inputs[own].own for name, own in bound.own_inputs.items()}
-        return {name: buffer for name, buffer in buffers.items() if buffer is not None}
 
     def _compile(self, model: ModelBundle, build_config: BuildConfig) -> EngineCacheEntry:
         open_cuda(self.label)
@@ -166,5 +152,3 @@ class TensorrtRuntime(BaseRuntime['TensorrtEngine']):
 
     def _free(self, engine: TensorrtEngine) -> None:
         engine.release()
-
-

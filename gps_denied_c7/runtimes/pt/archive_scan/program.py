@@ -13,6 +13,8 @@ import re
 from collections.abc import Container
 from typing import Any
 
+from gps_denied_c7._json import refuse_duplicates
+
 __all__ = ['ProgramRefusedError', 'check_payload_config', 'check_program']
 
 _MAX_DEPTH = 64
@@ -83,16 +85,8 @@ def check_payload_config(content: bytes, entries: Container[str]) -> None:
 
 
 def _parse(content: bytes) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) != len(pairs):
-            raise ProgramRefusedError('has a key twice')
-        return fields
-
     try:
-        return json.loads(content.decode('utf-8'), object_pairs_hook=unique)
-    except ProgramRefusedError:
-        raise
+        return json.loads(content.decode('utf-8'), object_pairs_hook=refuse_duplicates)
     except (ValueError, RecursionError) as error:
         raise ProgramRefusedError(f'is not JSON: {error}') from error
 

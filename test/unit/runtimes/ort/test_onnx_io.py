@@ -18,6 +18,7 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 
+from gps_denied_c7.runtimes.gpu import nonfinite
 from gps_denied_c7.runtimes.gpu.cuda import CudaError
 from gps_denied_c7.runtimes.gpu.nonfinite import FiniteCheck
 from gps_denied_c7.runtimes.ort import io_binding
@@ -106,7 +107,7 @@ class CheckOnTheHost(FiniteCheck):
 @pytest.fixture
 def cuda(monkeypatch: pytest.MonkeyPatch) -> HostMemoryInsteadOfCuda:
     monkeypatch.setattr(io_binding, '_GPU', ('cpu', 0))
-    monkeypatch.setattr(io_binding, 'FiniteCheck', CheckOnTheHost)
+    monkeypatch.setattr(nonfinite, 'FiniteCheck', CheckOnTheHost)
     monkeypatch.setattr(CheckOnTheHost, 'released', 0)
     return HostMemoryInsteadOfCuda()
 
