@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gps_denied_c7._typed_json import reader_of
+from gps_denied_c7._json import reader_of
 from gps_denied_c7.bench.cases import BARE, FORTY_LINES, IN_PROCESS, SHIPPED, SHIPPED_TRANSPORT, Case
 from gps_denied_c7.monitoring.metrics import Percentiles, percentiles
 

@@ -8,8 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
-from gps_denied_c7._json import parse_json
-from gps_denied_c7._typed_json import FieldError, reader_of
+from gps_denied_c7._json import FieldError, parse_json, reader_of
 from gps_denied_c7.errors import EngineSchemaMismatchError, ModelBundleError
 from gps_denied_c7.tensors import TensorSpec
 

@@ -38,7 +38,7 @@ Where ``golden`` is one object, as it used to be, it is one request without a na
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -78,33 +78,33 @@ def bundle_from_json(value: object, root: Path, make: Callable[..., Bundle]) -> 
     :raises ModelBundleError: naming the key.
     """
     fields = Fields(value, '')
-    version = fields.integer('schema_version')
+    version = fields.take('schema_version', int)
     if version != SCHEMA_VERSION:
         raise ModelBundleError(
             f'schema_version: {version} unknown, this package reads {SCHEMA_VERSION}.',
             remedy='Update the package, or write the bundle again with this one.',
         )
-    name = fields.text('name')
+    name = fields.take('name', str)
     require(bool(_NAME.fullmatch(name)), 'name', f'{name!r} has characters other than A-Z a-z 0-9 . _ - .')
     bundle = fields.build(
         make,
         name=name,
         root=root,
-        weights_digest=fields.text('weights_digest'),
-        inputs=tuple(_tensor(item) for item in fields.objects('inputs')),
-        outputs=tuple(_tensor(item, may_lack_rank=True) for item in fields.objects('outputs')),
+        weights_digest=fields.take('weights_digest', str),
+        inputs=tuple(_tensor(item) for item in fields.children('inputs')),
+        outputs=tuple(_tensor(item, may_lack_rank=True) for item in fields.children('outputs')),
         preprocessing=_preprocessing(fields),
-        artefacts=tuple(_artefact(item, root) for item in fields.objects('artefacts')),
-        rules=tuple(rule_from_json(output, item) for output, item in fields.object('rules', default={}).children()),
+        artefacts=tuple(_artefact(item, root) for item in fields.children('artefacts')),
+        rules=tuple(rule_from_json(output, item) for output, item in fields.child('rules', default={}).items()),
         golden=_golden(fields, root),
-        allow_non_finite=fields.texts('allow_non_finite', default=()),
+        allow_non_finite=fields.take('allow_non_finite', tuple[str, ...], ()),
     )
     fields.close()
     return bundle
 
 
 def _tensor(fields: Fields, *, may_lack_rank: bool = False) -> TensorSpec:
-    name, dtype = fields.text('name'), fields.text('dtype')
+    name, dtype = fields.take('name', str), fields.take('dtype', str)
     fields.check(bool(name), 'name', 'is empty.')
     fields.check(dtype in _DTYPES, 'dtype', f'{dtype!r} unknown.', f'Known are {list(_DTYPES)}.')
     shape: Any = fields.take('shape')
@@ -133,17 +133,16 @@ def _preprocessing(fields: Fields) -> PreprocessingSpec:
 
 
 def _artefact(fields: Fields, root: Path) -> Artefact:
-    names, external = fields.object('io_names', default={}), fields.object('external_data', default={})
     artefact = fields.build(
         Artefact,
         path=fields.file('path', root),
-        sha256=fields.text('sha256'),
-        strategy=fields.text('strategy'),
-        precision=fields.text('precision'),
-        device=fields.text('device'),
-        weights_digest=fields.text('weights_digest'),
-        io_names={own: names.text(own) for own in names.names()},
-        external_data={location: external.text(location) for location in external.names()},
+        sha256=fields.take('sha256', str),
+        strategy=fields.take('strategy', str),
+        precision=fields.take('precision', str),
+        device=fields.take('device', str),
+        weights_digest=fields.take('weights_digest', str),
+        io_names=fields.take('io_names', Mapping[str, str], {}),
+        external_data=fields.take('external_data', Mapping[str, str], {}),
     )
     fields.close()
     return artefact
@@ -204,16 +203,16 @@ def _tensor_to_json(spec: TensorSpec) -> dict[str, Any]:
 
 def _golden(fields: Fields, root: Path) -> tuple[Golden, ...]:
     if isinstance(fields.take('golden'), dict):
-        return (_golden_case(fields.object('golden'), ONLY_GOLDEN, root),)
-    return tuple(_golden_case(item, item.text('name'), root) for item in fields.objects('golden'))
+        return (_golden_case(fields.child('golden'), ONLY_GOLDEN, root),)
+    return tuple(_golden_case(item, item.take('name', str), root) for item in fields.children('golden'))
 
 
 def _golden_case(fields: Fields, name: str, root: Path) -> Golden:
     fields.check(bool(_NAME.fullmatch(name)), 'name', f'{name!r} has characters other than A-Z a-z 0-9 . _ - .')
     files = []
     for which in ('inputs', 'outputs'):
-        file = fields.object(which)
-        files.append(file.build(BundleFile, path=file.file('path', root), sha256=file.text('sha256')))
+        file = fields.child(which)
+        files.append(file.build(BundleFile, path=file.file('path', root), sha256=file.take('sha256', str)))
         file.close()
     fields.close()
     return Golden(name, *files)

@@ -228,17 +228,17 @@ def rule_from_json(output: str, fields: Fields) -> OutputRule:
 
     :raises ModelBundleError: naming the key.
     """
-    kind = fields.text('kind')
+    kind = fields.take('kind', str)
     fields.check(kind in _KINDS, 'kind', f'{kind!r} unknown.', f'Known are {list(_KINDS)}.')
     rule: OutputRule
     if kind == AllClose.kind:
-        rule = fields.build(AllClose, output=output, rtol=fields.number('rtol'), atol=fields.number('atol'))
+        rule = fields.build(AllClose, output=output, rtol=fields.take('rtol', float), atol=fields.take('atol', float))
     elif kind == MatchedDistance.kind:
         rule = fields.build(
             MatchedDistance,
             output=output,
-            max_distance=fields.number('max_distance'),
-            min_fraction=fields.number('min_fraction'),
+            max_distance=fields.take('max_distance', float),
+            min_fraction=fields.take('min_fraction', float),
         )
     elif kind == Alike.kind:
         rule = Alike(output)
@@ -246,9 +246,9 @@ def rule_from_json(output: str, fields: Fields) -> OutputRule:
         rule = fields.build(
             SetOverlap,
             output=output,
-            min_iou=fields.number('min_iou'),
-            members=fields.text('members'),
-            k=fields.integer('k') if 'k' in fields.names() else None,
+            min_iou=fields.take('min_iou', float),
+            members=fields.take('members', str),
+            k=fields.take('k', int, None),
         )
     fields.close()
     return rule

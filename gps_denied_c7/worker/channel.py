@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, NoReturn
 
-from gps_denied_c7._typed_json import FieldError, Reader, as_array, reader_of
+from gps_denied_c7._json import FieldError, Reader, as_array, reader_of
 from gps_denied_c7.errors import C7Error, InferenceError
 
 __all__ = [

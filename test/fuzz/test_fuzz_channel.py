@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gps_denied_c7._typed_json import as_array, reader_of
+from gps_denied_c7._json import as_array, reader_of
 from gps_denied_c7.errors import C7Error
 from gps_denied_c7.worker.channel import Channel, ChannelClosedError, MessageError
 from gps_denied_c7.worker.protocol import WORKER_PROTOCOL, Answer, AnswerNext, ErrorReport, NeedRoom

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from gps_denied_c7._typed_json import FieldError, reader_of
+from gps_denied_c7._json import FieldError, reader_of
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import C7Error, EngineSchemaMismatchError, InferenceError
 from gps_denied_c7.failover.rungs import Rung

@@ -321,7 +321,7 @@ _WRONG = [
     ('golden.0.name', 7, 'golden[0].name'),
     ('golden', {'inputs': {}, 'outputs': {}, 'more': {}}, 'golden.inputs.path'),
     ('allow_non_finite', 'heat', 'allow_non_finite'),
-    ('allow_non_finite', [7], 'allow_non_finite'),
+    ('allow_non_finite', [7], 'allow_non_finite[0]'),
     ('allow_non_finite', ['cold'], 'allow_non_finite'),
     ('allow_non_finite', ['heat', 'heat'], 'allow_non_finite'),
     ('inputs.0.shape', None, 'inputs[0].shape'),

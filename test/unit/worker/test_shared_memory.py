@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gps_denied_c7._typed_json import FieldError, reader_of
+from gps_denied_c7._json import FieldError, reader_of
 from gps_denied_c7.errors import InferenceError
 from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout
 

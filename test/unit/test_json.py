@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gps_denied_c7._typed_json import FieldError, as_array, reader_of
+from gps_denied_c7._json import FieldError, as_array, reader_of
 from gps_denied_c7.errors import InferenceError
 
 
