@@ -36,6 +36,7 @@ from gps_denied_c7.runtimes.ort.runtime import OnnxTrtEpRuntime
 from gps_denied_c7.runtimes.protocol import BuildConfig, ProviderSet
 from support.external_weights import CONFIG, SHAPE, external, outside, rename_over, scaled, value, write
 
+W = np.zeros((256, 256), np.float32)
 X = np.linspace(-1, 1, 256, dtype=np.float32).reshape(SHAPE)
 
 
@@ -400,9 +401,35 @@ def test_what_is_no_file_with_the_model_is_refused_without_waiting(
         answer(bundle)
 
 
+@pytest.mark.parametrize(
+    'location', ['../net.weights', '{parent}/net.weights', 'link', 'missing', '', 'sub/../../net.weights']
+)
+def test_weights_elsewhere_are_refused(tmp_path: Path, location: str) -> None:
+    (tmp_path / 'net.weights').write_bytes(W.tobytes())
+    directory = tmp_path / 'model'
+    directory.mkdir()
+    (directory / 'link').symlink_to(tmp_path / 'net.weights')
+    tensor = external('w', W, location.format(parent=tmp_path))
+    path = write(directory / 'net.onnx', [helper.make_node('MatMul', ['x', 'w'], ['y'])], [tensor])
+    with pytest.raises(ModelBundleError, match='keeps weights in'):
+        ModelBundle.load(path)
+
+
+def test_weights_elsewhere_are_seen_in_a_subgraph(tmp_path: Path) -> None:
+    y = value('y', TensorProto.FLOAT, None)
+    constant = helper.make_node('Constant', [], ['y'], value=external('', W, '/etc/hostname'))
+    branch = helper.make_graph([constant], 'branch', [], [y])
+    nodes = [
+        helper.make_node('ReduceMax', ['x'], ['greatest'], keepdims=0),
+        helper.make_node('Cast', ['greatest'], ['condition'], to=TensorProto.BOOL),
+        helper.make_node('If', ['condition'], ['y'], then_branch=branch, else_branch=branch),
+    ]
+    with pytest.raises(ModelBundleError, match='/etc/hostname'):
+        ModelBundle.load(write(tmp_path / 'net.onnx', nodes, []))
+
+
 # --- what does not fit -------------------------------------------------------------------------------
 
-W = np.zeros((256, 256), np.float32)
 MISPLACED: dict[str, tuple[dict[str, object], str]] = {
     'an offset that is no number': ({'offset': 'x'}, 'offset'),
     'an offset with a sign': ({'offset': '+4'}, 'offset'),
