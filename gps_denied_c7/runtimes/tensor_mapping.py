@@ -11,7 +11,7 @@ from gps_denied_c7.model.image_input import SIZE_REMEDY
 from gps_denied_c7.runtimes.protocol import EngineCacheEntry
 from gps_denied_c7.tensors import TensorSpec
 
-__all__ = ['artefact_of', 'contradiction', 'fix_shapes', 'map_tensors', 'own_input_shapes']
+__all__ = ['artefact_of', 'contradiction', 'fix_shapes', 'map_tensors', 'own_input_shapes', 'own_specs']
 
 
 def artefact_of(entry: EngineCacheEntry, label: str) -> Artefact | None:
@@ -24,13 +24,26 @@ def artefact_of(entry: EngineCacheEntry, label: str) -> Artefact | None:
 
 def own_input_shapes(entry: EngineCacheEntry, label: str) -> dict[str, tuple[int | None, ...]]:
     """Return the shapes that the bundle gives its inputs, by the file's own names; empty for a bare ``.onnx``."""
-    artefact = artefact_of(entry, label)
-    return {artefact.own_name(spec.name) if artefact else spec.name: spec.axes for spec in entry.model.inputs}
+    return {spec.name: spec.axes for spec in own_specs(entry.model.inputs, artefact_of(entry, label))}
+
+
+def own_specs(specs: Sequence[TensorSpec], artefact: Artefact | None) -> tuple[TensorSpec, ...]:
+    """Return tensors of a bundle by the names that a file of it has for them."""
+    if artefact is None:
+        return tuple(specs)
+    return tuple(dataclasses.replace(spec, name=artefact.own_name(spec.name)) for spec in specs)
 
 
 def map_tensors(
     role: str, canonical: Sequence[TensorSpec], found: Sequence[TensorSpec], artefact: Artefact | None
 ) -> tuple[tuple[TensorSpec, ...], dict[str, str]]:
+    """
+    Return the tensors as bundle and file agree on them, and the file's own name of each by its canonical one.
+
+    :param role: ``input`` or ``output``.
+    :param found: as the file spells them, all of them where the bundle names none.
+    :raises EngineSchemaMismatchError: the two contradict each other.
+    """
     by_name = {spec.name: spec for spec in found}
     own_names = {spec.name: artefact.own_name(spec.name) if artefact else spec.name for spec in canonical or found}
     if missing := set(own_names.values()) - by_name.keys():
@@ -70,6 +83,7 @@ def fix_shapes(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
 
 
 def contradiction(field: str, expected: object, found: object) -> EngineSchemaMismatchError:
+    """Return the error for a bundle that says something else than its file."""
     return EngineSchemaMismatchError(
         field, expected=expected, found=found, remedy='Correct inputs, outputs or io_names in model.json.'
     )

@@ -30,8 +30,8 @@ class StagedTensor:
         """The array that :meth:`copy` reads or fills."""
         self.address = cuda.device_memory(self.host.nbytes)
         """Of the GPU's memory."""
-        self.own = self.host if inward else None
-        """Its own memory on the way to the GPU, None on the way back, where it is given up for what is placed."""
+        # Given up on the way back, where the answer goes to what is placed.
+        self._own = self.host if inward else None
         self._cuda = cuda
         self._stream = stream
         self._inward = inward
@@ -43,18 +43,18 @@ class StagedTensor:
         """
         Have what is copied to the GPU hold ``array``: nothing is to be done where it lies there.
 
-        What was placed is its owner's, and not written to: another array than that is copied from :attr:`own`. The
-        stream must be idle.
+        What was placed is its owner's, and not written to: another array than that is copied from memory of its own.
+        The stream must be idle.
 
         :return: whether that is a change of where the copy reads.
         """
         if array is self.host or address_of(array) == address_of(self.host):
             return False
-        assert self.own is not None
-        moved = self.host is not self.own
+        assert self._own is not None
+        moved = self.host is not self._own
         if moved:
             self._unlock()
-            self.host = self.own
+            self.host = self._own
             self.copy = self._make_copy()
         np.copyto(self.host, array)
         return moved

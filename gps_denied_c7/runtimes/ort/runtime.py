@@ -87,7 +87,9 @@ class OnnxTrtEpRuntime(BaseRuntime[Session]):
             ort = self._import_onnxruntime()
         elif entry.path.suffix == '.onnx':
             model = read_onnx(entry.path, entry.sha256, entry.external_data)
-            model, shapes = _for_image(model, entry, self.label)
+            shapes = own_input_shapes(entry, self.label)
+            if not shapes:
+                model, shapes = model.for_image(entry.model.image)
             axes = model.dimension_overrides(shapes)
             ort = self._import_onnxruntime()
             notes: list[str] = []
@@ -96,7 +98,7 @@ class OnnxTrtEpRuntime(BaseRuntime[Session]):
                 notes.append(f'The answers to the same image differ from run to run, because of {changing}.')
             engines = self._find_engines(ort, entry, model.content_sha256, axes, notes)
             if engines.build:
-                built = self._build_whole(entry, model, engines.build.built_for, notes)
+                built = self._build_whole(entry, model, shapes, engines.build.built_for, notes)
                 engines = dataclasses.replace(engines, built=built)
             plan = plan_model(
                 entry,
@@ -193,7 +195,12 @@ class OnnxTrtEpRuntime(BaseRuntime[Session]):
         return Engines(build=build)
 
     def _build_whole(
-        self, entry: EngineCacheEntry, model: OnnxModel, built_for: BuiltFor, notes: list[str]
+        self,
+        entry: EngineCacheEntry,
+        model: OnnxModel,
+        shapes: Mapping[str, tuple[int | None, ...]],
+        built_for: BuiltFor,
+        notes: list[str],
     ) -> Attempt | None:
         """Have TensorRT's own builder make one engine of the model; None, and why, where the provider has to build."""
         try:
@@ -201,7 +208,7 @@ class OnnxTrtEpRuntime(BaseRuntime[Session]):
                 model=model.with_axes(built_for.axes),
                 name=entry.model.name,
                 precision=entry.build.precision,
-                shapes=_for_image(model, entry, self.label)[1],
+                shapes=shapes,
                 workspace_bytes=workspace_bytes(self._config),
                 optimization_level=self._config.builder_optimization_level,
                 whole=True,
@@ -358,11 +365,3 @@ def _keep_build(engine: Session, provider: str, notes: list[str]) -> None:
     except EngineDeserializeError as error:
         notes.append(error.message)
         _log.warning('%s: %s', engine.path, error)
-
-
-def _for_image(
-    model: OnnxModel, entry: EngineCacheEntry, label: str
-) -> tuple[OnnxModel, Mapping[str, tuple[int | None, ...]]]:
-    """Return the wanted input shapes by name, and the model with a name for each free axis that gets its size so."""
-    shapes = own_input_shapes(entry, label)
-    return (model, shapes) if shapes else model.for_image(entry.model.image)

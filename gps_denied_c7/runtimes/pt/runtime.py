@@ -20,6 +20,7 @@ from gps_denied_c7.model.artefact import Artefact
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine
 from gps_denied_c7.runtimes.protocol import EngineCacheEntry, EngineFacts, ProviderSet
 from gps_denied_c7.runtimes.pt.archive_scan.archive import ArchiveKind, TorchArchive, read_torch_archive
+from gps_denied_c7.runtimes.tensor_mapping import own_specs
 from gps_denied_c7.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -126,11 +127,11 @@ class PytorchFp16Runtime(BaseRuntime[_Engine]):
             share = self._config.gpu_memory_budget_bytes / torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(min(1.0, share))
         # Half precision in the file, single in the bundle: cast at the boundary.
-        canonical = {spec.name: spec.dtype for spec in (*entry.model.inputs, *entry.model.outputs)}
-        own_dtypes = {artefact.own_name(name) if artefact else name: dtype for name, dtype in canonical.items()}
+        declared = own_specs(entry.model.inputs, artefact), own_specs(entry.model.outputs, artefact)
+        own_dtypes = {spec.name: spec.dtype for specs in declared for spec in specs}
         stream = torch.cuda.Stream() if device == _CUDA else None
         with _on(torch, stream), torch.inference_mode():
-            program = _open(torch, archive, device, self._own_specs(entry, artefact))
+            program = _open(torch, archive, device, declared)
             inputs = tuple(_widened(spec, own_dtypes) for spec in program.inputs)
             outputs = tuple(_widened(spec, own_dtypes) for spec in program.outputs)
             wide = frozenset(name for name, dtype in own_dtypes.items() if dtype == 'float32')
@@ -235,17 +236,6 @@ class PytorchFp16Runtime(BaseRuntime[_Engine]):
                 self.label, f'torch does not import: {error}.', remedy=_REQUIREMENTS
             ) from error
         return torch
-
-    def _own_specs(
-        self, entry: EngineCacheEntry, artefact: Artefact | None
-    ) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
-        """Return the bundle's inputs and outputs by the file's own names, for files that do not describe them."""
-
-        def own(spec: TensorSpec) -> TensorSpec:
-            name = artefact.own_name(spec.name) if artefact else spec.name
-            return TensorSpec(name, spec.dtype, spec.shape)
-
-        return tuple(map(own, entry.model.inputs)), tuple(map(own, entry.model.outputs))
 
 
 def _numbered(count: int) -> tuple[str, ...]:
