@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import graphlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,21 +60,14 @@ def _unchanged_path() -> Iterator[None]:
 
 def _sort_nodes(graph: onnx.GraphProto) -> None:
     """Put each node behind those that it needs, as ONNX demands; the converter appends its casts at the end."""
-    made = {name for node in graph.node for name in node.output if name}
-    ready: set[str] = set()
-    waiting = list(graph.node)
-    ordered: list[onnx.NodeProto] = []
-    while waiting:
-        blocked = []
-        for node in waiting:
-            if names_read([node]) & made <= ready:
-                ordered.append(node)
-                ready.update(node.output)
-            else:
-                blocked.append(node)
-        if len(blocked) == len(waiting):
-            raise ValueError(f'the graph has a cycle through {blocked[0].name!r}')
-        waiting = blocked
-    copies = [type(node).FromString(node.SerializeToString()) for node in ordered]
+    makers = {name: index for index, node in enumerate(graph.node) for name in node.output if name}
+    # Sorted: names come from a set, and the same model is to become the same bytes.
+    needs = {
+        index: sorted(makers[name] for name in names_read([node]) if name in makers)
+        for index, node in enumerate(graph.node)
+    }
+    order = graphlib.TopologicalSorter(needs).static_order()
+    nodes = [graph.node[index] for index in order]
+    copies = [type(node).FromString(node.SerializeToString()) for node in nodes]
     del graph.node[:]
     graph.node.extend(copies)

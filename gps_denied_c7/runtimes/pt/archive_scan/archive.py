@@ -52,11 +52,9 @@ class TorchArchive:
     Hold an archive that was checked.
 
     :param content: the very bytes that were; what is loaded is made from them, never from the path again.
-    :param sha256: their hex digest.
     """
 
     content: bytes = field(repr=False)
-    sha256: str
     kind: ArchiveKind
 
 
@@ -90,7 +88,7 @@ def read_torch_archive(path: Path, sha256: str | None) -> TorchArchive:
         raise EngineDeserializeError(
             f'{path} is refused before torch opens it, since it {error}.', remedy=_REMEDY
         ) from error
-    return TorchArchive(content, found, kind)
+    return TorchArchive(content, kind)
 
 
 def scan_torch_archive(content: bytes, kind: ArchiveKind) -> None:
