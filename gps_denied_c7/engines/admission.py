@@ -61,7 +61,11 @@ class EngineGate:
         :raises EngineSchemaMismatchError: naming the first field that differs, expected and found.
         """
         name = EngineName.parse(path.name)
-        self._compare_host(name.sm, name.tensorrt)
+        _compare('sm', self.host.sm, name.sm)
+        if not same_tensorrt(self.host.tensorrt, name.tensorrt):
+            raise EngineSchemaMismatchError(
+                'tensorrt', expected=self.host.tensorrt, found=name.tensorrt, remedy=REBUILD
+            )
         directory = trusted_directory(path.parent)
         manifest = read_manifest(directory / path.name)
         promised = manifest.engine_name
@@ -78,11 +82,6 @@ class EngineGate:
         _compare('engine_sha256', manifest.engine_sha256, hashlib.sha256(plan).hexdigest())
         _check_plan_header(plan, manifest.tensorrt)
         return AdmittedEngine(plan, manifest, path)
-
-    def _compare_host(self, sm: int, tensorrt: str) -> None:
-        _compare('sm', self.host.sm, sm)
-        if not same_tensorrt(self.host.tensorrt, tensorrt):
-            raise EngineSchemaMismatchError('tensorrt', expected=self.host.tensorrt, found=tensorrt, remedy=REBUILD)
 
 
 def plan_version(plan: bytes) -> str | None:

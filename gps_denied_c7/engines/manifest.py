@@ -12,7 +12,15 @@ from gps_denied_c7.engines.trusted_files import REBUILD, read_trusted
 from gps_denied_c7.errors import EngineSchemaMismatchError
 from gps_denied_c7.tensors import TensorSpec
 
-__all__ = ['EngineManifest', 'EngineName', 'HostProfile', 'manifest_path', 'read_manifest', 'same_tensorrt']
+__all__ = [
+    'EngineManifest',
+    'EngineName',
+    'HostProfile',
+    'manifest_path',
+    'read_manifest',
+    'same_tensorrt',
+    'version_numbers',
+]
 
 _MANIFEST_LIMIT_BYTES = 1 << 20
 
@@ -161,12 +169,13 @@ def read_manifest(engine: Path) -> EngineManifest:
 
 def same_tensorrt(one: str, other: str) -> bool:
     """Tell whether two version texts are of one TensorRT, as far as both say; three numbers at least."""
-    numbers, others = _numbers(one), _numbers(other)
+    numbers, others = version_numbers(one), version_numbers(other)
     # Python's tensorrt gives three numbers, its C library and the plan four: compare what both know.
     known = min(len(numbers), len(others))
     return known >= 3 and numbers[:known] == others[:known]
 
 
-def _numbers(version: str) -> tuple[int, ...]:
+def version_numbers(version: str) -> tuple[int, ...]:
+    """Return the numbers that a version begins with, for comparison."""
     leading = re.match(r'\d+(?:\.\d+)*', version)
     return tuple(int(part) for part in leading[0].split('.')) if leading else ()

@@ -25,6 +25,7 @@ from gps_denied_c7.engines.manifest import (
     manifest_path,
     read_manifest,
     same_tensorrt,
+    version_numbers,
 )
 from gps_denied_c7.engines.trusted_files import read_trusted, trusted_directory
 from gps_denied_c7.errors import C7Error, EngineDeserializeError, EngineSchemaMismatchError
@@ -94,7 +95,7 @@ class EngineCache:
             for engine in _engines_in(directory, host, precision, source_sha256)
             if _takes(engine.manifest, shapes or {})
         ]
-        return max(found, key=lambda engine: _version(engine.manifest.tensorrt), default=None)
+        return max(found, key=lambda engine: version_numbers(engine.manifest.tensorrt), default=None)
 
     def publish(self, plan: bytes, manifest: EngineManifest) -> CachedEngine:
         """
@@ -231,10 +232,6 @@ def _engines_in(
 
 def _takes(manifest: EngineManifest, shapes: Shapes) -> bool:
     return all(spec.takes(shapes[spec.name]) for spec in manifest.inputs if spec.name in shapes)
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in text.split('.'))
 
 
 def _timing_name(host: HostProfile, level: int) -> str:

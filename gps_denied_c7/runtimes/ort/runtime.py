@@ -13,7 +13,7 @@ from gps_denied_c7.engines.admission import AdmittedEngine
 from gps_denied_c7.engines.manifest import same_tensorrt
 from gps_denied_c7.engines.ort_store import BuiltFor, OrtEngineCache
 from gps_denied_c7.engines.store import EngineCache
-from gps_denied_c7.errors import C7Error, EngineDeserializeError, GpuUnavailableError, RuntimeUnavailableError
+from gps_denied_c7.errors import C7Error, EngineDeserializeError, RuntimeUnavailableError
 from gps_denied_c7.model.artefact import Artefact
 from gps_denied_c7.model.onnx_file import OnnxModel, read_onnx
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine
@@ -241,19 +241,16 @@ class OnnxTrtEpRuntime(BaseRuntime[Session]):
             return
         available = ort.get_available_providers()
         needed = [name for name in plan.requested if name != CPU]
-        if set(needed) & set(available):
-            self._require_gpu()
-            return
-        lack = f'{plan.path} needs {" or ".join(needed)}, and this onnxruntime has only {available}.'
-        if self._config.ort_disallow_cpu_fallback:
-            raise EngineDeserializeError(lack, remedy=self._gpu_remedy())
-        # As lasting as a package that is not installed: no later attempt is worth a process of its own.
-        raise RuntimeUnavailableError(self.label, lack, remedy=self._gpu_remedy())
-
-    def _require_gpu(self) -> None:
         try:
+            if not set(needed) & set(available):
+                # As lasting as a package that is not installed: no later attempt is worth a process of its own.
+                raise RuntimeUnavailableError(
+                    self.label,
+                    f'{plan.path} needs {" or ".join(needed)}, and this onnxruntime has only {available}.',
+                    remedy=self._gpu_remedy(),
+                )
             require_gpu(self.label)
-        except GpuUnavailableError as error:
+        except RuntimeUnavailableError as error:
             if self._config.ort_disallow_cpu_fallback:
                 raise EngineDeserializeError(error.message, remedy=_ALLOW_CPU) from error
             raise
