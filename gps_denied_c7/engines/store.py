@@ -89,11 +89,12 @@ class EngineCache:
 
         :param shapes: wanted shape by the file's own input name; None on an axis takes what there is.
         """
+        wanted = shapes or {}
         found = [
             engine
             for directory in self.directories
             for engine in _engines_in(directory, host, precision, source_sha256)
-            if _takes(engine.manifest, shapes or {})
+            if all(spec.takes(wanted[spec.name]) for spec in engine.manifest.inputs if spec.name in wanted)
         ]
         return max(found, key=lambda engine: version_numbers(engine.manifest.tensorrt), default=None)
 
@@ -228,10 +229,6 @@ def _engines_in(
         found = (manifest.engine_name, manifest.source_sha256, manifest.gpu, manifest.platform)
         if found == (name, source_sha256, host.gpu, host.platform):
             yield CachedEngine(path, manifest)
-
-
-def _takes(manifest: EngineManifest, shapes: Shapes) -> bool:
-    return all(spec.takes(shapes[spec.name]) for spec in manifest.inputs if spec.name in shapes)
 
 
 def _timing_name(host: HostProfile, level: int) -> str:

@@ -139,15 +139,13 @@ class Cuda:
 
     def call(self, name: str, *arguments: Any) -> Any:
         """
-        Call a function of the runtime API and return what follows its status: nothing, one value or a tuple.
+        Call a function of the runtime or driver API; return what follows its status: nothing, one value or a tuple.
 
+        :param name: those of the runtime API begin with ``cuda``, the driver's with ``cu``.
         :raises CudaError: the status is not success.
         """
-        return self._checked(name, getattr(self.runtime, name)(*arguments))
-
-    def drive(self, name: str, *arguments: Any) -> Any:
-        """Call a function of the driver API; as :meth:`call`."""
-        return self._checked(name, getattr(self.driver, name)(*arguments))
+        api = self.runtime if name.startswith('cuda') else self.driver
+        return self._checked(name, getattr(api, name)(*arguments))
 
     def refuse(self, call: str, status: Any) -> NoReturn:
         """Raise CudaError for the status that ``call`` returned."""
@@ -271,11 +269,10 @@ class Cuda:
 
     def try_call(self, name: str, *arguments: Any) -> None:
         """Call a function that gives something back; a failure is logged, since nothing can be done about it."""
-        _attempt(self.call, name, arguments)
-
-    def try_drive(self, name: str, *arguments: Any) -> None:
-        """As :meth:`try_call`, of the driver API."""
-        _attempt(self.drive, name, arguments)
+        try:
+            self.call(name, *arguments)
+        except CudaError as error:
+            _log.warning('%s', error)
 
     def _instantiate(self, graph: Any) -> Any:
         if hasattr(self.runtime, 'cudaGraphInstantiateWithFlags'):
@@ -302,13 +299,6 @@ class Cuda:
 def address_of(array: NDArray) -> int:
     """Return where the first value of ``array`` lies."""
     return int(array.__array_interface__['data'][0])
-
-
-def _attempt(call: Callable[..., Any], name: str, arguments: tuple[Any, ...]) -> None:
-    try:
-        call(name, *arguments)
-    except CudaError as error:
-        _log.warning('%s', error)
 
 
 def _text(value: Any) -> str:

@@ -94,8 +94,8 @@ class FiniteCheck:
         self._cuda = cuda
         self._found = cuda.pinned((1,), np.uint32)
         self._stream = cuda.driver.CUstream(int(stream))
-        self._module: Any = cuda.drive('cuModuleLoadData', _KERNEL + b'\0')
-        self._kernel = cuda.drive('cuModuleGetFunction', self._module, _KERNEL_NAME)
+        self._module: Any = cuda.call('cuModuleLoadData', _KERNEL + b'\0')
+        self._kernel = cuda.call('cuModuleGetFunction', self._module, _KERNEL_NAME)
         self._launches = [self._launch(*check) for check in checks]
 
     @classmethod
@@ -155,7 +155,7 @@ class FiniteCheck:
         """Unload the kernel; safe to repeat."""
         module, self._module = self._module, None
         if module is not None:
-            self._cuda.try_drive('cuModuleUnload', module)
+            self._cuda.try_call('cuModuleUnload', module)
 
     def _launch(self, address: int, size: int, dtype: str) -> tuple[int, tuple[Any, ...], Any]:
         """Return the grid, and what a launch passes, in memory that stays where it is."""
