@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -18,12 +18,17 @@ __all__ = ['COLOURS', 'LETTERBOX_ANCHORS', 'LETTERBOX_SCALINGS', 'Interpolation'
 
 COLOURS = {'gray': 1, 'rgb': 3, 'bgr': 3}
 """Channels of a network's input by what they hold."""
-_LAYOUTS = ('nchw', 'nhwc')
-_DTYPES = ('float32', 'float16', 'uint8')
 LETTERBOX_ANCHORS = ('centre', 'top_left')
 """Where the image lies in a letterbox; of an odd border, the centre leaves the larger part right and below."""
 LETTERBOX_SCALINGS = ('fit', 'shrink')
 """Whether an image smaller than the letterbox is enlarged (``fit``) or not (``shrink``, YOLO's ``scaleup=False``)."""
+_CHOICES: Mapping[str, Collection[str]] = {
+    'letterbox_anchor': LETTERBOX_ANCHORS,
+    'letterbox_scaling': LETTERBOX_SCALINGS,
+    'colour': COLOURS,
+    'layout': ('nchw', 'nhwc'),
+    'dtype': ('float32', 'float16', 'uint8'),
+}
 
 
 class ResizeMode(str, Enum):
@@ -106,15 +111,11 @@ class PreprocessingSpec:
     def __post_init__(self) -> None:
         for name in ('width', 'height'):
             _check_side(name, getattr(self, name))
-        _check_choice('resize', self.resize, [mode.value for mode in ResizeMode])
-        object.__setattr__(self, 'resize', ResizeMode(self.resize))
-        _check_choice('interpolation', self.interpolation, [mode.value for mode in Interpolation])
-        object.__setattr__(self, 'interpolation', Interpolation(self.interpolation))
-        _check_choice('letterbox_anchor', self.letterbox_anchor, list(LETTERBOX_ANCHORS))
-        _check_choice('letterbox_scaling', self.letterbox_scaling, list(LETTERBOX_SCALINGS))
-        _check_choice('colour', self.colour, list(COLOURS))
-        _check_choice('layout', self.layout, list(_LAYOUTS))
-        _check_choice('dtype', self.dtype, list(_DTYPES))
+        for name, modes in (('resize', ResizeMode), ('interpolation', Interpolation)):
+            _check_choice(name, getattr(self, name), [mode.value for mode in modes])
+            object.__setattr__(self, name, modes(getattr(self, name)))
+        for name, known in _CHOICES.items():
+            _check_choice(name, getattr(self, name), list(known))
         for name in ('mean', 'std'):
             object.__setattr__(self, name, _per_channel(name, getattr(self, name), self.channels))
         for name in ('scale', 'pad_value'):
