@@ -67,7 +67,7 @@ class TensorIo(ABC):
             if not self.placed:
                 raise
             outputs = self._run_surprised(inputs, error)
-        for name in self._order[len(self.placed) :]:
+        for name in self._free:
             if any(np.may_share_memory(outputs[name], array) for array in inputs.values()):
                 # The caller owns the request's memory, and may fill it again while this answer is read.
                 outputs[name] = outputs[name].copy()
@@ -132,22 +132,21 @@ class TensorIo(ABC):
 
     def _bind_outputs(self) -> None:
         self._binding.clear_binding_outputs()
-        # The binding returns outputs in the order in which they were bound first.
-        self._order = (*sorted(self.placed), *(name for name in self._names if name not in self.placed))
+        self._free = tuple(name for name in self._names if name not in self._outputs)
         for name in sorted(self.placed):
             self._bind_place(name)
 
     def _bind_free(self) -> None:
         # Bound again each time: what the last run has put there would be taken for a buffer of the wanted size.
-        for name in self._order[len(self.placed) :]:
+        for name in self._free:
             self._binding.bind_output(name)
 
     def _fetch_free(self) -> dict[str, NDArray]:
-        count = len(self.placed)
-        if count == len(self._order):
+        if not self._free:
             return {}
-        values = self._binding.get_outputs()[count:]
-        return {name: value.numpy() for name, value in zip(self._order[count:], values, strict=True)}
+        # The binding returns outputs in the order in which they were bound first, these after those in their places.
+        values = self._binding.get_outputs()[-len(self._free) :]
+        return {name: value.numpy() for name, value in zip(self._free, values, strict=True)}
 
 
 class HostIo(TensorIo):
