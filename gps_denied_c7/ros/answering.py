@@ -17,9 +17,9 @@ from gps_denied_c7.pipeline.image_share import ImageShare
 from gps_denied_c7.pipeline.mailbox import FrameSlots
 from gps_denied_c7.pipeline.model_swap import ModelSwapper, SwapOwner
 from gps_denied_c7.pipeline.pipeline import FramePipeline, FrameResult, InferenceThread, ServedModel
+from gps_denied_c7.ros.callbacks import CallbackGuard
 from gps_denied_c7.ros.events import EventReporter
 from gps_denied_c7.ros.frame_policy import FrameDropPolicy
-from gps_denied_c7.ros.guard import CallbackGuard
 from gps_denied_c7.ros.image_stream import ImageStream
 from gps_denied_c7.ros.messages import decode_message
 from gps_denied_c7.ros.rcl import Rcl

@@ -14,13 +14,13 @@ from gps_denied_c7.monitoring.thermal import ThermalLevel, ThermalState
 from gps_denied_c7.pipeline.image_share import CameraCost
 from gps_denied_c7.pipeline.mailbox import Frame
 from gps_denied_c7.ros.diagnostics import SHARE_REMEDY
-from gps_denied_c7.ros.guard import RateLimiter
 from gps_denied_c7.ros.image_stream import queue_depth
 from gps_denied_c7.text import with_traceback
 
-__all__ = ['EventReporter']
+__all__ = ['EventReporter', 'RateLimiter']
 
 _WARN_EVERY_S = 5.0
+_MOST_KEYS = 1000
 
 
 class EventReporter:
@@ -162,3 +162,24 @@ class EventReporter:
 
 def _since_s(then_ns: int | None) -> float | None:
     return None if then_ns is None else (time.monotonic_ns() - then_ns) / 1e9
+
+
+class RateLimiter:
+    """Let one event per key pass in each window and count the rest."""
+
+    def __init__(self, window_s: float) -> None:
+        self._window_s = window_s
+        self._seen: dict[Any, tuple[float, int]] = {}
+
+    def pass_now(self, key: Any) -> int | None:
+        """Return how many events of ``key`` were held back since the last that passed; None holds this one back."""
+        now = time.monotonic()
+        if len(self._seen) > _MOST_KEYS:
+            # Keys may hold names from outside, of which there is no end.
+            self._seen = {key: seen for key, seen in self._seen.copy().items() if now - seen[0] < self._window_s}
+        last, held = self._seen.get(key, (float('-inf'), 0))
+        if now - last < self._window_s:
+            self._seen[key] = (last, held + 1)
+            return None
+        self._seen[key] = (now, 0)
+        return held

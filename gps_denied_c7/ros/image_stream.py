@@ -20,8 +20,7 @@ from sensor_msgs.msg import CompressedImage, Image
 from gps_denied_c7.errors import ConfigError, ImageRejectedError
 from gps_denied_c7.monitoring.metrics import Statistics
 from gps_denied_c7.pipeline.mailbox import Frame, FrameSlots
-from gps_denied_c7.ros.executor import PromptCallbackGroup, yield_gil
-from gps_denied_c7.ros.guard import CallbackGuard
+from gps_denied_c7.ros.callbacks import CallbackGuard, PromptCallbackGroup, yield_gil
 from gps_denied_c7.ros.loss_counter import MessagesLost, MissedMessages
 from gps_denied_c7.ros.messages import (
     ReceivedImage,

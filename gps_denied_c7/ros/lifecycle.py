@@ -13,7 +13,7 @@ from rclpy.lifecycle import LifecycleNodeMixin, LifecycleState, TransitionCallba
 from rclpy.node import Node
 
 from gps_denied_c7.errors import C7Error
-from gps_denied_c7.ros.guard import CallbackGuard
+from gps_denied_c7.ros.callbacks import CallbackGuard
 from gps_denied_c7.ros.plain_logger import PlainLogger
 from gps_denied_c7.text import with_traceback
 

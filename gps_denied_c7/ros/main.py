@@ -17,8 +17,8 @@ from rclpy.signals import SignalHandlerOptions
 
 from gps_denied_c7.monitoring.thermal import ThermalSource
 from gps_denied_c7.monitoring.thermal_sources import find_thermal_source
+from gps_denied_c7.ros.callbacks import PoolExecutor
 from gps_denied_c7.ros.dds_memory import sweep_segments, transport_warnings
-from gps_denied_c7.ros.executor import PoolExecutor
 from gps_denied_c7.ros.fastdds import (
     apply_profile,
     free_taken_messages,

@@ -30,7 +30,7 @@ from sensor_msgs.msg import Image
 
 from gps_denied_c7.demo import ros_domain
 from gps_denied_c7.monitoring.flight_record import in_order
-from gps_denied_c7.ros.executor import PoolExecutor
+from gps_denied_c7.ros.callbacks import PoolExecutor
 from gps_denied_c7.ros.fastdds import named_profile, ports_in_force
 from gps_denied_c7.ros.flight_recorder import FDR_QOS
 from gps_denied_c7.ros.node import DEFAULT_NODE_NAME, TENSORS_QOS, C7InferenceNode

@@ -1,27 +1,58 @@
-"""Run callbacks in a few threads, each of them once (N-4, N-5)."""
+"""How callbacks run: in a few threads, each of them once, and none lets an exception out (N-4, N-5)."""
 
 from __future__ import annotations
 
+import functools
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
 from rclpy.context import Context
 from rclpy.exceptions import InvalidHandle
 from rclpy.executors import Executor, ExternalShutdownException, ShutdownException, TimeoutException
 
-__all__ = ['PoolExecutor', 'PromptCallbackGroup', 'yield_gil']
+__all__ = ['CallbackGuard', 'PoolExecutor', 'PromptCallbackGroup', 'yield_gil']
 
 # stop, and whatever else changes what is waited for, ends a wait; this is for what might not.
 _WAKE_S = 1.0
 _YIELD_S = 0.001
 _PAUSE_S = 0.001
 
+Callback = TypeVar('Callback', bound=Callable[..., Any])
+
 # Seconds for which the callback of a thread has yielded so far.
 _yielded = threading.local()
+
+
+class CallbackGuard:
+    """
+    Wrap callbacks so that an exception is reported instead of ending ``spin()``.
+
+    :param report: takes the callback's name and the exception; must not raise.
+    """
+
+    def __init__(self, report: Callable[[str, Exception], None]) -> None:
+        self._report = report
+
+    def __call__(self, name: str, callback: Callback) -> Callback:
+        """
+        Return ``callback`` guarded; a failed call returns its last argument if that is a service response.
+
+        rclpy looks at the signature to decide what a callback receives, so the wrapper keeps it.
+        """
+
+        @functools.wraps(callback)
+        def guarded(*args: Any) -> Any:
+            try:
+                return callback(*args)
+            except Exception as error:
+                self._report(name, error)
+                return args[1] if len(args) == 2 else None
+
+        return guarded  # type: ignore[return-value]
 
 
 def yield_gil() -> None:

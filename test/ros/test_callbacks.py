@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
 import time
 from types import SimpleNamespace
@@ -10,8 +11,8 @@ import pytest
 import rclpy
 from rclpy.callback_groups import ReentrantCallbackGroup
 
-from gps_denied_c7.ros import executor as executors
-from gps_denied_c7.ros.executor import PoolExecutor, PromptCallbackGroup
+from gps_denied_c7.ros import callbacks
+from gps_denied_c7.ros.callbacks import CallbackGuard, PoolExecutor, PromptCallbackGroup
 from support.harness import wait_until
 
 
@@ -189,7 +190,7 @@ def test_a_prompt_callback_is_followed_by_what_is_left_of_a_pause(ros_context, m
 
     def prompt():
         for _ in range(times):
-            executors.yield_gil()
+            callbacks.yield_gil()
         slept.clear()
 
     node = rclpy.create_node('prompt', context=ros_context)
@@ -197,7 +198,7 @@ def test_a_prompt_callback_is_followed_by_what_is_left_of_a_pause(ros_context, m
     executor.add_node(node)
     guard = node.create_guard_condition(prompt, callback_group=PromptCallbackGroup())
     with monkeypatch.context() as patched:
-        patched.setattr(executors, 'time', SimpleNamespace(sleep=slept.append))
+        patched.setattr(callbacks, 'time', SimpleNamespace(sleep=slept.append))
         # What was given way before is no part of the next one's.
         for _ in range(2):
             guard.trigger()
@@ -207,3 +208,41 @@ def test_a_prompt_callback_is_followed_by_what_is_left_of_a_pause(ros_context, m
             slept.clear()
     executor.shutdown()
     node.destroy_node()
+
+
+@pytest.fixture
+def reported():
+    return []
+
+
+@pytest.fixture
+def guard(reported):
+    return CallbackGuard(lambda name, error: reported.append((name, error)))
+
+
+def test_an_exception_is_reported_and_kept_in(guard, reported):
+    def broken(message):
+        raise RuntimeError(message)
+
+    assert guard('subscription', broken)('boom') is None
+    ((name, error),) = reported
+    assert name == 'subscription' and str(error) == 'boom'
+
+
+def test_a_failed_service_still_answers(guard):
+    def broken(request, response):
+        raise RuntimeError
+
+    assert guard('service', broken)('request', 'response') == 'response'
+
+
+def test_the_signature_stays_since_rclpy_looks_at_it(guard):
+    def with_info(message, info):
+        """Take both."""
+
+    assert list(inspect.signature(guard('x', with_info)).parameters) == ['message', 'info']
+
+
+def test_a_result_passes_through(guard, reported):
+    assert guard('x', lambda message: message + 1)(1) == 2
+    assert reported == []
