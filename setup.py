@@ -239,7 +239,7 @@ setup(
     cmdclass={'build': BuildWithMessages, 'install': InstallWithMessages, 'develop': DevelopWithMessages},
     entry_points={
         'console_scripts': [
-            'c7_inference_node = gps_denied_c7.ros.main:main',
+            'c7_inference_node = gps_denied_c7.ros.node_main:main',
             'c7_replay = gps_denied_c7.ros.replay:main',
             'c7_demo = gps_denied_c7.demo.run:main',
             'c7_bench = gps_denied_c7.bench.run:main',

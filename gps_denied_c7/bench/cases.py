@@ -39,6 +39,7 @@ SHIPPED_TRANSPORT = 'shipped'
 DEFAULT_TRANSPORT = 'default'
 
 JPEG = 'jpeg'
+_NODE = 'gps_denied_c7.ros.node_main'
 
 IMAGE_SIZE, CAMERAS, OUTPUT_SIZE, RATE = 'image size', 'cameras', 'output size', 'rate'
 
@@ -71,7 +72,7 @@ class Contestant:
     @property
     def is_node(self) -> bool:
         """Whether it is this package's node."""
-        return self.module == 'gps_denied_c7.ros.main'
+        return self.module == _NODE
 
 
 CONTESTANTS = (
@@ -89,8 +90,8 @@ CONTESTANTS = (
         'gps_denied_c7.bench.forty_lines',
         arguments=('--ort-defaults',),
     ),
-    Contestant(IN_PROCESS, 'this node, isolation none', 'gps_denied_c7.ros.main', parameters={'isolation': 'none'}),
-    Contestant(SHIPPED, 'this node as shipped', 'gps_denied_c7.ros.main'),
+    Contestant(IN_PROCESS, 'this node, isolation none', _NODE, parameters={'isolation': 'none'}),
+    Contestant(SHIPPED, 'this node as shipped', _NODE),
 )
 
 _USUAL = (BARE, FORTY_LINES, IN_PROCESS, SHIPPED)

@@ -168,7 +168,7 @@ class _Run:
                 )
                 arguments = ['--ros-args', '--params-file', str(parameters)]
                 node = stack.enter_context(
-                    Child('gps_denied_c7.ros.main', arguments, environ, log=output / 'node.log')
+                    Child('gps_denied_c7.ros.node_main', arguments, environ, log=output / 'node.log')
                 )
                 wait_for(
                     lambda: feed.values('Runtime').get('lifecycle_state') == 'active',

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 import time
 from typing import Any
 
@@ -46,6 +45,7 @@ from gps_denied_c7.ros.parameter_table import WITH_MODEL
 from gps_denied_c7.ros.parameters import NodeParameters
 from gps_denied_c7.ros.rcl import load_rcl
 from gps_denied_c7.ros.settings import LiveSettings, NodeSettings
+from gps_denied_c7.ros.shutdown import end_in_time
 from gps_denied_c7.ros.stream_health import answered_of, stream_health
 from gps_denied_c7.ros.tensor_publisher import TensorPublisher
 
@@ -55,9 +55,6 @@ DEFAULT_NODE_NAME = 'c7_inference'
 TENSORS_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.RELIABLE)
 
 _DRAIN_S = 0.5
-# Of the time for an end: the part after which the current frame is abandoned, and the part for the last record.
-_END_FRAME_S = 1.6
-_SAY_GOODBYE_S = 1.0
 
 
 class C7InferenceNode(ResponsiveLifecycleNode):
@@ -181,27 +178,17 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         deadline = time.monotonic() + timeout_s
         self.ending = True
         self._autostart.stop()
-        done = threading.Event()
-
-        def shut_down() -> None:
-            if self.lifecycle_state != 'finalized':
-                self.transition('shutdown')
-            done.set()
-
-        try:
-            threading.Thread(target=shut_down, name='c7-shutdown', daemon=True).start()
-        except RuntimeError:
-            # No memory for one more thread: shut down in this one, which may be cut short.
-            shut_down()
-        for_frame_s = max(0.0, timeout_s - _END_FRAME_S)
-        if not done.wait(for_frame_s):
-            self._model.abandon_frame()
-        clean = done.wait(max(0.0, timeout_s - for_frame_s - _SAY_GOODBYE_S)) and not self._left_behind
+        in_time = end_in_time(self._shut_down, self._model.abandon_frame, timeout_s)
+        clean = in_time and not self._left_behind
         self._flight_recorder().recorder.flush(force=True)
         self.record('c7.session_ended', reason=reason, clean=clean, lifecycle_state=self.lifecycle_state)
         # Fast DDS acknowledges with its heartbeats, seconds apart; what was sent is out long before that.
         self._flight_recorder().drain(min(_DRAIN_S, max(0.0, deadline - time.monotonic())))
         return clean
+
+    def _shut_down(self) -> None:
+        if self.lifecycle_state != 'finalized':
+            self.transition('shutdown')
 
     def record(self, kind: str, **payload: Any) -> None:
         """Write a flight record."""

@@ -24,7 +24,7 @@ from rclpy.signals import SignalHandlerOptions
 from gps_denied_c7.monitoring.flight_record import read_payload
 from gps_denied_c7.ros.fastdds import apply_profile, tune_allocator
 from gps_denied_c7.ros.messages import stage_durations
-from gps_denied_c7.ros.signals import on_first_signal
+from gps_denied_c7.ros.shutdown import on_first_signal
 
 __all__ = ['Observer', 'main']
 

@@ -23,7 +23,7 @@ from gps_denied_c7.ros.dds_memory import transport_warnings
 from gps_denied_c7.ros.fastdds import apply_profile, tune_allocator
 from gps_denied_c7.ros.replay_report import ReplayReport
 from gps_denied_c7.ros.replayer import DEFAULT_MAX_GAP_S, DEFAULT_WAIT_S, Replayer, ReplayOptions
-from gps_denied_c7.ros.signals import on_first_signal
+from gps_denied_c7.ros.shutdown import on_first_signal
 from gps_denied_c7.text import plain
 
 __all__ = ['main']

@@ -26,7 +26,7 @@ import sys
 import rclpy.context
 
 rclpy.context.Context.destroy = lambda self: self._Context__context.destroy_when_not_in_use()
-from gps_denied_c7.ros.main import main
+from gps_denied_c7.ros.node_main import main
 
 sys.exit(main())
 """
@@ -87,9 +87,9 @@ def test_n8_ctrl_c_at_any_moment_of_the_start_logs_no_error(seed, tmp_path):
     """A terminal sends it to the whole group; launch to the node. Engines are loaded beside just then."""
     chooser = random.Random(seed)
     with free_domain_id() as domain_id, tempfile.NamedTemporaryFile('w+') as log:
-        words = [sys.executable, '-m', 'gps_denied_c7.ros.main', '--ros-args', '-p', f'model_path:={copying(tmp_path)}']
+        words = [sys.executable, '-m', 'gps_denied_c7.ros.node_main', '--ros-args', '-p', 'autostart:=true']
         process = subprocess.Popen(
-            [*words, '-p', 'autostart:=true', '-p', 'cpu_threads:=1'],
+            [*words, '-p', f'model_path:={copying(tmp_path)}', '-p', 'cpu_threads:=1'],
             stdout=log, stderr=subprocess.STDOUT, env=environment(domain_id), cwd='/', start_new_session=True,
         )  # fmt: skip
         try:

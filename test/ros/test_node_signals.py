@@ -151,7 +151,7 @@ def test_n8_a_second_signal_changes_nothing(tmp_path):
 
 def wrapped(command, *arguments, domain_id, **env):
     """Start the node by a shell ``command`` that ends in ``exec "$@"``."""
-    words = [sys.executable, '-m', 'gps_denied_c7.ros.main', *arguments]
+    words = [sys.executable, '-m', 'gps_denied_c7.ros.node_main', *arguments]
     environment = {name: value for name, value in os.environ.items() if name not in ('HOME', 'ROS_HOME', 'ROS_LOG_DIR')}
     environment |= {
         'PYTHONPATH': os.pathsep.join([str(ROOT), os.environ.get('PYTHONPATH', '')]),

@@ -41,7 +41,7 @@ def test_the_node_and_its_workers_stay_on_this_host_and_in_the_named_directories
     trace, cache, logs = Trace(tmp_path / 'trace'), tmp_path / 'cache', tmp_path / 'logs'
     monkeypatch.setenv('ROS_LOG_DIR', str(logs))
     executable = shutil.which('c7_inference_node')
-    node = [executable] if executable else [sys.executable, '-m', 'gps_denied_c7.ros.main']
+    node = [executable] if executable else [sys.executable, '-m', 'gps_denied_c7.ros.node_main']
     start = subprocess.Popen
 
     def start_traced(words, **options):

@@ -361,7 +361,7 @@ class NodeProcess:
     def __init__(
         self, domain_id: int, parameters: dict[str, Any] | None = None, arguments: tuple[str, ...] = (), **env: str
     ) -> None:
-        words = [sys.executable, '-m', 'gps_denied_c7.ros.main', '--ros-args', *arguments]
+        words = [sys.executable, '-m', 'gps_denied_c7.ros.node_main', '--ros-args', *arguments]
         for name, value in (parameters or {}).items():
             words += ['-p', f'{name}:={json.dumps(value)}']
         self.log = tempfile.NamedTemporaryFile('w+', suffix='.log', prefix='c7-node-')  # noqa: SIM115

@@ -13,7 +13,7 @@ from support.harness import ROOT
 # A main thread that is under the lock of the event nearly all the time.
 WAITS = """
 import signal, sys, threading
-from gps_denied_c7.ros.signals import on_first_signal
+from gps_denied_c7.ros.shutdown import on_first_signal
 stop, heard = threading.Event(), []
 def note(number):
     heard.append(number)

@@ -6,11 +6,9 @@ import contextlib
 import gc
 import logging
 import os
-import signal
 import stat
 import sys
 import threading
-import time
 
 import rclpy
 from rclpy.signals import SignalHandlerOptions
@@ -26,13 +24,12 @@ from gps_denied_c7.ros.fastdds import (
 )
 from gps_denied_c7.ros.log import forward_to, log_files_problem
 from gps_denied_c7.ros.node import DEFAULT_NODE_NAME, C7InferenceNode
-from gps_denied_c7.ros.signals import on_first_signal
+from gps_denied_c7.ros.shutdown import NodeStop
 from gps_denied_c7.text import plain
 
 __all__ = ['main']
 
 _END_S = 3.0
-_GIVE_UP_S = 3.6
 _THREADS = 4
 
 _HELP = f"""usage: c7_inference_node [-h] [--ros-args ...]
@@ -58,33 +55,6 @@ It ends with SIGINT (Ctrl-C) or SIGTERM, and exits with 0; with 2 where the comm
 """
 
 
-class _Stop:
-    """
-    Turn the first SIGINT, SIGTERM or SIGHUP into a clean shutdown within 4 s (N-8).
-
-    SIGHUP, which a terminal that is closed sends, is left alone where it was ignored before, as by nohup.
-    """
-
-    def __init__(self) -> None:
-        self._asked = threading.Event()
-        self.reason = ''
-        ending = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
-            ending.append(signal.SIGHUP)
-        on_first_signal(ending, self._end)
-
-    def _end(self, number: signal.Signals) -> None:
-        self.reason = number.name
-        self._asked.set()
-        # An engine or a DDS teardown that hangs must not hold the process; all records are out by now.
-        time.sleep(_GIVE_UP_S)
-        os._exit(0)
-
-    def wait(self) -> None:
-        """Wait for a signal."""
-        self._asked.wait()
-
-
 def main(args: list[str] | None = None) -> int:
     """
     Run the node until SIGINT, SIGTERM or SIGHUP.
@@ -107,7 +77,7 @@ def main(args: list[str] | None = None) -> int:
     free_taken_messages(os.environ, profile.path)
     tune_allocator()
     swept = sweep_segments()
-    stop = _Stop()
+    stop = NodeStop()
     no_log_files = log_files_problem(os.environ)
     if no_log_files:
         args = [*(sys.argv if args is None else args), '--ros-args', '--disable-external-lib-logs']
@@ -148,7 +118,7 @@ def _asks_for_help(arguments: list[str]) -> bool:
     return bool({'-h', '--help'}.intersection(own))
 
 
-def _run(node: C7InferenceNode, thermal: ThermalSource, stop: _Stop, notices: tuple[str, ...]) -> bool:
+def _run(node: C7InferenceNode, thermal: ThermalSource, stop: NodeStop, notices: tuple[str, ...]) -> bool:
     """Spin ``node`` until ``stop``, end it, and return whether nothing was left behind."""
     logging_bridge = forward_to(node.get_logger())
     executor = PoolExecutor(_THREADS, on_escape=lambda error: node.report_callback_failure('executor', error))
