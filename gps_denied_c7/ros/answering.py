@@ -20,11 +20,11 @@ from gps_denied_c7.pipeline.pipeline import FramePipeline, FrameResult, Inferenc
 from gps_denied_c7.ros.callbacks import CallbackGuard
 from gps_denied_c7.ros.events import EventReporter
 from gps_denied_c7.ros.frame_policy import FrameDropPolicy
-from gps_denied_c7.ros.image_stream import ImageStream
+from gps_denied_c7.ros.image_subscription import ImageSubscription
+from gps_denied_c7.ros.image_topics import ImageTopics, compressed_decoder
 from gps_denied_c7.ros.messages import decode_message
 from gps_denied_c7.ros.rcl import Rcl
 from gps_denied_c7.ros.settings import LiveSettings, NodeSettings
-from gps_denied_c7.ros.stream_set import StreamSet, compressed_decoder
 
 __all__ = ['Answering', 'AnsweringParts']
 
@@ -100,16 +100,6 @@ class Answering:
         self._inference.start()
         self.streams.open()
 
-    def look(self) -> None:
-        """Follow publishers and the cost of images; called regularly, from one thread."""
-        events, streams = self._parts.events, self.streams
-        streams.look()
-        for topic in streams.topics:
-            for problem in streams.mismatches(topic):
-                events.mismatch(topic, problem)
-        for cost in streams.share.changes():
-            events.share_changed(cost)
-
     def close(self, left_behind: Callable[[str], object]) -> None:
         """
         Cancel a swap, end the streams and finish the current frame; may be repeated after a failure.
@@ -123,24 +113,22 @@ class Answering:
         if not self._inference.stop(_FINISH_FRAME_S):
             left_behind(f'the current frame is still not answered after {_FINISH_FRAME_S:.0f} s')
 
-    def _make_streams(self, types: dict[str, str]) -> StreamSet:
+    def _make_streams(self, types: dict[str, str]) -> ImageTopics:
         parts = self._parts
-        return StreamSet(
+        return ImageTopics(
             self._node,
             types,
             slots=self._slots,
             share=self._share,
             open_stream=functools.partial(
-                ImageStream,
+                ImageSubscription,
                 self._node,
                 statistics=parts.statistics,
                 admits=self._share.admits,
                 rcl=parts.rcl,
                 guard=parts.guard,
                 live=parts.live,
-                on_refused=parts.events.refused,
-                on_time_reset=parts.events.time_reset,
-                on_overrun=parts.events.overrun,
+                events=parts.events,
             ),
             make_decoder=functools.partial(compressed_decoder, settings=self._settings),
             make_local_decoder=lambda: LocalDecoder(functools.partial(decode_message, scratch=Scratch())),
@@ -154,5 +142,5 @@ class Answering:
                 on_refused=parts.events.refused,
                 statistics=parts.statistics,
             ),
-            on_retyped=parts.events.retyped,
+            events=parts.events,
         )

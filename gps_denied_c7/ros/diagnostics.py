@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,21 +15,25 @@ from rclpy.node import Node
 
 from gps_denied_c7.failover.memory_budget import GpuMemoryBudget
 from gps_denied_c7.failover.status import ChainState, ChainStatus
-from gps_denied_c7.monitoring.metrics import Percentiles, StreamCounters
+from gps_denied_c7.monitoring.metrics import Percentiles, StatisticsSnapshot, StreamCounters
 from gps_denied_c7.monitoring.thermal import ThermalLevel, ThermalState
 from gps_denied_c7.monitoring.thermal_policy import ThermalPolicy
 from gps_denied_c7.pipeline.image_share import CameraCost
 from gps_denied_c7.pipeline.model_swap import SwapStatus
+from gps_denied_c7.ros.events import SHARE_REMEDY, EventReporter
+from gps_denied_c7.ros.frame_policy import FrameDropPolicy
+from gps_denied_c7.ros.image_subscription import queue_depth
+from gps_denied_c7.ros.image_topics import ImageTopics, type_name
 from gps_denied_c7.runtimes.protocol import BuildProgress
 from gps_denied_c7.text import plain
 
 __all__ = [
-    'SHARE_REMEDY',
     'DiagnosticsPublisher',
     'Report',
     'StreamHealth',
     'latency_report',
     'runtime_report',
+    'stream_health',
     'stream_report',
     'thermal_report',
 ]
@@ -80,17 +85,42 @@ class StreamHealth:
     cost: CameraCost | None = None
 
 
-SHARE_REMEDY = (
-    'Lower the rate or size of its images, publish baseline JPEG in place of progressive JPEG or PNG, or raise '
-    'image_cpu_share.'
-)
-"""What to do about a camera that is slowed."""
-
 _MOST_VALUES = 256
 _SILENT_S = 2.0
 _TROUBLE_LASTS_S = 3.0
 _TOO_OLD_IN_A_ROW = 10
 _LOSS_REMEDY = "large images need the node's DDS profile in the camera driver too"
+
+
+def stream_health(
+    topic: str,
+    snapshot: StatisticsSnapshot,
+    streams: ImageTopics | None,
+    events: EventReporter,
+    policy: FrameDropPolicy,
+) -> StreamHealth:
+    """
+    Return the state of one topic now.
+
+    :param streams: None while they are closed.
+    """
+    stream = streams.stream(topic) if streams is not None else None
+    now_ns = time.monotonic_ns()
+    since_ns = (stream.last_received_ns or stream.opened_ns) if stream else now_ns
+    lost_ns = stream.last_lost_ns if stream else None
+    return StreamHealth(
+        topic=topic,
+        counters=snapshot.streams.get(topic, StreamCounters()),
+        silent_s=(now_ns - since_ns) / 1e9,
+        refused_s=events.refused_s(topic),
+        unanswered_s=events.unanswered_s(topic),
+        lost_s=None if lost_ns is None else (now_ns - lost_ns) / 1e9,
+        too_old=policy.too_old_in_a_row(topic),
+        mismatches=streams.mismatches(topic) if streams is not None else (),
+        queue_depth=queue_depth(stream.qos) if stream else 'closed',
+        message_type=type_name(stream.message_type) if stream else '',
+        cost=streams.share.cost(topic) if streams is not None else None,
+    )
 
 
 def runtime_report(

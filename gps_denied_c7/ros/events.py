@@ -6,18 +6,20 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from rclpy.qos import QoSProfile
-
 from gps_denied_c7.errors import C7Error, ImageRejectedError
 from gps_denied_c7.monitoring.metrics import Statistics
 from gps_denied_c7.monitoring.thermal import ThermalLevel, ThermalState
 from gps_denied_c7.pipeline.image_share import CameraCost
 from gps_denied_c7.pipeline.mailbox import Frame
-from gps_denied_c7.ros.diagnostics import SHARE_REMEDY
-from gps_denied_c7.ros.image_stream import queue_depth
 from gps_denied_c7.text import with_traceback
 
-__all__ = ['EventReporter', 'RateLimiter']
+__all__ = ['SHARE_REMEDY', 'EventReporter', 'RateLimiter']
+
+SHARE_REMEDY = (
+    'Lower the rate or size of its images, publish baseline JPEG in place of progressive JPEG or PNG, or raise '
+    'image_cpu_share.'
+)
+"""What to do about a camera that is slowed."""
 
 _WARN_EVERY_S = 5.0
 _MOST_KEYS = 1000
@@ -92,9 +94,9 @@ class EventReporter:
                 f'{topic}: header stamps jumped back by {backwards_s:.1f} s; the node continues from there{more}'
             )
 
-    def overrun(self, topic: str, qos: QoSProfile, keeps_newest: bool) -> None:
+    def overrun(self, topic: str, queue_depth: str, *, keeps_newest: bool) -> None:
         """Report a queue of the middleware that is full again and again."""
-        self._record('c7.stream_overrun', topic=topic, queue_depth=queue_depth(qos), keeps_newest=keeps_newest)
+        self._record('c7.stream_overrun', topic=topic, queue_depth=queue_depth, keeps_newest=keeps_newest)
         if self._more((topic, 'overrun')) is None:
             return
         override = f'qos_overrides.{topic}.subscription'

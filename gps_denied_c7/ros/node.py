@@ -19,7 +19,7 @@ from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.cpu_latency import CpuWakeup
 from gps_denied_c7.monitoring.flight_record import cause_of
 from gps_denied_c7.monitoring.host_info import describe_gpu, hardware_id, package_versions
-from gps_denied_c7.monitoring.metrics import Statistics
+from gps_denied_c7.monitoring.metrics import Statistics, StatisticsSnapshot
 from gps_denied_c7.monitoring.thermal import ThermalStatePublisher, UnknownThermalState
 from gps_denied_c7.monitoring.thermal_policy import ThermalPolicy
 from gps_denied_c7.pipeline.chain_factory import ChainFactory
@@ -32,13 +32,14 @@ from gps_denied_c7.ros.diagnostics import (
     Report,
     latency_report,
     runtime_report,
+    stream_health,
     stream_report,
     thermal_report,
 )
 from gps_denied_c7.ros.events import EventReporter
 from gps_denied_c7.ros.flight_recorder import FlightRecorder
 from gps_denied_c7.ros.frame_policy import FrameDropPolicy
-from gps_denied_c7.ros.image_stream import resolve_topics
+from gps_denied_c7.ros.image_topics import resolve_topics
 from gps_denied_c7.ros.lifecycle import ResponsiveLifecycleNode
 from gps_denied_c7.ros.loaded_model import LoadedModel
 from gps_denied_c7.ros.parameter_table import WITH_MODEL
@@ -46,7 +47,6 @@ from gps_denied_c7.ros.parameters import NodeParameters
 from gps_denied_c7.ros.rcl import load_rcl
 from gps_denied_c7.ros.settings import LiveSettings, NodeSettings
 from gps_denied_c7.ros.shutdown import end_in_time
-from gps_denied_c7.ros.stream_health import answered_of, stream_health
 from gps_denied_c7.ros.tensor_publisher import TensorPublisher
 
 __all__ = ['DEFAULT_NODE_NAME', 'TENSORS_QOS', 'C7InferenceNode']
@@ -233,7 +233,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         """Close the streams and finish the current frame."""
         return self._finish(
             self.run_transition('deactivate', lambda: self._deactivate(state), failed=TransitionCallbackReturn.ERROR),
-            f'inactive, {answered_of(self._statistics.snapshot())}; the streams are closed, the engines stay loaded',
+            f'inactive, {_answered_of(self._statistics.snapshot())}; the streams are closed, the engines stay loaded',
         )
 
     def on_cleanup(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -244,7 +244,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
     def on_shutdown(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Free everything, from any state."""
         outcome = self.run_transition('shutdown', self._release, failed=TransitionCallbackReturn.ERROR)
-        answered = answered_of(self._statistics.snapshot())
+        answered = _answered_of(self._statistics.snapshot())
         return self._finish(outcome, f'finalized, {answered}; restart the node to continue')
 
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
@@ -362,7 +362,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
             self._events.thermal(self._thermal.thermal_state())
         answering = self._answering
         if answering is not None:
-            answering.look()
+            answering.streams.look()
         self._diagnostics.publish()
 
     def _publish_changes(self) -> None:
@@ -396,3 +396,10 @@ class C7InferenceNode(ResponsiveLifecycleNode):
     def _flight_recorder(self) -> FlightRecorder:
         assert self._recorder is not None
         return self._recorder
+
+
+def _answered_of(snapshot: StatisticsSnapshot) -> str:
+    """Say how many of the images that arrived on all topics were answered."""
+    streams = snapshot.streams.values()
+    answered, received = sum(each.answered for each in streams), sum(each.received for each in streams)
+    return f'{answered} of {received} images answered since configure'

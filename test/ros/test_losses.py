@@ -323,7 +323,7 @@ def test_the_node_says_that_images_are_lost_and_that_a_camera_overran_it(ros_con
         wait_until(lambda: 'lost between camera' in near_peer.message(f'Stream {TOPIC}'), 'the loss to be told')
         assert near_peer.level(f'Stream {TOPIC}') == 'WARN'
         assert near_peer.values(f'Stream {TOPIC}')['lost_before_node'] == '57'
-        (stream,) = local.streams
+        stream = local.streams.stream(TOPIC)
         # As many as a queue holds, again and again, which on a fast machine nothing here could send.
         for _ in range(10):
             stream._note_overrun(stream._queue)

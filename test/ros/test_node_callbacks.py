@@ -82,7 +82,7 @@ def counted(peer, callback):
 
 def test_n5_image_callback(active, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr('gps_denied_c7.ros.image_stream.check_message', boom)
+        patch.setattr('gps_denied_c7.ros.image_subscription.check_message', boom)
         for number in range(3):
             active.publisher(CAMERA).publish(image(10 + number))
         wait_until(lambda: active.values('Runtime').get(f'failures in image callback {CAMERA}') == '3', 'all three')
@@ -152,7 +152,7 @@ def test_n5_a_parameter_message_that_is_none(active):
 def test_n5_transition_callback(active, local, monkeypatch):
     assert local.node.transition('deactivate')
     with monkeypatch.context() as patch:
-        patch.setattr('gps_denied_c7.ros.answering.ImageStream', boom)
+        patch.setattr('gps_denied_c7.ros.answering.ImageSubscription', boom)
         assert not active.change_state('activate')
     assert active.state() == 'inactive'
     counted(active, 'transition activate')

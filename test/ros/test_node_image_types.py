@@ -18,7 +18,7 @@ from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import String
 
 from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.ros import stream_set
+from gps_denied_c7.ros import image_topics
 from support.harness import LocalNode, Peer, image, running_node, tensor, wait_until
 from support.networks import HEIGHT, WIDTH, copying
 
@@ -346,7 +346,7 @@ def test_raw_images_that_take_long_are_made_ready_beside_those_of_others(
     ros_context, near_peer, tmp_path, monkeypatch
 ):
     """With the same answers, in order, and none lost on the way."""
-    monkeypatch.setattr(stream_set, '_LONG_MS', 0.0001)
+    monkeypatch.setattr(image_topics, '_LONG_MS', 0.0001)
     model = copying(tmp_path)
     overrides = reliable(FRONT, '/left/image')
     local = LocalNode(
@@ -379,6 +379,6 @@ def test_a_node_without_compressed_topics_starts_no_decoder_and_no_thread_for_on
         for number in range(1, 10):
             near_peer.ask(FRONT, image(number))
         assert not [thread.name for thread in threading.enumerate() if 'decode' in thread.name]
-        assert all(stream.sink is local.streams._slots for stream in local.streams)
+        assert all(local.streams.stream(topic).sink is local.streams._slots for topic in (FRONT, '/left/image'))
     finally:
         local.close()

@@ -15,7 +15,7 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 
 from gps_denied_c7.monitoring.cpu_latency import CpuLatencyRequest
-from gps_denied_c7.ros.image_stream import ImageStream
+from gps_denied_c7.ros.image_subscription import ImageSubscription
 from gps_denied_c7.ros.parameter_table import PARAMETERS
 from support.harness import LocalNode, NodeProcess, Peer, free_domain_id, image, running_node, wait_until
 from support.networks import copying
@@ -289,7 +289,7 @@ def test_cores_are_held_awake_while_the_node_is_active(ros_context, tmp_path, he
         assert local.set('cpu_wakeup_latency_us', 30).successful and held[-1] is None
         assert local.node.transition('activate') and held[-1] == 30
         with monkeypatch.context() as patched:
-            patched.setattr(ImageStream, 'close', lambda self: 1 / 0)
+            patched.setattr(ImageSubscription, 'close', lambda self: 1 / 0)
             local.node.transition('deactivate')
         assert held[-1] is None, 'whatever fails, and fails again in the error processing'
     finally:

@@ -406,7 +406,7 @@ def test_the_node_answers_with_and_without(direct, ros_context, near_peer, tmp_p
         near_peer.wait_values(f'Stream {TOPIC}', expected)
         near_peer.node.destroy_publisher(second)
         # Both ways end with the streams, and begin anew.
-        (stream,) = local.streams
+        stream = local.streams.stream(TOPIC)
         assert local.node.transition('deactivate')
         if direct:
             # An executor that saw a message before the stream was closed comes for it afterwards.

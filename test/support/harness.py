@@ -326,7 +326,7 @@ class LocalNode:
 
     @property
     def streams(self) -> Any:
-        """The StreamSet of a node that is active."""
+        """The ImageTopics of a node that is active."""
         return self.node._answering.streams
 
     def close(self) -> None:

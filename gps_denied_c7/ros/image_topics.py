@@ -5,22 +5,25 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from rclpy.node import Node
+from rclpy.qos import QoSCompatibility, QoSProfile, qos_check_compatible
 from sensor_msgs.msg import CompressedImage, Image
 
+from gps_denied_c7.errors import ConfigError
 from gps_denied_c7.image.decode import DecodedImage
 from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.pipeline.decode_thread import Decoder, DecodeThread
 from gps_denied_c7.pipeline.image_share import ImageShare
 from gps_denied_c7.pipeline.mailbox import FrameSlots
-from gps_denied_c7.ros.image_stream import ImageStream, publisher_mismatches, type_name
+from gps_denied_c7.ros.events import EventReporter
+from gps_denied_c7.ros.image_subscription import ImageSubscription
 from gps_denied_c7.ros.messages import CompressedData, ReceivedImage, image_type
 from gps_denied_c7.ros.settings import NodeSettings
 
-__all__ = ['StreamSet', 'compressed_decoder']
+__all__ = ['ImageTopics', 'compressed_decoder', 'resolve_topics', 'type_name']
 
 _TYPES: Mapping[str, type[Image] | type[CompressedImage]] = {'raw': Image, 'compressed': CompressedImage}
 
@@ -28,7 +31,6 @@ _TYPES: Mapping[str, type[Image] | type[CompressedImage]] = {'raw': Image, 'comp
 _LONG_MS = 10.0
 # A subscription ends when no executor waits for it any longer; Fast DDS refuses a second type for a topic until then.
 _REOPEN_TRIES, _REOPEN_PAUSE_S = 15, 0.02
-_JOIN_S = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -73,12 +75,12 @@ class _Camera:
         self.topic = topic
         self.fixed = fixed
         self.message_type = fixed or image_type(topic)
-        self.stream: ImageStream | None = None
+        self.stream: ImageSubscription | None = None
         self.decoding: DecodeThread | None = None
         self.mismatches: tuple[str, ...] = ()
 
 
-class StreamSet:
+class ImageTopics:
     """
     Own the subscriptions of all image topics, and the threads that decode what the inference thread must not.
 
@@ -92,7 +94,7 @@ class StreamSet:
     :param make_decoder: makes what decodes the compressed images of a topic.
     :param make_local_decoder: makes what decodes raw ones.
     :param make_thread: makes the thread for a topic and its decoder.
-    :param on_retyped: called with a topic, the type that it is subscribed with now, and the one before.
+    :param events: is told of changes of type, of publishers that cannot match, and of cameras that are slowed.
     """
 
     def __init__(
@@ -102,11 +104,11 @@ class StreamSet:
         *,
         slots: FrameSlots,
         share: ImageShare,
-        open_stream: Callable[[str, type[Image] | type[CompressedImage], FrameSlots], ImageStream],
+        open_stream: Callable[[str, type[Image] | type[CompressedImage], FrameSlots], ImageSubscription],
         make_decoder: Callable[[str], Decoder],
         make_local_decoder: Callable[[], Decoder],
         make_thread: Callable[[str, Decoder], DecodeThread],
-        on_retyped: Callable[[str, str, str], None],
+        events: EventReporter,
     ) -> None:
         self._node = node
         self._slots = slots
@@ -114,17 +116,13 @@ class StreamSet:
         self._make_decoder = make_decoder
         self._make_local_decoder = make_local_decoder
         self._make_thread = make_thread
-        self._on_retyped = on_retyped
+        self._events = events
         # Held while a topic is subscribed or given up: the diagnostics timer and a transition may meet.
         self._lock = threading.Lock()
         self._opened = self._closed = False
         self._ending: list[DecodeThread] = []
         self._cameras = {topic: _Camera(topic, _TYPES.get(setting)) for topic, setting in types.items()}
         self.share = share
-
-    def __iter__(self) -> Iterator[ImageStream]:
-        """Iterate over the subscriptions that are open."""
-        return iter([camera.stream for camera in self._cameras.values() if camera.stream is not None])
 
     def open(self) -> None:
         """Subscribe to all topics; what a failure leaves open is closed by :meth:`close`."""
@@ -134,18 +132,13 @@ class StreamSet:
                 self._open(camera)
             self._opened = True
 
-    def stream(self, topic: str) -> ImageStream | None:
+    def stream(self, topic: str) -> ImageSubscription | None:
         """Return the subscription of a topic, None where there is none at the moment."""
         return self._cameras[topic].stream
 
     def mismatches(self, topic: str) -> tuple[str, ...]:
         """Return the publishers that cannot reach the subscription of a topic, and why, as of the last look."""
         return self._cameras[topic].mismatches
-
-    @property
-    def topics(self) -> tuple[str, ...]:
-        """All topics, subscribed or not."""
-        return tuple(self._cameras)
 
     def look(self) -> None:
         """Follow the publishers and the cost of every topic; called regularly, from one thread."""
@@ -160,8 +153,12 @@ class StreamSet:
                     self._take_aside(camera)
                     camera.stream.count_missed()
                     camera.mismatches = tuple(
-                        publisher_mismatches(publishers, camera.message_type, camera.stream.qos)
+                        _publisher_mismatches(publishers, camera.message_type, camera.stream.qos)
                     )
+            for problem in camera.mismatches:
+                self._events.mismatch(camera.topic, problem)
+        for cost in self.share.changes():
+            self._events.share_changed(cost)
 
     def close(self, timeout_s: float) -> bool:
         """
@@ -236,7 +233,7 @@ class StreamSet:
                     break
                 time.sleep(_REOPEN_PAUSE_S)
         if wanted is not before:
-            self._on_retyped(camera.topic, type_name(wanted), type_name(before))
+            self._events.retyped(camera.topic, type_name(wanted), type_name(before))
 
     def _take_aside(self, camera: _Camera) -> None:
         """Decode a raw topic in a thread of its own where its images take so long that other topics would wait."""
@@ -246,3 +243,60 @@ class StreamSet:
         assert camera.stream is not None
         camera.stream.sink = self._begin_decoding(camera, self._make_local_decoder()).slots
         _log.info('%s is now decoded in its own thread: %s.', camera.topic, cost)
+
+
+def type_name(message_type: type) -> str:
+    """Return the name that the ROS graph has for an image message type."""
+    return f'sensor_msgs/msg/{message_type.__name__}'
+
+
+def _publisher_mismatches(publishers: Iterable[Any], message_type: type, qos: QoSProfile) -> list[str]:
+    """
+    Name every publisher that cannot reach a subscription, and why.
+
+    DDS keeps such endpoints apart silently.
+
+    :param publishers: of the topic, as the graph has them.
+    :param message_type: of the subscription.
+    :param qos: likewise.
+    """
+    wanted = type_name(message_type)
+    problems = []
+    for publisher in publishers:
+        name = f'{publisher.node_namespace.rstrip("/")}/{publisher.node_name}'
+        if publisher.topic_type != wanted:
+            problems.append(f'{name} publishes {publisher.topic_type}, not {wanted}')
+            continue
+        compatibility, reason = qos_check_compatible(publisher.qos_profile, qos)
+        if compatibility == QoSCompatibility.ERROR:
+            problems.append(f'{name} offers a QoS that cannot match: {reason.strip()}')
+    return problems
+
+
+def resolve_topics(node: Node, names: Iterable[str]) -> tuple[str, ...]:
+    """
+    Return the full names of image topics, remapped as the node is.
+
+    :raises ConfigError: a name cannot be resolved, is there twice, or is that of a topic of the node itself.
+    """
+    names = tuple(names)
+    topics = tuple(_resolve_topic(node, name) for name in names)
+    # Two spellings of one topic, or a remapping, would have each of its frames answered twice.
+    if len(set(topics)) != len(topics):
+        raise ConfigError('image_topics', f'{list(names)} resolves to {list(topics)}, a topic twice.')
+    own = {each.topic_name for each in node.publishers} | {each.topic_name for each in node.subscriptions}
+    own.add('/rosout')
+    if clashing := sorted(own.intersection(topics)):
+        raise ConfigError(
+            'image_topics', f'{clashing} are topics of this node itself.', remedy='Name the topics of cameras.'
+        )
+    return topics
+
+
+def _resolve_topic(node: Node, name: str) -> str:
+    try:
+        return str(node.resolve_topic_name(name))
+    except Exception as error:  # rclpy's own, of several kinds
+        raise ConfigError(
+            'image_topics', f'{name!r} cannot be resolved: {error}.', remedy='Correct the name of the topic.'
+        ) from error

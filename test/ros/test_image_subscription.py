@@ -15,8 +15,9 @@ from sensor_msgs.msg import CompressedImage, Image
 
 from gps_denied_c7.monitoring.metrics import Statistics
 from gps_denied_c7.pipeline.mailbox import FrameSlots
-from gps_denied_c7.ros import image_stream
-from gps_denied_c7.ros.image_stream import ImageStream, queue_depth
+from gps_denied_c7.ros import image_subscription
+from gps_denied_c7.ros.events import EventReporter
+from gps_denied_c7.ros.image_subscription import ImageSubscription, queue_depth
 from gps_denied_c7.ros.loss_counter import MessagesLost
 from gps_denied_c7.ros.rcl import Rcl, SubscriptionReady
 from support.harness import image, wait_until
@@ -34,9 +35,16 @@ def stream(ros_context, request):
     )
     statistics, refused, overruns, admitting = Statistics(), [], [], [True]
     statistics.open_streams((TOPIC,))
+
+    def record(kind, **payload):
+        if kind == 'c7.image_refused':
+            refused.append(payload['reason'])
+        elif kind == 'c7.stream_overrun':
+            overruns.append((payload['topic'], payload['queue_depth'], payload['keeps_newest']))
+
     slots = FrameSlots([TOPIC], on_replaced=lambda frame: statistics.count(TOPIC, 'replaced'))
     opened = functools.partial(
-        ImageStream,
+        ImageSubscription,
         node,
         TOPIC,
         Image,
@@ -46,9 +54,7 @@ def stream(ros_context, request):
         rcl=Rcl(Image, CompressedImage),
         guard=lambda name, callback: callback,
         live=lambda: SimpleNamespace(max_stamp_ahead_s=0.0),
-        on_refused=lambda topic, error: refused.append(error.reason),
-        on_time_reset=lambda topic, backwards_s: None,
-        on_overrun=lambda topic, qos, newest: overruns.append((topic, queue_depth(qos), newest)),
+        events=EventReporter(statistics, record, node.get_logger),
     )
     made = opened()
     publisher = node.create_publisher(Image, TOPIC, QoSProfile(depth=20, reliability=ReliabilityPolicy.RELIABLE))
@@ -99,7 +105,8 @@ def test_an_image_nothing_waits_before_is_handed_on_at_once(stream):
 def test_who_answers_an_image_comes_before_what_is_noted_of_it(stream, monkeypatch):
     """The inference thread needs the interpreter, too; one that has an image before it was not woken."""
     order = []
-    monkeypatch.setattr(image_stream, 'yield_gil', lambda: order.append(f'yields to {stream.made.sink.has(TOPIC)}'))
+    yields = lambda: order.append(f'yields to {stream.made.sink.has(TOPIC)}')  # noqa: E731
+    monkeypatch.setattr(image_subscription, 'yield_gil', yields)
     monkeypatch.setattr(stream.made, '_note_stamp', lambda stamp: order.append('notes'))
     for number, done in ((1, ['yields to True', 'notes']), (2, ['notes'])):
         stream.publish(image(number))
@@ -125,14 +132,14 @@ def test_a_publisher_that_never_pauses_does_not_keep_the_callback(stream):
     """As many as the middleware keeps are taken, no more: others wait for the executor, too."""
     stream.publish(image(1))
     stream.ready()
-    take, numbers = ImageStream._take, iter(range(2, 100))
+    take, numbers = ImageSubscription._take, iter(range(2, 100))
 
     def taken_while_more_arrive(self, queue):
         stream.publish(image(next(numbers)))
         return take(self, queue)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(ImageStream, '_take', taken_while_more_arrive)
+        patched.setattr(ImageSubscription, '_take', taken_while_more_arrive)
         stream.ready()
     assert stream.counted().received == 1 + 5
 
@@ -140,7 +147,7 @@ def test_a_publisher_that_never_pauses_does_not_keep_the_callback(stream):
 @pytest.fixture
 def full_turns(stream, monkeypatch):
     """A way to have the callback find the queue full again and again, so many seconds apart."""
-    take, numbers, now = ImageStream._take, itertools.count(2), [1000.0]
+    take, numbers, now = ImageSubscription._take, itertools.count(2), [1000.0]
 
     def taken_while_more_arrive(self, queue):
         stream.publish(image(next(numbers)))
@@ -148,8 +155,8 @@ def full_turns(stream, monkeypatch):
 
     def turns(count, apart_s):
         with monkeypatch.context() as patched:
-            patched.setattr(ImageStream, '_take', taken_while_more_arrive)
-            patched.setattr(image_stream.time, 'monotonic', lambda: now[0])
+            patched.setattr(ImageSubscription, '_take', taken_while_more_arrive)
+            patched.setattr(image_subscription.time, 'monotonic', lambda: now[0])
             for _ in range(count):
                 stream.ready()
                 now[0] += apart_s
@@ -367,7 +374,7 @@ def test_a_queue_that_cannot_be_opened_leaves_no_subscription(stream, full_turns
         raise RuntimeError('no memory')
 
     with monkeypatch.context() as patched:
-        patched.setattr(image_stream, 'SubscriptionReady', refuse)
+        patched.setattr(image_subscription, 'SubscriptionReady', refuse)
         with pytest.raises(RuntimeError):
             full_turns(10, apart_s=0.05)
     stream.listeners(1)

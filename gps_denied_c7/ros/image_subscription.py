@@ -1,4 +1,4 @@
-"""Image subscriptions: cheap checks, what was missed, queues that overrun, publishers that cannot match (N-3, N-7)."""
+"""The subscription to one image topic: cheap checks, what was missed, and a queue that overruns (N-3, N-7)."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ import copy
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from rclpy.exceptions import InvalidHandle
 from rclpy.node import Node
-from rclpy.qos import HistoryPolicy, QoSCompatibility, QoSProfile, ReliabilityPolicy, qos_check_compatible
+from rclpy.qos import HistoryPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.subscription import Subscription
 from sensor_msgs.msg import CompressedImage, Image
 
-from gps_denied_c7.errors import ConfigError, ImageRejectedError
+from gps_denied_c7.errors import ImageRejectedError
 from gps_denied_c7.monitoring.metrics import Statistics
 from gps_denied_c7.pipeline.mailbox import Frame, FrameSlots
 from gps_denied_c7.ros.callbacks import CallbackGuard, PromptCallbackGroup, yield_gil
+from gps_denied_c7.ros.events import EventReporter
 from gps_denied_c7.ros.loss_counter import MessagesLost, MissedMessages
 from gps_denied_c7.ros.messages import (
     ReceivedImage,
@@ -33,9 +34,7 @@ from gps_denied_c7.ros.messages import (
 from gps_denied_c7.ros.rcl import Rcl, SubscriptionReady, UnreadableMessageError, Untaken
 from gps_denied_c7.ros.settings import LiveSettings
 
-__all__ = [
-    'DEFAULT_QOS', 'ImageStream', 'publisher_mismatches', 'queue_depth', 'resolve_topics', 'type_name',
-]  # fmt: skip
+__all__ = ['DEFAULT_QOS', 'ImageSubscription', 'queue_depth']
 
 DEFAULT_QOS = QoSProfile(depth=5, reliability=ReliabilityPolicy.BEST_EFFORT)
 
@@ -91,7 +90,7 @@ class _Queue:
             self._node.destroy_subscription(self.subscription)
 
 
-class ImageStream:
+class ImageSubscription:
     """
     Subscribe to one image topic and fill its slot.
 
@@ -107,10 +106,7 @@ class ImageStream:
     :param admits: whether an image that has come now may cost CPU time; otherwise it is left out.
     :param rcl: takes the messages, and knows their types; rclpy takes them, and copies them once more, where None.
     :param live: returns the live settings.
-    :param on_refused: called with the topic and every refused image's error.
-    :param on_time_reset: called with the topic and by how many seconds its stamps jumped backwards.
-    :param on_overrun: called with the topic, the profile of its queue where that is full repeatedly, and whether the
-        newest image alone is kept from then on.
+    :param events: is told of refused images, stamps that jump backwards, and a queue that is full repeatedly.
     """
 
     def __init__(
@@ -125,9 +121,7 @@ class ImageStream:
         rcl: Rcl | None,
         guard: CallbackGuard,
         live: Callable[[], LiveSettings],
-        on_refused: Callable[[str, ImageRejectedError], None],
-        on_time_reset: Callable[[str, float], None],
-        on_overrun: Callable[[str, QoSProfile, bool], None],
+        events: EventReporter,
     ) -> None:
         self._node = node
         self._rcl = rcl
@@ -135,9 +129,7 @@ class ImageStream:
         self._statistics = statistics
         self._guard = guard
         self._live = live
-        self._on_refused = on_refused
-        self._on_time_reset = on_time_reset
-        self._on_overrun = on_overrun
+        self._events = events
         self._overruns: deque[float] = deque(maxlen=_OVERRUNS)
         self._missed = MissedMessages()
         self._last_stamp_ns: int | None = None
@@ -250,7 +242,7 @@ class ImageStream:
             by_default = not queue.keeps_all and queue.qos.depth == DEFAULT_QOS.depth
             if by_default:
                 self._keep_the_newest_alone()
-            self._on_overrun(self.topic, queue.qos, by_default)
+            self._events.overrun(self.topic, queue_depth(queue.qos), keeps_newest=by_default)
 
     def _keep_the_newest_alone(self) -> None:
         """Open a queue of one, which is served as soon as it has an image: until then the other goes on."""
@@ -272,7 +264,7 @@ class ImageStream:
             self._statistics.count(self.topic, 'received')
             self._missed.note_unreadable()
             remedy = 'Build the publisher with the same sensor_msgs as this node.'
-            self._on_refused(self.topic, ImageRejectedError('message', error.message, remedy=remedy))
+            self._events.refused(self.topic, ImageRejectedError('message', error.message, remedy=remedy))
             return True
         if taken is None:
             return False
@@ -297,7 +289,7 @@ class ImageStream:
             check_stamp(message.header, now_ns, self._live().max_stamp_ahead_s)
             check_message(message)
         except ImageRejectedError as error:
-            self._on_refused(self.topic, error)
+            self._events.refused(self.topic, error)
         else:
             if self._admits(self.topic):
                 self._put(Frame(self.topic, message, received_ns, now_ns))
@@ -327,7 +319,7 @@ class ImageStream:
     def _note_stamp(self, stamp: int) -> None:
         last, self._last_stamp_ns = self._last_stamp_ns, stamp
         if last is not None and (backwards_s := (last - stamp) / 1e9) > _LOOP_S:
-            self._on_time_reset(self.topic, backwards_s)
+            self._events.time_reset(self.topic, backwards_s)
 
 
 def _sum(earlier: int | None, now: int | None) -> int | None:
@@ -337,60 +329,3 @@ def _sum(earlier: int | None, now: int | None) -> int | None:
 def queue_depth(qos: QoSProfile) -> str:
     """Return how many messages a middleware keeps for a subscription with ``qos``."""
     return 'all' if qos.history == HistoryPolicy.KEEP_ALL else str(qos.depth)
-
-
-def type_name(message_type: type) -> str:
-    """Return the name that the ROS graph has for an image message type."""
-    return f'sensor_msgs/msg/{message_type.__name__}'
-
-
-def publisher_mismatches(publishers: Iterable[Any], message_type: type, qos: QoSProfile) -> list[str]:
-    """
-    Name every publisher that cannot reach a subscription, and why.
-
-    DDS keeps such endpoints apart silently.
-
-    :param publishers: of the topic, as the graph has them.
-    :param message_type: of the subscription.
-    :param qos: likewise.
-    """
-    wanted = type_name(message_type)
-    problems = []
-    for publisher in publishers:
-        name = f'{publisher.node_namespace.rstrip("/")}/{publisher.node_name}'
-        if publisher.topic_type != wanted:
-            problems.append(f'{name} publishes {publisher.topic_type}, not {wanted}')
-            continue
-        compatibility, reason = qos_check_compatible(publisher.qos_profile, qos)
-        if compatibility == QoSCompatibility.ERROR:
-            problems.append(f'{name} offers a QoS that cannot match: {reason.strip()}')
-    return problems
-
-
-def resolve_topics(node: Node, names: Iterable[str]) -> tuple[str, ...]:
-    """
-    Return the full names of image topics, remapped as the node is.
-
-    :raises ConfigError: a name cannot be resolved, is there twice, or is that of a topic of the node itself.
-    """
-    names = tuple(names)
-    topics = tuple(_resolve_topic(node, name) for name in names)
-    # Two spellings of one topic, or a remapping, would have each of its frames answered twice.
-    if len(set(topics)) != len(topics):
-        raise ConfigError('image_topics', f'{list(names)} resolves to {list(topics)}, a topic twice.')
-    own = {each.topic_name for each in node.publishers} | {each.topic_name for each in node.subscriptions}
-    own.add('/rosout')
-    if clashing := sorted(own.intersection(topics)):
-        raise ConfigError(
-            'image_topics', f'{clashing} are topics of this node itself.', remedy='Name the topics of cameras.'
-        )
-    return topics
-
-
-def _resolve_topic(node: Node, name: str) -> str:
-    try:
-        return str(node.resolve_topic_name(name))
-    except Exception as error:  # rclpy's own, of several kinds
-        raise ConfigError(
-            'image_topics', f'{name!r} cannot be resolved: {error}.', remedy='Correct the name of the topic.'
-        ) from error
