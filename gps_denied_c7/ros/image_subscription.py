@@ -262,7 +262,7 @@ class ImageSubscription:
             return False
         except UnreadableMessageError as error:
             self._statistics.count(self.topic, 'received')
-            self._missed.note_unreadable()
+            self._missed.gaps.note_unreadable()
             remedy = 'Build the publisher with the same sensor_msgs as this node.'
             self._events.refused(self.topic, ImageRejectedError('message', error.message, remedy=remedy))
             return True
@@ -270,7 +270,7 @@ class ImageSubscription:
             return False
         message, info = taken
         # It may have come to the queue before this one, too, and a middleware may deliver a message twice.
-        if not self._missed.has_passed(info):
+        if not self._missed.gaps.has_passed(info):
             self._receive(taken_image(message), info)
         return True
 

@@ -7,20 +7,21 @@ shows how many never arrived (DDS 1.4, 2.2.4.1, SAMPLE_LOST); messages that a fu
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 from rclpy.callback_groups import CallbackGroup
 from rclpy.exceptions import InvalidHandle
 from rclpy.impl.implementation_singleton import rclpy_implementation
 from rclpy.node import Node
 from rclpy.subscription import Subscription
-from rclpy.waitable import NumberOfEntities, Waitable
+from rclpy.waitable import NumberOfEntities
 
-__all__ = ['LossCount', 'MessagesLost', 'MissedMessages', 'SequenceGaps']
+from gps_denied_c7.ros.rcl import HandleWaitable
+
+__all__ = ['MessagesLost', 'MissedMessages', 'SequenceGaps']
 
 _log = logging.getLogger(__name__)
 
@@ -78,18 +79,7 @@ def _origin(info: dict[str, Any] | None) -> tuple[int | None, bytes]:
     return (info or {}).get('publication_sequence_number'), bytes(gid['data']) if gid else b''
 
 
-class LossCount(Protocol):
-    """Count the messages of one subscription that never arrived."""
-
-    @property
-    def total(self) -> int | None:
-        """How many so far, None where the middleware does not count them."""
-
-    def look(self) -> None:
-        """Update the total to what the middleware has counted so far."""
-
-
-class MessagesLost(Waitable):
+class MessagesLost(HandleWaitable):
     """
     Follow how many messages of a subscription never arrived, as its middleware counts them.
 
@@ -105,24 +95,10 @@ class MessagesLost(Waitable):
     def __init__(
         self, node: Node, subscription: Subscription, group: CallbackGroup, on_lost: Callable[[], None]
     ) -> None:
-        super().__init__(group)
-        self._node = node
+        event = _loss_event(subscription)
+        super().__init__(node, group, 'event', NumberOfEntities(num_events=1), event, on_lost)
         self._topic = subscription.topic
-        self._on_lost = on_lost
-        self._event: Any = None
-        self._index: int | None = None
-        self._listens = False
-        self._total: int | None = None
-        # The second is Humble's name of it.
-        make = getattr(rclpy_implementation, 'EventHandle', None) or getattr(rclpy_implementation, 'QoSEvent', None)
-        kind = rclpy_implementation.rcl_subscription_event_type_t.RCL_SUBSCRIPTION_MESSAGE_LOST
-        try:
-            if make is not None:
-                with subscription.handle:
-                    self._event = make(subscription.handle, kind)
-                self._total = 0
-        except rclpy_implementation.RCLError as error:
-            _log.info('%s: lost images are not distinguished from those that the queue drops: %s', self._topic, error)
+        self._total = None if event is None else 0
 
     @property
     def total(self) -> int | None:
@@ -131,16 +107,15 @@ class MessagesLost(Waitable):
 
     def listen(self) -> None:
         """Have the node's executor take the count when something was lost."""
-        if self._event is not None:
-            self._node.add_waitable(self)
-            self._listens = True
+        if self._handle is not None:
+            super().listen()
 
     def look(self) -> None:
         """Update the total to what the middleware has counted so far."""
-        if self._event is not None:
+        if self._handle is not None:
             try:
-                with self._event:
-                    status = self._event.take_event()
+                with self._handle:
+                    status = self._handle.take_event()
             except InvalidHandle:  # closed
                 return
             except rclpy_implementation.RCLError as error:
@@ -151,41 +126,31 @@ class MessagesLost(Waitable):
 
     def close(self) -> None:
         """Stop counting, and release the subscription; safe to repeat."""
-        if self._listens:
-            self._listens = False
-            self._node.remove_waitable(self)
-        if self._event is not None:
-            self._event.destroy_when_not_in_use()
-
-    def __enter__(self) -> None:
-        """Keep the count while an executor waits for it."""
-        self._event.__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        """Let it be destroyed again."""
-        self._event.__exit__(*exception)
-
-    def get_num_entities(self) -> NumberOfEntities:
-        """Return how much room it takes in a wait set."""
-        return NumberOfEntities(num_events=1)
-
-    def add_to_wait_set(self, wait_set: Any) -> None:
-        """Have an executor wait for a loss, unless the count has gone: rclpy asks even where entering failed."""
-        self._index = None
-        with contextlib.suppress(InvalidHandle), self._event:
-            self._index = wait_set.add_event(self._event)
-
-    def is_ready(self, wait_set: Any) -> bool:
-        """Return whether something was lost."""
-        return self._index is not None and bool(wait_set.is_ready('event', self._index))
-
-    def take_data(self) -> None:
-        """Take nothing yet: rclpy never serves a waitable again of which this has failed."""
+        super().close()
+        if self._handle is not None:
+            self._handle.destroy_when_not_in_use()
 
     async def execute(self, taken_data: None) -> None:
         """Take the count, and call back."""
         self.look()
-        self._on_lost()
+        await super().execute(taken_data)
+
+
+def _loss_event(subscription: Subscription) -> Any:
+    """Return the handle of the event that a message was lost, None where the middleware has none."""
+    # The second is Humble's name of it.
+    make = getattr(rclpy_implementation, 'EventHandle', None) or getattr(rclpy_implementation, 'QoSEvent', None)
+    kind = rclpy_implementation.rcl_subscription_event_type_t.RCL_SUBSCRIPTION_MESSAGE_LOST
+    if make is None:
+        return None
+    try:
+        with subscription.handle:
+            return make(subscription.handle, kind)
+    except rclpy_implementation.RCLError as error:
+        _log.info(
+            '%s: lost images are not distinguished from those that the queue drops: %s', subscription.topic, error
+        )
+        return None
 
 
 class MissedMessages:
@@ -199,25 +164,21 @@ class MissedMessages:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._gaps = SequenceGaps()
-        self._begun = False
+        self.gaps = SequenceGaps()
+        self.begun = False
+        """Whether a message has come; before, what was pushed out cannot be known."""
         self._missing: int | None = None
-        self._source: LossCount | None = None
+        self._source: MessagesLost | None = None
         self._shift = 0
         self._in_no_gap = 0
         self._pushed_out = 0
-
-    @property
-    def begun(self) -> bool:
-        """Whether a message has come; before, what was pushed out cannot be known."""
-        return self._begun
 
     @property
     def distinguishes(self) -> bool:
         """Whether the middleware counts what was lost; otherwise what was pushed out is called lost, too."""
         return self._source is not None and self._source.total is not None
 
-    def count_from(self, source: LossCount) -> None:
+    def count_from(self, source: MessagesLost) -> None:
         """Count losses by ``source``; where there was one before, by that one until now and by this one from now on."""
         before = self._source
         if before is not None:
@@ -229,18 +190,10 @@ class MissedMessages:
             if before is not None:
                 self._shift = (lost or 0) - (self._lost() or 0)
 
-    def note_unreadable(self) -> None:
-        """Take a message that came and could not be read: it is not missing."""
-        self._gaps.note_unreadable()
-
-    def has_passed(self, info: dict[str, Any] | None) -> bool:
-        """Return whether this message of its publisher, or one after it, was taken before."""
-        return self._gaps.has_passed(info)
-
     def note(self, info: dict[str, Any] | None, publishers: int) -> bool:
         """Take one message's info; return whether :meth:`counted` may have changed."""
-        begins, first, self._begun = self._gaps.begins(info), not self._begun, True
-        missing = self._gaps.note(info, publishers)
+        begins, first, self.begun = self.gaps.begins(info), not self.begun, True
+        missing = self.gaps.note(info, publishers)
         if missing == self._missing and not begins and not first:
             return False
         if self._source is not None:

@@ -29,7 +29,9 @@ from rclpy.waitable import NumberOfEntities, Waitable
 from gps_denied_c7.errors import C7Error
 from gps_denied_c7.ros.c_message import BorrowedMessage, CMessage, CMessageType, CSequence, LayoutError
 
-__all__ = ['Rcl', 'RclError', 'SubscriptionReady', 'UnreadableMessageError', 'Untaken', 'load_rcl']
+__all__ = [
+    'HandleWaitable', 'Rcl', 'RclError', 'SubscriptionReady', 'UnreadableMessageError', 'Untaken', 'load_rcl',
+]  # fmt: skip
 
 _log = logging.getLogger(__name__)
 
@@ -202,7 +204,77 @@ class Untaken(CallbackGroup):
         """Do nothing: nothing waits for the end of a callback."""
 
 
-class SubscriptionReady(Waitable):
+class HandleWaitable(Waitable):
+    """
+    Have an executor wait for a handle of rcl, and call back in its turn.
+
+    :param group: of the callback.
+    :param kind: as a wait set names it, ``subscription`` or ``event``.
+    :param room: that it takes in a wait set.
+    :param handle: kept while an executor waits for it; destroyed by the code that made it, after :meth:`close`.
+    :param callback: what it raises goes to the executor.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        group: CallbackGroup,
+        kind: str,
+        room: NumberOfEntities,
+        handle: Any,
+        callback: Callable[[], None],
+    ) -> None:
+        super().__init__(group)
+        self._node = node
+        self._kind = kind
+        self._room = room
+        self._handle = handle
+        self._callback = callback
+        self._index: int | None = None
+        self._listens = False
+
+    def listen(self) -> None:
+        """Have the node's executor call back from now on."""
+        self._node.add_waitable(self)
+        self._listens = True
+
+    def close(self) -> None:
+        """Call back no more; safe to repeat."""
+        if self._listens:
+            self._listens = False
+            self._node.remove_waitable(self)
+
+    def __enter__(self) -> None:
+        """Keep the handle while an executor waits for it."""
+        self._handle.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        """Let it be destroyed again."""
+        self._handle.__exit__(*exception)
+
+    def get_num_entities(self) -> NumberOfEntities:
+        """Return how much room it takes in a wait set."""
+        return self._room
+
+    def add_to_wait_set(self, wait_set: Any) -> None:
+        """Have an executor wait for the handle, unless it has gone: rclpy asks even where entering failed."""
+        self._index = None
+        with contextlib.suppress(InvalidHandle), self._handle:
+            self._index = getattr(wait_set, f'add_{self._kind}')(self._handle)
+
+    def is_ready(self, wait_set: Any) -> bool:
+        """Return whether the executor is to call back."""
+        return self._index is not None and bool(wait_set.is_ready(self._kind, self._index))
+
+    def take_data(self) -> None:
+        """Take nothing yet: rclpy never serves a waitable again of which this has failed."""
+
+    async def execute(self, taken_data: None) -> None:
+        """Call back."""
+        self._callback()
+
+
+class SubscriptionReady(HandleWaitable):
     """
     Call back when a subscription has a message, and leave taking it to the callback.
 
@@ -214,42 +286,7 @@ class SubscriptionReady(Waitable):
     def __init__(
         self, node: Node, subscription: Subscription, group: CallbackGroup, callback: Callable[[], None]
     ) -> None:
-        super().__init__(group)
-        self._node = node
-        self._subscription = subscription
-        self._callback = callback
-        self._index: int | None = None
-        node.add_waitable(self)
-
-    def close(self) -> None:
-        """Call back no more."""
-        self._node.remove_waitable(self)
-
-    def __enter__(self) -> None:
-        """Keep the subscription while an executor waits for it."""
-        self._subscription.handle.__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        """Let it be destroyed again."""
-        self._subscription.handle.__exit__(*exception)
-
-    def get_num_entities(self) -> NumberOfEntities:
-        """Return how much room it takes in a wait set."""
-        return NumberOfEntities(num_subs=1)
-
-    def add_to_wait_set(self, wait_set: Any) -> None:
-        """Have an executor wait for the subscription, unless it has gone: rclpy asks even where entering failed."""
-        self._index = None
-        with contextlib.suppress(InvalidHandle), self._subscription.handle:
-            self._index = wait_set.add_subscription(self._subscription.handle)
-
-    def is_ready(self, wait_set: Any) -> bool:
-        """Return whether a message has come."""
-        return self._index is not None and bool(wait_set.is_ready('subscription', self._index))
-
-    def take_data(self) -> None:
-        """Take nothing yet: rclpy never serves a waitable again of which this has failed."""
-
-    async def execute(self, taken_data: None) -> None:
-        """Call back."""
-        self._callback()
+        super().__init__(
+            node, group, 'subscription', NumberOfEntities(num_subs=1), subscription.handle, callback
+        )
+        self.listen()
