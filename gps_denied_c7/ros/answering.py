@@ -23,8 +23,8 @@ from gps_denied_c7.ros.frame_policy import FrameDropPolicy
 from gps_denied_c7.ros.image_subscription import ImageSubscription
 from gps_denied_c7.ros.image_topics import ImageTopics, compressed_decoder
 from gps_denied_c7.ros.messages import decode_message
+from gps_denied_c7.ros.parameters import LiveSettings, NodeSettings
 from gps_denied_c7.ros.rcl import Rcl
-from gps_denied_c7.ros.settings import LiveSettings, NodeSettings
 
 __all__ = ['Answering', 'AnsweringParts']
 

@@ -11,7 +11,7 @@ from gps_denied_c7.monitoring.thermal_policy import FrameShedding, ThermalPolicy
 from gps_denied_c7.pipeline.mailbox import Frame
 from gps_denied_c7.ros.events import EventReporter
 from gps_denied_c7.ros.messages import stamp_ns
-from gps_denied_c7.ros.settings import LiveSettings
+from gps_denied_c7.ros.parameters import LiveSettings
 
 __all__ = ['FrameDropPolicy']
 

@@ -31,8 +31,8 @@ from gps_denied_c7.ros.messages import (
     stamp_ns,
     taken_image,
 )
+from gps_denied_c7.ros.parameters import LiveSettings
 from gps_denied_c7.ros.rcl import Rcl, SubscriptionReady, UnreadableMessageError, Untaken
-from gps_denied_c7.ros.settings import LiveSettings
 
 __all__ = ['DEFAULT_QOS', 'ImageSubscription', 'queue_depth']
 

@@ -21,7 +21,7 @@ from gps_denied_c7.pipeline.mailbox import FrameSlots
 from gps_denied_c7.ros.events import EventReporter
 from gps_denied_c7.ros.image_subscription import ImageSubscription
 from gps_denied_c7.ros.messages import CompressedData, ReceivedImage, image_type
-from gps_denied_c7.ros.settings import NodeSettings
+from gps_denied_c7.ros.parameters import NodeSettings
 
 __all__ = ['ImageTopics', 'compressed_decoder', 'resolve_topics', 'type_name']
 

@@ -14,7 +14,7 @@ from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.pipeline.chain_factory import ChainFactory
 from gps_denied_c7.pipeline.model_fit import fit_bundle, fit_model, read_bundle
 from gps_denied_c7.pipeline.pipeline import ServedModel
-from gps_denied_c7.ros.settings import NodeSettings
+from gps_denied_c7.ros.parameters import NodeSettings
 
 __all__ = ['Loaded', 'LoadedModel']
 

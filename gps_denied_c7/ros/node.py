@@ -43,9 +43,8 @@ from gps_denied_c7.ros.image_topics import resolve_topics
 from gps_denied_c7.ros.lifecycle import ResponsiveLifecycleNode
 from gps_denied_c7.ros.loaded_model import LoadedModel
 from gps_denied_c7.ros.parameter_table import WITH_MODEL
-from gps_denied_c7.ros.parameters import NodeParameters
+from gps_denied_c7.ros.parameters import LiveSettings, NodeParameters, NodeSettings
 from gps_denied_c7.ros.rcl import load_rcl
-from gps_denied_c7.ros.settings import LiveSettings, NodeSettings
 from gps_denied_c7.ros.shutdown import end_in_time
 from gps_denied_c7.ros.tensor_publisher import TensorPublisher
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 from rcl_interfaces.msg import FloatingPointRange, IntegerRange, ParameterDescriptor
@@ -13,11 +14,29 @@ from gps_denied_c7.config import DEFAULT_CHAIN, ISOLATIONS, RUNTIME_LABELS, C7In
 from gps_denied_c7.image.preprocess_spec import LETTERBOX_ANCHORS, LETTERBOX_SCALINGS, Interpolation, ResizeMode
 from gps_denied_c7.monitoring.thermal_policy import ThermalPolicy
 
-__all__ = ['PARAMETERS', 'TOPIC_TYPES', 'WITH_MODEL', 'ParameterDeclaration', 'parameter_table']
+__all__ = ['PARAMETERS', 'TOPIC_TYPES', 'WITH_MODEL', 'Effect', 'ParameterDeclaration', 'parameter_table']
 
 Type = Parameter.Type
 
 _DEFAULTS = C7InferenceConfig()
+
+
+class Effect(Enum):
+    """When a change of a parameter takes effect: in the words of ``ros2 param describe``, and of the table."""
+
+    NEXT_CONFIGURE = 'Takes effect with the next configure.', ''
+    AT_ONCE = 'Takes effect at once.', 'At once.'
+    IN_BACKGROUND = (
+        'Takes effect in the background while active, otherwise with the next configure.',
+        'In the background.',
+    )
+    """Reverted where the node cannot work with it."""
+    WITH_MODEL = (
+        'While active, set it together with model_path; otherwise it takes effect with the next configure.',
+        'In the background, with `model_path`.',
+    )
+    NEVER = 'Read-only.', 'Read-only.'
+    """Only settable when the node starts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,39 +47,23 @@ class ParameterDeclaration:
     :param default: of the preprocess.* parameters it stands for the model bundle's own value. They are not left
         unset instead, because rclpy answers a get_parameters call that names an unset one with nothing at all, and
         ``ros2 param dump`` asks for all in one call.
-    :param live: a change takes effect at once; otherwise with the next configure.
-    :param swapped: a change takes effect while active too, in the background, or is reverted.
-    :param with_model: likewise where ``model_path`` is set in the same request.
     :param limits: least and greatest value of a number.
-    :param read_only: only settable when the node starts.
     """
 
     name: str
     type: Parameter.Type
     default: Any
     description: str
-    live: bool = False
+    effect: Effect = Effect.NEXT_CONFIGURE
     limits: tuple[float, float] | None = None
     constraints: str = ''
-    read_only: bool = False
-    swapped: bool = False
-    with_model: bool = False
 
     def descriptor(self) -> ParameterDescriptor:
         """Return the descriptor that ``ros2 param describe`` shows."""
-        effect = 'Takes effect with the next configure.'
-        if self.read_only:
-            effect = 'Read-only.'
-        elif self.live:
-            effect = 'Takes effect at once.'
-        elif self.swapped:
-            effect = 'Takes effect in the background while active, otherwise with the next configure.'
-        elif self.with_model:
-            effect = 'While active, set it together with model_path; otherwise it takes effect with the next configure.'
         descriptor = ParameterDescriptor(
-            description=f'{self.description} {effect}',
+            description=f'{self.description} {self.effect.value[0]}',
             additional_constraints=self.constraints,
-            read_only=self.read_only,
+            read_only=self.effect is Effect.NEVER,
             type=self.type.value,
         )
         if self.limits and self.type is Type.INTEGER:
@@ -104,24 +107,24 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
         'model_path', Type.STRING, '',
         'Model bundle (a directory with model.json) or a bare .onnx file; ~ is the home directory. While active, '
         'another one is read, loaded and tested beside the one that serves and then replaces it; if it fails, the '
-        'value is reset.', swapped=True,
+        'value is reset.', effect=Effect.IN_BACKGROUND,
     ),
     ParameterDeclaration(
         'output_tensors', Type.STRING_ARRAY, [''],
         'Names of the outputs that are published; empty: all. Publishing unused outputs costs milliseconds for each '
         '6 MB. An output that is neither published nor compared by a rule of the bundle is not checked.',
-        constraints='Each once.', with_model=True,
+        constraints='Each once.', effect=Effect.WITH_MODEL,
     ),
     ParameterDeclaration(
         'allow_non_finite', Type.STRING_ARRAY, [''],
         'Names of the outputs in which NaN and infinity are valid, for example in a mask. In any other output that is '
         "published or compared they fail the request. The bundle's own names are added.",
-        constraints='Each once.', with_model=True,
+        constraints='Each once.', effect=Effect.WITH_MODEL,
     ),
     ParameterDeclaration(
         'autostart', Type.BOOL, False,
         'Configure and activate at start, and retry until it works: with back-off, or, if only a change can help, '
-        'as soon as a file or parameter changes.', read_only=True,
+        'as soon as a file or parameter changes.', effect=Effect.NEVER,
     ),
     ParameterDeclaration(
         'runtime_chain', Type.STRING_ARRAY, list(DEFAULT_CHAIN),
@@ -218,45 +221,45 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
         'image_cpu_share', Type.DOUBLE, 0.5,
         'Part of the cores that decoding and pre-processing the images of all cameras may use. Each camera that '
         'sends has an equal part; images beyond it are dropped. A camera that sends alone has no limit. 0: no limit.',
-        live=True, limits=(0.0, 1.0),
+        effect=Effect.AT_ONCE, limits=(0.0, 1.0),
     ),
     ParameterDeclaration(
         'max_queue_age_ms', Type.DOUBLE, 0.0,
         'Drop a frame that waited longer than this since its reception, milliseconds; 0: never.',
-        live=True, limits=(0.0, _HOUR_MS),
+        effect=Effect.AT_ONCE, limits=(0.0, _HOUR_MS),
     ),
     ParameterDeclaration(
         'max_frame_age_ms', Type.DOUBLE, 0.0,
         'Drop a frame whose header stamp is older in ROS time than this, milliseconds; 0: never.',
-        live=True, limits=(0.0, _HOUR_MS),
+        effect=Effect.AT_ONCE, limits=(0.0, _HOUR_MS),
     ),
     ParameterDeclaration(
         'max_stamp_ahead_s', Type.DOUBLE, 3600.0,
         'Refuse an image whose header stamp is further ahead of ROS time than this, seconds; 0: never.',
-        live=True, limits=(0.0, 1e9),
+        effect=Effect.AT_ONCE, limits=(0.0, 1e9),
     ),
     ParameterDeclaration(
         'latency_warn_ms', Type.DOUBLE, 0.0,
         'Warn on diagnostics when the p95 from image callback to published tensors exceeds this, '
         'milliseconds; 0: never.',
-        live=True, limits=(0.0, _HOUR_MS),
+        effect=Effect.AT_ONCE, limits=(0.0, _HOUR_MS),
     ),
     ParameterDeclaration(
         'cpu_wakeup_latency_us', Type.INTEGER, -1,
         'While active, limit the wake-up time of idle cores to this, microseconds (PM QoS, /dev/cpu_dma_latency, for '
         'all processes). Small values cost power, 0 the most; -1: leave the system setting.',
-        live=True, limits=(-1, 1_000_000),
+        effect=Effect.AT_ONCE, limits=(-1, 1_000_000),
     ),
     ParameterDeclaration(
         'thermal_policy', Type.STRING, ThermalPolicy.REPORT.value,
         'What heat causes: off: nothing; report: diagnostics and flight records; shed: also fewer frames are '
         'answered, until the host has cooled down.',
-        constraints=f'One of {", ".join(policy.value for policy in ThermalPolicy)}.', live=True,
+        constraints=f'One of {", ".join(policy.value for policy in ThermalPolicy)}.', effect=Effect.AT_ONCE,
     ),
     ParameterDeclaration(
         'min_rate_hz', Type.DOUBLE, 1.0,
         'Frames per second of each topic that thermal_policy shed always answers, if that many arrive.',
-        live=True, limits=(0.1, 1000.0),
+        effect=Effect.AT_ONCE, limits=(0.1, 1000.0),
     ),
     ParameterDeclaration(
         'preprocess.width', Type.INTEGER, 0,
@@ -311,7 +314,7 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ),
 )
 
-WITH_MODEL = frozenset(declaration.name for declaration in PARAMETERS if declaration.with_model)
+WITH_MODEL = frozenset(declaration.name for declaration in PARAMETERS if declaration.effect is Effect.WITH_MODEL)
 """Parameters that change while the node is active if ``model_path`` is set in the same request."""
 
 
@@ -321,9 +324,7 @@ def parameter_table() -> str:
     for declaration in PARAMETERS:
         default = f'`{json.dumps(declaration.default)}`'
         text = ' '.join(filter(None, (declaration.description, declaration.constraints)))
-        effect = ' *At once.*' if declaration.live else ' *Read-only.*' if declaration.read_only else ''
-        effect = ' *In the background.*' if declaration.swapped else effect
-        effect = ' *In the background, with `model_path`.*' if declaration.with_model else effect
+        effect = f' *{declaration.effect.value[1]}*' if declaration.effect.value[1] else ''
         kind = declaration.type.name.lower().replace('_array', '[]')
         rows.append(f'| `{declaration.name}` | {kind} | {default} | {text}{effect} |')
     return '\n'.join(rows)

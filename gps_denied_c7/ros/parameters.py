@@ -1,32 +1,190 @@
-"""The node's parameters: declared, checked when they are set, and restored (N-10)."""
+"""The node's parameters: declared, checked against each other when they are set, frozen, and restored (N-10)."""
 
 from __future__ import annotations
 
 import difflib
+import math
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import astuple, dataclass, field
 from typing import Any
 
 from rcl_interfaces.msg import SetParametersResult
-from rclpy.exceptions import InvalidParameterTypeException, InvalidParameterValueException
+from rclpy.exceptions import (
+    InvalidParameterTypeException,
+    InvalidParameterValueException,
+    InvalidTopicNameException,
+)
 from rclpy.node import Node
 from rclpy.parameter import Parameter
+from rclpy.validate_topic_name import validate_topic_name
 
+from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import C7Error, ConfigError
-from gps_denied_c7.ros.parameter_table import PARAMETERS, ParameterDeclaration
-from gps_denied_c7.ros.settings import (
-    DECLARED,
-    LiveSettings,
-    NodeSettings,
-    is_unset_mean,
-    same_value,
-    settings_from,
-)
+from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
+from gps_denied_c7.monitoring.thermal_policy import ThermalPolicy
+from gps_denied_c7.ros.parameter_table import PARAMETERS, TOPIC_TYPES, WITH_MODEL, Effect, ParameterDeclaration
 from gps_denied_c7.text import plain
 
-__all__ = ['NodeParameters']
+__all__ = ['LiveSettings', 'NodeParameters', 'NodeSettings', 'settings_from']
 
 _BY_NAME = {declaration.name: declaration for declaration in PARAMETERS}
+
+_DECLARED = {declaration.name: declaration.default for declaration in PARAMETERS}
+_CONFIG_FIELDS = (
+    'ort_disallow_cpu_fallback', 'build_on_configure', 'builder_optimization_level', 'engine_cache_dir',
+    'ort_trt_cache_dir', 'gpu_memory_budget_bytes', 'gpu_fault_window_s', 'isolation', 'hot_standby', 'spare_worker',
+    'load_timeout_s', 'inference_deadline_ms', 'hang_timeout_ms', 'configure_budget_s', 'cpu_threads',
+    'promotion_backoff_s', 'restart_backoff_s',
+)
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSettings:
+    """Hold what may change while the node is active; units as in PARAMETERS."""
+
+    image_cpu_share: float
+    max_queue_age_ms: float
+    max_frame_age_ms: float
+    max_stamp_ahead_s: float
+    latency_warn_ms: float
+    cpu_wakeup_latency_us: int
+    thermal_policy: str
+    min_rate_hz: float
+
+
+@dataclass(frozen=True, slots=True)
+class NodeSettings:
+    """
+    Hold what one configure works with.
+
+    :param image_topics: as given, not yet resolved.
+    :param image_topic_types: one of TOPIC_TYPES for each of them.
+    :param preprocessing: overrides of the bundle's pre-processing, by PreprocessingSpec field.
+    """
+
+    image_topics: tuple[str, ...]
+    image_topic_types: tuple[str, ...]
+    decoder_memory_mb: int
+    decode_timeout_ms: float
+    model_path: str
+    config: C7InferenceConfig
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def output_tensors(self) -> tuple[str, ...]:
+        """Names of the outputs that are published, all of them where empty."""
+        return self.config.output_tensors
+
+    @property
+    def allow_non_finite(self) -> tuple[str, ...]:
+        """Names of the outputs in which NaN and infinity are valid."""
+        return self.config.allow_non_finite
+
+    def check_outputs(self, names: Collection[str]) -> None:
+        """
+        Refuse a model that lacks an output which is to be published.
+
+        :raises ConfigError: naming ``output_tensors``.
+        """
+        if unknown := sorted(set(self.output_tensors).difference(names)):
+            raise ConfigError('output_tensors', f'the model has no {unknown}.', remedy=f'It has {sorted(names)}.')
+
+    def preprocessing_for(self, spec: PreprocessingSpec) -> PreprocessingSpec:
+        """
+        Return ``spec`` with the overrides.
+
+        :raises ConfigError: naming the parameter.
+        """
+        try:
+            return spec.replace(**self.preprocessing)
+        except ConfigError as error:
+            raise ConfigError(f'preprocess.{error.name}', error.message.partition(': ')[2]) from error
+
+
+def settings_from(values: Mapping[str, Any]) -> tuple[NodeSettings, LiveSettings]:
+    """
+    Check parameter values against each other and freeze them.
+
+    :param values: plain values by parameter name.
+    :raises ConfigError: naming the parameter.
+    """
+    topics = tuple(topic for topic in values['image_topics'] if topic)
+    if not topics:
+        raise ConfigError('image_topics', 'is empty.', remedy='Name at least one image topic.')
+    if len(set(topics)) != len(topics):
+        raise ConfigError('image_topics', f'{list(topics)} names a topic twice.')
+    for topic in topics:
+        try:
+            validate_topic_name(topic)
+        except InvalidTopicNameException as error:
+            raise ConfigError('image_topics', f'{topic!r} is not a topic name: {error}.') from error
+    overrides = {
+        name.removeprefix('preprocess.'): value
+        for name, value in values.items()
+        if name.startswith('preprocess.')
+        and not _same_value(value, _DECLARED[name])
+        and not _is_unset_mean(name, value)
+    }
+    for name, value in overrides.items():
+        numbers = value if isinstance(value, list) else [value]
+        if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+            raise ConfigError(f'preprocess.{name}', f'{value} is not finite.')
+    live = LiveSettings(**{name: values[name] for name in LiveSettings.__dataclass_fields__})
+    if any(isinstance(value, float) and math.isnan(value) for value in astuple(live)):
+        raise ConfigError('live settings', f'{live} holds a value that is not a number.')
+    policies = [policy.value for policy in ThermalPolicy]
+    if live.thermal_policy not in policies:
+        raise ConfigError('thermal_policy', f'{live.thermal_policy!r} unknown.', remedy=f'Known are {policies}.')
+    config = C7InferenceConfig(
+        runtime_chain=tuple(label for label in values['runtime_chain'] if label),
+        disabled_runtimes=tuple(label for label in values['disabled_runtimes'] if label),
+        **{name: values[name] for name in _CONFIG_FIELDS},
+        output_tensors=_names('output_tensors', values),
+        allow_non_finite=_names('allow_non_finite', values),
+    )
+    settings = NodeSettings(
+        topics,
+        _topic_types(values['image_topic_types'], len(topics)),
+        values['decoder_memory_mb'],
+        values['decode_timeout_ms'],
+        values['model_path'],
+        config,
+        overrides,
+    )
+    # The bundle's own values are not known yet; any spec shows whether an override can be used at all.
+    settings.preprocessing_for(PreprocessingSpec(width=64, height=64, colour='rgb'))
+    return settings, live
+
+
+def _topic_types(given: Sequence[str], topics: int) -> tuple[str, ...]:
+    types = tuple(name for name in given if name) or ('auto',)
+    if unknown := sorted(set(types).difference(TOPIC_TYPES)):
+        raise ConfigError('image_topic_types', f'{unknown} unknown.', remedy=f'Known are {list(TOPIC_TYPES)}.')
+    if len(types) not in (1, topics):
+        raise ConfigError(
+            'image_topic_types',
+            f'has {len(types)} types for {topics} image_topics.',
+            remedy='Give one for each of image_topics, in their order, or one for all of them.',
+        )
+    return types * topics if len(types) == 1 else types
+
+
+def _names(parameter: str, values: Mapping[str, Any]) -> tuple[str, ...]:
+    names = tuple(name for name in values[parameter] if name)
+    if len(set(names)) != len(names):
+        raise ConfigError(parameter, f'{list(names)} names an output twice.')
+    return names
+
+
+def _is_unset_mean(name: str, value: Any) -> bool:
+    """Return whether a mean is the earlier default, NaN, which stands for the model's own mean."""
+    return name == 'preprocess.mean' and len(value) == 1 and math.isnan(value[0])
+
+
+def _same_value(value: Any, other: Any) -> bool:
+    """Return whether two plain values are equal, where not-a-number equals itself."""
+    return bool(value == other) or repr(value) == repr(other)
 
 
 class NodeParameters:
@@ -122,7 +280,7 @@ class NodeParameters:
             self._broken[declaration.name] = f'the start value cannot be used ({error}).'
             self._node.get_logger().error(f'parameter {declaration.name}: {self._broken[declaration.name]}')
             self._node.declare_parameter(declaration.name, value, descriptor, ignore_override=True)
-        if is_unset_mean(declaration.name, self._value(declaration.name)):
+        if _is_unset_mean(declaration.name, self._value(declaration.name)):
             # From a parameter file of an earlier version; NaN in a file dumped now could not be read back.
             self._node.set_parameters([Parameter(declaration.name, value=value)])
 
@@ -157,12 +315,12 @@ class NodeParameters:
         ours = {parameter.name: _plain(parameter.value) for parameter in parameters if parameter.name in _BY_NAME}
         if not ours:
             return
-        changed = {name: value for name, value in ours.items() if not same_value(value, self._values[name])}
+        changed = {name: value for name, value in ours.items() if not _same_value(value, self._values[name])}
         restoring = self._restoring == threading.get_ident()
-        with_model = {name for name in changed if _BY_NAME[name].with_model and 'model_path' in ours}
+        with_model = {name for name in changed if name in WITH_MODEL and 'model_path' in ours}
         for name in changed:
             asked = 'model_path' if name in with_model else name
-            if not _BY_NAME[name].live and not restoring and (why := self._fixed(asked)):
+            if _BY_NAME[name].effect is not Effect.AT_ONCE and not restoring and (why := self._fixed(asked)):
                 raise ConfigError(name, why)
         with self._lock:
             values = {**self._values, **ours}
@@ -170,7 +328,7 @@ class NodeParameters:
                 settings = settings_from(values)[0]
             except ConfigError:
                 # Start values that were wrong before must not keep a right one from being set.
-                if _usable(self._values) or not _usable({**DECLARED, **ours}):
+                if _usable(self._values) or not _usable({**_DECLARED, **ours}):
                     raise
             else:
                 if ('model_path' in changed or with_model) and not restoring:

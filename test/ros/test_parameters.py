@@ -13,9 +13,8 @@ from rclpy.parameter import Parameter
 
 from gps_denied_c7.errors import ConfigError, ModelBundleError
 from gps_denied_c7.image.preprocess_spec import PreprocessingSpec, ResizeMode
-from gps_denied_c7.ros.parameter_table import PARAMETERS
-from gps_denied_c7.ros.parameters import NodeParameters
-from gps_denied_c7.ros.settings import settings_from
+from gps_denied_c7.ros.parameter_table import PARAMETERS, Effect
+from gps_denied_c7.ros.parameters import NodeParameters, settings_from
 from support.harness import ROOT
 
 DEFAULTS = {declaration.name: declaration.default for declaration in PARAMETERS}
@@ -29,7 +28,7 @@ def test_every_parameter_is_described(declaration):
     assert descriptor.type == declaration.type.value != ParameterType.PARAMETER_NOT_SET
     assert len(descriptor.description) > 20
     assert descriptor.description.endswith(('at once.', 'next configure.', 'Read-only.'))
-    assert descriptor.read_only == declaration.read_only
+    assert descriptor.read_only == (declaration.effect is Effect.NEVER)
     assert not descriptor.dynamic_typing
     if declaration.type in NUMBERS and declaration.name != 'preprocess.scale':
         assert descriptor.integer_range or descriptor.floating_point_range
@@ -209,7 +208,7 @@ def test_a_wrong_start_value_keeps_the_node_up_and_refuses_configure_until_it_is
     assert name in str(caught.value)
     assert made.parameters.live() == settings_from(DEFAULTS)[1]
     assert made.parameters.autostart is False
-    if not BY_NAME[name].read_only:
+    if BY_NAME[name].effect is not Effect.NEVER:
         assert made.set(**{name: DEFAULTS[name]}).successful
         made.parameters.settings()
 
@@ -226,7 +225,9 @@ def test_start_values_that_contradict_each_other_can_be_put_right_one_by_one(ben
     assert made.parameters.settings().image_topics == ('a', 'b')
 
 
-@pytest.mark.parametrize('declaration', [each for each in PARAMETERS if each.live], ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    'declaration', [each for each in PARAMETERS if each.effect is Effect.AT_ONCE], ids=lambda each: each.name
+)
 def test_a_live_parameter_takes_effect_in_any_state(bench, declaration):
     made = bench()
     made.why_fixed = 'cannot change while active.'
@@ -238,7 +239,9 @@ def test_a_live_parameter_takes_effect_in_any_state(bench, declaration):
 
 
 @pytest.mark.parametrize(
-    'declaration', [each for each in PARAMETERS if not each.live and not each.read_only], ids=lambda each: each.name
+    'declaration',
+    [each for each in PARAMETERS if each.effect not in (Effect.AT_ONCE, Effect.NEVER)],
+    ids=lambda each: each.name,
 )
 def test_any_other_is_refused_with_the_reason_while_configured(bench, declaration):
     made = bench()
