@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import math
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import astuple, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from rcl_interfaces.msg import SetParametersResult
@@ -23,6 +23,7 @@ from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import C7Error, ConfigError
 from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.monitoring.thermal_policy import ThermalPolicy
+from gps_denied_c7.pipeline.model_fit import ImageSettings
 from gps_denied_c7.ros.parameter_table import PARAMETERS, TOPIC_TYPES, WITH_MODEL, Effect, ParameterDeclaration
 from gps_denied_c7.text import plain
 
@@ -53,14 +54,13 @@ class LiveSettings:
     min_rate_hz: float
 
 
-@dataclass(frozen=True, slots=True)
-class NodeSettings:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NodeSettings(ImageSettings):
     """
     Hold what one configure works with.
 
     :param image_topics: as given, not yet resolved.
     :param image_topic_types: one of TOPIC_TYPES for each of them.
-    :param preprocessing: overrides of the bundle's pre-processing, by PreprocessingSpec field.
     """
 
     image_topics: tuple[str, ...]
@@ -69,26 +69,6 @@ class NodeSettings:
     decode_timeout_ms: float
     model_path: str
     config: C7InferenceConfig
-    preprocessing: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def output_tensors(self) -> tuple[str, ...]:
-        """Names of the outputs that are published, all of them where empty."""
-        return self.config.output_tensors
-
-    @property
-    def allow_non_finite(self) -> tuple[str, ...]:
-        """Names of the outputs in which NaN and infinity are valid."""
-        return self.config.allow_non_finite
-
-    def check_outputs(self, names: Collection[str]) -> None:
-        """
-        Refuse a model that lacks an output which is to be published.
-
-        :raises ConfigError: naming ``output_tensors``.
-        """
-        if unknown := sorted(set(self.output_tensors).difference(names)):
-            raise ConfigError('output_tensors', f'the model has no {unknown}.', remedy=f'It has {sorted(names)}.')
 
     def preprocessing_for(self, spec: PreprocessingSpec) -> PreprocessingSpec:
         """
@@ -144,13 +124,15 @@ def settings_from(values: Mapping[str, Any]) -> tuple[NodeSettings, LiveSettings
         allow_non_finite=_names('allow_non_finite', values),
     )
     settings = NodeSettings(
-        topics,
-        _topic_types(values['image_topic_types'], len(topics)),
-        values['decoder_memory_mb'],
-        values['decode_timeout_ms'],
-        values['model_path'],
-        config,
-        overrides,
+        image_topics=topics,
+        image_topic_types=_topic_types(values['image_topic_types'], len(topics)),
+        decoder_memory_mb=values['decoder_memory_mb'],
+        decode_timeout_ms=values['decode_timeout_ms'],
+        model_path=values['model_path'],
+        config=config,
+        preprocessing=overrides,
+        output_tensors=config.output_tensors,
+        allow_non_finite=config.allow_non_finite,
     )
     # The bundle's own values are not known yet; any spec shows whether an override can be used at all.
     settings.preprocessing_for(PreprocessingSpec(width=64, height=64, colour='rgb'))
