@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from gps_denied_c7.ros.bag import sqlite_file
-from gps_denied_c7.ros.bag.storage import BagError, OfferedQos, Storage, profiles_of, reason
+from gps_denied_c7.ros.bag.storage import ZSTD_MAGIC, BagError, OfferedQos, Storage, profiles_of, reason
 
 __all__ = ['BagFiles', 'Metadata', 'find_files', 'open_storage']
 
@@ -20,7 +20,6 @@ _logger = logging.getLogger(__name__)
 
 _STORAGE_SUFFIXES = ('.mcap', '.db3')
 _COMPRESSED_SUFFIXES = ('.zstd', '.zst')
-_ZSTD_MAGIC = b'\x28\xb5\x2f\xfd'
 _LOADER = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
 _NAME_A_BAG = 'Name a bag directory, or an .mcap or .db3 file.'
 
@@ -212,7 +211,7 @@ def open_storage(path: Path, scratch: Callable[[], Path]) -> tuple[Storage, list
             magic = file.read(16)
         if not magic:
             raise BagError(f'{path} is damaged: it is empty.', remedy='Record it again.')
-        if magic.startswith(_ZSTD_MAGIC):
+        if magic.startswith(ZSTD_MAGIC):
             plain, lost = _decompress(path, scratch())
             try:
                 storage, more = open_storage(plain, scratch)

@@ -31,10 +31,10 @@ from gps_denied_c7.ros.bag.storage import (
     Channel,
     Entry,
     Run,
+    Storage,
     count_text,
     decompressed,
     open_for_writing,
-    profiles_of,
     reason,
     time_text,
 )
@@ -85,19 +85,15 @@ class _Chunk:
     counts: Counter[int] | None = None
 
 
-class McapFile:
+class McapFile(Storage):
     """
-    Open one mcap file; see :class:`~gps_denied_c7.ros.bag.storage.Storage`.
+    Open one mcap file.
 
     :raises BagError: it is not an mcap file.
     """
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.channels: dict[int, Channel] = {}
-        self.counts: dict[int, int] = {}
-        self.missing: list[str] = []
-        self.notes: list[str] = []
+        super().__init__(path)
         self._file: BinaryIO = path.open('rb')
         self._size = self._file.seek(0, 2)
         self._records: dict[int, ChannelRecord] = {}
@@ -279,25 +275,20 @@ class McapFile:
             # What the damage took held no message.
             self.notes += [f'{cut}, but no message, as the file itself counts them.' for cut in self._cuts]
         else:
-            self.missing += [f'{cut}.' for cut in self._cuts]
-            self.missing += [f'{self.path.name}: {text}.' for text in self._strange]
+            self._lost += [f'{cut}.' for cut in self._cuts]
+            self._lost += [f'{self.path.name}: {text}.' for text in self._strange]
         if unknown := {f'channel {number}': found[number] for number in found.keys() - self.channels.keys()}:
-            self.missing.append(f'{self.path.name} does not describe the channel of {count_text(unknown)}.')
+            self._lost.append(f'{self.path.name} does not describe the channel of {count_text(unknown)}.')
 
     def _channel(self, record: ChannelRecord) -> Channel:
         schema = self._schemas.get(record.schema_id)
-        qos = None
-        if 'offered_qos_profiles' in record.metadata:
-            try:
-                qos = profiles_of(record.metadata['offered_qos_profiles'])
-            except ValueError as error:
-                self.notes.append(f'{self.path.name}: {record.topic} has {error}.')
+        profiles = record.metadata.get('offered_qos_profiles')
         definition = schema.data.decode(errors='replace') if schema and schema.encoding == 'ros2msg' else ''
         return Channel(
             record.topic,
             schema.name if schema else '',
             record.message_encoding,
-            qos,
+            None if profiles is None else self._profiles(record.topic, profiles),
             record.metadata.get('topic_type_hash', ''),
             definition,
         )
@@ -348,8 +339,8 @@ class McapFile:
 
     def _note(self, sentence: str) -> None:
         """Add to what is missing what was not found in an earlier pass already."""
-        if sentence not in self.missing:
-            self.missing.append(sentence)
+        if sentence not in self._lost:
+            self._lost.append(sentence)
 
     def _topic(self, number: int) -> str:
         return self._records[number].topic if number in self._records else f'channel {number}'

@@ -22,10 +22,9 @@ from gps_denied_c7.ros.bag.storage import (
     Channel,
     Entry,
     Faults,
-    OfferedQos,
     Run,
+    Storage,
     open_for_writing,
-    profiles_of,
     reason,
 )
 
@@ -39,9 +38,9 @@ _BUSY_S = 5.0
 _STOP_RECORDER = 'End the recorder, or the program that has it open, then try again.'
 
 
-class SqliteFile:
+class SqliteFile(Storage):
     """
-    Open one sqlite3 storage file; see :class:`~gps_denied_c7.ros.bag.storage.Storage`.
+    Open one sqlite3 storage file.
 
     The file is opened read-only. Where a journal beside it holds messages (``-wal``) or half a transaction
     (``-journal``), file and journal are copied into ``scratch`` and SQLite recovers the copy. A lock is held for each
@@ -52,11 +51,7 @@ class SqliteFile:
     """
 
     def __init__(self, path: Path, scratch: Callable[[], Path]) -> None:
-        self.path = path
-        self.channels: dict[int, Channel] = {}
-        self.counts: dict[int, int] = {}
-        self.notes: list[str] = []
-        self._lost: list[str] = []
+        super().__init__(path)
         self._odd_rows, self._unread = Faults(), Faults()
         self._ids, self._times, self._topics = array('q'), array('q'), array('q')
         self._db = self._connect(scratch)
@@ -168,12 +163,7 @@ class SqliteFile:
             self._check_index()
 
     def _channel(self, row: dict[str, Any], definition: str) -> Channel:
-        qos: tuple[OfferedQos, ...] | None = None
-        if 'offered_qos_profiles' in row:
-            try:
-                qos = profiles_of(row['offered_qos_profiles'])
-            except ValueError as error:
-                self.notes.append(f'{self.path.name}: {row["name"]} has {error}.')
+        qos = self._profiles(row['name'], row['offered_qos_profiles']) if 'offered_qos_profiles' in row else None
         encoding, type_hash = row.get('serialization_format', 'cdr'), row.get('type_description_hash') or ''
         return Channel(str(row['name']), str(row['type'] or ''), str(encoding), qos, str(type_hash), definition)
 

@@ -10,21 +10,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import yaml
 
 from gps_denied_c7.errors import C7Error
 
 __all__ = [
-    'MOST_BYTES', 'BagError', 'Channel', 'Entry', 'Faults', 'OfferedQos', 'Run', 'Storage', 'cdr_of', 'count_text',
-    'decompressed', 'offered', 'open_for_writing', 'profiles_of', 'reason', 'time_text',
+    'MOST_BYTES', 'ZSTD_MAGIC', 'BagError', 'Channel', 'Entry', 'Faults', 'OfferedQos', 'Run', 'Storage', 'cdr_of',
+    'count_text', 'decompressed', 'offered', 'open_for_writing', 'profiles_of', 'reason', 'time_text',
 ]  # fmt: skip
 
 MOST_BYTES = 1 << 30
 """Of a message or a chunk once decompressed: beyond any recorder's, and 32,000 times fewer bytes may ask for it."""
 
-_ZSTD_MAGIC = b'\x28\xb5\x2f\xfd'
+ZSTD_MAGIC = b'\x28\xb5\x2f\xfd'
 _LZ4_MAGIC = b'\x04\x22\x4d\x18'
 _UNLIMITED = 2**31 - 1
 # Of compressed input at a time: zstd makes some hundred MB of it at most.
@@ -95,35 +95,6 @@ class Run(NamedTuple):
     read: Callable[[], Iterator[Entry]]
 
 
-class Storage(Protocol):
-    """
-    Read one storage file, which stays as it is.
-
-    :param channels: by their id.
-    :param counts: messages of each channel that the file holds, or held before it was damaged.
-    :param missing: sentences, one for each part that is lost; grows while messages are read.
-    :param notes: sentences about what is odd and costs no message.
-    """
-
-    @property
-    def channels(self) -> Mapping[int, Channel]: ...
-
-    @property
-    def counts(self) -> Mapping[int, int]: ...
-
-    @property
-    def missing(self) -> list[str]: ...
-
-    @property
-    def notes(self) -> list[str]: ...
-
-    def runs(self, channels: set[int]) -> list[Run]:
-        """Return where the messages of these channels are; a run may hold others too."""
-
-    def close(self) -> None:
-        """Close the file; safe to repeat."""
-
-
 def reason(error: BaseException) -> str:
     """Return what an exception says, without its final full stop, or its name where it says nothing."""
     return (str(error) or type(error).__name__).rstrip('.')
@@ -154,8 +125,8 @@ def cdr_of(data: Any) -> bytes:
     """
     if not isinstance(data, bytes):
         raise ValueError(f'stored as {type(data).__name__}, not as bytes')
-    if data[:4] in (_ZSTD_MAGIC, _LZ4_MAGIC):
-        data = decompressed(data, 'zstd' if data[:4] == _ZSTD_MAGIC else 'lz4')
+    if data[:4] in (ZSTD_MAGIC, _LZ4_MAGIC):
+        data = decompressed(data, 'zstd' if data[:4] == ZSTD_MAGIC else 'lz4')
     if len(data) < 4 or data[0] != 0 or data[1] > 0x0B:
         raise ValueError(f'not CDR, begins with {data[:4].hex(" ") or "nothing"}')
     return data
@@ -258,6 +229,44 @@ def open_for_writing(path: Path) -> bool:
     finally:
         os.close(descriptor)
     return False
+
+
+class Storage:
+    """
+    Read one storage file, which stays as it is.
+
+    :ivar channels: by their id.
+    :ivar counts: messages of each channel that the file holds, or held before it was damaged.
+    :ivar notes: sentences about what is odd and costs no message.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.channels: dict[int, Channel] = {}
+        self.counts: dict[int, int] = {}
+        self.notes: list[str] = []
+        self._lost: list[str] = []
+
+    @property
+    def missing(self) -> list[str]:
+        """Sentences, one for each part that is lost; grows while messages are read."""
+        return self._lost
+
+    def runs(self, channels: set[int]) -> list[Run]:
+        """Return where the messages of these channels are; a run may hold others too."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Close the file; safe to repeat."""
+        raise NotImplementedError
+
+    def _profiles(self, topic: str, text: Any) -> tuple[OfferedQos, ...] | None:
+        """Return the offered QoS profiles of a topic; None, and a note, where they cannot be read."""
+        try:
+            return profiles_of(text)
+        except ValueError as error:
+            self.notes.append(f'{self.path.name}: {topic} has {error}.')
+            return None
 
 
 class Faults:
