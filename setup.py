@@ -240,7 +240,7 @@ setup(
     entry_points={
         'console_scripts': [
             'c7_inference_node = gps_denied_c7.ros.node_main:main',
-            'c7_replay = gps_denied_c7.ros.replay:main',
+            'c7_replay = gps_denied_c7.ros.replay_main:main',
             'c7_demo = gps_denied_c7.demo.run:main',
             'c7_bench = gps_denied_c7.bench.run:main',
             'c7_engine = gps_denied_c7.ground.cli:main',

@@ -200,7 +200,7 @@ class _Run:
             str(self.bag), '--topics', *topics, '--wait-matched', str(_LISTEN_S), '--rate', str(self.pace),
             '--json', str(written), '--progress' if visible else '--no-progress',
         ]  # fmt: skip
-        with Child('gps_denied_c7.ros.replay', arguments, environ, log=None if visible else log) as child:
+        with Child('gps_denied_c7.ros.replay_main', arguments, environ, log=None if visible else log) as child:
             longest = self.options.duration_s / self.pace + _REPLAY_SLACK_S
             wait_for(lambda: child.process.poll() is not None, longest, 'the end of the replay')
             if child.process.returncode:

@@ -317,7 +317,7 @@ def test_m1_a_directory_that_is_there_already_is_left_as_it_is(tmp_path: Path, r
 def test_every_program_has_a_help(tmp_path: Path) -> None:
     """The node's starts no ROS, which would refuse this domain."""
     programs = {
-        'c7_inference_node': 'ros.node_main', 'c7_replay': 'ros.replay', 'c7_engine': 'ground.cli',
+        'c7_inference_node': 'ros.node_main', 'c7_replay': 'ros.replay_main', 'c7_engine': 'ground.cli',
         'c7_demo': 'demo.run', 'c7_bench': 'bench.run',
     }  # fmt: skip
     pytest.importorskip('rclpy')

@@ -684,7 +684,7 @@ def test_a_package_that_is_not_installed_is_named_and_the_bag_is_not_called_dama
     lines = f"""
 import sys
 sys.modules[{package!r}] = None
-from gps_denied_c7.ros.replay import main
+from gps_denied_c7.ros.replay_main import main
 sys.exit(main(sys.argv[1:]))
 """
     ended = subprocess.run(

@@ -175,6 +175,6 @@ def test_the_nvml_helper_loads_nothing_of_the_working_directory(there, caplog):
 
 def test_processes_of_the_demo_load_nothing_of_the_working_directory(there, tmp_path):
     log = tmp_path / 'log'
-    with Child('gps_denied_c7.ros.replay', ['--help'], os.environ, log=log) as child:
+    with Child('gps_denied_c7.ros.replay_main', ['--help'], os.environ, log=log) as child:
         assert child.wait(60.0) == 0, log.read_text()
     assert 'usage' in log.read_text()

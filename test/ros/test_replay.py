@@ -676,7 +676,7 @@ def test_ros_arguments_that_are_wrong_are_a_sentence(tmp_path, arguments):
 def test_a_replay_needs_no_standard_error(tmp_path, where):
     write_mcap(tmp_path / 'bag.mcap', strings(20))
     shell = f'exec "$@" {where}'
-    command = [sys.executable, '-m', 'gps_denied_c7.ros.replay', tmp_path / 'bag.mcap', '--wait-matched', '0']
+    command = [sys.executable, '-m', 'gps_denied_c7.ros.replay_main', tmp_path / 'bag.mcap', '--wait-matched', '0']
     command += ['--progress', '--json', tmp_path / 'report.json']
     done = subprocess.run(['/bin/sh', '-c', shell, 'sh', *command], check=False, timeout=DEADLINE_S)
     report = report_of(tmp_path)

@@ -112,7 +112,7 @@ def contents(path: Path) -> dict[str, tuple[bytes, int]]:
 
 def start(*arguments: object) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, '-m', 'gps_denied_c7.ros.replay', *map(str, arguments)],
+        [sys.executable, '-m', 'gps_denied_c7.ros.replay_main', *map(str, arguments)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 

@@ -32,7 +32,7 @@ def replay(bag: Path, domain_id: int) -> dict[str, Any]:
     with tempfile.NamedTemporaryFile('r', suffix='.json') as report:
         done = subprocess.run(
             [
-                sys.executable, '-m', 'gps_denied_c7.ros.replay', str(bag), '--topics', IMAGE_TOPIC,
+                sys.executable, '-m', 'gps_denied_c7.ros.replay_main', str(bag), '--topics', IMAGE_TOPIC,
                 '--wait-matched', '60', '--no-progress', '--json', report.name,
             ],
             cwd=tempfile.gettempdir(),
