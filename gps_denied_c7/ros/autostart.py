@@ -11,10 +11,12 @@ from typing import Any
 from gps_denied_c7.engines.store import fallback_directory
 from gps_denied_c7.errors import C7Error
 from gps_denied_c7.failover.file_watch import fingerprint, model_files
+from gps_denied_c7.ros.lifecycle import ResponsiveLifecycleNode
 from gps_denied_c7.stalled_reads import read_or_give_up
 
 __all__ = ['Autostart', 'start_conditions']
 
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 _LOOK_S = 1.0
 _READ_S = 2.0
 
@@ -46,35 +48,16 @@ class Autostart:
     It ends with the first success, and when another client requests a transition. After an attempt that would fail
     again with the same files and parameters, the next one waits until these have changed.
 
-    :param state: returns the lifecycle state's label.
-    :param transition: runs ``configure`` or ``activate`` and returns whether it succeeded.
     :param lasting: whether the last attempt would fail again until ``conditions`` change.
     :param conditions: returns a value that changes as soon as a file or a parameter changes.
-    :param on_wait: called when the next attempt waits for such a change.
-    :param on_failure: called with an unexpected exception; the next attempt follows all the same.
-    :param backoff_s: first and longest pause in seconds.
     """
 
     def __init__(
-        self,
-        state: Callable[[], str],
-        transition: Callable[[str], bool],
-        *,
-        on_pause: Callable[[float], object] = lambda pause_s: None,
-        lasting: Callable[[], bool] = lambda: False,
-        conditions: Callable[[], Hashable] = lambda: None,
-        on_wait: Callable[[], object] = lambda: None,
-        on_failure: Callable[[Exception], None],
-        backoff_s: tuple[float, float] = (1.0, 30.0),
+        self, node: ResponsiveLifecycleNode, *, lasting: Callable[[], bool], conditions: Callable[[], Hashable]
     ) -> None:
-        self._state = state
-        self._transition = transition
-        self._on_pause = on_pause
+        self._node = node
         self._lasting = lasting
         self._conditions = conditions
-        self._on_wait = on_wait
-        self._on_failure = on_failure
-        self._backoff_s = backoff_s
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name='c7-autostart', daemon=True)
 
@@ -92,8 +75,7 @@ class Autostart:
         return self._thread.is_alive() and not self._stopped.is_set()
 
     def _run(self) -> None:
-        first_s, longest_s = self._backoff_s
-        pause_s = first_s
+        pause_s = _FIRST_PAUSE_S
         while not self._stopped.is_set():
             wait = False
             try:
@@ -103,18 +85,22 @@ class Autostart:
                     return
                 wait = self._lasting()
             except Exception as error:
-                self._on_failure(error)
+                self._node.report_callback_failure('autostart', error)
             if self._stopped.is_set():
                 # Stopped in the middle of the attempt: that the node is not active is not a failure.
                 return
             if wait:
-                self._on_wait()
+                self._node.get_logger().error(
+                    'not active; next attempt when a parameter, the model or an engine file changes'
+                )
                 changed_after_s = self._wait_for_change(before, pause_s)
-                pause_s = first_s if changed_after_s > longest_s else min(2 * pause_s, longest_s)
-                continue
-            self._on_pause(pause_s)
-            self._stopped.wait(pause_s)
-            pause_s = min(2 * pause_s, longest_s)
+                if changed_after_s > _LONGEST_PAUSE_S:
+                    pause_s = _FIRST_PAUSE_S
+                    continue
+            else:
+                self._node.get_logger().error(f'not active; next attempt in {pause_s:.0f} s')
+                self._stopped.wait(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     def _wait_for_change(self, before: Hashable, least_s: float) -> float:
         """Wait until the conditions are others, for ``least_s`` at least; return for how many seconds."""
@@ -125,8 +111,8 @@ class Autostart:
         return time.monotonic() - began
 
     def _attempt(self) -> bool:
-        if self._state() == 'unconfigured' and not self._transition('configure'):
+        if self._node.lifecycle_state == 'unconfigured' and not self._node.transition('configure'):
             return False
-        if self._state() == 'inactive' and not self._stopped.is_set():
-            self._transition('activate')
-        return self._state() in ('active', 'finalized')
+        if self._node.lifecycle_state == 'inactive' and not self._stopped.is_set():
+            self._node.transition('activate')
+        return self._node.lifecycle_state in ('active', 'finalized')

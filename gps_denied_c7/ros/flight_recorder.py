@@ -29,7 +29,7 @@ _REPEATING_DEPTH = 200
 _POLL_S = 0.01
 
 
-class FlightRecorder:
+class FlightRecorder(FdrRecorder):
     """
     Publish records on ``~/fdr`` for as long as the process lives.
 
@@ -41,13 +41,13 @@ class FlightRecorder:
     def __init__(self, node: Node) -> None:
         self._one_shots = node.create_publisher(FdrRecordMsg, '~/fdr', _fdr_qos(FDR_QOS.depth - _REPEATING_DEPTH))
         self._repeating = node.create_publisher(FdrRecordMsg, '~/fdr', _fdr_qos(_REPEATING_DEPTH))
-        self.recorder = FdrRecorder(
-            self._publish,
+        super().__init__(
+            self._publish_record,
             node=node.get_fully_qualified_name(),
             ros_time_ns=lambda: node.get_clock().now().nanoseconds,
         )
 
-    def _publish(self, record: FdrRecord) -> None:
+    def _publish_record(self, record: FdrRecord) -> None:
         publisher = self._repeating if record.repeating else self._one_shots
         publisher.publish(to_fdr_message(record))
 

@@ -45,12 +45,8 @@ class LoadedModel:
     def __init__(self, factory: ChainFactory, logger: Callable[[], Any]) -> None:
         self._factory = factory
         self._logger = logger
-        self._loaded: Loaded | None = None
-
-    @property
-    def current(self) -> Loaded | None:
+        self.current: Loaded | None = None
         """What is loaded; None before a configure and after a cleanup."""
-        return self._loaded
 
     def require(self) -> Loaded:
         """
@@ -58,9 +54,9 @@ class LoadedModel:
 
         :raises C7Error: nothing is.
         """
-        if self._loaded is None:
+        if self.current is None:
             raise C7Error('no model is loaded.', remedy='Run the configure transition first.')
-        return self._loaded
+        return self.current
 
     def on_configure(self, settings: NodeSettings, resolve: Callable[[tuple[str, ...]], tuple[str, ...]]) -> Loaded:
         """
@@ -83,12 +79,12 @@ class LoadedModel:
             chain.release()
             self._factory.close()
             raise
-        self._loaded = Loaded(settings, topics, model)
-        return self._loaded
+        self.current = Loaded(settings, topics, model)
+        return self.current
 
     def on_cleanup(self) -> None:
         """Free the model's engines and what its chains share; safe to repeat."""
-        loaded, self._loaded = self._loaded, None
+        loaded, self.current = self.current, None
         if loaded is not None:
             try:
                 loaded.model.chain.release()
@@ -102,11 +98,11 @@ class LoadedModel:
 
     def swapped(self, settings: NodeSettings, model: ServedModel) -> None:
         """Note the model that answers from now on, which the next cleanup frees."""
-        self._loaded = dataclasses.replace(self.require(), settings=settings, model=model)
+        self.current = dataclasses.replace(self.require(), settings=settings, model=model)
 
     def abandon_frame(self) -> None:
         """End the engine that does not answer: a worker can be ended, a thread of this process cannot."""
-        loaded = self._loaded
+        loaded = self.current
         if loaded is not None:
             self._logger().warning('the current frame was not answered in time and is abandoned')
             with contextlib.suppress(InferenceError):

@@ -84,7 +84,6 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         self._start_problem, self._start_lasting = '', False
         self._start_reasons: set[str] = set()
         self._notices: tuple[str, ...] = ()
-        self._recorder: FlightRecorder | None = None
         self._factory = ChainFactory(
             self._thermal, emit=self.record, on_change=lambda status: self._publish_changes()
         )
@@ -126,19 +125,10 @@ class C7InferenceNode(ResponsiveLifecycleNode):
             callback_group=MutuallyExclusiveCallbackGroup(),
             clock=Clock(clock_type=ClockType.STEADY_TIME),
         )
-        self._autostart = self._make_autostart()
-
-    def _make_autostart(self) -> Autostart:
-        return Autostart(
-            lambda: self.lifecycle_state,
-            self.transition,
-            on_pause=lambda pause_s: self.get_logger().error(f'not active; next attempt in {pause_s:.0f} s'),
+        self._autostart = Autostart(
+            self,
             lasting=lambda: self._start_lasting,
             conditions=lambda: start_conditions(self._settings.values()),
-            on_wait=lambda: self.get_logger().error(
-                'not active; next attempt when a parameter, the model or an engine file changes'
-            ),
-            on_failure=lambda error: self.report_callback_failure('autostart', error),
         )
 
     # --- life -------------------------------------------------------------------------------------
@@ -179,10 +169,10 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         self._autostart.stop()
         in_time = end_in_time(self._shut_down, self._model.abandon_frame, timeout_s)
         clean = in_time and not self._left_behind
-        self._flight_recorder().recorder.flush(force=True)
+        self._recorder.flush(force=True)
         self.record('c7.session_ended', reason=reason, clean=clean, lifecycle_state=self.lifecycle_state)
         # Fast DDS acknowledges with its heartbeats, seconds apart; what was sent is out long before that.
-        self._flight_recorder().drain(min(_DRAIN_S, max(0.0, deadline - time.monotonic())))
+        self._recorder.drain(min(_DRAIN_S, max(0.0, deadline - time.monotonic())))
         return clean
 
     def _shut_down(self) -> None:
@@ -191,7 +181,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
 
     def record(self, kind: str, **payload: Any) -> None:
         """Write a flight record."""
-        self._flight_recorder().recorder.emit(kind, **payload)
+        self._recorder.emit(kind, **payload)
 
     def operator_transition(self, label: str) -> None:
         """End autostart: a client has taken over the lifecycle."""
@@ -213,8 +203,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         """Log, count and record an exception that a callback raised (N-5)."""
         super().report_callback_failure(callback, error)
         self._statistics.callback_failed(callback)
-        if self._recorder is not None:
-            self.record('c7.callback_failed', callback=callback, error=f'{type(error).__name__}: {error}')
+        self.record('c7.callback_failed', callback=callback, error=f'{type(error).__name__}: {error}')
 
     # --- transitions ------------------------------------------------------------------------------
 
@@ -356,7 +345,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
     # --- diagnostics ------------------------------------------------------------------------------
 
     def _tick(self) -> None:
-        self._flight_recorder().recorder.flush()
+        self._recorder.flush()
         if self._live.thermal_policy != ThermalPolicy.OFF:
             self._events.thermal(self._thermal.thermal_state())
         answering = self._answering
@@ -391,10 +380,6 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         state = self._thermal.thermal_state()
         reports.append(thermal_report(state, self._live.thermal_policy, self._policy.answered_of))
         return reports
-
-    def _flight_recorder(self) -> FlightRecorder:
-        assert self._recorder is not None
-        return self._recorder
 
 
 def _answered_of(snapshot: StatisticsSnapshot) -> str:

@@ -232,7 +232,7 @@ def test_n8_waiting_for_a_subscriber_that_hangs_stops_no_other_thread(ros_contex
     try:
         assert observer.stdout is not None
         assert any(b'c7.session_started' in line for line in observer.stdout)
-        flight_recorder = local.node._flight_recorder()
+        flight_recorder = local.node._recorder
         observer.send_signal(signal.SIGSTOP)
         local.node.record('c7.session_ended', reason='test', clean=True)
         other.start()
