@@ -21,7 +21,7 @@ from gps_denied_c7.ros.callbacks import CallbackGuard
 from gps_denied_c7.ros.events import EventReporter
 from gps_denied_c7.ros.frame_policy import FrameDropPolicy
 from gps_denied_c7.ros.image_subscription import ImageSubscription
-from gps_denied_c7.ros.image_topics import ImageTopics, compressed_decoder
+from gps_denied_c7.ros.image_topics import CompressedDecoder, ImageTopics
 from gps_denied_c7.ros.messages import decode_message
 from gps_denied_c7.ros.parameters import LiveSettings, NodeSettings
 from gps_denied_c7.ros.rcl import Rcl
@@ -130,7 +130,7 @@ class Answering:
                 live=parts.live,
                 events=parts.events,
             ),
-            make_decoder=functools.partial(compressed_decoder, settings=self._settings),
+            make_decoder=functools.partial(CompressedDecoder, settings=self._settings),
             make_local_decoder=lambda: LocalDecoder(functools.partial(decode_message, scratch=Scratch())),
             make_thread=functools.partial(
                 DecodeThread,

@@ -23,7 +23,7 @@ from gps_denied_c7.ros.image_subscription import ImageSubscription
 from gps_denied_c7.ros.messages import CompressedData, ReceivedImage, image_type
 from gps_denied_c7.ros.parameters import NodeSettings
 
-__all__ = ['ImageTopics', 'compressed_decoder', 'resolve_topics', 'type_name']
+__all__ = ['CompressedDecoder', 'ImageTopics', 'resolve_topics', 'type_name']
 
 _TYPES: Mapping[str, type[Image] | type[CompressedImage]] = {'raw': Image, 'compressed': CompressedImage}
 
@@ -35,33 +35,31 @@ _REOPEN_TRIES, _REOPEN_PAUSE_S = 15, 0.02
 _log = logging.getLogger(__name__)
 
 
-class _CompressedDecoder:
-    """Decode messages in the decoder process of one topic, which ends with :meth:`close`."""
+class CompressedDecoder:
+    """Decode messages in the decoder process of one compressed topic, which ends with :meth:`close`."""
 
-    def __init__(self, topic: str, *, memory_bytes: int, timeout_s: float) -> None:
+    def __init__(self, topic: str, *, settings: NodeSettings) -> None:
         # Only for nodes that have a compressed topic.
         from gps_denied_c7.decoder.client import ImageDecoder
 
-        self._decoder = ImageDecoder(topic, memory_bytes=memory_bytes, timeout_s=timeout_s)
+        self._decoder = ImageDecoder(
+            topic, memory_bytes=settings.decoder_memory_mb << 20, timeout_s=settings.decode_timeout_ms / 1e3
+        )
 
     @property
     def cpu_ns(self) -> int:
+        """CPU time of the process so far, nanoseconds."""
         return self._decoder.cpu_ns
 
     def decode(self, message: ReceivedImage, spec: PreprocessingSpec, *, pixels: bool) -> DecodedImage:
+        """Return one image made ready; raises ImageRejectedError."""
         picture = message.picture
         assert isinstance(picture, CompressedData)
         return self._decoder.decode(picture.format, picture.data, spec, pixels=pixels)
 
     def close(self) -> None:
+        """End the process."""
         self._decoder.close()
-
-
-def compressed_decoder(topic: str, *, settings: NodeSettings) -> Decoder:
-    """Start a process that decodes the images of one compressed topic."""
-    return _CompressedDecoder(
-        topic, memory_bytes=settings.decoder_memory_mb << 20, timeout_s=settings.decode_timeout_ms / 1e3
-    )
 
 
 class _Camera:

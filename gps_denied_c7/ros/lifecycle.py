@@ -67,25 +67,19 @@ class ResponsiveLifecycleNode(LifecycleNodeMixin, Node):
     def operator_transition(self, label: str) -> None:
         """Note that a client asked for a transition; called before it runs."""
 
-    def transition(self, label: str, *, timeout_s: float = -1.0) -> bool:
+    def transition(self, label: str) -> bool:
         """
-        Run a transition from inside the node.
+        Run a transition from inside the node, after one that is under way.
 
         :param label: ``configure``, ``activate``, ``deactivate``, ``cleanup`` or ``shutdown``.
-        :param timeout_s: how long to wait for a transition that is under way, negative for no limit.
         :return: whether it succeeded; False also where the state allows no such transition.
         """
-        if not self._transition_running.acquire(timeout=timeout_s):
-            self.get_logger().warning(f'{label} was not run: {self._transition_name} is still under way')
-            return False
-        try:
+        with self._transition_running:
             self._transition_name = label
-            if not self._possible(label):
+            if not any(label == name for _, name, *_ in self._state_machine.available_transitions):
                 return False
             trigger: Callable[[], TransitionCallbackReturn] = getattr(self, f'trigger_{label}')
             return trigger() == TransitionCallbackReturn.SUCCESS
-        finally:
-            self._transition_running.release()
 
     def run_transition(
         self,
@@ -132,9 +126,6 @@ class ResponsiveLifecycleNode(LifecycleNodeMixin, Node):
     def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
         """Return to unconfigured; subclasses release first."""
         return TransitionCallbackReturn.SUCCESS
-
-    def _possible(self, label: str) -> bool:
-        return any(label == name for _, name, *_ in self._state_machine.available_transitions)
 
     def _refusing(self, change_state: Callable[..., Any]) -> Callable[..., Any]:
         def refuse(response: ChangeState.Response, why: str) -> ChangeState.Response:

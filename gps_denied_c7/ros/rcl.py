@@ -19,7 +19,7 @@ import os
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from rclpy.callback_groups import CallbackGroup
+from rclpy.callback_groups import CallbackGroup, ReentrantCallbackGroup
 from rclpy.exceptions import InvalidHandle
 from rclpy.node import Node
 from rclpy.publisher import Publisher
@@ -189,19 +189,12 @@ def load_rcl(*message_types: type) -> Rcl | None:
         return None
 
 
-class Untaken(CallbackGroup):
+class Untaken(ReentrantCallbackGroup):
     """Have executors leave the messages of subscriptions alone, though not their events."""
 
     def can_execute(self, entity: Any) -> bool:
         """Return whether an executor may wait for ``entity``."""
         return not isinstance(entity, Subscription)
-
-    def beginning_execution(self, entity: Any) -> bool:
-        """Let any number of callbacks run at the same time."""
-        return True
-
-    def ending_execution(self, entity: Any) -> None:
-        """Do nothing: nothing waits for the end of a callback."""
 
 
 class HandleWaitable(Waitable):

@@ -7,7 +7,7 @@ import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -59,7 +59,7 @@ class _Stream:
     count: int
 
 
-class Bag:
+class Bag(AbstractContextManager['Bag']):
     """
     Open a rosbag2 for reading; a context manager. The bag stays as it is: what needs work is copied to ``$TMPDIR``.
 
@@ -192,9 +192,6 @@ class Bag:
             self._files.notes.append(
                 f'metadata.yaml differs from the storage files, which are played: {"; ".join(differences)}.'
             )
-
-    def __enter__(self) -> Bag:
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
