@@ -73,13 +73,11 @@ class ProfileDecision:
     Tell what was done about the DDS profile.
 
     :param applied: the shipped profile was put into the environment.
-    :param variable: the environment variable that names the profile in force, '' where none does.
     :param path: that profile, None where there is none.
     :param reason: one sentence for the log.
     """
 
     applied: bool
-    variable: str
     path: Path | None
     reason: str
 
@@ -96,24 +94,24 @@ def apply_profile(environ: MutableMapping[str, str]) -> ProfileDecision:
     """
     if not uses_fast_dds(environ):
         rmw = environ['RMW_IMPLEMENTATION']
-        return ProfileDecision(False, '', None, f'DDS profile not set: it is for Fast DDS, the RMW is {rmw}.')
+        return ProfileDecision(False, None, f'DDS profile not set: it is for Fast DDS, the RMW is {rmw}.')
     environ.setdefault(_NO_PROFILE_OF_DIRECTORY, '1')
     if variable := named_profile(environ):
         named = Path(environ[variable])
         # A child of a process that applied the profile finds it set, although the user did not choose it.
         own = ' for large images' if named == profile_path() else ''
-        return ProfileDecision(False, variable, named, f'DDS profile{own}, as {variable} names it: {named}.')
+        return ProfileDecision(False, named, f'DDS profile{own}, as {variable} names it: {named}.')
     if builtin := environ.get(BUILTIN_TRANSPORTS):
-        return ProfileDecision(False, '', None, f'DDS profile not set: {BUILTIN_TRANSPORTS} is {builtin}.')
+        return ProfileDecision(False, None, f'DDS profile not set: {BUILTIN_TRANSPORTS} is {builtin}.')
     path = profile_path()
     if path is None:
         return ProfileDecision(
-            False, '', None, f'DDS profile not set: {PROFILE_NAME} is not installed with the package; build it again.'
+            False, None, f'DDS profile not set: {PROFILE_NAME} is not installed with the package; build it again.'
         )
     variable = profile_variable(environ)
     environ[variable] = str(path)
     return ProfileDecision(
-        True, variable, path, f'DDS profile for large images set; publishers of images need it too: {variable}={path}'
+        True, path, f'DDS profile for large images set; publishers of images need it too: {variable}={path}'
     )
 
 

@@ -106,7 +106,7 @@ class ImageSubscription:
     :param admits: whether an image that has come now may cost CPU time; otherwise it is left out.
     :param rcl: takes the messages, and knows their types; rclpy takes them, and copies them once more, where None.
     :param live: returns the live settings.
-    :param events: is told of refused images, stamps that jump backwards, and a queue that is full repeatedly.
+    :param events: reports refused images, stamps that jump backwards, and a queue that is full repeatedly.
     """
 
     def __init__(

@@ -92,7 +92,7 @@ class ImageTopics:
     :param make_decoder: makes what decodes the compressed images of a topic.
     :param make_local_decoder: makes what decodes raw ones.
     :param make_thread: makes the thread for a topic and its decoder.
-    :param events: is told of changes of type, of publishers that cannot match, and of cameras that are slowed.
+    :param events: reports changes of type, publishers that cannot match, and cameras that are slowed.
     """
 
     def __init__(

@@ -9,7 +9,7 @@ from typing import Any
 
 from lifecycle_msgs.srv import ChangeState
 from rclpy.callback_groups import ReentrantCallbackGroup
-from rclpy.lifecycle import LifecycleNodeMixin, LifecycleState, TransitionCallbackReturn
+from rclpy.lifecycle import LifecycleNodeMixin, TransitionCallbackReturn
 from rclpy.node import Node
 
 from gps_denied_c7.errors import C7Error
@@ -122,10 +122,6 @@ class ResponsiveLifecycleNode(LifecycleNodeMixin, Node):
 
     def transition_failed(self, label: str, reason: str, lasting: bool) -> None:
         """Note why a transition failed, and whether it will again until a file, a package or a parameter changes."""
-
-    def on_error(self, state: LifecycleState) -> TransitionCallbackReturn:
-        """Return to unconfigured; subclasses release first."""
-        return TransitionCallbackReturn.SUCCESS
 
     def _refusing(self, change_state: Callable[..., Any]) -> Callable[..., Any]:
         def refuse(response: ChangeState.Response, why: str) -> ChangeState.Response:

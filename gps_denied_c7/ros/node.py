@@ -149,7 +149,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
             gpu=describe_gpu(),
             config_digest=self._config_digest(),
         )
-        if self._settings.autostart:
+        if self._settings.values()['autostart']:
             self._autostart.start()
         else:
             self.get_logger().info(

@@ -248,11 +248,6 @@ class NodeParameters:
         if not result.successful:
             raise ConfigError('model_path', f'could not be reset to {settings.model_path!r}: {result.reason}')
 
-    @property
-    def autostart(self) -> bool:
-        """Whether the node is to activate itself."""
-        return bool(self._values['autostart'])
-
     def _declare(self, declaration: ParameterDeclaration) -> None:
         descriptor = declaration.descriptor()
         value = declaration.default

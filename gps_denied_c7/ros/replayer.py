@@ -165,7 +165,6 @@ class Replayer:
         self._bag = bag
         self._options = options
         self._stop = stop
-        self._node = node
         self.report = report
         report.notes, report.missing = bag.notes, bag.missing
         self._names = {CLOCK_TOPIC: ('--clock', '')} if options.clock_hz else {}

@@ -207,7 +207,7 @@ def test_a_wrong_start_value_keeps_the_node_up_and_refuses_configure_until_it_is
         made.parameters.settings()
     assert name in str(caught.value)
     assert made.parameters.live() == settings_from(DEFAULTS)[1]
-    assert made.parameters.autostart is False
+    assert made.parameters.values()['autostart'] is False
     if BY_NAME[name].effect is not Effect.NEVER:
         assert made.set(**{name: DEFAULTS[name]}).successful
         made.parameters.settings()
