@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from gps_denied_c7_msgs.msg import FdrRecord, TensorList
 from numpy.typing import NDArray
-from rclpy.executors import SingleThreadedExecutor
+from rclpy.node import Node
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
-from rclpy.signals import SignalHandlerOptions
 
 from gps_denied_c7.monitoring.flight_record import read_payload
-from gps_denied_c7.ros.fastdds import apply_profile, tune_allocator
+from gps_denied_c7.ros.helper_node import helper_node
 from gps_denied_c7.ros.messages import stage_durations
 from gps_denied_c7.ros.shutdown import on_first_signal
 
@@ -39,7 +37,7 @@ class Observer:
     :param report: takes every event, ready for JSON.
     """
 
-    def __init__(self, node: rclpy.node.Node, target: str, report: Any) -> None:
+    def __init__(self, node: Node, target: str, report: Any) -> None:
         self._target = target
         self._report = report
         self.tensors: dict[str, NDArray] = {}
@@ -115,22 +113,12 @@ def main(args: Sequence[str] | None = None) -> int:
     # Fast DDS prints its errors on standard output; they belong on standard error, apart from the events.
     events = os.fdopen(os.dup(sys.stdout.fileno()), 'w', encoding='utf-8')
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
-    apply_profile(os.environ)
-    tune_allocator()
-    rclpy.init(signal_handler_options=SignalHandlerOptions.NO)
-    node = rclpy.create_node('c7_observer', start_parameter_services=False, enable_rosout=False)
-    executor = SingleThreadedExecutor()
-    executor.add_node(node)
-    try:
+    with helper_node('c7_observer') as (node, executor):
         observer = Observer(node, options.node, lambda event: print(json.dumps(event), file=events, flush=True))
         while not stop.is_set():
             executor.spin_once(timeout_sec=0.1)
         if options.tensors is not None:
             np.savez(options.tensors, **observer.tensors)  # type: ignore[arg-type]
-    finally:
-        executor.shutdown()
-        node.destroy_node()
-        rclpy.try_shutdown()
     return 0
 
 
