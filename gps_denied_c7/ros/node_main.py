@@ -22,7 +22,7 @@ from gps_denied_c7.ros.fastdds import (
     free_taken_messages,
     tune_allocator,
 )
-from gps_denied_c7.ros.log import forward_to, log_files_problem
+from gps_denied_c7.ros.log_forwarding import forward_to, log_files_problem
 from gps_denied_c7.ros.node import DEFAULT_NODE_NAME, C7InferenceNode
 from gps_denied_c7.ros.shutdown import NodeStop
 from gps_denied_c7.text import plain

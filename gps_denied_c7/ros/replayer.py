@@ -20,8 +20,8 @@ from rosgraph_msgs.msg import Clock
 
 from gps_denied_c7.ros.bag import Bag, BagError, BagTopic
 from gps_denied_c7.ros.bag.storage import count_text
-from gps_denied_c7.ros.message_types import message_type, other_definitions
 from gps_denied_c7.ros.replay_report import Gap, ReplayReport, TopicReport
+from gps_denied_c7.ros.replay_types import message_type, other_definitions
 
 __all__ = ['DEFAULT_MAX_GAP_S', 'DEFAULT_WAIT_S', 'ReplayOptions', 'Replayer']
 

@@ -12,7 +12,7 @@ from rcl_interfaces.msg import Log
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.qos import DurabilityPolicy, QoSProfile
 
-from gps_denied_c7.ros.log import RosLogHandler, forward_to
+from gps_denied_c7.ros.log_forwarding import RosLogHandler, forward_to
 from gps_denied_c7.ros.plain_logger import PlainLogger
 from support.harness import running_node
 from support.networks import copying
