@@ -117,7 +117,7 @@ class ImageTopics:
         self._events = events
         # Held while a topic is subscribed or given up: the diagnostics timer and a transition may meet.
         self._lock = threading.Lock()
-        self._opened = self._closed = False
+        self._follows = False
         self._ending: list[DecodeThread] = []
         self._cameras = {topic: _Camera(topic, _TYPES.get(setting)) for topic, setting in types.items()}
         self.share = share
@@ -128,7 +128,7 @@ class ImageTopics:
             for camera in self._cameras.values():
                 camera.message_type = self._type_of(camera, self._publishers(camera))
                 self._open(camera)
-            self._opened = True
+            self._follows = True
 
     def stream(self, topic: str) -> ImageSubscription | None:
         """Return the subscription of a topic, None where there is none at the moment."""
@@ -143,7 +143,7 @@ class ImageTopics:
         for camera in self._cameras.values():
             publishers = self._publishers(camera)
             with self._lock:
-                if self._closed or not self._opened:
+                if not self._follows:
                     # A topic that the activation has yet to subscribe to would be subscribed to twice.
                     return
                 self._follow_type(camera, publishers)
@@ -165,7 +165,7 @@ class ImageTopics:
         :return: False where a thread still decodes after ``timeout_s``; it ends as soon as its decoder returns.
         """
         with self._lock:
-            self._closed = True
+            self._follows = False
             for camera in self._cameras.values():
                 self._shut(camera)
             ending, self._ending = self._ending, []
