@@ -54,13 +54,10 @@ class FlightRecorder(FdrRecorder):
     def drain(self, timeout_s: float) -> bool:
         """Wait until every matched subscriber has acknowledged everything; False on timeout."""
         deadline = time.monotonic() + timeout_s
-        while not self._all_acked():
+        # Without waiting in there: rclpy holds the interpreter's lock meanwhile, so that no other thread could
+        # end a process whose wait, by a clock that is set back, takes longer than was asked.
+        while not all(publisher.wait_for_all_acked(Duration()) for publisher in (self._one_shots, self._repeating)):
             if time.monotonic() >= deadline:
                 return False
             time.sleep(_POLL_S)
         return True
-
-    def _all_acked(self) -> bool:
-        # Without waiting in there: rclpy holds the interpreter's lock meanwhile, so that no other thread could
-        # end a process whose wait, by a clock that is set back, takes longer than was asked.
-        return all(publisher.wait_for_all_acked(Duration()) for publisher in (self._one_shots, self._repeating))

@@ -167,17 +167,13 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         deadline = time.monotonic() + timeout_s
         self.ending = True
         self._autostart.stop()
-        in_time = end_in_time(self._shut_down, self._model.abandon_frame, timeout_s)
+        in_time = end_in_time(lambda: self.transition('shutdown'), self._model.abandon_frame, timeout_s)
         clean = in_time and not self._left_behind
         self._recorder.flush(force=True)
         self.record('c7.session_ended', reason=reason, clean=clean, lifecycle_state=self.lifecycle_state)
         # Fast DDS acknowledges with its heartbeats, seconds apart; what was sent is out long before that.
         self._recorder.drain(min(_DRAIN_S, max(0.0, deadline - time.monotonic())))
         return clean
-
-    def _shut_down(self) -> None:
-        if self.lifecycle_state != 'finalized':
-            self.transition('shutdown')
 
     def record(self, kind: str, **payload: Any) -> None:
         """Write a flight record."""

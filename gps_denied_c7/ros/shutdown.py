@@ -71,7 +71,7 @@ class NodeStop:
         self._asked.wait()
 
 
-def end_in_time(shut_down: Callable[[], None], abandon: Callable[[], None], timeout_s: float) -> bool:
+def end_in_time(shut_down: Callable[[], object], abandon: Callable[[], object], timeout_s: float) -> bool:
     """
     Run ``shut_down`` in a thread of its own, which is left behind where it does not end.
 

@@ -86,7 +86,11 @@ def find_files(path: Path) -> BagFiles:
 
 
 def _in_directory(path: Path) -> BagFiles:
-    present = {file.name: file for file in sorted(path.iterdir()) if _is_storage(file.name) and file.is_file()}
+    present = {
+        file.name: file
+        for file in sorted(path.iterdir())
+        if PurePath(_without_compression(file.name)).suffix in _STORAGE_SUFFIXES and file.is_file()
+    }
     # rosbag2 leaves a decompressed copy beside a file that it has played.
     plain = {name: file for name, file in present.items() if name == _without_compression(name)}
     present = {**{name: file for name, file in present.items() if _without_compression(name) not in plain}, **plain}
@@ -100,7 +104,8 @@ def _in_directory(path: Path) -> BagFiles:
     if found.metadata is None:
         found.files = _without_metadata(path, list(present.values()))
         return found
-    named = {name: _named_file(path, name) for name in found.metadata.files}
+    # A name may begin with the place where the bag was recorded.
+    named = {name: path / PurePath(name).name for name in found.metadata.files}
     found.files = [file for file in named.values() if file.is_file()]
     gone = [name for name, file in named.items() if not file.is_file()]
     used = {_without_compression(file.name) for file in found.files}
@@ -124,15 +129,6 @@ def _account_for_others(path: Path, found: BagFiles, gone: list[str], others: li
         found.missing.append(f'{names} is missing: metadata.yaml names it and it is not in {path}.')
     if others and not gone:
         found.missing.append(f'{there} is not played: it is in {path} and metadata.yaml does not name it.')
-
-
-def _named_file(path: Path, name: str) -> Path:
-    """Return a file by its name in the metadata, which may begin with the place where the bag was recorded."""
-    return path / PurePath(name).name
-
-
-def _is_storage(name: str) -> bool:
-    return PurePath(_without_compression(name)).suffix in _STORAGE_SUFFIXES
 
 
 def _without_compression(name: str) -> str:

@@ -75,7 +75,8 @@ class SqliteFile(Storage):
     # -- opening
 
     def _connect(self, scratch: Callable[[], Path]) -> sqlite3.Connection:
-        journals = [journal for journal in self._journals() if _is_hot(journal)]
+        beside = (self.path.with_name(self.path.name + suffix) for suffix in ('-wal', '-journal'))
+        journals = [journal for journal in beside if _is_hot(journal)]
         written = open_for_writing(self.path)
         if journals and written:
             raise BagError(f'{self.path} is still being recorded.', remedy=_STOP_RECORDER)
@@ -115,9 +116,6 @@ class SqliteFile(Storage):
         # Has SQLite read the pages that are there, though the header states more.
         database.execute('PRAGMA writable_schema=1')
         return database
-
-    def _journals(self) -> list[Path]:
-        return [self.path.with_name(self.path.name + suffix) for suffix in ('-wal', '-journal')]
 
     def _copy(self, journals: list[Path], scratch: Path) -> Path:
         """Copy the file and its journals, so that recovering leaves the bag as it is."""
