@@ -246,7 +246,7 @@ def test_a_count_that_cannot_be_read_any_more_ends_and_no_callback_fails(ros_con
         def take_event(self):
             raise rclpy_implementation.RCLError('no event')
 
-    lost._event = Failing(lost._event)
+    lost._handle = Failing(lost._handle)
     lost.look()
     assert 'no longer counted' in caplog.text and lost.total == 0 and lost not in node.waitables
     node.destroy_node()
