@@ -38,7 +38,7 @@ __all__ = [
     'thermal_report',
 ]
 
-OK, WARN, ERROR, STALE = DiagnosticStatus.OK, DiagnosticStatus.WARN, DiagnosticStatus.ERROR, DiagnosticStatus.STALE
+OK, WARN, ERROR = DiagnosticStatus.OK, DiagnosticStatus.WARN, DiagnosticStatus.ERROR
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,7 @@ class Report:
     Hold one status before it gets its node's name.
 
     :param name: as ``Runtime``.
-    :param level: DiagnosticStatus.OK, WARN, ERROR or STALE.
+    :param level: DiagnosticStatus.OK, WARN or ERROR.
     """
 
     name: str

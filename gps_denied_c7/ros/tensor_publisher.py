@@ -73,10 +73,6 @@ class _Known(NamedTuple):
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
 
-    @classmethod
-    def of(cls, name: str, values: NDArray) -> _Known:
-        return cls(name, weakref.ref(values), values.shape, values.dtype)
-
 
 class _AnswerForm:
     """
@@ -155,7 +151,9 @@ class _AnswerForm:
             if data.ctypes.data != values.ctypes.data:
                 copies.append(data)
         # Not the arrays themselves: an engine that is released must not be kept by its last answer.
-        self._known = None if copies else [_Known.of(name, values) for name, values in outputs.items()]
+        self._known = None if copies else [
+            _Known(name, weakref.ref(values), values.shape, values.dtype) for name, values in outputs.items()
+        ]
         self._tensors = (structures, kept)
         self._message.fields.tensors = CSequence(ctypes.addressof(structures), len(outputs), len(outputs))
         return copies

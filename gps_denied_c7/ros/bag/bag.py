@@ -221,13 +221,13 @@ class Bag(AbstractContextManager['Bag']):
         for source, entry in self._merged(topics):
             topic = self._played[source].get(entry.channel)
             if entry.channel not in self._storages[source].channels:
-                self._faults.add(f'channel {entry.channel}', 'the file does not describe it')
+                self._faults[f'channel {entry.channel}', 'the file does not describe it'] += 1
             if topic is None or topic not in topics:
                 continue
             try:
                 data = cdr_of(entry.data)
             except ValueError as error:
-                self._faults.add(topic, str(error))
+                self._faults[topic, str(error)] += 1
                 continue
             yield topic, entry.time_ns, data
 

@@ -193,7 +193,7 @@ class SqliteFile(Storage):
                     return
                 if not isinstance(time_ns, int) or not isinstance(topic, int):
                     name = self.channels[topic].topic if topic in self.channels else f'topic {topic}'
-                    self._odd_rows.add(name, f'its time is {time_ns!r:.50}, no number')
+                    self._odd_rows[name, f'its time is {time_ns!r:.50}, no number'] += 1
                     continue
                 self._ids.append(number)
                 self._times.append(time_ns)
@@ -237,7 +237,7 @@ class SqliteFile(Storage):
             try:
                 ((data,),) = self._rows('SELECT data FROM messages WHERE rowid = ?', self._ids[index])
             except (sqlite3.Error, MemoryError, ValueError) as error:
-                self._unread.add(self.channels[topic].topic, f'{reason(error)}')
+                self._unread[self.channels[topic].topic, f'{reason(error)}'] += 1
                 continue
             yield Entry(self._times[index], topic, data)
 

@@ -269,14 +269,9 @@ class Storage:
             return None
 
 
-class Faults:
+class Faults(Counter[tuple[str, str]]):
     """Count messages that could not be read, by topic and reason, so that a thousand of a kind are one sentence."""
 
-    def __init__(self) -> None:
-        self._counts: Counter[tuple[str, str]] = Counter()
-
-    def add(self, topic: str, why: str) -> None:
-        self._counts[topic, why] += 1
-
     def sentences(self) -> list[str]:
-        return [f'{count_text({topic: count})} left out: {why}.' for (topic, why), count in self._counts.items()]
+        """Return one sentence for each topic and reason."""
+        return [f'{count_text({topic: count})} left out: {why}.' for (topic, why), count in self.items()]
