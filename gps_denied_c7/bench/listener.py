@@ -16,9 +16,10 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from rclpy.subscription import Subscription
 
 from gps_denied_c7.bench.commands import CommandLine
+from gps_denied_c7.ros.callbacks import SubscriptionReady, Untaken
 from gps_denied_c7.ros.helper_node import helper_node
 from gps_denied_c7.ros.messages import stage_durations
-from gps_denied_c7.ros.rcl import Rcl, SubscriptionReady, Untaken
+from gps_denied_c7.ros.rcl import Rcl
 
 __all__ = ['Listener', 'main']
 

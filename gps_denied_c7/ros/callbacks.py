@@ -1,7 +1,8 @@
-"""How callbacks run: in a few threads, each of them once, and none lets an exception out (N-4, N-5)."""
+"""What callbacks wait for, and how they run: in a few threads, each once, none lets an exception out (N-4, N-5)."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import time
@@ -9,12 +10,18 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from rclpy.callback_groups import MutuallyExclusiveCallbackGroup
+from rclpy.callback_groups import CallbackGroup, MutuallyExclusiveCallbackGroup, ReentrantCallbackGroup
 from rclpy.context import Context
 from rclpy.exceptions import InvalidHandle
 from rclpy.executors import Executor, ExternalShutdownException, ShutdownException, TimeoutException
+from rclpy.node import Node
+from rclpy.subscription import Subscription
+from rclpy.waitable import NumberOfEntities, Waitable
 
-__all__ = ['CallbackGuard', 'PoolExecutor', 'PromptCallbackGroup', 'yield_gil']
+__all__ = [
+    'CallbackGuard', 'HandleWaitable', 'PoolExecutor', 'PromptCallbackGroup', 'SubscriptionReady', 'Untaken',
+    'yield_gil',
+]  # fmt: skip
 
 # stop, and whatever else changes what is waited for, ends a wait; this is for what might not.
 _WAKE_S = 1.0
@@ -168,3 +175,99 @@ class PoolExecutor(Executor):
         # InvalidHandle: a subscription that was closed while its message was being handled.
         if not isinstance(error, InvalidHandle):
             self._on_escape(error)
+
+
+class Untaken(ReentrantCallbackGroup):
+    """Have executors leave the messages of subscriptions alone, though not their events."""
+
+    def can_execute(self, entity: Any) -> bool:
+        """Return whether an executor may wait for ``entity``."""
+        return not isinstance(entity, Subscription)
+
+
+class HandleWaitable(Waitable):
+    """
+    Have an executor wait for a handle of rcl, and call back in its turn.
+
+    :param group: of the callback.
+    :param kind: as a wait set names it, ``subscription`` or ``event``.
+    :param room: that it takes in a wait set.
+    :param handle: kept while an executor waits for it; destroyed by the code that made it, after :meth:`close`.
+    :param callback: what it raises goes to the executor.
+    """
+
+    def __init__(
+        self,
+        node: Node,
+        group: CallbackGroup,
+        kind: str,
+        room: NumberOfEntities,
+        handle: Any,
+        callback: Callable[[], None],
+    ) -> None:
+        super().__init__(group)
+        self._node = node
+        self._kind = kind
+        self._room = room
+        self._handle = handle
+        self._callback = callback
+        self._index: int | None = None
+        self._listens = False
+
+    def listen(self) -> None:
+        """Have the node's executor call back from now on."""
+        self._node.add_waitable(self)
+        self._listens = True
+
+    def close(self) -> None:
+        """Call back no more; safe to repeat."""
+        if self._listens:
+            self._listens = False
+            self._node.remove_waitable(self)
+
+    def __enter__(self) -> None:
+        """Keep the handle while an executor waits for it."""
+        self._handle.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        """Let it be destroyed again."""
+        self._handle.__exit__(*exception)
+
+    def get_num_entities(self) -> NumberOfEntities:
+        """Return how much room it takes in a wait set."""
+        return self._room
+
+    def add_to_wait_set(self, wait_set: Any) -> None:
+        """Have an executor wait for the handle, unless it has gone: rclpy asks even where entering failed."""
+        self._index = None
+        with contextlib.suppress(InvalidHandle), self._handle:
+            self._index = getattr(wait_set, f'add_{self._kind}')(self._handle)
+
+    def is_ready(self, wait_set: Any) -> bool:
+        """Return whether the executor is to call back."""
+        return self._index is not None and bool(wait_set.is_ready(self._kind, self._index))
+
+    def take_data(self) -> None:
+        """Take nothing yet: rclpy never serves a waitable again of which this has failed."""
+
+    async def execute(self, taken_data: None) -> None:
+        """Call back."""
+        self._callback()
+
+
+class SubscriptionReady(HandleWaitable):
+    """
+    Call back when a subscription has a message, and leave taking it to the callback.
+
+    :param subscription: of an :class:`Untaken` group; destroyed by the code that made it, after :meth:`close`.
+    :param group: of the callback.
+    :param callback: what it raises goes to the executor.
+    """
+
+    def __init__(
+        self, node: Node, subscription: Subscription, group: CallbackGroup, callback: Callable[[], None]
+    ) -> None:
+        super().__init__(
+            node, group, 'subscription', NumberOfEntities(num_subs=1), subscription.handle, callback
+        )
+        self.listen()

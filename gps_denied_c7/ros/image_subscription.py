@@ -20,7 +20,7 @@ from sensor_msgs.msg import CompressedImage, Image
 from gps_denied_c7.errors import ImageRejectedError
 from gps_denied_c7.monitoring.metrics import Statistics
 from gps_denied_c7.pipeline.mailbox import Frame, FrameSlots
-from gps_denied_c7.ros.callbacks import CallbackGuard, PromptCallbackGroup, yield_gil
+from gps_denied_c7.ros.callbacks import CallbackGuard, PromptCallbackGroup, SubscriptionReady, Untaken, yield_gil
 from gps_denied_c7.ros.events import EventReporter
 from gps_denied_c7.ros.loss_counter import MessagesLost, MissedMessages
 from gps_denied_c7.ros.messages import (
@@ -32,7 +32,7 @@ from gps_denied_c7.ros.messages import (
     taken_image,
 )
 from gps_denied_c7.ros.parameters import LiveSettings
-from gps_denied_c7.ros.rcl import Rcl, SubscriptionReady, UnreadableMessageError, Untaken
+from gps_denied_c7.ros.rcl import Rcl, UnreadableMessageError
 
 __all__ = ['DEFAULT_QOS', 'ImageSubscription', 'queue_depth']
 

@@ -19,7 +19,7 @@ from rclpy.node import Node
 from rclpy.subscription import Subscription
 from rclpy.waitable import NumberOfEntities
 
-from gps_denied_c7.ros.rcl import HandleWaitable
+from gps_denied_c7.ros.callbacks import HandleWaitable
 
 __all__ = ['MessagesLost', 'MissedMessages', 'SequenceGaps']
 

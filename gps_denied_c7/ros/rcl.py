@@ -12,26 +12,18 @@ room. rcl's functions are documented in rcl/publisher.h and rcl/subscription.h.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import logging
 import os
-from collections.abc import Callable
 from typing import Any, NoReturn
 
-from rclpy.callback_groups import CallbackGroup, ReentrantCallbackGroup
-from rclpy.exceptions import InvalidHandle
-from rclpy.node import Node
 from rclpy.publisher import Publisher
 from rclpy.subscription import Subscription
-from rclpy.waitable import NumberOfEntities, Waitable
 
 from gps_denied_c7.errors import C7Error
 from gps_denied_c7.ros.c_message import BorrowedMessage, CMessage, CMessageType, CSequence, LayoutError
 
-__all__ = [
-    'HandleWaitable', 'Rcl', 'RclError', 'SubscriptionReady', 'UnreadableMessageError', 'Untaken', 'load_rcl',
-]  # fmt: skip
+__all__ = ['Rcl', 'RclError', 'UnreadableMessageError', 'load_rcl']
 
 _log = logging.getLogger(__name__)
 
@@ -187,99 +179,3 @@ def load_rcl(*message_types: type) -> Rcl | None:
     except (RclError, LayoutError) as error:
         _log.warning('images and answers take longer, since rclpy copies them once more: %s', error)
         return None
-
-
-class Untaken(ReentrantCallbackGroup):
-    """Have executors leave the messages of subscriptions alone, though not their events."""
-
-    def can_execute(self, entity: Any) -> bool:
-        """Return whether an executor may wait for ``entity``."""
-        return not isinstance(entity, Subscription)
-
-
-class HandleWaitable(Waitable):
-    """
-    Have an executor wait for a handle of rcl, and call back in its turn.
-
-    :param group: of the callback.
-    :param kind: as a wait set names it, ``subscription`` or ``event``.
-    :param room: that it takes in a wait set.
-    :param handle: kept while an executor waits for it; destroyed by the code that made it, after :meth:`close`.
-    :param callback: what it raises goes to the executor.
-    """
-
-    def __init__(
-        self,
-        node: Node,
-        group: CallbackGroup,
-        kind: str,
-        room: NumberOfEntities,
-        handle: Any,
-        callback: Callable[[], None],
-    ) -> None:
-        super().__init__(group)
-        self._node = node
-        self._kind = kind
-        self._room = room
-        self._handle = handle
-        self._callback = callback
-        self._index: int | None = None
-        self._listens = False
-
-    def listen(self) -> None:
-        """Have the node's executor call back from now on."""
-        self._node.add_waitable(self)
-        self._listens = True
-
-    def close(self) -> None:
-        """Call back no more; safe to repeat."""
-        if self._listens:
-            self._listens = False
-            self._node.remove_waitable(self)
-
-    def __enter__(self) -> None:
-        """Keep the handle while an executor waits for it."""
-        self._handle.__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        """Let it be destroyed again."""
-        self._handle.__exit__(*exception)
-
-    def get_num_entities(self) -> NumberOfEntities:
-        """Return how much room it takes in a wait set."""
-        return self._room
-
-    def add_to_wait_set(self, wait_set: Any) -> None:
-        """Have an executor wait for the handle, unless it has gone: rclpy asks even where entering failed."""
-        self._index = None
-        with contextlib.suppress(InvalidHandle), self._handle:
-            self._index = getattr(wait_set, f'add_{self._kind}')(self._handle)
-
-    def is_ready(self, wait_set: Any) -> bool:
-        """Return whether the executor is to call back."""
-        return self._index is not None and bool(wait_set.is_ready(self._kind, self._index))
-
-    def take_data(self) -> None:
-        """Take nothing yet: rclpy never serves a waitable again of which this has failed."""
-
-    async def execute(self, taken_data: None) -> None:
-        """Call back."""
-        self._callback()
-
-
-class SubscriptionReady(HandleWaitable):
-    """
-    Call back when a subscription has a message, and leave taking it to the callback.
-
-    :param subscription: of an :class:`Untaken` group; destroyed by the code that made it, after :meth:`close`.
-    :param group: of the callback.
-    :param callback: what it raises goes to the executor.
-    """
-
-    def __init__(
-        self, node: Node, subscription: Subscription, group: CallbackGroup, callback: Callable[[], None]
-    ) -> None:
-        super().__init__(
-            node, group, 'subscription', NumberOfEntities(num_subs=1), subscription.handle, callback
-        )
-        self.listen()

@@ -24,9 +24,10 @@ from std_msgs.msg import String
 
 from gps_denied_c7.demo.ros_domain import free_domain_id
 from gps_denied_c7.image.decode import RawImage
+from gps_denied_c7.ros.callbacks import Untaken
 from gps_denied_c7.ros.fastdds import ports_in_force
 from gps_denied_c7.ros.messages import taken_image
-from gps_denied_c7.ros.rcl import Rcl, UnreadableMessageError, Untaken
+from gps_denied_c7.ros.rcl import Rcl, UnreadableMessageError
 
 QOS = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
 LAST = 'the last one'

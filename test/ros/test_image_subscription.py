@@ -16,10 +16,11 @@ from sensor_msgs.msg import CompressedImage, Image
 from gps_denied_c7.monitoring.metrics import Statistics
 from gps_denied_c7.pipeline.mailbox import FrameSlots
 from gps_denied_c7.ros import image_subscription
+from gps_denied_c7.ros.callbacks import SubscriptionReady
 from gps_denied_c7.ros.events import EventReporter
 from gps_denied_c7.ros.image_subscription import ImageSubscription, queue_depth
 from gps_denied_c7.ros.loss_counter import MessagesLost
-from gps_denied_c7.ros.rcl import Rcl, SubscriptionReady
+from gps_denied_c7.ros.rcl import Rcl
 from support.harness import image, wait_until
 
 TOPIC = '/camera/image_raw'

@@ -26,14 +26,8 @@ from std_msgs.msg import String
 from gps_denied_c7.ros import c_message
 from gps_denied_c7.ros import rcl as rcl_module
 from gps_denied_c7.ros.c_message import LayoutError
-from gps_denied_c7.ros.rcl import (
-    Rcl,
-    RclError,
-    SubscriptionReady,
-    UnreadableMessageError,
-    Untaken,
-    load_rcl,
-)
+from gps_denied_c7.ros.callbacks import SubscriptionReady, Untaken
+from gps_denied_c7.ros.rcl import Rcl, RclError, UnreadableMessageError, load_rcl
 from support.harness import active_node, image, tensor, wait_until
 from support.networks import copying
 
