@@ -329,33 +329,31 @@ class DiagnosticsPublisher:
         self._levels: dict[str, bytes] = {}
         self._lock = threading.Lock()
 
-    def publish(self) -> None:
-        """Publish every report now."""
-        with self._lock:
-            self._publish(self._collect())
+    def publish(self, *, only_changes: bool = False) -> None:
+        """
+        Publish every report now.
 
-    def publish_changes(self) -> None:
-        """Publish every report if the level of one has changed since the last time."""
+        :param only_changes: not if the level of each is that of the last time.
+        """
         with self._lock:
             reports = self._collect()
-            if {report.name: report.level for report in reports} != self._levels:
-                self._publish(reports)
+            levels = {report.name: report.level for report in reports}
+            if only_changes and levels == self._levels:
+                return
+            self._levels = levels
+            message = DiagnosticArray()
+            message.header.stamp = self._node.get_clock().now().to_msg()
+            message.status = [self._status(report) for report in reports]
+            self._publisher.publish(message)
 
-    def _publish(self, reports: list[Report]) -> None:
-        self._levels = {report.name: report.level for report in reports}
-        message = DiagnosticArray()
-        message.header.stamp = self._node.get_clock().now().to_msg()
-        message.status = [
-            DiagnosticStatus(
-                name=plain(f'{self._node.get_fully_qualified_name()}: {report.name}'),
-                level=report.level,
-                message=plain(report.message),
-                hardware_id=plain(self._hardware_id),
-                values=[
-                    KeyValue(key=plain(key), value=plain(value))
-                    for key, value in itertools.islice(report.values.items(), _MOST_VALUES)
-                ],
-            )
-            for report in reports
-        ]
-        self._publisher.publish(message)
+    def _status(self, report: Report) -> DiagnosticStatus:
+        return DiagnosticStatus(
+            name=plain(f'{self._node.get_fully_qualified_name()}: {report.name}'),
+            level=report.level,
+            message=plain(report.message),
+            hardware_id=plain(self._hardware_id),
+            values=[
+                KeyValue(key=plain(key), value=plain(value))
+                for key, value in itertools.islice(report.values.items(), _MOST_VALUES)
+            ],
+        )

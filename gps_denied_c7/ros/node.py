@@ -350,7 +350,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         self._diagnostics.publish()
 
     def _publish_changes(self) -> None:
-        self.guard('diagnostics', self._diagnostics.publish_changes)()
+        self.guard('diagnostics', functools.partial(self._diagnostics.publish, only_changes=True))()
 
     def _reports(self) -> list[Report]:
         snapshot = self._statistics.snapshot()

@@ -208,11 +208,11 @@ def test_a_change_of_level_is_published_at_once_and_once():
     node, level = Recording(), [OK]
     publisher = DiagnosticsPublisher(node, lambda: [Report('Runtime', level[0], 'm', {'a': 1})], 'host (no GPU)')
     publisher.publish()
-    publisher.publish_changes()
+    publisher.publish(only_changes=True)
     assert len(node.published) == 1
     level[0] = ERROR
-    publisher.publish_changes()
-    publisher.publish_changes()
+    publisher.publish(only_changes=True)
+    publisher.publish(only_changes=True)
     assert len(node.published) == 2
     (status,) = node.published[-1].status
     assert status.name == '/ns/c7_inference: Runtime'
