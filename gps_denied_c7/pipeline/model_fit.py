@@ -12,7 +12,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from gps_denied_c7.errors import ConfigError
 from gps_denied_c7.failover.chain import RuntimeChain
@@ -24,31 +24,18 @@ from gps_denied_c7.pipeline.pipeline import ServedModel
 from gps_denied_c7.stalled_reads import read_or_give_up
 from gps_denied_c7.tensors import TensorSpec
 
-__all__ = ['ImageSettings', 'ModelSettings', 'fit_bundle', 'fit_model', 'fit_tensors', 'read_bundle']
-
-
-class ModelSettings(Protocol):
-    """What is asked of a model that is to answer frames."""
-
-    @property
-    def output_tensors(self) -> tuple[str, ...]:
-        """Names of the outputs that are published, all of them where empty."""
-
-    @property
-    def allow_non_finite(self) -> tuple[str, ...]:
-        """Names of the outputs in which NaN and infinity mean something."""
-
-    @property
-    def preprocessing(self) -> Mapping[str, Any]:
-        """What is set differently from the model, by PreprocessingSpec field."""
-
-    def preprocessing_for(self, spec: PreprocessingSpec) -> PreprocessingSpec:
-        """Return a bundle's own pre-processing with what is set otherwise; raise ConfigError where that cannot be."""
+__all__ = ['ImageSettings', 'fit_bundle', 'fit_model', 'fit_tensors', 'read_bundle']
 
 
 @dataclass(frozen=True, slots=True)
 class ImageSettings:
-    """Ask for nothing but some pre-processing, as the tools do."""
+    """
+    Say what is asked of a model that is to answer frames; by default nothing.
+
+    :param preprocessing: what is set differently from the model, by PreprocessingSpec field.
+    :param output_tensors: names of the outputs that are published, all of them where empty.
+    :param allow_non_finite: names of the outputs in which NaN and infinity are valid.
+    """
 
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     output_tensors: tuple[str, ...] = ()
@@ -71,7 +58,7 @@ def read_bundle(path: str, *, limit_s: float, cancelled: threading.Event | None 
     return read_or_give_up(path, lambda: ModelBundle.load(Path(path)), limit_s=limit_s, cancelled=cancelled)
 
 
-def fit_bundle(bundle: ModelBundle, settings: ModelSettings) -> ModelBundle:
+def fit_bundle(bundle: ModelBundle, settings: ImageSettings) -> ModelBundle:
     """
     Return the bundle as it is to be loaded: sizes that its image input leaves free are those of the pre-processing.
 
@@ -86,7 +73,7 @@ def fit_bundle(bundle: ModelBundle, settings: ModelSettings) -> ModelBundle:
     return dataclasses.replace(bundle, inputs=tuple(fixed if each == tensor else each for each in bundle.inputs))
 
 
-def fit_model(bundle: ModelBundle, chain: RuntimeChain, settings: ModelSettings) -> ServedModel:
+def fit_model(bundle: ModelBundle, chain: RuntimeChain, settings: ImageSettings) -> ServedModel:
     """
     Return what a loaded chain needs to answer frames; refused here, what does not fit is not refused at every frame.
 
@@ -97,7 +84,7 @@ def fit_model(bundle: ModelBundle, chain: RuntimeChain, settings: ModelSettings)
 
 
 def fit_tensors(
-    bundle: ModelBundle, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], settings: ModelSettings
+    bundle: ModelBundle, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], settings: ImageSettings
 ) -> tuple[PreprocessingSpec, TensorSpec]:
     """
     Return the pre-processing of a model and the input that it fills.

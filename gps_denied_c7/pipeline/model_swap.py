@@ -13,7 +13,7 @@ from gps_denied_c7.errors import C7Error, ConfigError, InferenceError
 from gps_denied_c7.failover.chain import RuntimeChain
 from gps_denied_c7.failover.policy import SHADOWED_FRAMES
 from gps_denied_c7.model.bundle import ModelBundle
-from gps_denied_c7.pipeline.model_fit import ModelSettings, fit_bundle, fit_model, read_bundle
+from gps_denied_c7.pipeline.model_fit import ImageSettings, fit_bundle, fit_model, read_bundle
 from gps_denied_c7.pipeline.pipeline import InferenceThread, ServedModel
 
 __all__ = ['ModelSwapper', 'SwapPhase', 'SwapStatus']
@@ -103,8 +103,8 @@ class _Swap:
 
     path: str
     previous: ServedModel
-    settings: ModelSettings
-    previous_settings: ModelSettings
+    settings: ImageSettings
+    previous_settings: ImageSettings
     started: float = field(default_factory=time.monotonic)
     cancelled: threading.Event = field(default_factory=threading.Event)
     bundle: ModelBundle | None = None
@@ -132,7 +132,7 @@ class ModelSwapper:
         served: ServedModel,
         inference: InferenceThread,
         owner: SwapOwner,
-        settings: ModelSettings,
+        settings: ImageSettings,
         *,
         no_frame_s: float = _NO_FRAME_S,
         read_s: float = _READ_S,
@@ -147,7 +147,7 @@ class ModelSwapper:
         self._swap: _Swap | None = None
         self._stopped = False
 
-    def begin(self, path: str, settings: ModelSettings) -> None:
+    def begin(self, path: str, settings: ImageSettings) -> None:
         """
         Have the model at ``path`` swapped in; nothing is read here, since a disk or mount may not answer.
 
@@ -323,7 +323,7 @@ def _same_model(bundle: ModelBundle, other: ModelBundle) -> bool:
     return identity(bundle) == identity(other)
 
 
-def _same_outputs(settings: ModelSettings, other: ModelSettings) -> bool:
+def _same_outputs(settings: ImageSettings, other: ImageSettings) -> bool:
     return (settings.output_tensors, settings.allow_non_finite) == (other.output_tensors, other.allow_non_finite)
 
 
