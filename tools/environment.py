@@ -83,6 +83,16 @@ def ask(python: str, code: str, environment: dict[str, str]) -> str | None:
     return done.stdout.strip()
 
 
+@contextlib.contextmanager
+def locked(name: str) -> Iterator[None]:
+    """Wait for other runs of this program that hold ``name``, and hold it."""
+    folder = REPOSITORY / '.venv'
+    folder.mkdir(exist_ok=True)
+    with open(folder / f'{name}.lock', 'w', encoding='utf-8') as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def without(environment: dict[str, str], variables: Iterable[str]) -> dict[str, str]:
     """Return ``environment`` without ``variables``."""
     hidden = set(variables)
@@ -163,10 +173,12 @@ def install_debian_packages(packages: list[str]) -> None:
     say(f'installing Debian packages: {" ".join(packages)}')
     environment = {**os.environ, 'DEBIAN_FRONTEND': 'noninteractive'}
     install = [apt, 'install', '-y', '--no-install-recommends', *packages]
-    if subprocess.run(install, env=environment, check=False).returncode:
-        # Fresh images come without package lists.
-        call([apt, 'update'], environment, 'apt-get update')
-        call(install, environment, 'apt-get install')
+    # apt-get fails where another one runs, as for the other distribution.
+    with locked('debian'):
+        if subprocess.run(install, env=environment, check=False).returncode:
+            # Fresh images come without package lists.
+            call([apt, 'update'], environment, 'apt-get update')
+            call(install, environment, 'apt-get install')
 
 
 def require_build_tools() -> None:
@@ -283,10 +295,8 @@ class Environment:
 
     def set_up(self) -> None:
         """Create and build what is missing or out of date."""
-        self.venv.parent.mkdir(exist_ok=True)
-        with open(self.venv.parent / f'{self.venv.name}.lock', 'w', encoding='utf-8') as lock:
-            # "make demo" and "make test" may start at once.
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        # "make demo" and "make test" may start at once.
+        with locked(self.venv.name):
             if not stamp_matches(self.venv, self._venv_digest()):
                 self._create()
             if not stamp_matches(self.build_base, self._build_digest()):

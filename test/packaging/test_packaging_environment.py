@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import ModuleType
 
@@ -216,7 +217,9 @@ def test_debian_packages_are_named_where_they_cannot_be_installed(
         tool.require_build_tools()
 
 
-def test_debian_packages_are_installed_as_root(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_debian_packages_are_installed_as_root(
+    tool: ModuleType, checkout: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """§8: root: they are installed, after an update where the lists are missing."""
     calls: list[list[str]] = []
 
@@ -230,6 +233,28 @@ def test_debian_packages_are_installed_as_root(tool: ModuleType, monkeypatch: py
     tool.require_build_tools()
     install = ['install', '-y', '--no-install-recommends', 'g++', 'make']
     assert calls == [install, ['update'], install]
+
+
+def test_two_set_ups_install_debian_packages_one_after_the_other(
+    tool: ModuleType, checkout: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those of the two distributions may run side by side, and apt-get fails where another one runs."""
+    calls: list[list[str]] = []
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        calls.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(tool.os, 'geteuid', lambda: 0)
+    monkeypatch.setattr(tool.shutil, 'which', lambda name, **_: f'/usr/bin/{name}')
+    monkeypatch.setattr(tool.subprocess, 'run', run)
+    other = threading.Thread(target=tool.install_debian_packages, args=(['cmake'],))
+    with tool.locked('debian'):
+        other.start()
+        other.join(0.3)
+        assert calls == []
+    other.join()
+    assert len(calls) == 1
 
 
 def test_an_unknown_distribution_is_refused() -> None:
