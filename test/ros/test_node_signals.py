@@ -13,8 +13,9 @@ import time
 import pytest
 
 from gps_denied_c7.config import ISOLATIONS
+from measure import chaos
 from support.harness import ROOT, LocalNode, image, running_node, wait_until
-from support.networks import WHITE, copying, hanging_on_white, slow_to_load, slow_to_run
+from support.networks import WHITE, copying, hanging_on_white, slow_to_load
 
 CAMERA = '/camera/image_raw'
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -70,8 +71,12 @@ def test_n8_inactive(number, tmp_path):
 
 @pytest.mark.parametrize('number', SIGNALS)
 def test_n8_activating(number, tmp_path):
-    """The proof of the loaded engine takes its time."""
-    with running_node({'model_path': slow_to_run(tmp_path, rounds=2_000_000), 'autostart': True}) as (process, peer):
+    """The proof of the loaded engine takes its time: its worker stands still."""
+    with running_node({'model_path': copying(tmp_path), 'hang_timeout_ms': 60_000.0}) as (process, peer):
+        peer.start('inactive')
+        for worker in chaos.workers(process):
+            os.kill(worker, signal.SIGSTOP)
+        peer.ask_change_state('activate')
         peer.wait_state('activating')
         end(process, peer, number)
 

@@ -24,7 +24,6 @@ __all__ = [
     'scoring_twofold',
     'slow',
     'slow_to_load',
-    'slow_to_run',
 ]
 
 WIDTH, HEIGHT = 64, 48
@@ -69,12 +68,6 @@ def slow_to_load(directory: Path, *, multiplications: int, size: int = 1024) -> 
     ]
     nodes.append(helper.make_node('ReduceMax', [f'product {multiplications}'], ['work'], keepdims=0))
     return _write(directory / 'slow_to_load.onnx', nodes, initialisers=[shape], outputs=('work',))
-
-
-def slow_to_run(directory: Path, *, rounds: int) -> str:
-    """Write a copying network that goes round a loop so often for every image, the proof's blank one included."""
-    constants = [numpy_helper.from_array(np.array(rounds, np.int64), 'rounds'), *_LOOP_CONSTANTS]
-    return _write(directory / 'slow_to_run.onnx', [_loop('rounds')], initialisers=constants, outputs=('work',))
 
 
 def hanging_on_white(directory: Path) -> str:
