@@ -51,8 +51,10 @@ def peer(near_peer):
 @pytest.fixture
 def local(ros_context, tmp_path, thermal):
     node = LocalNode(
-        ros_context, thermal=thermal, model_path=copying(tmp_path), cpu_threads=1, use_sim_time=True, **RELIABLE
-    )
+        ros_context, thermal=thermal, model_path=copying(tmp_path), cpu_threads=1, use_sim_time=True, **RELIABLE,
+        # No callback of these is in a worker.
+        isolation='none',
+    )  # fmt: skip
     assert node.node.transition('configure') and node.node.transition('activate')
     yield node
     node.close()

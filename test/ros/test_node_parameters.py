@@ -275,6 +275,7 @@ def test_cores_are_held_awake_while_the_node_is_active(ros_context, tmp_path, he
         image_topics=['/left', '/right'],
         cpu_threads=1,
         cpu_wakeup_latency_us=20,
+        isolation='none',
     )
     try:
         assert local.node.transition('configure') and set(held) <= {None}
@@ -300,7 +301,9 @@ def test_cores_are_held_awake_while_the_node_is_active(ros_context, tmp_path, he
 def test_cores_that_cannot_be_held_awake_are_a_notice_and_no_failure(ros_context, near_peer, tmp_path, monkeypatch):
     missing = functools.partialmethod(CpuLatencyRequest.__init__, tmp_path / 'missing')
     monkeypatch.setattr(CpuLatencyRequest, '__init__', missing)
-    local = LocalNode(ros_context, model_path=copying(tmp_path), cpu_threads=1, cpu_wakeup_latency_us=20)
+    local = LocalNode(
+        ros_context, model_path=copying(tmp_path), cpu_threads=1, cpu_wakeup_latency_us=20, isolation='none'
+    )
     try:
         assert local.node.transition('configure') and local.node.transition('activate')
         wait_until(lambda: 'udev' in near_peer.values('Runtime').get('notice 1', ''), 'the remedy')

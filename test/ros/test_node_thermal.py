@@ -35,7 +35,7 @@ def peer(near_peer):
 
 @pytest.fixture
 def local(ros_context, tmp_path, thermal):
-    overrides = {f'qos_overrides.{CAMERA}.subscription.reliability': 'reliable'}
+    overrides = {f'qos_overrides.{CAMERA}.subscription.reliability': 'reliable', 'isolation': 'none'}
     node = LocalNode(ros_context, thermal=thermal, model_path=copying(tmp_path), cpu_threads=1, **overrides)
     assert node.node.transition('configure') and node.node.transition('activate')
     yield node

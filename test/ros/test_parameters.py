@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import pytest
+import rclpy
 import yaml
 from rcl_interfaces.msg import ParameterType
 from rclpy.node import Node
@@ -15,7 +17,7 @@ from gps_denied_c7.errors import ConfigError, ModelBundleError
 from gps_denied_c7.image.preprocess_spec import PreprocessingSpec, ResizeMode
 from gps_denied_c7.ros.parameter_table import PARAMETERS, Effect
 from gps_denied_c7.ros.parameters import NodeParameters, settings_from
-from support.harness import ROOT
+from support.harness import ROOT, free_domain_id
 
 DEFAULTS = {declaration.name: declaration.default for declaration in PARAMETERS}
 BY_NAME = {declaration.name: declaration for declaration in PARAMETERS}
@@ -137,12 +139,22 @@ class Bench:
         return self.node.set_parameters_atomically([Parameter(name, value=value) for name, value in values.items()])
 
 
+@pytest.fixture(scope='module')
+def module_context() -> Iterator[rclpy.Context]:
+    """One for all: no test of this module sends anything."""
+    context = rclpy.Context()
+    with free_domain_id() as domain_id:
+        rclpy.init(context=context, domain_id=domain_id)
+        yield context
+        context.try_shutdown()
+
+
 @pytest.fixture
-def bench(ros_context):
+def bench(module_context):
     benches = []
 
     def make(**overrides):
-        benches.append(Bench(ros_context, **overrides))
+        benches.append(Bench(module_context, **overrides))
         return benches[-1]
 
     yield make
