@@ -13,6 +13,7 @@ published tensor is wrong, or a promise is broken that ``make chaos`` checks.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import random
 import signal
@@ -160,14 +161,16 @@ def strike(process: NodeProcess, chance: random.Random) -> str:
 
 
 def run(
-    directory: Path, *, answers: int, rate_hz: float, pause_s: tuple[float, float], seed: int = 1
-) -> tuple[Account, Verdict]:
+    directory: Path, *, answers: int, rate_hz: float, pause_s: tuple[float, float], seed: int = 1,
+    answered_between: bool = False,
+) -> tuple[Account, Verdict]:  # fmt: skip
     """
     Have a node give at least so many answers, some by each model, while its workers are killed and stopped and its
     model is swapped.
 
     :param directory: for the models.
     :param pause_s: shortest and longest pause between two blows, seconds; every fourth is a swap.
+    :param answered_between: as of :func:`measure.chaos.run`.
     """
     chance = random.Random(seed)
     account, verdict = Account(), Verdict()
@@ -189,7 +192,7 @@ def run(
             time.sleep(0.2)
         camera = Camera(peer.publisher(CAMERA), account, rate_hz, first, picture)
         try:
-            _strike_until(answers, process, peer, account, verdict, paths, chance, pause_s)
+            _strike_until(answers, process, peer, account, verdict, paths, chance, pause_s, answered_between)
             time.sleep(2.0)
             account.left_active |= peer.state() != 'active'
         finally:
@@ -202,10 +205,10 @@ def run(
 
 def _strike_until(
     answers: int, process: NodeProcess, peer: Peer, account: Account, verdict: Verdict, paths: dict[str, Path],
-    chance: random.Random, pause_s: tuple[float, float],
+    chance: random.Random, pause_s: tuple[float, float], answered_between: bool,
 ) -> None:  # fmt: skip
     models = [str(path) for path in paths.values()]
-    turn, heard = 0, time.monotonic()
+    turn, heard, struck = 0, time.monotonic(), -math.inf
     # A busy machine may need long for a swap; each model is to answer some.
     while len(account.answered) < answers or (
         len(verdict.compared) < len(models) and len(account.answered) < 20 * answers
@@ -216,11 +219,14 @@ def _strike_until(
         assert process.process.poll() is None and time.monotonic() - heard < 60.0, 'the node answers no more'
         # This peer keeps every message that it hears.
         peer.tensors.clear()
+        if answered_between and not account.answered_since(struck):
+            continue
         turn += 1
         if turn % 4 == 0:
             verdict.swaps += peer.set_parameter('model_path', models[(turn // 4) % 2]).successful
             continue
         account.workers.update(workers(process), workers(process, SPARE_NAME))
+        struck = time.monotonic()
         verdict.blows[strike(process, chance)] += 1
 
 

@@ -76,6 +76,10 @@ class Account:
     left: list[str] = field(default_factory=list)
     left_by_dds: int = 0
 
+    def answered_since(self, when: float) -> bool:
+        """Return whether a frame has been answered that was sent after ``when``: no older one waits any more."""
+        return bool(self.answered) and self.sent.get(self.answered[-1][0], -math.inf) > when
+
     def take_level(self, pid: int) -> None:
         """Note what a process holds now."""
         pages = int(Path(f'/proc/{pid}/statm').read_text().split()[1])
@@ -212,13 +216,16 @@ def _vga() -> Callable[[int], Image]:
 
 
 def run(
-    directory: Path, *, deaths: int, hangs: int, rate_hz: float, pause_s: tuple[float, float], seed: int = 1
-) -> Account:
+    directory: Path, *, deaths: int, hangs: int, rate_hz: float, pause_s: tuple[float, float], seed: int = 1,
+    answered_between: bool = False,
+) -> Account:  # fmt: skip
     """
     Strike the workers of a node ``deaths + hangs`` times at random moments, and account for it.
 
     :param directory: for the model.
     :param pause_s: shortest and longest pause between two blows, seconds.
+    :param answered_between: wait longer where the node has answered nothing since the last blow. A frame stays
+        unanswered where each engine that is loaded for it is struck too, and how long a load takes is the machine's.
     """
     chance = random.Random(seed)
     account = Account()
@@ -249,6 +256,9 @@ def run(
         try:
             for blow in blows:
                 time.sleep(chance.uniform(*pause_s))
+                if answered_between and account.blows:
+                    last = account.blows[-1][0]
+                    wait_until(lambda last=last: account.answered_since(last), 'an answer after the last blow', 60.0)
                 targets = wait_until(lambda: workers(process), 'a worker')
                 spare = workers(process, SPARE_NAME)
                 account.workers.update(targets, spare)
