@@ -45,6 +45,12 @@ TRANSITIONS = {
     'deactivate': Transition.TRANSITION_DEACTIVATE,
     'cleanup': Transition.TRANSITION_CLEANUP,
 }
+USUAL_SERVICES = {
+    'get_state': GetState,
+    'change_state': ChangeState,
+    'get_parameters': GetParameters,
+    'set_parameters': SetParameters,
+}
 STEADY = ('unconfigured', 'inactive', 'active', 'finalized')
 LEVELS = {DiagnosticStatus.OK: 'OK', DiagnosticStatus.WARN: 'WARN', DiagnosticStatus.ERROR: 'ERROR'}
 
@@ -157,13 +163,17 @@ class Peer:
         return answer
 
     def _client(self, service_type: type, service: str, timeout_s: float = 30.0) -> Any:
-        client = self._clients.get(service)
-        if client is None:
-            client = self._clients[service] = self.node.create_client(service_type, f'{self.node_name}/{service}')
-            assert client.wait_for_service(timeout_s), f'{service} did not appear within {timeout_s:.0f} s'
+        if service not in self._clients:
+            # Those that nearly every test uses come together, to wait once.
+            new = {service: service_type} if self._clients else {**USUAL_SERVICES, service: service_type}
+            for name, type_ in new.items():
+                self._clients[name] = self.node.create_client(type_, f'{self.node_name}/{name}')
+            for name in new:
+                # rclpy's wait_for_service looks four times a second.
+                wait_until(self._clients[name].service_is_ready, f'the service {name}', timeout_s)
             # The service may get to know its client a moment later, and would not find it with its answer.
             time.sleep(0.2)
-        return client
+        return self._clients[service]
 
     def _wait_answer(self, future: Any, timeout_s: float) -> Any:
         done = threading.Event()
