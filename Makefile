@@ -1,12 +1,16 @@
 # ROS_DISTRO=kilted make ... for the other distribution. Where ROS is sourced, that one is used.
 ENVIRONMENT := python3 tools/environment.py
-# On all cores, for what needs no ROS: nodes and their DDS would disturb each other.
+# On all cores, for what needs no ROS.
 PARALLEL := -n auto --maxprocesses 8 --dist loadfile
+# Nodes mostly wait: two files at a time. Each test has a DDS domain that no other test uses meanwhile.
+PARALLEL_ROS := -n 2 --dist loadfile
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 
-.PHONY: help setup demo bench check test lint chaos soak clean
+.PHONY: help setup demo bench check test test-second test-both lint chaos soak clean
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
 
 setup:  ## virtual environment, ROS 2 if it is not sourced, colcon build
 	@$(ENVIRONMENT) setup
@@ -30,8 +34,27 @@ ifdef TESTS
 	$(ENVIRONMENT) run python3 -m pytest $(TESTS)
 else
 	$(ENVIRONMENT) run python3 -m pytest $(PARALLEL) test/unit test/process test/fuzz test/packaging
-	$(ENVIRONMENT) run python3 -m pytest test/ros test/launch test/gpu
+	$(ENVIRONMENT) run python3 -m pytest $(PARALLEL_ROS) test/ros
+	$(ENVIRONMENT) run python3 -m pytest test/launch test/gpu
 endif
+
+test-second: lint  ## of make test, what may differ on a second ROS distribution
+	$(ENVIRONMENT) run python3 -m pytest $(PARALLEL) -m 'not once' test/process test/packaging
+	$(ENVIRONMENT) run python3 -m pytest $(PARALLEL_ROS) -m 'not once' test/ros
+	$(ENVIRONMENT) run python3 -m pytest -m 'not once' test/launch
+
+test-both:  ## make test on ROS 2 Jazzy and, side by side, make test-second on Kilted; CI runs this
+	@results=$$(mktemp); \
+	$(MAKE) --no-print-directory --jobs=2 --keep-going RESULTS=$$results jazzy-test kilted-test-second; \
+	code=$$?; cat $$results; rm $$results; exit $$code
+
+# Each line of the output names the distribution, and the last lines say what passed.
+RESULTS := /dev/stdout
+jazzy-%: export ROS_DISTRO := jazzy
+kilted-%: export ROS_DISTRO := kilted
+jazzy-% kilted-%:
+	@result=passed; $(MAKE) --no-print-directory $* 2>&1 | sed -u 's/^/$(ROS_DISTRO) | /' || result=FAILED; \
+	echo "$(ROS_DISTRO): make $* $$result after $$SECONDS s" >> $(RESULTS); [ $$result = passed ]
 
 chaos:  ## kill, crash and stop the node's workers for minutes and account for every frame
 	$(ENVIRONMENT) run python3 test/measure/chaos.py
