@@ -10,7 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
-from rclpy.callback_groups import CallbackGroup, MutuallyExclusiveCallbackGroup, ReentrantCallbackGroup
+from rclpy.callback_groups import CallbackGroup, MutuallyExclusiveCallbackGroup
 from rclpy.context import Context
 from rclpy.exceptions import InvalidHandle
 from rclpy.executors import Executor, ExternalShutdownException, ShutdownException, TimeoutException
@@ -177,12 +177,19 @@ class PoolExecutor(Executor):
             self._on_escape(error)
 
 
-class Untaken(ReentrantCallbackGroup):
+class Untaken(CallbackGroup):
     """Have executors leave the messages of subscriptions alone, though not their events."""
 
     def can_execute(self, entity: Any) -> bool:
         """Return whether an executor may wait for ``entity``."""
         return not isinstance(entity, Subscription)
+
+    def beginning_execution(self, entity: Any) -> bool:
+        """Let any number of callbacks run at the same time."""
+        return True
+
+    def ending_execution(self, entity: Any) -> None:
+        """Do nothing: nothing waits for the end of a callback."""
 
 
 class HandleWaitable(Waitable):
