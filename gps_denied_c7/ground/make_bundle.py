@@ -328,7 +328,12 @@ def _run(options: argparse.Namespace) -> int:
         'letterbox_anchor': options.letterbox_anchor,
         'letterbox_scaling': options.letterbox_scaling,
     }
-    with _interrupted_by_signals():
+    with _interrupted_by_signals() as check_interrupted:
+
+        def accept(bundle: ModelBundle) -> None:
+            with served_model(bundle, ImageSettings()):
+                check_interrupted()
+
         result = make_bundle(
             BundleRequest(
                 model=options.model,
@@ -345,7 +350,7 @@ def _run(options: argparse.Namespace) -> int:
                 preprocessing={name: value for name, value in given.items() if value is not None},
                 seed=options.seed,
             ),
-            accept=_serve,
+            accept=accept,
         )
     if options.json:
         print_json(path=str(options.output), notes=list(result.notes), model=result.bundle.to_json())
@@ -370,30 +375,35 @@ def _print_bundle(bundle: ModelBundle, notes: Sequence[str]) -> None:
         print_field('note', note)
 
 
-def _serve(bundle: ModelBundle) -> None:
-    with served_model(bundle, ImageSettings()):
-        pass
-
-
 @contextmanager
-def _interrupted_by_signals() -> Iterator[None]:
+def _interrupted_by_signals() -> Iterator[Callable[[], None]]:
     """
     Let SIGTERM and SIGHUP end a command as Ctrl-C does, so that it removes unfinished files.
 
     Not for a build: these signals end it at once inside the vendor's library, and no unfinished engine is ever loaded.
+
+    :return: raises KeyboardInterrupt where a signal has come. Python drops what a handler raises while it runs hooks of
+        its own, as an import does.
     """
+    interrupted = False
 
     def interrupt(number: int, frame: object) -> None:
+        nonlocal interrupted
+        interrupted = True
         raise KeyboardInterrupt
+
+    def check() -> None:
+        if interrupted:
+            raise KeyboardInterrupt
 
     before = {}
     # Only the main thread may set handlers; a SIGHUP that is ignored, as under nohup, stays ignored.
     with suppress(ValueError):
-        for number in (signal.SIGTERM, signal.SIGHUP):
-            if signal.getsignal(number) is signal.SIG_DFL:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 before[number] = signal.signal(number, interrupt)
     try:
-        yield
+        yield check
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

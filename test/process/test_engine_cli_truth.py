@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import cv2
@@ -20,6 +21,7 @@ from onnx import TensorProto, helper
 
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import ConfigError
+from gps_denied_c7.ground import make_bundle
 from gps_denied_c7.model.bundle import ModelBundle
 from support.engine_command import Run
 from support.small_networks import KERNEL, free, handmade, network, saved
@@ -281,6 +283,29 @@ def test_m1_a_bundle_that_is_interrupted_leaves_nothing(tmp_path: Path, number: 
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and errors.decode() == 'c7_engine bundle: interrupted\n'
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['net.onnx']
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')
+def test_m1_an_interruption_that_python_drops_leaves_nothing(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python drops what a handler raises in a callback of its own, here of a weak reference."""
+    prove = make_bundle._prove
+
+    def drop(bundle: ModelBundle) -> None:
+        class Gone:
+            pass
+
+        gone = Gone()
+        reference = weakref.ref(gone, lambda _: signal.raise_signal(signal.SIGTERM))
+        del gone
+        assert reference() is None
+        prove(bundle)
+
+    monkeypatch.setattr(make_bundle, '_prove', drop)
+    status, _, errors = run('bundle', saved(tmp_path), '--output', tmp_path / 'b')
+    assert status == 130 and errors.endswith('interrupted\n')
     assert sorted(path.name for path in tmp_path.iterdir()) == ['net.onnx']
 
 
