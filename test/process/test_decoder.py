@@ -347,6 +347,7 @@ def test_a_decoder_that_cannot_be_handed_memory_leaves_none_behind():
     process = decoder._running()
     process.await_ready(time.monotonic() + 30)
     # As a decoder that ends its side and stays alive.
+    os.kill(process.pid, signal.SIGSTOP)
     process._channel._end.shutdown(socket.SHUT_RDWR)
     assert refused(decoder).reason == 'decoder'
     decoder.close()
