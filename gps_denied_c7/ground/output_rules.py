@@ -125,7 +125,7 @@ def certain_outputs(
     outputs: Sequence[TensorSpec], model: OnnxModel, inputs: Sequence[TensorSpec]
 ) -> tuple[TensorSpec, ...]:
     """Return the outputs as they were seen; sizes that depend on the data, by the operators' rules, are free."""
-    inferred = infer_output_shapes(model.skeleton, {spec.name: [size or 1 for size in spec.axes] for spec in inputs})
+    inferred = infer_output_shapes(model.skeleton, inputs)
     certain = []
     for spec in outputs:
         shape, seen = inferred.get(spec.name), spec.shape

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from gps_denied_c7.tensors import TensorSpec
 
 if TYPE_CHECKING:
     import onnx
@@ -17,24 +20,29 @@ _SHAPE_BYTES = 1024
 _log = logging.getLogger(__name__)
 
 
+_NO_SHAPES: Mapping[str, Sequence[int | None]] = {}
+
+
 def infer_output_shapes(
-    skeleton: bytes, inputs: Mapping[str, Sequence[int]]
+    skeleton: bytes, inputs: Sequence[TensorSpec], given: Mapping[str, Sequence[int | None]] = _NO_SHAPES
 ) -> dict[str, tuple[int | None, ...] | None]:
     """
-    Return the shape of each output that follows from the operators alone, for inputs of these shapes.
+    Return the shape of each output that follows from the operators alone.
 
     A file may declare the size that an output had for the exporter's example image.
 
     :param skeleton: of the model, as :func:`skeleton_of` makes it.
-    :param inputs: shapes by name.
+    :param inputs: of the model; an axis that is free in ``given``, too, has length one.
+    :param given: shapes that the bundle gives inputs, by name: the sizes of axes that are free.
     :return: by output name; None for an axis whose size depends on the data, or for an output whose number of axes
         is unknown.
     """
     import onnx
 
     model = onnx.ModelProto.FromString(skeleton)
+    shapes_in = {spec.name: _fed(spec.axes, given.get(spec.name, ())) for spec in inputs}
     for value in model.graph.input:
-        for axis, size in zip(value.type.tensor_type.shape.dim, inputs.get(value.name, ()), strict=False):
+        for axis, size in zip(value.type.tensor_type.shape.dim, shapes_in.get(value.name, ()), strict=False):
             axis.dim_value = size
     names = [value.name for value in model.graph.output]
     passed_through = {value.name for value in (*model.graph.input, *model.graph.initializer)}
@@ -49,6 +57,10 @@ def infer_output_shapes(
         _log.info('shapes of the outputs cannot be inferred: %s', error)
     shapes = {value.name: _known_shape(value) for value in model.graph.output}
     return {name: shapes.get(name) for name in names}
+
+
+def _fed(axes: Sequence[int | None], given: Sequence[int | None]) -> list[int]:
+    return [own or wanted or 1 for own, wanted in itertools.zip_longest(axes, given[: len(axes)])]
 
 
 def skeleton_of(model: onnx.ModelProto) -> bytes:

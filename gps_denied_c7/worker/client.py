@@ -23,9 +23,9 @@ from gps_denied_c7.runtimes.protocol import BuildProgress, EngineFacts
 from gps_denied_c7.runtimes.registry import require_strategy
 from gps_denied_c7.stalled_reads import read_or_give_up
 from gps_denied_c7.tensors import TensorSpec
+from gps_denied_c7.worker.build_timeout import LoadTimeout
 from gps_denied_c7.worker.channel import MessageError
 from gps_denied_c7.worker.exchange import Exchange
-from gps_denied_c7.worker.load_timeout import LoadTimeout
 from gps_denied_c7.worker.process import WorkerProcess
 from gps_denied_c7.worker.protocol import (
     WORKER_PROTOCOL,

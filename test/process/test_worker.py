@@ -48,7 +48,7 @@ from gps_denied_c7.failover.rungs import Rung
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.monitoring.thermal import UnknownThermalState
 from gps_denied_c7.runtimes.protocol import BuildProgress, EngineFacts, ProviderSet
-from gps_denied_c7.worker import load_timeout
+from gps_denied_c7.worker import build_timeout
 from gps_denied_c7.worker import process as worker_process
 from gps_denied_c7.worker import server as worker_server
 from gps_denied_c7.worker.channel import PROTOCOL_VERSION, Channel, ChannelClosedError, MessageError, Ready
@@ -956,7 +956,7 @@ def test_f1_a_worker_that_answers_before_it_has_an_engine_is_refused(bundle, mon
 
 def test_f5_a_build_that_gets_on_is_waited_for_and_one_that_hangs_is_not(bundle, monkeypatch):
     """F-4, F-5: a worker tells once a second that it builds, also where its builder hangs."""
-    monkeypatch.setattr(load_timeout, '_LONGEST_STEP_S', 0.3)
+    monkeypatch.setattr(build_timeout, '_LONGEST_STEP_S', 0.3)
     config = dataclasses.replace(CONFIG, load_timeout_s=0.2, build_on_configure=True)
     began, told = [], []
 

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from numpy.typing import NDArray
@@ -18,7 +19,9 @@ from numpy.typing import NDArray
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engines.admission import AdmittedEngine
 from gps_denied_c7.engines.ort_store import CacheBuild, VerifiedCache
+from gps_denied_c7.errors import EngineDeserializeError, RuntimeUnavailableError
 from gps_denied_c7.model.onnx_file import OnnxModel, ep_context_model
+from gps_denied_c7.runtimes.gpu.cuda import require_gpu
 from gps_denied_c7.runtimes.protocol import BuildProgress, EngineCacheEntry, ProviderSet
 from gps_denied_c7.runtimes.trt.build import workspace_bytes
 from gps_denied_c7.tensors import TensorSpec
@@ -31,9 +34,11 @@ __all__ = [
     'Engines',
     'SessionPlan',
     'around_engine',
+    'gpu_remedy',
     'plan_engine',
     'plan_model',
     'provider_options',
+    'require_providers',
 ]
 
 TENSORRT = 'TensorrtExecutionProvider'
@@ -218,3 +223,35 @@ def provider_options(plan: SessionPlan, attempt: Attempt, config: C7InferenceCon
         CUDA: {'gpu_mem_limit': budget, 'cudnn_conv_use_max_workspace': '0'},
         CPU: {},
     }
+
+
+def require_providers(ort: ModuleType, plan: SessionPlan, config: C7InferenceConfig, label: str) -> None:
+    """
+    Refuse, before any session, what this host or this build of ONNX Runtime cannot run without the CPU.
+
+    :raises RuntimeUnavailableError: there is no provider for a GPU, or no GPU.
+    :raises EngineDeserializeError: the same, where ``ort_disallow_cpu_fallback`` has it refused.
+    """
+    if plan.takes_cpu:
+        return
+    available = ort.get_available_providers()
+    needed = [name for name in plan.requested if name != CPU]
+    try:
+        if not set(needed) & set(available):
+            # As lasting as a package that is not installed: no later attempt is worth a process of its own.
+            raise RuntimeUnavailableError(
+                label,
+                f'{plan.path} needs {" or ".join(needed)}, and this onnxruntime has only {available}.',
+                remedy=gpu_remedy(config),
+            )
+        require_gpu(label)
+    except RuntimeUnavailableError as error:
+        if config.ort_disallow_cpu_fallback:
+            raise EngineDeserializeError(error.message, remedy=gpu_remedy(config)) from error
+        raise
+
+
+def gpu_remedy(config: C7InferenceConfig) -> str:
+    """Return what to do where a model does not run on a GPU."""
+    otherwise = ', or set ort_disallow_cpu_fallback to false' if config.ort_disallow_cpu_fallback else ''
+    return f'Install the GPU stack (requirements/gpu.txt){otherwise}.'

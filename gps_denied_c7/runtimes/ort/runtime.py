@@ -17,7 +17,7 @@ from gps_denied_c7.errors import C7Error, EngineDeserializeError, RuntimeUnavail
 from gps_denied_c7.model.artefact import Artefact
 from gps_denied_c7.model.onnx_file import OnnxModel, read_onnx
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine
-from gps_denied_c7.runtimes.gpu.cuda import open_cuda, require_gpu
+from gps_denied_c7.runtimes.gpu.cuda import open_cuda
 from gps_denied_c7.runtimes.gpu.tensorrt_library import import_tensorrt
 from gps_denied_c7.runtimes.host_profile import driver_version, linked_tensorrt, local_host_profile, platform_name
 from gps_denied_c7.runtimes.ort.io_binding import GpuIo, HostIo, TensorIo, compare_runs
@@ -29,18 +29,18 @@ from gps_denied_c7.runtimes.ort.providers import (
     Engines,
     SessionPlan,
     around_engine,
+    gpu_remedy,
     plan_engine,
     plan_model,
+    require_providers,
 )
 from gps_denied_c7.runtimes.ort.session import Session, certain_outputs, open_session, profiled_placement, specs
 from gps_denied_c7.runtimes.protocol import EngineCacheEntry, EngineFacts, ProviderSet
 from gps_denied_c7.runtimes.tensor_mapping import fix_shapes, own_input_shapes
 from gps_denied_c7.runtimes.trt.build import PlanRequest, build_plan, workspace_bytes
-from gps_denied_c7.runtimes.trt.build_watch import BuildWatch
+from gps_denied_c7.runtimes.trt.progress_reports import BuildWatch
 
 __all__ = ['OnnxTrtEpRuntime']
-
-_ALLOW_CPU = 'Install the GPU stack (requirements/gpu.txt), or set ort_disallow_cpu_fallback to false.'
 
 _log = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ class OnnxTrtEpRuntime(BaseRuntime[Session]):
     def _load(self, entry: EngineCacheEntry) -> LoadedEngine[Session]:
         if self._providers is ProviderSet.CPU and self._config.ort_disallow_cpu_fallback:
             raise EngineDeserializeError(
-                'the CPU was asked for, and ort_disallow_cpu_fallback refuses it.', remedy=_ALLOW_CPU
+                'the CPU was asked for, and ort_disallow_cpu_fallback refuses it.', remedy=gpu_remedy(self._config)
             )
         # Each is read and judged before ONNX Runtime is touched.
         model: OnnxModel | None = None
@@ -114,7 +114,7 @@ class OnnxTrtEpRuntime(BaseRuntime[Session]):
                 f'{entry.path} is neither .onnx nor .engine.', remedy='Correct the artefact in model.json.'
             )
         try:
-            self._refuse_absent_gpu(ort, plan)
+            require_providers(ort, plan, self._config, self.label)
             return self._open(ort, plan, entry, model)
         except BaseException:
             if plan.build is not None:
@@ -235,31 +235,6 @@ class OnnxTrtEpRuntime(BaseRuntime[Session]):
             ) from error
         return onnxruntime
 
-    def _refuse_absent_gpu(self, ort: ModuleType, plan: SessionPlan) -> None:
-        """Refuse before any session where this host, or this build of ONNX Runtime, rules out what is needed."""
-        if plan.takes_cpu:
-            return
-        available = ort.get_available_providers()
-        needed = [name for name in plan.requested if name != CPU]
-        try:
-            if not set(needed) & set(available):
-                # As lasting as a package that is not installed: no later attempt is worth a process of its own.
-                raise RuntimeUnavailableError(
-                    self.label,
-                    f'{plan.path} needs {" or ".join(needed)}, and this onnxruntime has only {available}.',
-                    remedy=self._gpu_remedy(),
-                )
-            require_gpu(self.label)
-        except RuntimeUnavailableError as error:
-            if self._config.ort_disallow_cpu_fallback:
-                raise EngineDeserializeError(error.message, remedy=_ALLOW_CPU) from error
-            raise
-
-    def _gpu_remedy(self) -> str:
-        if self._config.ort_disallow_cpu_fallback:
-            return _ALLOW_CPU
-        return 'Install the GPU stack (requirements/gpu.txt).'
-
     # --- making a session -------------------------------------------------------------------------
 
     def _open(
@@ -267,7 +242,7 @@ class OnnxTrtEpRuntime(BaseRuntime[Session]):
     ) -> LoadedEngine[Session]:
         """Make a session on the best providers that come up, each time with the full options, and bind it."""
         notes = list(plan.notes)
-        engine = open_session(ort, plan, self._config, notes, gpu_remedy=self._gpu_remedy())
+        engine = open_session(ort, plan, self._config, notes, gpu_remedy=gpu_remedy(self._config))
         try:
             # Known by now from ONNX Runtime 1.24 on; before that, the warm-up run will tell.
             provider = self._landed(engine, notes)
@@ -305,7 +280,7 @@ class OnnxTrtEpRuntime(BaseRuntime[Session]):
             return active[0]
         if not engine.takes_cpu:
             raise EngineDeserializeError(
-                f'{engine.path} was loaded on the CPU alone: {" ".join(notes)}', remedy=self._gpu_remedy()
+                f'{engine.path} was loaded on the CPU alone: {" ".join(notes)}', remedy=gpu_remedy(self._config)
             )
         return CPU
 

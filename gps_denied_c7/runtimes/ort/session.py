@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import logging
 import os
@@ -24,7 +23,7 @@ from gps_denied_c7.model.onnx_file import OnnxModel
 from gps_denied_c7.model.shape_inference import infer_output_shapes
 from gps_denied_c7.runtimes.ort.io_binding import TensorIo
 from gps_denied_c7.runtimes.ort.providers import CPU, TENSORRT, Attempt, SessionPlan, provider_options
-from gps_denied_c7.runtimes.trt.build_watch import BuildWatch
+from gps_denied_c7.runtimes.trt.progress_reports import BuildWatch
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = ['Placement', 'Session', 'certain_outputs', 'open_session', 'profiled_placement', 'specs']
@@ -271,14 +270,7 @@ def certain_outputs(
     declared = specs([argument for argument in engine.session.get_outputs() if argument.name in wanted])
     if engine.certain or model is None:
         return declared
-    fed = {
-        spec.name: [
-            own or wanted or 1
-            for own, wanted in itertools.zip_longest(spec.axes, given.get(spec.name, ())[: len(spec.axes)])
-        ]
-        for spec in engine.inputs
-    }
-    inferred = infer_output_shapes(model.skeleton, fed)
+    inferred = infer_output_shapes(model.skeleton, engine.inputs, given)
     return tuple(dataclasses.replace(spec, shape=_certain_shape(spec, inferred.get(spec.name))) for spec in declared)
 
 

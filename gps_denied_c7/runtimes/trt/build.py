@@ -30,8 +30,8 @@ from gps_denied_c7.runtimes.gpu.tensorrt_library import (
 )
 from gps_denied_c7.runtimes.host_profile import local_host_profile
 from gps_denied_c7.runtimes.protocol import BuildConfig, EngineCacheEntry
-from gps_denied_c7.runtimes.trt.build_watch import BuildWatch
 from gps_denied_c7.runtimes.trt.fp16 import to_half_precision
+from gps_denied_c7.runtimes.trt.progress_reports import BuildWatch
 from gps_denied_c7.tensors import TensorSpec
 
 __all__ = [

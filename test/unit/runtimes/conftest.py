@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import RuntimeUnavailableError
+from gps_denied_c7.runtimes.ort import providers as ort_providers
 from gps_denied_c7.runtimes.ort import runtime as ort_runtime
 from support.fake_onnxruntime import FakeOnnxRuntimeThisMachineHasNoCuda, GpuBehaviour
 
@@ -40,7 +41,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeOnnxRuntimeTh
         raise RuntimeUnavailableError(label, 'this test has no GPU.')
 
     monkeypatch.setattr(ort_runtime, 'open_cuda', no_cuda)
-    monkeypatch.setattr(ort_runtime, 'require_gpu', lambda label: None)
+    monkeypatch.setattr(ort_providers, 'require_gpu', lambda label: None)
 
     def install(**behaviour: object) -> FakeOnnxRuntimeThisMachineHasNoCuda:
         fake = FakeOnnxRuntimeThisMachineHasNoCuda(GpuBehaviour(**behaviour))

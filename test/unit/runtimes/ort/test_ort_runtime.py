@@ -33,7 +33,7 @@ from gps_denied_c7.errors import (
 )
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.runtimes.gpu import cuda as cuda_module
-from gps_denied_c7.runtimes.ort import runtime as ort_runtime
+from gps_denied_c7.runtimes.ort import providers as ort_providers
 from gps_denied_c7.runtimes.ort.runtime import OnnxTrtEpRuntime
 from gps_denied_c7.runtimes.protocol import BuildConfig, EngineCacheEntry, ProviderSet
 from gps_denied_c7.tensors import TensorSpec
@@ -742,7 +742,7 @@ def test_risk2_host_without_a_gpu_is_told_before_any_session(
     error: type[C7Error],
 ) -> None:
     fake = fake_gpu()
-    monkeypatch.setattr(ort_runtime, 'require_gpu', cuda_module.require_gpu)
+    monkeypatch.setattr(ort_providers, 'require_gpu', cuda_module.require_gpu)
     monkeypatch.setattr(cuda_module, 'gpu_devices', list)
     config = replace(config, ort_disallow_cpu_fallback=disallow)
     refused = refusal(config, bare_bundle(tmp_path), ProviderSet.GPU)

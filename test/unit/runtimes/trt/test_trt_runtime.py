@@ -52,7 +52,7 @@ from support.source_tree import REPOSITORY
 HOST = HostProfile(gpu='Fake GPU', sm=90, tensorrt='8.6.0', platform='linux-x86_64')
 BUILD = BuildConfig(allow_build=True, precision='fp32')
 MODULES = (
-    *('trt/runtime.py', 'trt/engine.py', 'trt/build.py', 'trt/build_watch.py', 'gpu/tensorrt_library.py'),
+    *('trt/runtime.py', 'trt/engine.py', 'trt/build.py', 'trt/progress_reports.py', 'gpu/tensorrt_library.py'),
     *('gpu/cuda.py', 'gpu/staging.py', 'gpu/nonfinite.py'),
 )
 
@@ -944,7 +944,7 @@ def test_f5_progress_is_reported(
 ) -> None:
     trt = FakeTensorrtThisMachineCannotRun(cuda, version)
     install(trt, monkeypatch)
-    monkeypatch.setattr('gps_denied_c7.runtimes.trt.build_watch._REPORT_EVERY_S', 0.005)
+    monkeypatch.setattr('gps_denied_c7.runtimes.trt.progress_reports._REPORT_EVERY_S', 0.005)
     heard: list[BuildProgress] = []
     works = trt.works
 
@@ -986,7 +986,7 @@ def test_f5_a_listener_that_fails_does_not_cost_the_build(
         return works(what, recorder)
 
     monkeypatch.setattr(trt, 'works', slow)
-    monkeypatch.setattr('gps_denied_c7.runtimes.trt.build_watch._REPORT_EVERY_S', 0.005)
+    monkeypatch.setattr('gps_denied_c7.runtimes.trt.progress_reports._REPORT_EVERY_S', 0.005)
     assert build_engine(model, config, replace(BUILD, progress=failing)).path.is_file()
 
 
