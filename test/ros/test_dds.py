@@ -51,7 +51,8 @@ def test_sets_the_variable_that_the_installed_fast_dds_reads(tmp_path, package, 
 @pytest.mark.parametrize(('distro', 'variable'), [('humble', OLD), ('jazzy', OLD), ('kilted', NEW), ('rolling', NEW)])
 def test_goes_by_the_distribution_where_no_package_tells(distro, variable):
     environ = {'ROS_DISTRO': distro, 'RMW_IMPLEMENTATION': 'rmw_fastrtps_cpp'}
-    assert apply_profile(environ).variable == variable
+    apply_profile(environ)
+    assert {OLD, NEW} & environ.keys() == {variable}
 
 
 @pytest.mark.parametrize(
