@@ -43,13 +43,14 @@ test-second: lint  ## of make test, what may differ on a second ROS distribution
 	$(ENVIRONMENT) run python3 -m pytest $(PARALLEL_ROS) -m 'not once' test/ros
 	$(ENVIRONMENT) run python3 -m pytest -m 'not once' test/launch
 
-test-both:  ## make test on ROS 2 Jazzy and, side by side, make test-second on Kilted; CI runs this
+test-both:  ## make test on ROS 2 Jazzy and, side by side, make test-second on Kilted (JOBS=1: after it, as in CI)
 	@results=$$(mktemp); \
-	$(MAKE) --no-print-directory --jobs=2 --keep-going RESULTS=$$results jazzy-test kilted-test-second; \
+	$(MAKE) --no-print-directory --jobs=$(JOBS) --keep-going RESULTS=$$results jazzy-test kilted-test-second; \
 	code=$$?; cat $$results; rm $$results; exit $$code
 
 # Each line of the output names the distribution, and the last lines say what passed.
 RESULTS := /dev/stdout
+JOBS := 2
 jazzy-%: export ROS_DISTRO := jazzy
 kilted-%: export ROS_DISTRO := kilted
 jazzy-% kilted-%:
