@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from gps_denied_c7.child_environment import SAFE_DIRECTORY, python_child, worker_environment
-from gps_denied_c7.errors import NO_THREADS_REMEDY, EngineDeserializeError, InferenceError, WorkerDiedError
+from gps_denied_c7.errors import NO_THREADS_REMEDY, EngineDeserializeError, WorkerDiedError
 from gps_denied_c7.worker.channel import (
     PROTOCOL_VERSION,
     Channel,
@@ -187,7 +187,7 @@ class WorkerProcess:
         try:
             # A process that reads nothing must not hold up this one.
             self.send(message, [segment.descriptor], block=False)
-        except InferenceError:
+        except BaseException:
             segment.close()
             raise
 

@@ -124,7 +124,7 @@ def test_f1_any_error_told_is_an_error_of_the_family(content: bytes) -> None:
 def no_wait_for_an_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """The process that stands for the worker does not end, though its channel may seem closed."""
     monkeypatch.setattr('gps_denied_c7.worker.process._EXIT_CODE_S', 0.0)
-    monkeypatch.setattr('gps_denied_c7.worker.load_timeout._LONGEST_STEP_S', 0.01)
+    monkeypatch.setattr('gps_denied_c7.worker.build_timeout._LONGEST_STEP_S', 0.01)
 
 
 @fuzz(140)

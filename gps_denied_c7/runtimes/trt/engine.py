@@ -88,7 +88,7 @@ class TensorrtEngine:
         """
         self._leaving = {name: tensor for name, tensor in self.outputs.items() if name in names}
         self._answer = {name: tensor.host for name, tensor in self._leaving.items()}
-        watched = {name: tensor for name, tensor in self.outputs.items() if name in finite}
+        watched = {name: self.outputs[name] for name in finite}
         self._check = watch_outputs(self._cuda, watched, self._stream, self.notes)
 
     def run(self, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
