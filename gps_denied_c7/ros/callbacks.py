@@ -13,7 +13,13 @@ from typing import Any, TypeVar
 from rclpy.callback_groups import CallbackGroup, MutuallyExclusiveCallbackGroup
 from rclpy.context import Context
 from rclpy.exceptions import InvalidHandle
-from rclpy.executors import Executor, ExternalShutdownException, ShutdownException, TimeoutException
+from rclpy.executors import (
+    ConditionReachedException,
+    Executor,
+    ExternalShutdownException,
+    ShutdownException,
+    TimeoutException,
+)
 from rclpy.node import Node
 from rclpy.subscription import Subscription
 from rclpy.waitable import NumberOfEntities, Waitable
@@ -131,11 +137,17 @@ class PoolExecutor(Executor):
         self._stopped = True
         self.wake()
 
+    def _is_stopped(self) -> bool:
+        return self._stopped
+
     def spin_once(self, timeout_sec: float | None = None) -> None:
         """Wait for a callback that is ready and hand it to the pool."""
         try:
-            ready: tuple[Any, Any, Any] = self.wait_for_ready_callbacks(timeout_sec=timeout_sec)
-        except (ShutdownException, TimeoutException):
+            # A wait that is woken goes on until a callback is ready, or the condition holds.
+            ready: tuple[Any, Any, Any] = self.wait_for_ready_callbacks(
+                timeout_sec=timeout_sec, condition=self._is_stopped
+            )
+        except (ShutdownException, TimeoutException, ConditionReachedException):
             return
         task, entity, _ = ready
         if isinstance(getattr(entity, 'callback_group', None), PromptCallbackGroup):

@@ -128,6 +128,19 @@ def test_n5_spinning_goes_on_after_waiting_itself_failed(spin, monkeypatch):
     wait_until(lambda: calls, 'a call after the failures')
 
 
+def test_stop_ends_a_wait_in_which_nothing_becomes_ready(spin, monkeypatch):
+    """Once woken, rclpy goes on waiting where it has found nothing to do."""
+    monkeypatch.setattr(callbacks, '_WAKE_S', 60.0)
+    spinning, calls = spin(), []
+    spinning.node.create_guard_condition(lambda: calls.append(1)).trigger()
+    wait_until(lambda: calls, 'a callback')
+    # For the next wait to begin; nothing tells of it.
+    time.sleep(0.2)
+    spinning.executor.stop()
+    spinning.thread.join(20.0)
+    assert not spinning.thread.is_alive()
+
+
 def test_the_end_of_the_context_ends_spinning(ros_context):
     executor = PoolExecutor(2, on_escape=print, context=ros_context)
     thread = threading.Thread(target=executor.spin)
