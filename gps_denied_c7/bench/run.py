@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import math
@@ -107,7 +108,9 @@ def _environment(
 
 def _facts(options: BenchOptions) -> dict[str, str]:
     versions = package_versions()
-    model = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text(encoding='utf-8'))
+    model = None
+    with contextlib.suppress(OSError):  # hidden, as in some containers
+        model = re.search(r'model name\s*: (.*)', Path('/proc/cpuinfo').read_text(encoding='utf-8'))
     latency_us = options.cpu_wakeup_latency_us
     return {
         'machine': f'{len(os.sched_getaffinity(0))} cores, {model[1] if model else platform.machine()}',

@@ -25,7 +25,8 @@ def claim_output(output: Path, program: str, own: Collection[str] | None = None)
     marker = output / f'.{program}'
     try:
         output.mkdir(parents=True, exist_ok=True)
-        taken = [path for path in sorted(output.iterdir()) if own is None or path.name in own]
+        others = [path for path in sorted(output.iterdir()) if path != marker]
+        taken = [path for path in others if own is None or path.name in own]
         if taken and not marker.exists():
             names = ', '.join(path.name for path in taken[:5])
             raise DemoError(f'{output} holds {names}, not made by {program}.', remedy='Name another --output.')
