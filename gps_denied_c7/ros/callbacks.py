@@ -143,7 +143,7 @@ class PoolExecutor(Executor):
     def spin_once(self, timeout_sec: float | None = None) -> None:
         """Wait for a callback that is ready and hand it to the pool."""
         try:
-            # A wait that is woken goes on until a callback is ready, or the condition holds.
+            # A wait that is notified goes on until a callback is ready, or the condition holds.
             ready: tuple[Any, Any, Any] = self.wait_for_ready_callbacks(
                 timeout_sec=timeout_sec, condition=self._is_stopped
             )

@@ -129,7 +129,7 @@ def test_n5_spinning_goes_on_after_waiting_itself_failed(spin, monkeypatch):
 
 
 def test_stop_ends_a_wait_in_which_nothing_becomes_ready(spin, monkeypatch):
-    """Once woken, rclpy goes on waiting where it has found nothing to do."""
+    """Once notified, rclpy goes on waiting where it has found nothing to do."""
     monkeypatch.setattr(callbacks, '_WAKE_S', 60.0)
     spinning, calls = spin(), []
     spinning.node.create_guard_condition(lambda: calls.append(1)).trigger()
