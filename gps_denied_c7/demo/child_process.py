@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -18,7 +19,8 @@ __all__ = ['Child', 'DemoError', 'run_program', 'wait_for']
 _KILL_AFTER_S = 10.0
 # Has the kernel end a child when the demo is killed, which could not end it itself then. Not in a preexec_fn: the fork
 # that one needs runs Python's hooks, and what a signal's handler raises there is lost. util-linux is essential.
-_DIES_WITH_PARENT = ('setpriv', '--pdeathsig', 'KILL', '--')
+# The shell looks whether that was too late: the parent of a process that has lost its own is another one.
+_DIES_WITH_PARENT = ('setpriv', '--pdeathsig', 'KILL', '--', 'sh', '-c', '[ "$PPID" = "$0" ] && exec "$@"')
 
 
 class DemoError(C7Error):
@@ -43,7 +45,7 @@ class Child:
         with log.open('wb') if log else contextlib.nullcontext() as errors:
             command, environment = python_child(module, *arguments, environ=environ)
             self.process = subprocess.Popen(
-                [*_DIES_WITH_PARENT, *command], env=environment, cwd=SAFE_DIRECTORY, text=True,
+                [*_DIES_WITH_PARENT, str(os.getpid()), *command], env=environment, cwd=SAFE_DIRECTORY, text=True,
                 stdin=subprocess.PIPE if commands else subprocess.DEVNULL,
                 stdout=subprocess.PIPE if pipe else errors, stderr=errors,
                 # Ctrl-C goes to a whole foreground group; the demo ends its children itself, in order.

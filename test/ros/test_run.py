@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from gps_denied_c7.demo import child_process
 from gps_denied_c7.demo.child_process import Child, DemoError, wait_for
 from gps_denied_c7.demo.ros_domain import child_environment, free_domain_id
 from gps_denied_c7.ros.fastdds import OWN_PORTS, ports_in_force
@@ -59,6 +60,14 @@ def test_every_frame_is_answered(tmp_path):
     with np.load(output / 'tensors.npz') as tensors:
         assert (tensors['/camera_hd/image_raw|0|scores'] > 0).sum() > 50
     assert processes_naming(output) == []
+
+
+def test_a_child_that_starts_after_its_parent_has_died_does_nothing():
+    """Here its parent is another process than the one that it is to die with."""
+    for parent, output in ((os.getpid(), b'ran\n'), (1 << 30, b'')):
+        command = [*child_process._DIES_WITH_PARENT, str(parent), 'echo', 'ran']
+        done = subprocess.run(command, capture_output=True, check=False)
+        assert (done.stdout, done.stderr) == (output, b'')
 
 
 @needs_ros

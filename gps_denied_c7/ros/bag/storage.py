@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import fcntl
 import os
 import signal
@@ -231,7 +232,7 @@ def open_for_writing(path: Path) -> bool:
     return False
 
 
-class Storage:
+class Storage(abc.ABC):
     """
     Read one storage file, which stays as it is.
 
@@ -252,13 +253,13 @@ class Storage:
         """Sentences, one for each part that is lost; grows while messages are read."""
         return self._lost
 
+    @abc.abstractmethod
     def runs(self, channels: set[int]) -> list[Run]:
         """Return where the messages of these channels are; a run may hold others too."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def close(self) -> None:
         """Close the file; safe to repeat."""
-        raise NotImplementedError
 
     def _profiles(self, topic: str, text: Any) -> tuple[OfferedQos, ...] | None:
         """Return the offered QoS profiles of a topic; None, and a note, where they cannot be read."""
