@@ -48,13 +48,14 @@ test-both:  ## make test on ROS 2 Jazzy and, side by side, make test-second on K
 	$(MAKE) --no-print-directory --jobs=$(JOBS) --keep-going RESULTS=$$results jazzy-test kilted-test-second; \
 	code=$$?; cat $$results; rm $$results; exit $$code
 
-# Each line of the output names the distribution, and the last lines say what passed.
+# Each line of the output names the distribution; the last lines say what passed, and name each test that failed.
 RESULTS := /dev/stdout
 JOBS := 2
 jazzy-%: export ROS_DISTRO := jazzy
 kilted-%: export ROS_DISTRO := kilted
 jazzy-% kilted-%:
-	@result=passed; $(MAKE) --no-print-directory $* 2>&1 | sed -u 's/^/$(ROS_DISTRO) | /' || result=FAILED; \
+	@result=passed; $(MAKE) --no-print-directory $* 2>&1 | sed -u 's/^/$(ROS_DISTRO) | /' \
+		| tee >(grep --line-buffered -E '^$(ROS_DISTRO) \| (FAILED|ERROR) ' >> $(RESULTS)) || result=FAILED; \
 	echo "$(ROS_DISTRO): make $* $$result after $$SECONDS s" >> $(RESULTS); [ $$result = passed ]
 
 chaos:  ## kill, crash and stop the node's workers for minutes and account for every frame
