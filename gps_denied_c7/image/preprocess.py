@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,9 @@ from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.image.preprocess_spec import Interpolation, PreprocessingSpec, ResizeMode
 
 __all__ = ['Preprocessor', 'planes_shape']
+
+# Of images of one topic, of which the geometry is remembered.
+_MOST_SIZES = 64
 
 _PillowResize = Callable[[str, NDArray, tuple[int, int]], NDArray]
 
@@ -39,6 +42,10 @@ class Preprocessor:
         import cv2
 
         self.spec = spec
+        self._shape = spec.tensor_shape
+        # By size alone: the hash of a spec is one of all its fields.
+        self._geometry = lru_cache(maxsize=_MOST_SIZES)(partial(_geometry, spec))
+        self._network_to_image = lru_cache(maxsize=_MOST_SIZES)(partial(_network_to_image, spec))
         self._scratch = Scratch()
         library, _, mode = spec.interpolation.value.rpartition('_')
         self._by_pillow = _pillow_resize(mode) if library == 'pil' else None
@@ -68,7 +75,7 @@ class Preprocessor:
         :raises ImageRejectedError: ``size`` where the image has no pixels.
         """
         height, width = pixels.array.shape[:2]
-        return self._planes(self._resize(pixels.array, _geometry(self.spec, width, height)), pixels.order)
+        return self._planes(self._resize(pixels.array, self._geometry(width, height)), pixels.order)
 
     def fill(self, planes: Sequence[NDArray] | NDArray, source_width: int, source_height: int, out: NDArray) -> None:
         """
@@ -81,13 +88,13 @@ class Preprocessor:
         :raises ConfigError: ``out`` is not what the spec makes.
         """
         spec = self.spec
-        if out.shape != spec.tensor_shape or out.dtype != spec.dtype:
+        if out.shape != self._shape or out.dtype != spec.dtype:
             raise ConfigError(
                 'preprocessing',
-                f'makes {spec.dtype} {spec.tensor_shape}, the network takes {out.dtype} {out.shape}.',
+                f'makes {spec.dtype} {self._shape}, the network takes {out.dtype} {out.shape}.',
                 remedy='Make width, height, colour, layout and dtype those of the network.',
             )
-        geometry = _geometry(spec, source_width, source_height)
+        geometry = self._geometry(source_width, source_height)
         # 65535 / 257 = 255: one range of values whatever the camera.
         unit = 1.0 / 257.0 if planes[0].dtype == np.uint16 else 1.0
         for channel, plane in enumerate(planes):
@@ -106,7 +113,7 @@ class Preprocessor:
         :return: 2x3, read-only, the same for every call.
         :raises ImageRejectedError: ``size`` where the image has no pixels.
         """
-        return _network_to_image(self.spec, source_width, source_height)
+        return self._network_to_image(source_width, source_height)
 
     def _resize(self, array: NDArray, geometry: _Geometry) -> NDArray:
         import cv2
@@ -240,7 +247,6 @@ class _Geometry:
         return slice(self.x.pad, self.x.pad + self.x.size)
 
 
-@lru_cache(maxsize=64)
 def _geometry(spec: PreprocessingSpec, width: int, height: int) -> _Geometry:
     if width <= 0 or height <= 0:
         raise ImageRejectedError('size', f'{width}x{height} has no pixels.')
@@ -267,7 +273,6 @@ def _geometry(spec: PreprocessingSpec, width: int, height: int) -> _Geometry:
     )
 
 
-@lru_cache(maxsize=64)
 def _network_to_image(spec: PreprocessingSpec, width: int, height: int) -> NDArray[np.float64]:
     geometry = _geometry(spec, width, height)
     matrix = np.zeros((2, 3))

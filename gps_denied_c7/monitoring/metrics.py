@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -83,14 +83,16 @@ class StatisticsSnapshot:
     callback_failures: Mapping[str, int]
 
 
+def _counters(topics: tuple[str, ...] = ()) -> defaultdict[str, Counter[str]]:
+    return defaultdict(Counter, {topic: Counter() for topic in topics})
+
+
 class Statistics:
     """Collect counts and durations from any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts: dict[str, Counter[str]] = {}
-        self._refused: dict[str, Counter[str]] = {}
-        self._odd: dict[str, Counter[str]] = {}
+        self._counts, self._refused, self._odd = _counters(), _counters(), _counters()
         self._missed: dict[str, tuple[int | None, int | None]] = {}
         self._stages: dict[str, deque[int]] = {stage: deque(maxlen=_WINDOW) for stage in STAGES}
         self._callback_failures: Counter[str] = Counter()
@@ -98,9 +100,7 @@ class Statistics:
     def open_streams(self, topics: tuple[str, ...]) -> None:
         """Begin counting ``topics`` from zero and forget older ones."""
         with self._lock:
-            self._counts = {topic: Counter() for topic in topics}
-            self._refused = {topic: Counter() for topic in topics}
-            self._odd = {topic: Counter() for topic in topics}
+            self._counts, self._refused, self._odd = _counters(topics), _counters(), _counters()
             self._missed = {}
             for window in self._stages.values():
                 window.clear()
@@ -108,19 +108,19 @@ class Statistics:
     def count(self, topic: str, event: str, by: int = 1) -> int:
         """Add to one StreamCounters field of ``topic`` and return the new value."""
         with self._lock:
-            counts = self._counts.setdefault(topic, Counter())
+            counts = self._counts[topic]
             counts[event] += by
             return counts[event]
 
     def refuse(self, topic: str, reason: str) -> None:
         """Count one refused image."""
         with self._lock:
-            self._refused.setdefault(topic, Counter())[reason] += 1
+            self._refused[topic][reason] += 1
 
     def note_odd(self, topic: str, fault: str) -> None:
         """Count one image that was decoded in spite of a fault."""
         with self._lock:
-            self._odd.setdefault(topic, Counter())[fault] += 1
+            self._odd[topic][fault] += 1
 
     def set_missed(self, topic: str, lost: int | None, pushed_out: int | None) -> None:
         """Set how many messages were lost before the node, and how many pushed out of its queue, None for unknown."""

@@ -7,7 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,8 +27,7 @@ __all__ = ['FramePipeline', 'FrameResult', 'FrameTap', 'InferenceThread', 'Serve
 _LOOK_S = 0.02
 
 
-@dataclass(frozen=True, slots=True)
-class FrameResult:
+class FrameResult(NamedTuple):
     """
     Hold the answer to one frame.
 
@@ -124,8 +123,7 @@ class FrameTap:
             self._arrived.set()
 
 
-@dataclass(frozen=True, slots=True)
-class _Ready:
+class _Ready(NamedTuple):
     """
     Hold what the network gets of one image, and its times so far.
 

@@ -14,7 +14,7 @@ import select
 import socket
 import struct
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from gps_denied_c7._json import FieldError, Reader, as_array, reader_of
@@ -30,6 +30,12 @@ PROTOCOL_VERSION = 1
 PACKET_BYTES = 1 << 16
 """Longest message."""
 
+# Plain whole numbers: on Python's flags each operation is four calls, and several are done for every frame.
+_DO_NOT_WAIT = int(socket.MSG_DONTWAIT)
+_RECEIVE = int(socket.MSG_CMSG_CLOEXEC)
+# With this flag, the kernel returns the full size also of a packet that it cuts off.
+_FULL_SIZE = int(socket.MSG_TRUNC)
+_CUT = int(socket.MSG_TRUNC | socket.MSG_CTRUNC)
 _ANCILLARY_BYTES = socket.CMSG_SPACE(4 * array.array('i').itemsize)
 
 
@@ -54,23 +60,24 @@ class MessageSet:
 
     A message is a frozen dataclass. Its packet is a JSON array: the name of the class, then its fields in order.
 
-    :param kinds: the classes of all messages.
-    :param packed: the one that is sent with every frame. Its fields, whole numbers of 0 to 2**64 - 1, travel as bytes.
+    :param kinds: the classes of these messages.
+    :param packed: the class of one more, which is sent with every frame: a named tuple of whole numbers of 0 to
+        2**64 - 1. They travel as bytes; None for no such message.
     """
 
-    def __init__(self, kinds: Sequence[type], *, packed: type | None = None) -> None:
+    def __init__(self, kinds: Sequence[type], *, packed: Any = None) -> None:
         # Types in annotations are resolved with the first message: the modules that hold them import this one.
         self._kinds = {kind.__name__: kind for kind in kinds}
         self._readers: dict[str, Reader] = {}
-        self._packed = packed
+        self.packed = packed
         # JSON begins with no zero byte.
-        self._struct = struct.Struct(f'<x{len(fields(packed)) if packed is not None else 0}Q')
+        self._struct = struct.Struct(f'<x{len(packed._fields) if packed is not None else 0}Q')
         self._encoder = json.JSONEncoder(separators=(',', ':'), default=as_array)
 
     @property
     def kinds(self) -> tuple[type, ...]:
         """The classes of all messages."""
-        return tuple(self._kinds.values())
+        return (*self._kinds.values(), *([self.packed] if self.packed is not None else []))
 
     def encode(self, message: Any) -> bytes:
         """
@@ -79,8 +86,8 @@ class MessageSet:
         :raises InferenceError: it is longer than the other end takes.
         """
         kind = type(message)
-        if kind is self._packed:
-            return self._struct.pack(*as_array(message))
+        if kind is self.packed:
+            return self._struct.pack(*message)
         assert self._kinds[kind.__name__] is kind
         data = self._encoder.encode([kind.__name__, *as_array(message)]).encode()
         if len(data) > PACKET_BYTES:
@@ -93,8 +100,8 @@ class MessageSet:
 
         :raises MessageError: unreadable, of an unknown kind, or with a field that is missing, extra or of another type.
         """
-        if self._packed is not None and len(packet) == self._struct.size and packet[0] == 0:
-            return self._packed(*self._struct.unpack(packet))
+        if len(packet) == self._struct.size and packet[0] == 0 and self.packed is not None:
+            return self.packed(*self._struct.unpack(packet))
         try:
             value = json.loads(str(packet, 'utf-8'))
             if type(value) is not list or not value or type(value[0]) is not str:
@@ -123,7 +130,7 @@ class ChildProtocol:
     :param module: that the child runs.
     :param to_child: the messages of the node.
     :param from_child: the messages of the child, besides :class:`Ready`.
-    :param packed: the messages that are sent with every frame, to and from the child.
+    :param packed: of each, the message that is sent with every frame.
     """
 
     def __init__(
@@ -181,7 +188,7 @@ class Channel:
         :raises InferenceError: it would have to wait, or is longer than the other end takes.
         """
         data = self._sent.encode(message)
-        flags = 0 if block else socket.MSG_DONTWAIT
+        flags = 0 if block else _DO_NOT_WAIT
         try:
             if descriptors:
                 # Not socket.send_fds, which drops its flags.
@@ -201,22 +208,21 @@ class Channel:
         :raises ChannelClosedError: the other end is closed.
         :raises MessageError: the packet holds no message of the other end.
         """
-        flags = socket.MSG_CMSG_CLOEXEC | (0 if block else socket.MSG_DONTWAIT)
+        flags = _RECEIVE if block else _RECEIVE | _DO_NOT_WAIT
         ancillary: list[tuple[int, int, bytes]] = []
         try:
             if self._takes_descriptors:
                 # Not socket.recv_fds, which drops its flags.
                 size, ancillary, result, _ = self._end.recvmsg_into([self._packet], _ANCILLARY_BYTES, flags)
-                cut = bool(result & (socket.MSG_TRUNC | socket.MSG_CTRUNC))
+                cut = bool(result & _CUT)
             else:
-                # With this flag, the kernel returns the full size also of a packet that it cuts off.
-                size = self._end.recv_into(self._packet, 0, flags | socket.MSG_TRUNC)
+                size = self._end.recv_into(self._packet, 0, flags | _FULL_SIZE)
                 cut = size > PACKET_BYTES
         except BlockingIOError:
             return None
         except OSError as error:
             raise ChannelClosedError(f'a message could not be received: {error}.') from error
-        descriptors = _descriptors_of(ancillary)
+        descriptors = _descriptors_of(ancillary) if ancillary else []
         try:
             if not size:
                 raise ChannelClosedError('the other end is closed.')
@@ -257,8 +263,6 @@ class Channel:
 
 
 def _descriptors_of(ancillary: Sequence[tuple[int, int, bytes]]) -> list[int]:
-    if not ancillary:
-        return []
     descriptors = array.array('i')
     for level, what, content in ancillary:
         if (level, what) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):

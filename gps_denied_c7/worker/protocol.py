@@ -1,9 +1,10 @@
-"""What a node and a worker send each other, one dataclass for each message (F-1)."""
+"""What a node and a worker send each other, one class for each message (F-1)."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -126,8 +127,7 @@ class Infer:
     layout: TensorLayout
 
 
-@dataclass(frozen=True, slots=True)
-class InferNext:
+class InferNext(NamedTuple):
     """Run the engine on inputs that lie as those of the last Infer did."""
 
     number: int
@@ -216,8 +216,7 @@ class Answer:
     unsized: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class AnswerNext:
+class AnswerNext(NamedTuple):
     """Say that outputs lie as those of the last Answer did; the fields are Answer's."""
 
     number: int
@@ -240,7 +239,7 @@ class Pong:
 
 WORKER_PROTOCOL = ChildProtocol(
     'gps_denied_c7.worker',
-    to_child=(Load, MapRequests, MapAnswers, RefuseRoom, Infer, InferNext, Ping),
-    from_child=(Loading, Progress, Loaded, LoadFailed, NeedRoom, Answer, AnswerNext, Failed, Pong),
+    to_child=(Load, MapRequests, MapAnswers, RefuseRoom, Infer, Ping),
+    from_child=(Loading, Progress, Loaded, LoadFailed, NeedRoom, Answer, Failed, Pong),
     packed=(InferNext, AnswerNext),
 )
