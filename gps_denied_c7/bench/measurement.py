@@ -42,6 +42,7 @@ class BenchOptions:
     :param repetitions: of each case, the contestants taking turns.
     :param idle_s: how long, in the first case, each is watched while nothing is sent; 0 for not at all.
     :param domain_id: ROS domain, a free one where None.
+    :param networks: output directory of an earlier run, whose networks are measured; None for new ones.
     :param cpu_wakeup_latency_us: limit on the wake-up time of idle cores, for all contestants; None: the system's.
     """
 
@@ -53,6 +54,7 @@ class BenchOptions:
     repetitions: int = 3
     idle_s: float = 6.0
     domain_id: int | None = None
+    networks: Path | None = None
     cpu_wakeup_latency_us: int | None = None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from gps_denied_c7.bench.cases import NETWORK_HEIGHT, NETWORK_WIDTH
+from gps_denied_c7.demo.child_process import DemoError
 
 __all__ = ['INPUT', 'BenchModel', 'build_model', 'calibrated_model', 'engine_session', 'layers_for', 'time_engine']
 
@@ -32,7 +34,6 @@ class BenchModel:
     """
 
     path: Path
-    layers: int
     engine_ms: float
 
 
@@ -130,13 +131,28 @@ def layers_for(target_ms: float, probes: tuple[tuple[int, float], tuple[int, flo
 
 
 def calibrated_model(
-    directory: Path, channels: int, target_ms: float, *, dense_maps: int, seconds: float = 0.5
+    directory: Path,
+    channels: int,
+    target_ms: float,
+    *,
+    dense_maps: int,
+    seconds: float = 0.5,
+    earlier: Path | None = None,
 ) -> BenchModel:
     """
     Write a network that takes about ``target_ms`` here, and return it with what it took.
 
     :param seconds: for each of the three timings.
+    :param earlier: output directory of another run, whose network is taken with what it took then.
+    :raises DemoError: that run has not made one.
     """
+    # What it took is part of its name, so that the file alone is enough for another run.
+    name = f'bench_{channels}x{target_ms:g}ms_{f"{dense_maps}maps" if dense_maps else "small"}'
+    if earlier is not None:
+        for path in earlier.glob(f'{name}_*us_*.onnx'):
+            shutil.copy(path, directory)
+            return BenchModel(directory / path.name, int(path.stem.split('_')[3].removesuffix('us')) / 1e3)
+        raise DemoError(f'c7_bench has left no network {name} in {earlier}: name the output of a run with these cases.')
 
     def timed(layers: int) -> tuple[bytes, float]:
         model = build_model(channels, layers, dense_maps=dense_maps)
@@ -145,8 +161,7 @@ def calibrated_model(
     few, many = _PROBES
     layers = layers_for(target_ms, ((few, timed(few)[1]), (many, timed(many)[1])))
     model, engine_ms = timed(layers)
-    kind = f'{dense_maps}maps' if dense_maps else 'small'
     digest = hashlib.sha256(model).hexdigest()[:8]
-    path = directory / f'bench_{channels}x{target_ms:g}ms_{kind}_{digest}.onnx'
+    path = directory / f'{name}_{engine_ms * 1e3:.0f}us_{digest}.onnx'
     path.write_bytes(model)
-    return BenchModel(path, layers, engine_ms)
+    return BenchModel(path, engine_ms)

@@ -70,7 +70,9 @@ def run_bench(options: BenchOptions, say: Callable[[str], None]) -> BenchReport:
         for number, case in enumerate(options.cases, 1):
             key = (case.channels, case.model_ms, case.dense_maps)
             if key not in models:
-                models[key] = calibrated_model(output, case.channels, case.model_ms, dense_maps=case.dense_maps)
+                models[key] = calibrated_model(
+                    output, case.channels, case.model_ms, dense_maps=case.dense_maps, earlier=options.networks
+                )
             chosen = [contestants[name] for name in case.contestants]
             environ = _environment(case, domain_id, ports, output, len(chosen) + 2)
             measurement = Measurement(
@@ -186,6 +188,11 @@ def _parser() -> argparse.ArgumentParser:
         '--contestants', nargs='+', metavar='NAME', choices=[one.name for one in CONTESTANTS],
         help='only these contestants: %(choices)s',
     )  # fmt: skip
+    parser.add_argument(
+        '--networks', type=path_argument, metavar='DIR',
+        help='measure with the networks of an earlier run, from its output directory, so that both can be compared; '
+        'default: new ones, which take the same time but differ',
+    )  # fmt: skip
     parser.add_argument('--list', action='store_true', help='list the cases and exit')
     parser.add_argument('--seconds', type=_positive(float), metavar='S', help='length of one measurement')
     parser.add_argument('--repetitions', type=_positive(int), metavar='N', help='repetitions of each case')
@@ -199,7 +206,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status."""
-    parsed = _parser().parse_args(arguments)
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    if parsed.networks is not None and parsed.networks.resolve() == parsed.output.resolve():
+        parser.error('--networks and --output are the same directory, whose results are replaced: name another output')
     cases, chosen = _form(parsed)
     cases = _only(cases, parsed.only)
     if parsed.contestants is not None:
@@ -223,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.repetitions is not None:
         chosen['repetitions'] = parsed.repetitions
     options = BenchOptions(
-        output=parsed.output, cases=cases, domain_id=parsed.domain_id,
+        output=parsed.output, cases=cases, domain_id=parsed.domain_id, networks=parsed.networks,
         cpu_wakeup_latency_us=parsed.cpu_wakeup_latency_us, **chosen,
     )  # fmt: skip
     return run_program('c7_bench', lambda: _bench(options))

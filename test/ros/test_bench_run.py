@@ -208,6 +208,28 @@ def test_a_network_is_stored_by_the_outputs_it_has(tmp_path):
     assert all(model.path.exists() for model in made)
 
 
+def test_a_run_takes_the_networks_of_an_earlier_one(tmp_path):
+    from gps_denied_c7.bench.models import calibrated_model
+    from gps_denied_c7.demo.child_process import DemoError
+
+    first, second = tmp_path / 'first', tmp_path / 'second'
+    first.mkdir(), second.mkdir()
+    made = calibrated_model(first, 1, 1, dense_maps=1, seconds=0.01)
+    again = calibrated_model(second, 1, 1, dense_maps=1, earlier=first)
+    assert again.path.parent == second and again.path.read_bytes() == made.path.read_bytes()
+    assert again.engine_ms == pytest.approx(made.engine_ms, abs=1e-3)
+    with pytest.raises(DemoError, match='bench_3x1ms_1maps'):
+        calibrated_model(second, 3, 1, dense_maps=1, earlier=first)
+
+
+@needs_ros
+def test_a_run_does_not_replace_the_networks_that_it_is_to_take(tmp_path):
+    run = subprocess.run(
+        [*BENCH, '--output', str(tmp_path), '--networks', str(tmp_path)], capture_output=True, text=True, timeout=60
+    )
+    assert run.returncode == 2 and 'name another output' in run.stderr
+
+
 def test_layers_follow_from_two_timings():
     from gps_denied_c7.bench.models import layers_for
 
