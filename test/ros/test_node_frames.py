@@ -17,7 +17,7 @@ from sensor_msgs.msg import CompressedImage, Image
 
 from gps_denied_c7.errors import InferenceError
 from gps_denied_c7.failover.in_process import InProcessHost
-from support.harness import LocalNode, image, running_node, tensor, wait_until
+from support.harness import LocalNode, image, reliable, running_node, tensor, wait_until
 from support.networks import HEIGHT, WHITE, WIDTH, copying, failing_on_white, slow
 
 LEFT, RIGHT, JPEG = '/left/image_raw', '/right/image_raw', '/front/image_raw/compressed'
@@ -38,15 +38,6 @@ def compressed(number=1, *, format='jpeg', data=None, **fields):
     for name, value in fields.items():
         setattr(message, name, value)
     return message
-
-
-def reliable(*topics):
-    """Return QoS overrides with which a busy machine loses nothing before the node."""
-    return {
-        f'qos_overrides.{topic}.subscription.{name}': value
-        for topic in topics
-        for name, value in (('reliability', 'reliable'), ('depth', 2000))
-    }
 
 
 @pytest.fixture(scope='module')

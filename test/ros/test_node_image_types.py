@@ -19,7 +19,7 @@ from std_msgs.msg import String
 
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.ros import image_topics
-from support.harness import LocalNode, Peer, image, running_node, tensor, wait_until
+from support.harness import LocalNode, Peer, image, reliable, running_node, tensor, wait_until
 from support.networks import HEIGHT, WIDTH, copying
 
 FRONT, NAMED = '/front/image', '/down/image_raw/compressed'
@@ -67,10 +67,6 @@ def decoders(process) -> list[int]:
             if name == 'c7-decoder' and int(fields.split()[1]) == process.process.pid:
                 found.append(int(stat.parent.name))
     return found
-
-
-def reliable(*topics):
-    return {f'qos_overrides.{topic}.subscription.reliability': 'reliable' for topic in topics}
 
 
 @contextlib.contextmanager
@@ -147,7 +143,7 @@ def test_another_publisher_of_the_other_type_takes_over_and_counters_go_on(tmp_p
     """What was pushed out of the middleware's queue before stays counted, and is not counted twice."""
     model = copying(tmp_path)
     parameters = {'model_path': model, 'image_topics': [FRONT], 'cpu_threads': 1, **AS_THEY_ARE}
-    with running_node(parameters | reliable(FRONT)) as (process, peer), participant(peer) as other:
+    with running_node(parameters | reliable(FRONT, depth=5)) as (process, peer), participant(peer) as other:
         peer.start()
         peer.wait_matched(FRONT, Image)
         peer.ask(FRONT, raw(texture(1)))

@@ -35,7 +35,9 @@ from gps_denied_c7.ros.fastdds import named_profile, ports_in_force
 from gps_denied_c7.ros.flight_recorder import FDR_QOS
 from gps_denied_c7.ros.node import DEFAULT_NODE_NAME, TENSORS_QOS, C7InferenceNode
 
-__all__ = ['LocalNode', 'NodeProcess', 'Peer', 'free_domain_id', 'image', 'running_node', 'tensor', 'wait_until']
+__all__ = [
+    'LocalNode', 'NodeProcess', 'Peer', 'free_domain_id', 'image', 'reliable', 'running_node', 'tensor', 'wait_until',
+]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -348,11 +350,19 @@ class LocalNode:
         self.node.destroy_node()
 
 
+def reliable(*topics: str, depth: int = 2000) -> dict[str, Any]:
+    """Return QoS overrides with which, at this depth, a busy machine loses no image before the node."""
+    return {
+        f'qos_overrides.{topic}.subscription.{name}': value
+        for topic in topics
+        for name, value in (('reliability', 'reliable'), ('depth', depth))
+    }
+
+
 @contextlib.contextmanager
 def active_node(context: rclpy.Context, topic: str, model_path: str) -> Iterator[LocalNode]:
     """A node in this process that is active and misses no image of ``topic`` on the way; shut down at the end."""
-    reliable = {f'qos_overrides.{topic}.subscription.reliability': 'reliable'}
-    local = LocalNode(context, model_path=model_path, cpu_threads=1, **reliable)
+    local = LocalNode(context, model_path=model_path, cpu_threads=1, **reliable(topic))
     try:
         assert local.node.transition('configure') and local.node.transition('activate')
         yield local
