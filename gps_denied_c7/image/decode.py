@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -104,7 +105,7 @@ ORDERS = {'gray': 1, 'rgb': 3, 'bgr': 3, 'rgba': 4, 'bgra': 4}
 """Channels of each order that :class:`Pixels` may have."""
 
 REASONS = ('encoding', 'size', 'data', 'message', 'decode_time', 'decode_memory', 'decoder')
-"""Why a compressed image may be refused."""
+"""Why a decoder may refuse an image."""
 
 ODDITIES = (
     'no_end_mark', 'padding_before_end', 'bytes_after_end', 'bytes_between_segments', 'bytes_before_restart',
@@ -112,21 +113,32 @@ ODDITIES = (
 )  # fmt: skip
 """Faults of a file that are tolerated: its pixels are there and right."""
 
+# The message, the native byte order, and three channels for one.
+_MOST_COPIES = 5
 _WRITE_AGAIN = 'Check whether other programs can read the file, or have the publisher write another format.'
 # The stock publishers write fewer than 40 characters.
 _MAX_FORMAT = 1024
 _MEASURED = re.compile(r'(8|16|32|64)[USF](C\d*)?')
 
 
-def check_image(image: RawImage) -> None:
+def check_image(image: RawImage, memory_bytes: int | None = None) -> None:
     """
     Look for what makes an image undecodable, without touching its pixels.
 
+    :param memory_bytes: refuse what needs more with the copies that decoding makes; None for no limit.
     :raises ImageRejectedError: ``encoding`` (unknown), ``size`` (zero, too large, odd where chroma is
-        shared, too small for Bayer) or ``data`` (step × height is not the number of bytes, or rows are shorter than
-        the pixels in them).
+        shared, too small for Bayer), ``data`` (step × height is not the number of bytes, or rows are shorter than
+        the pixels in them) or ``decode_memory``.
     """
-    _layout(image)
+    encoding, rows, data = _layout(image)
+    if memory_bytes is None or _MOST_COPIES * data.nbytes <= memory_bytes:
+        return
+    native = encoding.depth == 1 or (image.is_bigendian == (sys.byteorder == 'big') and image.step % 2 == 0)
+    size = data.nbytes + (0 if native else rows * image.width * encoding.channels * encoding.depth)
+    if encoding.conversion:
+        pictures = 2 if encoding is NV24 else 1
+        size += pictures * 3 * encoding.depth * image.width * rows * encoding.rows[1] // encoding.rows[0]
+    _require_memory(image.width, image.height, size, memory_bytes)
 
 
 def decode_image(image: RawImage, scratch: Scratch | None = None) -> Pixels:
@@ -242,6 +254,15 @@ def _check_size(width: int, height: int) -> None:
         )
 
 
+def _require_memory(width: int, height: int, size: int, limit: int | None) -> None:
+    if limit is not None and size > limit:
+        raise ImageRejectedError(
+            'decode_memory',
+            f'{width}x{height} pixels take {size} bytes to decode, of {limit} that an image may take.',
+            remedy='Send smaller images, or raise decoder_memory_mb.',
+        )
+
+
 def _buffer(data: Any) -> memoryview:
     try:
         return memoryview(data).cast('B')
@@ -316,12 +337,7 @@ def decode_picture(
 
     def admit(width: int, height: int, size: int) -> None:
         _check_size(width, height)
-        if memory_bytes is not None and size > memory_bytes:
-            raise ImageRejectedError(
-                'decode_memory',
-                f'{width}x{height} pixels take {size} bytes to decode, of {memory_bytes} that a picture may take.',
-                remedy='Send smaller pictures, or raise decoder_memory_mb.',
-            )
+        _require_memory(width, height, size, memory_bytes)
 
     try:
         array, oddities = (

@@ -124,6 +124,7 @@ class Answering:
                 ImageSubscription,
                 self._node,
                 statistics=parts.statistics,
+                memory_bytes=self._settings.decoder_memory_mb << 20,
                 admits=self._share.admits,
                 rcl=parts.rcl,
                 guard=parts.guard,

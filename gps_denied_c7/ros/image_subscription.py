@@ -103,6 +103,7 @@ class ImageSubscription:
 
     :param message_type: Image or CompressedImage.
     :param sink: takes the images; may be exchanged at any time, see :attr:`sink`.
+    :param memory_bytes: that decoding one raw image may take in this process.
     :param admits: whether an image that has come now may cost CPU time; otherwise it is left out.
     :param rcl: takes the messages, and knows their types; rclpy takes them, and copies them once more, where None.
     :param live: returns the live settings.
@@ -117,6 +118,7 @@ class ImageSubscription:
         sink: FrameSlots,
         *,
         statistics: Statistics,
+        memory_bytes: int,
         admits: Callable[[str], bool],
         rcl: Rcl | None,
         guard: CallbackGuard,
@@ -125,6 +127,7 @@ class ImageSubscription:
     ) -> None:
         self._node = node
         self._rcl = rcl
+        self._memory_bytes = memory_bytes
         self._admits = admits
         self._statistics = statistics
         self._guard = guard
@@ -287,7 +290,7 @@ class ImageSubscription:
         self._statistics.count(self.topic, 'received')
         try:
             check_stamp(message.header, now_ns, self._live().max_stamp_ahead_s)
-            check_message(message)
+            check_message(message, self._memory_bytes)
         except ImageRejectedError as error:
             self._events.refused(self.topic, error)
         else:

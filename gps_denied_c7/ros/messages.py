@@ -147,10 +147,11 @@ def _image_in(fields: Any, data: memoryview, text: Callable[[Any, int], str]) ->
     )
 
 
-def check_message(image: ReceivedImage) -> None:
+def check_message(image: ReceivedImage, memory_bytes: int | None = None) -> None:
     """
     Look for what makes an image unusable without touching its pixels.
 
+    :param memory_bytes: that a raw image may take with the copies that decoding makes; None for no limit.
     :raises ImageRejectedError: with the reason under which it is counted.
     """
     if len(image.header.frame_id) > _FRAME_ID_CHARACTERS:
@@ -163,7 +164,7 @@ def check_message(image: ReceivedImage) -> None:
     if isinstance(image.picture, CompressedData):
         check_compressed(*image.picture)
     else:
-        check_image(image.picture)
+        check_image(image.picture, memory_bytes)
 
 
 def decode_message(image: ReceivedImage, scratch: Scratch | None = None) -> Pixels:

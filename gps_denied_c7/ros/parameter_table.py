@@ -95,8 +95,8 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ),
     ParameterDeclaration(
         'decoder_memory_mb', Type.INTEGER, 256,
-        'Memory that the decoder process of a compressed topic may use for one image, MiB; an image that needs more is '
-        'refused.', limits=(16, 65536),
+        'Memory that decoding may use for one image, MiB: in the decoder process of a compressed topic, or, with the '
+        'message itself, in the node for a raw image. An image that needs more is refused.', limits=(16, 65536),
     ),
     ParameterDeclaration(
         'decode_timeout_ms', Type.DOUBLE, 1000.0,

@@ -51,6 +51,7 @@ def stream(ros_context, request):
         Image,
         slots,
         statistics=statistics,
+        memory_bytes=1 << 30,
         admits=lambda topic: admitting[0],
         rcl=Rcl(Image, CompressedImage),
         guard=lambda name, callback: callback,

@@ -245,6 +245,19 @@ def test_n7_numbers_that_are_no_picture_are_refused(depth, channels):
     assert refused.value.reason == 'encoding'
 
 
+@pytest.mark.parametrize('big', [False, True])
+@pytest.mark.parametrize('padding', [0, 13])
+@pytest.mark.parametrize('encoding', ENCODINGS)
+def test_n7_an_image_that_takes_more_memory_than_it_may_is_refused_before_it_is_copied(encoding, padding, big):
+    image, scratch = _image(encoding, padding=padding, big=big), Scratch()
+    decode_image(image, scratch)
+    taken = len(image.data) + sum(memory.nbytes for memory in scratch._memory.values())
+    check_image(image, taken)
+    with pytest.raises(ImageRejectedError, match='decoder_memory_mb') as refused:
+        check_image(image, taken - 1)
+    assert refused.value.reason == 'decode_memory'
+
+
 @pytest.mark.parametrize('padding', [0, 12])
 @pytest.mark.parametrize('encoding', _PACKED)
 def test_n9_packed_pixels_are_views_of_the_message(encoding, padding):
