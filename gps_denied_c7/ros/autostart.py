@@ -21,11 +21,14 @@ _LOOK_S = 1.0
 _READ_S = 2.0
 
 
-def start_conditions(values: Mapping[str, Any]) -> Hashable:
-    """
-    Return what changes as soon as a parameter or a file changes that a start depends on.
+Conditions = tuple[Hashable, Hashable]
 
-    Where a mount has stalled, it is another one each time: the attempt says so.
+
+def start_conditions(values: Mapping[str, Any]) -> Conditions:
+    """
+    Return two values: one changes with any parameter, one with any file that a start depends on.
+
+    Where a mount has stalled, the second is another one each time: the attempt says so.
 
     :param values: of all parameters, by name.
     """
@@ -38,7 +41,7 @@ def start_conditions(values: Mapping[str, Any]) -> Hashable:
     try:
         return repr(values), read_or_give_up('what a start depends on', look, limit_s=_READ_S)
     except C7Error:
-        return object()
+        return repr(values), object()
 
 
 class Autostart:
@@ -46,14 +49,15 @@ class Autostart:
     Configure and activate from a thread of its own, with back-off between attempts.
 
     It ends with the first success, and when another client requests a transition. After an attempt that would fail
-    again with the same files and parameters, the next one waits until these have changed.
+    again with the same files and parameters, the next one waits until these have changed. A changed parameter ends
+    each wait at once.
 
     :param lasting: whether the last attempt would fail again until ``conditions`` change.
-    :param conditions: returns a value that changes as soon as a file or a parameter changes.
+    :param conditions: as :func:`start_conditions` returns them.
     """
 
     def __init__(
-        self, node: ResponsiveLifecycleNode, *, lasting: Callable[[], bool], conditions: Callable[[], Hashable]
+        self, node: ResponsiveLifecycleNode, *, lasting: Callable[[], bool], conditions: Callable[[], Conditions]
     ) -> None:
         self._node = node
         self._lasting = lasting
@@ -77,38 +81,37 @@ class Autostart:
     def _run(self) -> None:
         pause_s = _FIRST_PAUSE_S
         while not self._stopped.is_set():
-            wait = False
+            before, lasting = None, False
             try:
                 # Read before the attempt: a change during it is a reason for another one.
                 before = self._conditions()
                 if self._attempt():
                     return
-                wait = self._lasting()
+                lasting = self._lasting()
             except Exception as error:
                 self._node.report_callback_failure('autostart', error)
             if self._stopped.is_set():
                 # Stopped in the middle of the attempt: that the node is not active is not a failure.
                 return
-            if wait:
-                self._node.get_logger().error(
-                    'not active; next attempt when a parameter, the model or an engine file changes'
-                )
-                changed_after_s = self._wait_for_change(before, pause_s)
-                if changed_after_s > _LONGEST_PAUSE_S:
-                    pause_s = _FIRST_PAUSE_S
-                    continue
-            else:
-                self._node.get_logger().error(f'not active; next attempt in {pause_s:.0f} s')
-                self._stopped.wait(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            when = 'when a parameter, the model or an engine file changes' if lasting else f'in {pause_s:.0f} s'
+            self._node.get_logger().error(f'not active; next attempt {when}')
+            afresh = self._wait(before, pause_s, lasting=lasting)
+            pause_s = _FIRST_PAUSE_S if afresh else min(2 * pause_s, _LONGEST_PAUSE_S)
 
-    def _wait_for_change(self, before: Hashable, least_s: float) -> float:
-        """Wait until the conditions are others, for ``least_s`` at least; return for how many seconds."""
+    def _wait(self, before: Conditions | None, pause_s: float, *, lasting: bool) -> bool:
+        """
+        Wait ``pause_s``, and where the failure is lasting also for a change; a changed parameter ends it at once.
+
+        :return: whether the shortest pause comes next: a parameter has changed, or this wait was longer than any pause.
+        """
         began = time.monotonic()
-        self._stopped.wait(least_s)
-        while not self._stopped.is_set() and self._conditions() == before:
-            self._stopped.wait(_LOOK_S)
-        return time.monotonic() - began
+        while not self._stopped.wait(_LOOK_S):
+            now, waited_s = self._conditions(), time.monotonic() - began
+            if before is not None and now[0] != before[0]:
+                return True
+            if waited_s >= pause_s and not (lasting and now == before):
+                return waited_s > _LONGEST_PAUSE_S
+        return False
 
     def _attempt(self) -> bool:
         if self._node.lifecycle_state == 'unconfigured' and not self._node.transition('configure'):
