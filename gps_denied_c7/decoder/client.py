@@ -31,6 +31,7 @@ from gps_denied_c7.failover.backoff import Backoff
 from gps_denied_c7.image.decode import DecodedImage, Pixels, check_compressed
 from gps_denied_c7.image.preprocess import planes_shape
 from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
+from gps_denied_c7.monitoring.rate_limiter import RateLimiter
 from gps_denied_c7.worker.process import WorkerProcess
 from gps_denied_c7.worker.shared_memory import SharedTensors, TensorLayout
 
@@ -98,6 +99,7 @@ class ImageDecoder:
         self._process: WorkerProcess | None = None
         self._useful = False
         self._backoff = Backoff()
+        self._limiter = RateLimiter()
         self._failed_at = -math.inf
         self._cause = ''
         self._number = 0
@@ -315,7 +317,8 @@ class ImageDecoder:
             return
         first = useful or time.monotonic() - self._failed_at > _PAUSE_S[1]
         self._failed_at = time.monotonic()
-        _log.warning('%s It is started again%s.', cause, '' if first else ' after a pause')
+        if (more := self._limiter.pass_now('replaced')) is not None:
+            _log.warning('%s It is started again%s.%s', cause, '' if first else ' after a pause', more)
         if first:
             self._cause = cause
             self._start()

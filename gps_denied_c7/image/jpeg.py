@@ -261,6 +261,8 @@ def _take_segment(file: _File, marker: int, segment: bytes) -> None:
         segment = _take_scan_header(file, segment)
     elif marker == _DHT:
         _take_tables(file, segment)
+    elif marker == _DQT:
+        _check_quantization(segment)
     elif marker == _DRI:
         file.interval = int.from_bytes(segment[:2], 'big')
     elif marker == _APP0 and segment[:5] == b'JFIF\0' and segment[5:6] not in (b'\1', b''):
@@ -297,6 +299,15 @@ def _take_tables(file: _File, segment: bytes) -> None:
         if kind >> 4:
             file.zero_codes[kind & 15] = segment[17]
         segment = segment[17 + symbols :]
+
+
+def _check_quantization(segment: bytes) -> None:
+    while segment:
+        size, places = (2, 128) if segment[0] >> 4 else (1, 64)
+        table, segment = segment[1 : 1 + places], segment[1 + places :]
+        # The decoder multiplies with it, and the picture comes out flat.
+        if any(not any(table[place : place + size]) for place in range(0, len(table), size)):
+            _refuse('a quantization table has a zero.')
 
 
 def _take_scan_header(file: _File, segment: bytes) -> bytes:

@@ -8,21 +8,19 @@ from typing import Any
 
 from gps_denied_c7.errors import C7Error, ImageRejectedError
 from gps_denied_c7.monitoring.metrics import Statistics
+from gps_denied_c7.monitoring.rate_limiter import RateLimiter
 from gps_denied_c7.monitoring.thermal import ThermalLevel, ThermalState
 from gps_denied_c7.pipeline.image_share import CameraCost
 from gps_denied_c7.pipeline.mailbox import Frame
 from gps_denied_c7.text import with_traceback
 
-__all__ = ['SHARE_REMEDY', 'EventReporter', 'RateLimiter']
+__all__ = ['SHARE_REMEDY', 'EventReporter']
 
 SHARE_REMEDY = (
     'Lower the rate or size of its images, publish baseline JPEG in place of progressive JPEG or PNG, or raise '
     'image_cpu_share.'
 )
 """What to do about a camera that is slowed."""
-
-_WARN_EVERY_S = 5.0
-_MOST_KEYS = 1000
 
 
 class EventReporter:
@@ -38,7 +36,7 @@ class EventReporter:
         self._statistics = statistics
         self._record = record
         self._logger = logger
-        self._limiter = RateLimiter(_WARN_EVERY_S)
+        self._limiter = RateLimiter()
         self._refused_ns: dict[str, int] = {}
         self._unanswered_ns: dict[str, int] = {}
         self._thermal_level = ThermalLevel.UNKNOWN
@@ -65,20 +63,20 @@ class EventReporter:
         self._statistics.refuse(topic, error.reason)
         self._refused_ns[topic] = time.monotonic_ns()
         self._record('c7.image_refused', topic=topic, reason=error.reason, message=str(error))
-        if (more := self._more((topic, error.reason))) is not None:
+        if (more := self._limiter.pass_now((topic, error.reason))) is not None:
             self._logger().warning(f'{topic}: image refused: {error}{more}')
 
     def unanswered(self, frame: Frame, error: Exception) -> None:
         """Report a frame that no engine answered; the pipeline has counted it."""
         self._unanswered_ns[frame.topic] = time.monotonic_ns()
         self._record('c7.frame_unanswered', topic=frame.topic, reason=str(error))
-        if (more := self._more(('unanswered', type(error)))) is not None:
+        if (more := self._limiter.pass_now(('unanswered', type(error)))) is not None:
             text = f'{frame.topic}: a frame was not answered: {error}{more}'
             self._logger().error(with_traceback(text, None if isinstance(error, C7Error) else error))
 
     def too_old(self, topic: str, age_ms: float, in_a_row: int) -> None:
         """Warn of images whose header stamps are too old; the inference thread counts them."""
-        if self._more(('age', topic)) is not None:
+        if self._limiter.pass_now(('age', topic)) is not None:
             self._logger().warning(
                 f'{topic}: the last {in_a_row} images were dropped: their header stamps are {age_ms:.0f} ms old, more '
                 'than max_frame_age_ms. For a bag, set use_sim_time and play it with --clock; otherwise '
@@ -89,7 +87,7 @@ class EventReporter:
         """Report header stamps that jumped back."""
         self._record('c7.time_reset', topic=topic, backwards_s=backwards_s)
         # With two publishers whose clocks differ, this happens with every other image.
-        if (more := self._more((topic, 'time reset'))) is not None:
+        if (more := self._limiter.pass_now((topic, 'time reset'))) is not None:
             self._logger().warning(
                 f'{topic}: header stamps jumped back by {backwards_s:.1f} s; the node continues from there{more}'
             )
@@ -97,7 +95,7 @@ class EventReporter:
     def overrun(self, topic: str, queue_depth: str, *, keeps_newest: bool) -> None:
         """Report a queue of the middleware that is full again and again."""
         self._record('c7.stream_overrun', topic=topic, queue_depth=queue_depth, keeps_newest=keeps_newest)
-        if self._more((topic, 'overrun')) is None:
+        if self._limiter.pass_now((topic, 'overrun')) is None:
             return
         override = f'qos_overrides.{topic}.subscription'
         remedy = (
@@ -114,7 +112,7 @@ class EventReporter:
         """Report a topic that is subscribed again, because its publisher has another message type."""
         self._statistics.count(topic, 'retyped')
         self._record('c7.stream_retyped', topic=topic, type=message_type, previous_type=before)
-        if (more := self._more((topic, 'retyped'))) is not None:
+        if (more := self._limiter.pass_now((topic, 'retyped'))) is not None:
             self._logger().info(
                 f'{topic} is published as {message_type}, so it is no longer subscribed as {before}. Set '
                 f'image_topic_types to lose no images at the start.{more}'
@@ -129,7 +127,7 @@ class EventReporter:
             used_cores=round(cost.used_cores, 3),
             share_cores=cost.share_cores,
         )
-        if self._more((cost.topic, 'share', cost.slowed)) is None:
+        if self._limiter.pass_now((cost.topic, 'share', cost.slowed)) is None:
             return
         if cost.slowed:
             self._logger().warning(f'{cost.topic} is slowed: {cost}. {SHARE_REMEDY}')
@@ -151,37 +149,9 @@ class EventReporter:
 
     def mismatch(self, topic: str, problem: str) -> None:
         """Warn of a publisher that cannot reach the subscription."""
-        if self._more((topic, problem)) is not None:
+        if self._limiter.pass_now((topic, problem)) is not None:
             self._logger().warning(f'{topic}: {problem}')
-
-    def _more(self, key: Any) -> str | None:
-        """Return how the line ends that may be logged now, None where it may not."""
-        held = self._limiter.pass_now(key)
-        if held is None:
-            return None
-        return f' ({held} more since the last message)' if held else ''
 
 
 def _since_s(then_ns: int | None) -> float | None:
     return None if then_ns is None else (time.monotonic_ns() - then_ns) / 1e9
-
-
-class RateLimiter:
-    """Let one event per key pass in each window and count the rest."""
-
-    def __init__(self, window_s: float) -> None:
-        self._window_s = window_s
-        self._seen: dict[Any, tuple[float, int]] = {}
-
-    def pass_now(self, key: Any) -> int | None:
-        """Return how many events of ``key`` were held back since the last that passed; None holds this one back."""
-        now = time.monotonic()
-        if len(self._seen) > _MOST_KEYS:
-            # Keys may hold names from outside, of which there is no end.
-            self._seen = {key: seen for key, seen in self._seen.copy().items() if now - seen[0] < self._window_s}
-        last, held = self._seen.get(key, (float('-inf'), 0))
-        if now - last < self._window_s:
-            self._seen[key] = (last, held + 1)
-            return None
-        self._seen[key] = (now, 0)
-        return held

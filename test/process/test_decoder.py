@@ -31,6 +31,7 @@ from gps_denied_c7.failover.backoff import Backoff
 from gps_denied_c7.image.decode import ODDITIES, Pixels
 from gps_denied_c7.image.preprocess import Preprocessor
 from gps_denied_c7.image.preprocess_spec import Interpolation, PreprocessingSpec, ResizeMode
+from gps_denied_c7.monitoring.rate_limiter import RateLimiter
 from gps_denied_c7.worker import process as worker_process
 from gps_denied_c7.worker.channel import PROTOCOL_VERSION, MessageSet, Ready
 from gps_denied_c7.worker.process import WorkerProcess
@@ -227,6 +228,18 @@ def test_a_decoder_that_hangs_is_killed_at_the_deadline(caplog):
     assert error.reason == 'decode_time' and error.remedy
     wait_until(lambda: not Path(f'/proc/{before}').exists(), 'the hung decoder is gone')
     answers(decoder)
+    decoder.close()
+    assert sum('started again' in record.getMessage() for record in caplog.records) == 1
+
+
+def test_a_decoder_that_is_killed_again_and_again_says_so_once_in_a_while(caplog):
+    caplog.set_level(logging.WARNING)
+    decoder = make_decoder()
+    decoder._limiter = RateLimiter(3600.0)
+    for _ in range(3):
+        answers(decoder)
+        os.kill(decoder.pid, signal.SIGKILL)
+        refused(decoder)
     decoder.close()
     assert sum('started again' in record.getMessage() for record in caplog.records) == 1
 

@@ -132,6 +132,7 @@ JPEGS = {
     'no Huffman tables (Motion JPEG)': (without(BASELINE, 0xC4), BASELINE),
     'code that its Huffman tables do not have': (lasting_codes(), BASELINE),
     'no quantization tables': (without(BASELINE, 0xDB), BASELINE),
+    'zeros in a quantization table': (changed(BASELINE, at(BASELINE, 0xDB)[0] + 5, bytes(3)), BASELINE),
     'scan header with wrong parameters': (changed(BASELINE, SCAN - 3, b'\0\0\0'), BASELINE),
     'unknown JFIF version': (changed(STOCK, STOCK.index(b'JFIF\0') + 5, b'\x09'), STOCK),
     'damaged colour profile': (put(BASELINE, 2, segment(0xE2, b'ICC_PROFILE\0\x05\x02ab')), BASELINE),
