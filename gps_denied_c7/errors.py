@@ -11,6 +11,7 @@ __all__ = [
     'C7Error',
     'ChainExhaustedError',
     'ConfigError',
+    'EngineContentError',
     'EngineDeserializeError',
     'EngineSchemaMismatchError',
     'FdrSchemaError',
@@ -101,6 +102,12 @@ class EngineSchemaMismatchError(C7Error):
 
 class EngineDeserializeError(C7Error):
     """An engine or model that the runtime could not load, or loaded on refused hardware."""
+
+
+class EngineContentError(EngineDeserializeError):
+    """An engine or model that cannot be loaded for what its files hold: no other attempt helps until they change."""
+
+    is_lasting = True
 
 
 class GpuMemoryError(EngineDeserializeError):

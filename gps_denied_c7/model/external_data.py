@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, ModelBundleError
+from gps_denied_c7.errors import EngineContentError, EngineSchemaMismatchError, ModelBundleError
 from gps_denied_c7.host_memory import require_memory
 from gps_denied_c7.model.files import file_digest, file_sha256, file_size, open_regular, read_file, read_pieces
 
@@ -283,7 +283,7 @@ def take_in_weights(
 
     :param tensors: every constant of the model, those of the main graph first.
     :return: the ones left out, by name, as views of the files.
-    :raises EngineDeserializeError: a constant does not lie in its file as it says, or the rest is too large.
+    :raises EngineContentError: a constant does not lie in its file as it says, or the rest is too large.
     """
     used = names_read(model.graph.node) | {value.name for value in model.graph.output}
     weights: dict[str, NDArray] = {}
@@ -329,8 +329,8 @@ def _bytes_of(path: Path, tensor: onnx.TensorProto, files: Mapping[str, mmap.mma
     return content[offset : offset + size]
 
 
-def _misplaced(path: Path, tensor: onnx.TensorProto, problem: str) -> EngineDeserializeError:
-    return EngineDeserializeError(
+def _misplaced(path: Path, tensor: onnx.TensorProto, problem: str) -> EngineContentError:
+    return EngineContentError(
         f'{path}: the constant {str(tensor.name)[:200]!r} in an external file {problem}.'[:2000],
         remedy='Export the model again, and copy all of its files.',
     )
@@ -345,7 +345,7 @@ def put_inside(tensor: onnx.TensorProto, content: bytes) -> None:
 
 def require_protobuf(size: int) -> None:
     if size > PROTOBUF_LIMIT_BYTES - (1 << 20):
-        raise EngineDeserializeError(
+        raise EngineContentError(
             f'the model with its weights inside has {size} bytes, and no ONNX file can have 2 GiB.',
             remedy='Export it in half precision, with its weights in the main graph, or load it with onnx_trt_ep.',
         )

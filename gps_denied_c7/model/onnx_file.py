@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, ModelBundleError
+from gps_denied_c7.errors import EngineContentError, EngineSchemaMismatchError, ModelBundleError
 from gps_denied_c7.host_memory import require_memory
 from gps_denied_c7.model.external_data import (
     PROTOBUF_LIMIT_BYTES,
@@ -80,7 +80,7 @@ class OnnxModel:
         """
         Return the model with all weights inside.
 
-        :raises EngineDeserializeError: it would be too large for a protobuf.
+        :raises EngineContentError: it would be too large for a protobuf.
         """
         if not self.weights:
             return self.source
@@ -169,7 +169,7 @@ def read_onnx(path: Path, sha256: str | None, external_data: Mapping[str, str] |
     :param external_data: hex digest that each external file must have, by its name in the model; only read where
         ``sha256`` is given.
     :raises EngineSchemaMismatchError: another digest, or other external files.
-    :raises EngineDeserializeError: missing, unreadable, damaged, too large for a protobuf, with an engine inside,
+    :raises EngineContentError: missing, unreadable, damaged, too large for a protobuf, with an engine inside,
         or with external weights that lie elsewhere or are not what the model says.
     """
     data = _read(path)
@@ -179,7 +179,7 @@ def read_onnx(path: Path, sha256: str | None, external_data: Mapping[str, str] |
     model = _parse(path, data)
     nodes, tensors = model_contents(model)
     if any(node.op_type == 'EPContext' for node in nodes):
-        raise EngineDeserializeError(
+        raise EngineContentError(
             f'{path} carries a compiled engine (EPContext), which the gate has not checked.',
             remedy='Name the .engine file itself, or the .onnx that it was built from.',
         )
@@ -189,7 +189,7 @@ def read_onnx(path: Path, sha256: str | None, external_data: Mapping[str, str] |
             require_promised(locations, external_data or {})
         read = {location: read_sealed(find_external(path, location)) for location in locations}
     except ModelBundleError as error:
-        raise EngineDeserializeError(error.message, remedy=error.remedy) from error
+        raise EngineContentError(error.message, remedy=error.remedy) from error
     digests = {location: digest for location, (_, digest) in read.items()}
     if sha256 is not None:
         for location, expected in (external_data or {}).items():
@@ -230,12 +230,12 @@ def ep_context_model(
     :param inputs: the engine's own input tensors.
     :param outputs: the engine's own output tensors.
     :param sm: compute capability as major × 10 + minor.
-    :raises EngineDeserializeError: the engine is too large for a protobuf.
+    :raises EngineContentError: the engine is too large for a protobuf.
     """
     from onnx import helper
 
     if len(plan) > PROTOBUF_LIMIT_BYTES - (1 << 20):
-        raise EngineDeserializeError(
+        raise EngineContentError(
             f'the engine of {name!r} has {len(plan)} bytes, and an ONNX model around it must stay below 2 GiB.',
             remedy='Load it with the tensorrt runtime, or use the .onnx.',
         )
@@ -272,7 +272,7 @@ def _read(path: Path) -> bytes:
         require_memory(path, size, copies=2, remedy='Free some, or export the model in half precision.')
         return read_file(path)
     except ModelBundleError as error:
-        raise EngineDeserializeError(error.message, remedy=error.remedy) from error
+        raise EngineContentError(error.message, remedy=error.remedy) from error
 
 
 def _parse(path: Path, data: bytes) -> onnx.ModelProto:
@@ -282,9 +282,9 @@ def _parse(path: Path, data: bytes) -> onnx.ModelProto:
     try:
         model = onnx.ModelProto.FromString(data)
     except DecodeError as error:
-        raise EngineDeserializeError(f'{path} is damaged or no ONNX model: {error}.', remedy=_COPY_AGAIN) from error
+        raise EngineContentError(f'{path} is damaged or no ONNX model: {error}.', remedy=_COPY_AGAIN) from error
     if not model.HasField('graph'):
-        raise EngineDeserializeError(f'{path} holds no graph ({len(data)} bytes).', remedy=_COPY_AGAIN)
+        raise EngineContentError(f'{path} holds no graph ({len(data)} bytes).', remedy=_COPY_AGAIN)
     return model
 
 

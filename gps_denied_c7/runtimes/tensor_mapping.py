@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError
+from gps_denied_c7.errors import EngineContentError, EngineSchemaMismatchError
 from gps_denied_c7.model.artefact import Artefact
 from gps_denied_c7.model.image_input import SIZE_REMEDY
 from gps_denied_c7.runtimes.protocol import EngineCacheEntry
@@ -75,7 +75,7 @@ def fix_shapes(specs: Sequence[TensorSpec]) -> tuple[TensorSpec, ...]:
     )
     for spec in fixed:
         if None in spec.axes:
-            raise EngineDeserializeError(
+            raise EngineContentError(
                 f'input {spec.name!r} has free axes: {spec.shape}.',
                 remedy=f'{SIZE_REMEDY} Else make a bundle (c7_engine bundle), or export the model with fixed sizes.',
             )

@@ -11,6 +11,7 @@ import numpy as np
 from gps_denied_c7 import errors
 from gps_denied_c7.errors import (
     C7Error,
+    EngineContentError,
     EngineDeserializeError,
     EngineSchemaMismatchError,
     GpuUnavailableError,
@@ -78,7 +79,7 @@ class ErrorReport:
             error = EngineSchemaMismatchError(self.field, expected=self.expected, found=self.found)
         elif kind in (RuntimeUnavailableError, GpuUnavailableError):
             error = kind(self.label, '')
-        elif kind in (EngineDeserializeError, ModelBundleError):
+        elif kind in (EngineContentError, EngineDeserializeError, ModelBundleError):
             error = kind('')
         else:
             error = InferenceError('')

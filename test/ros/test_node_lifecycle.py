@@ -172,6 +172,8 @@ def test_n2_autostart_waits_for_its_model(tmp_path):
             lambda: any('damaged' in failure['reason'] for failure in peer.payloads('c7.start_failed')),
             'the second reason to be recorded',
         )
+        wait_until(lambda: process.output().count('next attempt when') == 2, 'it to wait for another file')
+        assert 'next attempt in' not in process.output(), 'what a file holds does not pass by itself'
         shutil.copy(ready, path)
         peer.wait_state('active')
         peer.wait_level('Runtime', 'WARN')  # On the CPU, which is a fallback, and no error any more.

@@ -13,7 +13,7 @@ from gps_denied_c7.engines.admission import AdmittedEngine
 from gps_denied_c7.engines.manifest import same_tensorrt
 from gps_denied_c7.engines.ort_store import BuiltFor, OrtEngineCache
 from gps_denied_c7.engines.store import EngineCache
-from gps_denied_c7.errors import C7Error, EngineDeserializeError, RuntimeUnavailableError
+from gps_denied_c7.errors import C7Error, EngineContentError, EngineDeserializeError, RuntimeUnavailableError
 from gps_denied_c7.model.artefact import Artefact
 from gps_denied_c7.model.onnx_file import OnnxModel, read_onnx
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine
@@ -110,7 +110,7 @@ class OnnxTrtEpRuntime(BaseRuntime[Session]):
                 notes=notes,
             )
         else:
-            raise EngineDeserializeError(
+            raise EngineContentError(
                 f'{entry.path} is neither .onnx nor .engine.', remedy='Correct the artefact in model.json.'
             )
         try:
@@ -151,7 +151,7 @@ class OnnxTrtEpRuntime(BaseRuntime[Session]):
 
     def _admit(self, entry: EngineCacheEntry) -> AdmittedEngine:
         if self._providers is ProviderSet.CPU:
-            raise EngineDeserializeError(
+            raise EngineContentError(
                 f'{entry.path} runs on a GPU alone, and the CPU was asked for.', remedy='Use the .onnx.'
             )
         if self._gate is None:

@@ -18,7 +18,7 @@ from typing import Any
 
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engines.ort_store import CacheBuild
-from gps_denied_c7.errors import EngineDeserializeError
+from gps_denied_c7.errors import EngineContentError, EngineDeserializeError
 from gps_denied_c7.model.onnx_file import OnnxModel
 from gps_denied_c7.model.shape_inference import infer_output_shapes
 from gps_denied_c7.runtimes.ort.io_binding import TensorIo
@@ -29,6 +29,7 @@ from gps_denied_c7.tensors import TensorSpec
 __all__ = ['Placement', 'Session', 'certain_outputs', 'open_session', 'profiled_placement', 'specs']
 
 _ERRORS_ONLY = 3
+_OF_MODEL = ('Fail', 'InvalidArgument', 'InvalidGraph', 'InvalidProtobuf', 'NotImplemented')
 # ONNX Runtime's element types; those that NumPy lacks are refused.
 _DTYPES = {
     'tensor(bool)': 'bool',
@@ -118,10 +119,17 @@ def open_session(
     try:
         return _session(ort, plan, last, config, notes)
     except Exception as error:
-        raise EngineDeserializeError(
+        kind = EngineContentError if last.providers == (CPU,) and _is_of_model(error) else EngineDeserializeError
+        raise kind(
             f'ONNX Runtime refused {plan.path} on {last}: {error}. {" ".join(notes)}',
             remedy='Export the model again.' if last.providers == (CPU,) else gpu_remedy,
         ) from error
+
+
+def _is_of_model(error: Exception) -> bool:
+    """Tell whether a session was refused for what the model says, which no other attempt changes."""
+    # Its own errors by name, as they are in no module of their own; it wraps a want of memory into a failure, too.
+    return type(error).__name__ in _OF_MODEL and 'Exception during' not in str(error)
 
 
 def _session(
@@ -291,7 +299,7 @@ def specs(arguments: Sequence[Any]) -> tuple[TensorSpec, ...]:
     """
     for argument in arguments:
         if argument.type not in _DTYPES:
-            raise EngineDeserializeError(
+            raise EngineContentError(
                 f'tensor {argument.name!r} is a {argument.type}, which NumPy has no type for.',
                 remedy='Where it is an output that is not needed, name those that are in output_tensors; else export '
                 f'the model with one of {sorted(set(_DTYPES.values()))}.',

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from gps_denied_c7.errors import EngineDeserializeError, InferenceError, RuntimeUnavailableError
+from gps_denied_c7.errors import EngineContentError, EngineDeserializeError, InferenceError, RuntimeUnavailableError
 from gps_denied_c7.model.artefact import Artefact
 from gps_denied_c7.runtimes.base import BaseRuntime, LoadedEngine
 from gps_denied_c7.runtimes.protocol import EngineCacheEntry, EngineFacts, ProviderSet
@@ -195,11 +195,11 @@ class PytorchFp16Runtime(BaseRuntime[_Engine]):
     def _refuse_device(self, entry: EngineCacheEntry, made_for: str) -> None:
         """Refuse what no look into the file could change."""
         if self._providers is ProviderSet.GPU and made_for == _CPU:
-            raise EngineDeserializeError(
+            raise EngineContentError(
                 f'{entry.path} was made for the CPU, and a GPU was asked for.', remedy='Export one for cuda.'
             )
         if self._providers is ProviderSet.CPU and made_for not in (_CPU, 'any'):
-            raise EngineDeserializeError(
+            raise EngineContentError(
                 f'{entry.path} was made for {made_for}, and the CPU was asked for.', remedy='Export one for the CPU.'
             )
         if self._config.ort_disallow_cpu_fallback and (self._providers is ProviderSet.CPU or made_for == _CPU):
@@ -299,14 +299,14 @@ def _open_export(torch: ModuleType, content: bytes, device: str) -> _Program:
     signature = program.graph_signature
     kinds = {spec.kind.name for spec in signature.output_specs}
     if kinds != {'USER_OUTPUT'}:
-        raise EngineDeserializeError(f'the program changes its own state ({sorted(kinds)}).', remedy=_EXPORT_AGAIN)
+        raise EngineContentError(f'the program changes its own state ({sorted(kinds)}).', remedy=_EXPORT_AGAIN)
     values = {node.name: node.meta.get('val') for node in program.graph.nodes}
     state, names = [], []
     for spec in signature.input_specs:
         if spec.kind.name == 'USER_INPUT':
             names.append(spec.arg.name)
         elif names:
-            raise EngineDeserializeError('the program mixes weights and inputs.', remedy=_EXPORT_AGAIN)
+            raise EngineContentError('the program mixes weights and inputs.', remedy=_EXPORT_AGAIN)
         else:
             held = program.constants if spec.target in program.constants else program.state_dict
             state.append(held[spec.target].detach())
@@ -333,7 +333,7 @@ def _open_torchscript(
     names = [argument.name for argument in module.forward.schema.arguments[1:]]
     by_name = {spec.name: spec for spec in inputs}
     if surplus := [name for name in names if name not in by_name]:
-        raise EngineDeserializeError(
+        raise EngineContentError(
             f'the TorchScript takes {names}; nothing says what {surplus[0]!r} is.',
             remedy='Name every input in model.json, with io_names where the names differ.',
         )
@@ -354,7 +354,7 @@ def _open_torchscript(
 
 def _spec(torch: ModuleType, name: str, value: Any) -> TensorSpec:
     if not isinstance(value, torch.Tensor):
-        raise EngineDeserializeError(f'{name!r} is not a tensor.', remedy='Export a model of tensors alone.')
+        raise EngineContentError(f'{name!r} is not a tensor.', remedy='Export a model of tensors alone.')
     if not all(isinstance(axis, int) for axis in value.shape):
-        raise EngineDeserializeError(f'{name!r} has a free axis: {tuple(value.shape)}.', remedy=_EXPORT_AGAIN)
+        raise EngineContentError(f'{name!r} has a free axis: {tuple(value.shape)}.', remedy=_EXPORT_AGAIN)
     return TensorSpec(name, str(value.dtype).removeprefix('torch.'), tuple(value.shape))

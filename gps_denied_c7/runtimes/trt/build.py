@@ -16,7 +16,12 @@ from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engines.admission import EngineGate, plan_version
 from gps_denied_c7.engines.manifest import EngineManifest, HostProfile, same_tensorrt
 from gps_denied_c7.engines.store import EngineCache, engine_model_name
-from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, RuntimeUnavailableError
+from gps_denied_c7.errors import (
+    EngineContentError,
+    EngineDeserializeError,
+    EngineSchemaMismatchError,
+    RuntimeUnavailableError,
+)
 from gps_denied_c7.model.artefact import Artefact
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.model.onnx_file import OnnxModel, read_onnx
@@ -267,7 +272,7 @@ class _Builder:
             return
         operators = _operators(content)
         errors = [_parser_error(parser.get_error(index), operators) for index in range(parser.num_errors)]
-        raise EngineDeserializeError(
+        raise EngineContentError(
             f"TensorRT's parser refused {name!r}: {'; '.join(errors) or self._reasons()}.",
             remedy='Export the model with operators that this TensorRT knows, or use the .onnx.',
         )
@@ -285,7 +290,7 @@ class _Builder:
                 for axis, (have, want) in enumerate(zip(spec.axes, wanted, strict=False))
             )
             if len(wanted) != len(spec.axes) or None in shape:
-                raise EngineDeserializeError(
+                raise EngineContentError(
                     f'input {spec.name!r} has free axes: {spec.shape}, and the bundle says {tuple(wanted)}.',
                     remedy='Give its sizes under inputs in a model.json, or export the model with fixed ones.',
                 )
@@ -336,10 +341,10 @@ def _network_flags(trt: ModuleType) -> int:
 def _require_whole(model: OnnxModel, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec]) -> None:
     for spec in outputs:
         if spec.shape is None or None in spec.shape:
-            raise EngineDeserializeError(f'output {spec.name!r} has free axes: {spec.shape}.')
+            raise EngineContentError(f'output {spec.name!r} has free axes: {spec.shape}.')
     for spec in (*inputs, *outputs):
         if model.dtypes.get(spec.name) != spec.dtype:
-            raise EngineDeserializeError(
+            raise EngineContentError(
                 f'TensorRT makes {spec.dtype} of {spec.name!r}, which is {model.dtypes.get(spec.name)} in the model.'
             )
 
@@ -347,7 +352,7 @@ def _require_whole(model: OnnxModel, inputs: Sequence[TensorSpec], outputs: Sequ
 def _spec(tensor: Any) -> TensorSpec:
     dtype = dtype_name(tensor.dtype)
     if dtype is None or getattr(tensor, 'is_shape_tensor', False):
-        raise EngineDeserializeError(
+        raise EngineContentError(
             f'tensor {tensor.name!r} of type {tensor.dtype} cannot cross into NumPy, or holds a shape.',
             remedy='Export the model with plain inputs and outputs of float32, float16 or integers.',
         )

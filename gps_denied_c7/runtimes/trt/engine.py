@@ -10,7 +10,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from gps_denied_c7.engines.admission import AdmittedEngine
-from gps_denied_c7.errors import EngineDeserializeError, InferenceError
+from gps_denied_c7.errors import EngineContentError, EngineDeserializeError, InferenceError
 from gps_denied_c7.runtimes.gpu.cuda import Cuda, CudaError
 from gps_denied_c7.runtimes.gpu.nonfinite import FiniteCheck, watch_outputs
 from gps_denied_c7.runtimes.gpu.staging import StagedTensor
@@ -217,7 +217,7 @@ class TensorrtEngine:
         elif engine.get_tensor_format(name) != trt.TensorFormat.LINEAR:
             problem = f'has the memory layout {engine.get_tensor_format(name)}'
         if problem:
-            raise EngineDeserializeError(f'tensor {name!r} {problem}.', remedy=f'{BUILD_REMEDY}.')
+            raise EngineContentError(f'tensor {name!r} {problem}.', remedy=f'{BUILD_REMEDY}.')
 
     def _input_shape(self, name: str, own: Sequence[int], wanted: Sequence[int | None]) -> tuple[int, ...]:
         """Fix each free axis: to what the bundle says, else to the one size it was built for, else a batch to 1."""
@@ -233,7 +233,7 @@ class TensorrtEngine:
             elif axis == 0:
                 shape.append(1)
         if len(shape) != len(own) or len(wanted) != len(own):
-            raise EngineDeserializeError(
+            raise EngineContentError(
                 f'input {name!r} has free axes: the engine says {tuple(own)}, the bundle {tuple(wanted)}.',
                 remedy='Give its sizes under inputs in model.json.',
             )
@@ -242,7 +242,7 @@ class TensorrtEngine:
     def _spec(self, name: str) -> TensorSpec:
         shape = tuple(int(size) for size in tuple(self._context.get_tensor_shape(name)))
         if any(size < 0 for size in shape):
-            raise EngineDeserializeError(
+            raise EngineContentError(
                 f'tensor {name!r} has shape {shape} even with fixed inputs: its size depends on the data.',
                 remedy='Export the model with outputs of fixed size, or use the .onnx.',
             )

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from gps_denied_c7.errors import EngineDeserializeError
+from gps_denied_c7.errors import EngineContentError
 from gps_denied_c7.model.external_data import names_read
 from gps_denied_c7.model.onnx_file import OnnxModel
 
@@ -27,7 +27,7 @@ def to_half_precision(model: OnnxModel) -> bytes:
 
     The conversion is that of ONNX Runtime's own tools, which a build needs beside TensorRT.
 
-    :raises EngineDeserializeError: it cannot be converted.
+    :raises EngineContentError: it cannot be converted.
     """
     import onnx
 
@@ -42,7 +42,7 @@ def to_half_precision(model: OnnxModel) -> bytes:
         content: bytes = converted.SerializeToString()
         return content
     except Exception as error:  # what the converter and protobuf raise is theirs to choose
-        raise EngineDeserializeError(
+        raise EngineContentError(
             f'the model could not be converted to float16: {error}.',
             remedy='Build it with precision fp32, or export it in float16.',
         ) from error

@@ -11,7 +11,7 @@ from gps_denied_c7.engines.admission import EngineGate
 from gps_denied_c7.engines.manifest import EngineName, same_tensorrt
 from gps_denied_c7.engines.store import EngineCache
 from gps_denied_c7.errors import (
-    EngineDeserializeError,
+    EngineContentError,
     EngineSchemaMismatchError,
     RuntimeUnavailableError,
 )
@@ -112,7 +112,7 @@ class TensorrtRuntime(BaseRuntime['TensorrtEngine']):
 
     def _load(self, entry: EngineCacheEntry) -> LoadedEngine[TensorrtEngine]:
         if entry.path.suffix != '.engine':
-            raise EngineDeserializeError(
+            raise EngineContentError(
                 f'{entry.path} is no .engine.', remedy='Correct the artefact in model.json, or take another runtime.'
             )
         source_sha256 = entry.source.content_sha256 if entry.source else None

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchError, ModelBundleError
+from gps_denied_c7.errors import EngineContentError, EngineSchemaMismatchError, ModelBundleError
 from gps_denied_c7.model.files import read_file
 from gps_denied_c7.runtimes.pt.archive_scan.pickles import (
     PickleRefusedError,
@@ -68,15 +68,15 @@ def read_torch_archive(path: Path, sha256: str | None) -> TorchArchive:
 
     :param sha256: hex digest that the file must have, None where the digest is unknown.
     :raises EngineSchemaMismatchError: another digest.
-    :raises EngineDeserializeError: missing, unreadable, of another suffix, or refused by the scan.
+    :raises EngineContentError: missing, unreadable, of another suffix, or refused by the scan.
     """
     kind = {'.pt2': ArchiveKind.EXPORT, '.pt': ArchiveKind.TORCHSCRIPT}.get(path.suffix)
     if kind is None:
-        raise EngineDeserializeError(f'{path} is neither .pt2 nor .pt.', remedy='Correct the artefact in model.json.')
+        raise EngineContentError(f'{path} is neither .pt2 nor .pt.', remedy='Correct the artefact in model.json.')
     try:
         content = read_file(path)
     except ModelBundleError as error:
-        raise EngineDeserializeError(error.message, remedy=error.remedy) from error
+        raise EngineContentError(error.message, remedy=error.remedy) from error
     found = hashlib.sha256(content).hexdigest()
     if sha256 is not None and found != sha256:
         raise EngineSchemaMismatchError(
@@ -85,7 +85,7 @@ def read_torch_archive(path: Path, sha256: str | None) -> TorchArchive:
     try:
         scan_torch_archive(content, kind)
     except ValueError as error:
-        raise EngineDeserializeError(
+        raise EngineContentError(
             f'{path} is refused before torch opens it, since it {error}.', remedy=_REMEDY
         ) from error
     return TorchArchive(content, kind)

@@ -37,6 +37,7 @@ from gps_denied_c7.runtimes.ort import providers as ort_providers
 from gps_denied_c7.runtimes.ort.runtime import OnnxTrtEpRuntime
 from gps_denied_c7.runtimes.protocol import BuildConfig, EngineCacheEntry, ProviderSet
 from gps_denied_c7.tensors import TensorSpec
+from gps_denied_c7.worker.protocol import ErrorReport
 from support.engine_files import HOST, PLAN, write_engine
 from support.fake_onnxruntime import CPU, CUDA, TENSORRT
 from support.onnx_models import (
@@ -552,6 +553,50 @@ def test_r1_damaged_model_never_reaches_onnxruntime(
     path.write_bytes(content)
     error = refusal(config, ModelBundle.load(path))
     assert 'no graph' in error.message or 'no ONNX model' in error.message
+
+
+NODES = {
+    'unknown operator': [helper.make_node('Foo', ['x'], ['y'])],
+    'operator of an unknown domain': [helper.make_node('Foo', ['x'], ['y'], domain='a.b')],
+    'input that is not there': [helper.make_node('Identity', ['q'], ['y'])],
+    'too few inputs': [helper.make_node('Add', ['x'], ['y'])],
+    'circle': [helper.make_node('Add', ['y', 'x'], ['z']), helper.make_node('Identity', ['z'], ['y'])],
+    'wrong attribute': [helper.make_node('Transpose', ['x'], ['y'], perm=[0, 5])],
+}
+
+
+@pytest.mark.parametrize('kind', NODES)
+def test_n2_a_model_that_onnxruntime_refuses_for_what_it_says_waits_for_its_file_to_change(
+    config: C7InferenceConfig, tmp_path: Path, kind: str
+) -> None:
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in 'xy')
+    opsets = [helper.make_opsetid('', 17), helper.make_opsetid('a.b', 1)]
+    model = helper.make_model(helper.make_graph(NODES[kind], 'net', [x], [y]), opset_imports=opsets, ir_version=8)
+    (tmp_path / 'net.onnx').write_bytes(model.SerializeToString())
+    error = refusal(config, ModelBundle.load(tmp_path / 'net.onnx'), ProviderSet.CPU)
+    assert 'ONNX Runtime refused' in error.message
+    assert error.lasting and ErrorReport.of(error).error().lasting
+
+
+@pytest.mark.parametrize(
+    'cause',
+    [
+        onnxruntime.capi.onnxruntime_pybind11_state.Fail('FAIL : Exception during loading: std::bad_alloc'),
+        onnxruntime.capi.onnxruntime_pybind11_state.RuntimeException('pthread_create failed, error code: 11'),
+        MemoryError('std::bad_alloc'),
+    ],
+)
+def test_n2_a_model_that_onnxruntime_has_no_memory_or_thread_for_is_tried_again(
+    config: C7InferenceConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cause: Exception
+) -> None:
+    def session(*_: object, **__: object) -> None:
+        raise cause
+
+    bundle = bare_bundle(tmp_path)
+    # A machine that is short of either is no place for the other tests.
+    monkeypatch.setattr(onnxruntime.InferenceSession, '__init__', session)
+    error = refusal(config, bundle, ProviderSet.CPU)
+    assert 'ONNX Runtime refused' in error.message and not error.lasting
 
 
 def test_r3_neither_model_nor_engine_is_refused_unread(config: C7InferenceConfig, tmp_path: Path) -> None:
