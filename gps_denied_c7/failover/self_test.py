@@ -15,6 +15,7 @@ from gps_denied_c7.tensors import noise_inputs
 __all__ = ['Proof']
 
 _READ_S = 60.0
+_LIMITS_FOR_ALL = 5
 
 _Case = tuple[dict[str, NDArray], dict[str, NDArray]]
 
@@ -35,14 +36,22 @@ class Proof:
         """
         Have a loaded engine answer every golden request, and compare the answers.
 
-        :param limit_s: for each of them: a slow engine must not fail because there are many.
+        :param limit_s: for each of them: a slow engine must not fail because there are many; five times as much for
+            all, with the reading of their files.
         :return: seconds that the longest took.
-        :raises InferenceError: one fails, is not right, or is not answered in time; the host is killed then.
+        :raises InferenceError: one fails or is not right, or the time is over; the host is killed then.
         :raises ModelBundleError: a golden file cannot be read, or they take too much memory.
         :raises StalledReadError: their disk or mount does not answer.
         """
+        ends_s = time.monotonic() + _LIMITS_FOR_ALL * limit_s
         took_s = self.check(host, limit_s)
-        for index in range(1, len(self._bundle.golden)):
+        for index in range(1, count := len(self._bundle.golden)):
+            if time.monotonic() > ends_s:
+                host.kill()
+                raise InferenceError(
+                    f'{index} of its {count} golden requests took longer than {_LIMITS_FOR_ALL * limit_s:.1f} s.',
+                    remedy='Raise load_timeout_s, or make the bundle again with fewer or smaller golden requests.',
+                )
             took_s = max(took_s, self._prove(host, limit_s, index, self._read(index)))
         return took_s
 

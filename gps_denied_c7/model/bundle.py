@@ -40,6 +40,9 @@ __all__ = ['ModelBundle', 'write_bundle']
 # model.json usually has a few kilobytes; parsed, it takes thirty times its size.
 _MODEL_JSON_LIMIT_BYTES = 1 << 20
 
+# More of each would only hold up a load: all golden requests are answered in it, seven are usual.
+_MOST = {'inputs': 1024, 'outputs': 1024, 'artefacts': 256, 'golden': 32}
+
 _logger = logging.getLogger(__name__)
 
 
@@ -77,6 +80,9 @@ class ModelBundle:
 
     def __post_init__(self) -> None:
         require_digest('weights_digest', self.weights_digest)
+        for key, most in _MOST.items():
+            count = len(getattr(self, key))
+            require(count <= most, key, f'has {count} entries, more than {most}.', 'Make the bundle again with fewer.')
         for key, specs in (('inputs', self.inputs), ('outputs', self.outputs)):
             names = [spec.name for spec in specs]
             require(len(set(names)) == len(names), key, f'{names} names a tensor twice.')

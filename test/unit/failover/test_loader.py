@@ -224,6 +224,16 @@ def test_m1_a_slow_engine_does_not_fail_because_there_are_many_golden_requests(s
     assert limits == [60.0, 60.0]
 
 
+def test_m1_golden_requests_that_take_too_long_together_end_a_load(several, monkeypatch):
+    bench, asked = Bench(several), []
+    monkeypatch.setattr(self_test.time, 'monotonic', lambda: 301.0 * len(asked))
+    monkeypatch.setattr(Host, 'poll', lambda host, limit_s: asked.append(limit_s) or several.golden_outputs(0))
+    host = Host(bench)
+    with pytest.raises(InferenceError, match=r'1 of its 2 golden requests took longer than 300.0 s') as error:
+        bench.proof.run(host, 60.0)
+    assert error.value.remedy and host.killed and len(asked) == 1
+
+
 def test_m1_the_golden_tensors_are_read_once(bench, monkeypatch):
     bench.load()
     monkeypatch.setattr(type(bench.bundle), 'golden_inputs', lambda self, index=0: pytest.fail('read again'))

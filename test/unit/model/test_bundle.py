@@ -200,6 +200,19 @@ def test_m1_nan_is_an_answer_in_an_output_for_which_it_is_allowed(root, written)
     assert len(bundle.compare(_answer(), answer)) == 1
 
 
+@pytest.mark.parametrize(('key', 'most'), [('golden', 32), ('artefacts', 256), ('inputs', 1024), ('outputs', 1024)])
+def test_m1_a_model_json_of_more_entries_than_a_load_has_time_for_is_refused(root, key, most):
+    values = json.loads((root / 'model.json').read_text())
+    names = [{} if key == 'artefacts' else {'name': f'n{number}'} for number in range(most + 1)]
+    entries = [values[key][0] | name for name in names]
+    _rewrite(root, {**values, key: entries})
+    with pytest.raises(ModelBundleError, match=f'{key}: has {most + 1} entries, more than {most}'):
+        ModelBundle.load(root)
+    if key == 'golden':
+        _rewrite(root, {**values, key: entries[:most]})
+        assert len(ModelBundle.load(root).golden) == most
+
+
 def test_m1_flat_golden_tensors_take_little_room(tmp_path):
     bundle = _write(tmp_path / 'net')
     before = bundle.golden[0].inputs.path.stat().st_size
