@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from gps_denied_c7.errors import EngineContentError, EngineSchemaMismatchError, ModelBundleError
 from gps_denied_c7.host_memory import require_memory
 from gps_denied_c7.model.files import file_digest, file_sha256, file_size, open_regular, read_file, read_pieces
+from gps_denied_c7.model.onnx_scan import NAME_AGAIN, one_location, scan_onnx
 
 if TYPE_CHECKING:
     import onnx
@@ -42,13 +43,11 @@ __all__ = [
 # A protobuf message ends at 2 GiB: a larger model keeps its weights in external files.
 PROTOBUF_LIMIT_BYTES = (1 << 31) - 1
 
-# The key of an external file's name, as protobuf writes it: field 1, eight bytes. Only a model with it is parsed here.
+# The key of an external file's name, as protobuf writes it: field 1, eight bytes. Only a model with it is scanned.
 _LOCATION_KEY = b'\x0a\x08location'
-# The node itself parses a model whose weights lie in other files: what is left in it is its graph.
+# The node itself reads a model whose weights lie in other files: what is left in it is its graph.
 _GRAPH_LIMIT_BYTES = 256 << 20
 _SEALS = fcntl.F_SEAL_SEAL | fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_WRITE
-
-_NAME_AGAIN = 'Put the weights beside the model and export it with relative names.'
 
 # Types by the bits of an element, as ONNX numbers them; strings are not kept in other files.
 _TYPES_OF_BITS = {
@@ -100,26 +99,15 @@ def onnx_digests(path: Path) -> tuple[str, dict[str, str]]:
             f'{path}: has {size} bytes beside its weights in other files, more than {_GRAPH_LIMIT_BYTES}.',
             remedy='Make a bundle of it (c7_engine bundle), or export it with all weights in other files.',
         )
-    require_memory(path, size, copies=3, remedy='Free some, or make a bundle of it (c7_engine bundle).')
     content = read_file(path, limit=_GRAPH_LIMIT_BYTES)
-    try:
-        import onnx
-        from google.protobuf.message import DecodeError
-    except ImportError as error:
-        raise ModelBundleError(
-            f'{path} keeps weights in other files, and onnx does not import: {error}.',
-            remedy='pip install -r requirements/runtime.txt',
-        ) from error
-    try:
-        _, tensors = model_contents(onnx.ModelProto.FromString(content))
-    except DecodeError:
-        # Its loader says what is wrong with it.
-        tensors = []
-    files = {location: find_external(path, location) for location in external_locations(path, tensors)}
-    for file in files.values():
+    # What else is wrong with it, its loader says.
+    locations = scan_onnx(path, content).locations
+    files = {location: find_external(path, _checked(path, location)) for location in locations}
+    digests: dict[Path, str] = {}
+    for file in set(files.values()):
         _require_memory(file, file_size(file))
-    found = {location: file_sha256(file) for location, file in files.items()}
-    return hashlib.sha256(content).hexdigest(), found
+        digests[file] = file_sha256(file)
+    return hashlib.sha256(content).hexdigest(), {location: digests[file] for location, file in files.items()}
 
 
 def require_protobuf_size(path: Path, size: int) -> None:
@@ -137,21 +125,29 @@ def model_contents(model: onnx.ModelProto) -> tuple[list[onnx.NodeProto], list[o
     tensors: list[onnx.TensorProto] = []
     graphs = [model.graph]
     pending = [node for function in model.functions for node in function.node]
-    while graphs or pending:
+    attributes = [attribute for function in model.functions for attribute in function.attribute_proto]
+    while graphs or pending or attributes:
         for graph in graphs:
             pending += graph.node
             tensors += graph.initializer
             for sparse in graph.sparse_initializer:
                 tensors += (sparse.values, sparse.indices)
         graphs = []
-        for node in pending:
-            for attribute in node.attribute:
-                tensors += (attribute.t, *attribute.tensors)
-                for sparse in (attribute.sparse_tensor, *attribute.sparse_tensors):
-                    tensors += (sparse.values, sparse.indices)
-                graphs += (attribute.g, *attribute.graphs)
+        attributes += (attribute for node in pending for attribute in node.attribute)
+        for attribute in attributes:
+            # Reading an absent one would make it.
+            if attribute.HasField('t'):
+                tensors.append(attribute.t)
+            if attribute.HasField('g'):
+                graphs.append(attribute.g)
+            if attribute.HasField('sparse_tensor'):
+                tensors += (attribute.sparse_tensor.values, attribute.sparse_tensor.indices)
+            tensors += attribute.tensors
+            graphs += attribute.graphs
+            for sparse in attribute.sparse_tensors:
+                tensors += (sparse.values, sparse.indices)
         nodes += pending
-        pending = []
+        pending, attributes = [], []
     return nodes, tensors
 
 
@@ -176,27 +172,26 @@ def external_locations(model: Path, tensors: Sequence[onnx.TensorProto]) -> list
     """
     found = set()
     for tensor in tensors:
-        if tensor.data_location != tensor.EXTERNAL:
-            continue
-        names = [entry.value for entry in tensor.external_data if entry.key == 'location']
-        # Protobuf returns text that is not UTF-8 as bytes.
-        if len(names) != 1 or not isinstance(names[0], str):
-            raise ModelBundleError(
-                f'{model} keeps weights in {str(names)[:200]}, which is not the name of one file.', remedy=_NAME_AGAIN
-            )
-        try:
-            check_location(names[0])
-        except ModelBundleError as error:
-            raise ModelBundleError(f'{model} keeps weights in {error.message}', remedy=error.remedy) from error
-        found.add(names[0])
+        if tensor.data_location == tensor.EXTERNAL:
+            # Protobuf returns text that is not UTF-8 as bytes.
+            names = [entry.value for entry in tensor.external_data if entry.key == 'location']
+            found.add(_checked(model, one_location(model, names)))
     return sorted(found)
+
+
+def _checked(model: Path, location: str) -> str:
+    try:
+        check_location(location)
+    except ModelBundleError as error:
+        raise ModelBundleError(f'{model} keeps weights in {error.message}', remedy=error.remedy) from error
+    return location
 
 
 def check_location(location: str) -> None:
     """Refuse the name of an external file that could lead out of its model's directory, by ModelBundleError."""
     parts = PurePosixPath(location).parts
     if not parts or location.startswith('/') or '..' in parts or '\0' in location:
-        raise ModelBundleError(f'{location[:200]!r}, outside its own directory.', remedy=_NAME_AGAIN)
+        raise ModelBundleError(f'{location[:200]!r}, outside its own directory.', remedy=NAME_AGAIN)
 
 
 def find_external(model: Path, location: str) -> Path:

@@ -29,6 +29,7 @@ from gps_denied_c7.model.external_data import (
 )
 from gps_denied_c7.model.files import file_size, read_file
 from gps_denied_c7.model.image_input import image_axes
+from gps_denied_c7.model.onnx_scan import scan_onnx
 from gps_denied_c7.model.random_operators import random_operators
 from gps_denied_c7.model.shape_inference import skeleton_of
 from gps_denied_c7.tensors import TensorSpec
@@ -39,6 +40,10 @@ if TYPE_CHECKING:
 __all__ = ['OnnxModel', 'ep_context_model', 'read_onnx']
 
 _COPY_AGAIN = 'Copy or export the model again.'
+_FREE_SOME = 'Free some, or export the model in half precision.'
+
+# Of memory that a parsed message takes at most, with what is gathered of it here.
+_MESSAGE_BYTES = 1024
 
 # Oldest versions that know EPContext and every later ONNX Runtime reads: 1.17 stops at IR 9, opset 20.
 _IR_VERSION = 8
@@ -269,7 +274,7 @@ def _read(path: Path) -> bytes:
     try:
         require_protobuf_size(path, size := file_size(path))
         # The file, the parsed model, and the copy that a session is made from.
-        require_memory(path, size, copies=2, remedy='Free some, or export the model in half precision.')
+        require_memory(path, size, copies=2, remedy=_FREE_SOME)
         return read_file(path)
     except ModelBundleError as error:
         raise EngineContentError(error.message, remedy=error.remedy) from error
@@ -279,8 +284,13 @@ def _parse(path: Path, data: bytes) -> onnx.ModelProto:
     import onnx
     from google.protobuf.message import DecodeError
 
+    # A worker that dies of a model is started again and again; a reason that lasts is given once.
     try:
+        messages = scan_onnx(path, data).messages
+        require_memory(f'the {messages} parts of {path}', messages * _MESSAGE_BYTES, remedy=_FREE_SOME)
         model = onnx.ModelProto.FromString(data)
+    except ModelBundleError as error:
+        raise EngineContentError(error.message, remedy=error.remedy) from error
     except DecodeError as error:
         raise EngineContentError(f'{path} is damaged or no ONNX model: {error}.', remedy=_COPY_AGAIN) from error
     if not model.HasField('graph'):

@@ -112,3 +112,19 @@ def test_m1_a_golden_file_of_gigabytes_does_not_kill_the_node(demo_bundle, tmp_p
         assert peak_bytes(process) < 400 * MIB
         message = peer.message('Runtime')
         assert f'{file}: has {2 << 30} bytes' in message and f'more than {256 * MIB}' in message
+
+
+def test_n10_a_bare_model_of_a_million_empty_nodes_does_not_kill_a_flying_node(demo_bundle, tmp_path):
+    """Three megabytes, of which a parser makes a gigabyte."""
+    nodes = b'\x0a\x00' * 1_500_000
+    size = len(nodes)
+    length = bytes([size & 127 | 128, size >> 7 & 127 | 128, size >> 14 & 127 | 128, size >> 21])
+    # The documentation of the model says as a model does that keeps weights in other files.
+    path = tmp_path / 'net.onnx'
+    path.write_bytes(b'\x08\x08\x3a' + length + nodes + b'\x32\x0a\x0a\x08location')
+    with running_node({'model_path': demo_bundle, 'cpu_threads': 1}) as (process, peer):
+        peer.start()
+        assert peer.set_parameter('model_path', str(path)).successful
+        record = peer.wait_record('c7.model_swapped')
+        assert record['outcome'] == 'failed' and '1000000 nodes' in record['reason']
+        assert peak_bytes(process) < 400 * MIB and peer.state() == 'active'
