@@ -268,14 +268,16 @@ class ModelBundle:
         return f'it was made from weights {artefact.weights_digest}, the bundle holds {self.weights_digest}.'
 
     def _check_io_names(self, key: str, artefact: Artefact) -> None:
-        canonical = [spec.name for spec in (*self.inputs, *self.outputs)]
+        canonical = dict.fromkeys(spec.name for spec in (*self.inputs, *self.outputs))
         for own, name in artefact.io_names.items():
             if name not in canonical:
                 raise ModelBundleError(
-                    f'{key}.{own}: {name!r} is not an input or output.', remedy=f'Known are {canonical}.'
+                    f'{key}.{own}: {name!r} is not an input or output.', remedy=f'Known are {list(canonical)}.'
                 )
+        # Not by own_name, which looks through all of them for each.
+        own_of = {name: own for own, name in artefact.io_names.items()}
         for specs in (self.inputs, self.outputs):
-            own_names = [artefact.own_name(spec.name) for spec in specs]
+            own_names = [own_of.get(spec.name, spec.name) for spec in specs]
             require(len(set(own_names)) == len(own_names), key, f'{own_names} stands for two tensors at once.')
 
     def _load_golden(

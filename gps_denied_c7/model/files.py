@@ -8,6 +8,7 @@ import math
 import os
 import re
 import stat
+import struct
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -56,6 +57,7 @@ PART_SUFFIX = '.part'
 
 # Of a golden file: zipfile allocates half a kilobyte for each entry before its size is known.
 _MOST_ENTRIES = 1024
+_MOST_NAMED_BYTES = 4 << 20
 _ENTRY_MARK = b'PK\x01\x02'
 _FREE_SOME = 'Free some, or use a smaller model.'
 
@@ -222,6 +224,10 @@ def read_npz(file: BundleFile, *, limit: int = GOLDEN_LIMIT_BYTES) -> dict[str, 
     try:
         if content.count(_ENTRY_MARK) > _MOST_ENTRIES:
             raise ValueError(f'it has more than {_MOST_ENTRIES} entries')
+        # Lengths of name, extra field and comment; zipfile takes four times as much before any of it is checked.
+        texts = [struct.unpack_from('<3H', content, mark.start() + 28) for mark in re.finditer(_ENTRY_MARK, content)]
+        if (named := sum(map(sum, texts))) > _MOST_NAMED_BYTES:
+            raise ValueError(f'its entries have {named} bytes of names and comments, more than {_MOST_NAMED_BYTES}')
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             entries = archive.infolist()
             unpacked = sum(entry.file_size for entry in entries)

@@ -61,6 +61,16 @@ def test_m1_an_archive_is_refused_by_what_it_says_before_its_arrays_are_made(tmp
     assert 'golden.npz' in str(error.value)
 
 
+def test_m1_an_archive_of_megabytes_of_names_is_refused_before_they_are_read(tmp_path, monkeypatch):
+    path = tmp_path / 'golden.npz'
+    with zipfile.ZipFile(path, 'w') as out:
+        for number in range(200):
+            out.writestr(f'{number}{"x" * 30_000}.npy', npy())
+    monkeypatch.setattr(zipfile, 'ZipFile', lambda *_: pytest.fail('it was opened'))
+    with pytest.raises(ModelBundleError, match='golden.npz.* bytes of names'):
+        read_npz(BundleFile(path, file_sha256(path)))
+
+
 def test_m1_golden_files_have_a_limit_together(tmp_path, monkeypatch):
     root = write_demo_bundle(tmp_path / 'net')
     bundle = ModelBundle.load(root)
