@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import re
+import traceback
 from collections.abc import Iterable, Iterator
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     'RuntimeUnavailableError',
     'WorkerDiedError',
     'error_and_causes',
+    'forget_locals',
     'join_reasons',
 ]
 
@@ -204,3 +206,9 @@ def error_and_causes(error: BaseException) -> Iterator[BaseException]:
             seen[id(link)] = link
             waiting += [link.__context__, link.__cause__]
             yield link
+
+
+def forget_locals(error: BaseException) -> None:
+    """Free what the functions that raised an error held: errors are kept for records, and frames with them."""
+    for link in error_and_causes(error):
+        traceback.clear_frames(link.__traceback__)

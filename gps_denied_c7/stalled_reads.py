@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from gps_denied_c7.errors import NO_THREADS_REMEDY, C7Error
+from gps_denied_c7.errors import NO_THREADS_REMEDY, C7Error, forget_locals
 
 __all__ = ['STALLED_S', 'StalledReadError', 'note_progress', 'read_or_give_up']
 
@@ -53,6 +53,8 @@ class _Read:
         try:
             self.result = self._work()
         except BaseException as error:
+            # Files of hundreds of megabytes, maybe.
+            forget_locals(error)
             self.error = error
         finally:
             self.done.set()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +20,7 @@ from gps_denied_c7.errors import (
     EngineDeserializeError,
     InferenceError,
     RuntimeUnavailableError,
-    error_and_causes,
+    forget_locals,
 )
 from gps_denied_c7.model.artefact import Artefact
 from gps_denied_c7.model.bundle import ModelBundle
@@ -150,10 +149,10 @@ class BaseRuntime(ABC, Generic[EngineT]):
         try:
             return self._compile(model, build_config)
         except C7Error as error:
-            _forget_locals(error)
+            forget_locals(error)
             raise
         except Exception as error:
-            _forget_locals(error)
+            forget_locals(error)
             raise EngineDeserializeError(
                 f'{self.label} could not build {model.name!r}: {error}',
                 remedy='Export the model again.',
@@ -164,10 +163,10 @@ class BaseRuntime(ABC, Generic[EngineT]):
         try:
             return self._deserialize(entry)
         except C7Error as error:
-            _forget_locals(error)
+            forget_locals(error)
             raise
         except Exception as error:
-            _forget_locals(error)
+            forget_locals(error)
             raise EngineDeserializeError(
                 f'{self.label} could not load {entry.path}: {error}',
                 remedy='Check the file with its maker.',
@@ -180,7 +179,7 @@ class BaseRuntime(ABC, Generic[EngineT]):
             outputs, cast('_Handle', handle).ran_ns = self._infer(self._bound(handle), inputs)
             cast('_Handle', handle).outputs = self._bound(handle).outputs
         except C7Error as error:
-            _forget_locals(error)
+            forget_locals(error)
             raise
         return outputs
 
@@ -396,13 +395,6 @@ def _probes(bound: _Bound[Any]) -> Iterator[dict[str, NDArray]]:
     """Return requests of different kinds by the file's own names: noise, flat ones, and a few bright places."""
     for inputs in probe_inputs(bound.inputs):
         yield {own: inputs[name] for name, own in bound.own_inputs.items()}
-
-
-def _forget_locals(error: BaseException) -> None:
-    # Errors are kept for the flight record and the log. Without this their frames would keep the vendor's
-    # engine, and so its GPU memory, long after the release.
-    for link in error_and_causes(error):
-        traceback.clear_frames(link.__traceback__)
 
 
 def _read_only(array: NDArray) -> NDArray:

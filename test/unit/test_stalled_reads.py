@@ -2,6 +2,7 @@
 
 import threading
 import time
+import weakref
 
 import pytest
 
@@ -39,6 +40,28 @@ def test_a_model_on_a_mount_that_does_not_answer_is_given_up(tmp_path, caplog, n
         time.sleep(0.01)
     with pytest.raises(ModelBundleError):
         read_bundle(path, limit_s=30.0)
+
+
+def test_a_read_that_fails_keeps_nothing_of_the_file_that_it_read():
+    class Content:
+        """Of a file."""
+
+    kept = []
+
+    def parse(content):
+        raise ValueError('damaged')
+
+    def read():
+        content = Content()
+        kept.append(weakref.ref(content))
+        try:
+            parse(content)
+        except ValueError as error:
+            raise ModelBundleError('damaged.') from error
+
+    with pytest.raises(ModelBundleError) as error:
+        read_or_give_up('a file', read, limit_s=30.0)
+    assert error.value.__traceback__ is not None and kept[0]() is None
 
 
 def test_a_read_ends_as_soon_as_it_is_cancelled(tmp_path):
