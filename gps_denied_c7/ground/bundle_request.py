@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gps_denied_c7.ground.reference import ANSWER_TIMEOUT_S
 from gps_denied_c7.model.compare import OutputRule
 
 __all__ = ['BundleRequest']
@@ -29,6 +30,8 @@ class BundleRequest:
     :param allow_non_finite: outputs in which NaN and infinities are meant.
     :param force: make the bundle even if its golden answers are a weak test.
     :param preprocessing: settings of PreprocessingSpec that differ from ``default_preprocessing``.
+    :param seed: of the random test pictures, 0 to 2**32 - 1.
+    :param answer_timeout_s: seconds that plain ONNX Runtime may take for one answer.
     """
 
     model: Path
@@ -44,3 +47,4 @@ class BundleRequest:
     force: bool = False
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    answer_timeout_s: int = ANSWER_TIMEOUT_S

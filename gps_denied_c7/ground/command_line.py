@@ -14,13 +14,15 @@ from typing import Any
 from gps_denied_c7.engines.manifest import EngineManifest
 from gps_denied_c7.errors import ModelBundleError
 from gps_denied_c7.ground.input_shapes import shape_text
+from gps_denied_c7.ground.reference import ANSWER_TIMEOUT_S
 from gps_denied_c7.model.files import expand_home
 from gps_denied_c7.tensors import TensorSpec
 from gps_denied_c7.text import plain
 
 __all__ = [
-    'Command', 'add_image_size', 'image_settings', 'input_size', 'log_to_stderr', 'not_negative', 'number', 'numbers',
-    'path_argument', 'positive_size', 'print_field', 'print_json', 'print_manifest', 'print_tensors', 'size',
+    'Command', 'add_answer_timeout', 'add_image_size', 'image_settings', 'input_size', 'log_to_stderr', 'not_negative',
+    'number', 'numbers', 'path_argument', 'positive_size', 'print_field', 'print_json', 'print_manifest',
+    'print_tensors', 'size', 'whole_number',
 ]  # fmt: skip
 
 _UNITS = {'': 1, 'K': 1 << 10, 'M': 1 << 20, 'G': 1 << 30, 'T': 1 << 40}
@@ -77,6 +79,15 @@ def add_image_size(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('--colour', choices=('gray', 'rgb', 'bgr'), help='channels for an .onnx that leaves them free')
 
 
+def add_answer_timeout(parser: argparse.ArgumentParser) -> None:
+    """Add the argument that limits how long one answer of plain ONNX Runtime takes."""
+    parser.add_argument(
+        '--answer-timeout', type=whole_number(1, 10**6), default=ANSWER_TIMEOUT_S, metavar='SECONDS',
+        help='how long plain ONNX Runtime may take for one answer, which shows a loop without end; default: '
+        '%(default)s',
+    )  # fmt: skip
+
+
 def image_settings(options: argparse.Namespace) -> dict[str, Any]:
     """Return the pre-processing settings that were given for a model that leaves its sizes free."""
     given: dict[str, Any] = {} if options.colour is None else {'colour': options.colour}
@@ -105,6 +116,17 @@ def not_negative(text: str) -> float:
     if not 0 <= value < float('inf'):
         raise argparse.ArgumentTypeError(f'{text} is negative or not a number')
     return value
+
+
+def whole_number(least: int, greatest: int) -> Callable[[str], int]:
+    """Return what reads a whole number in this range."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch(r'\d{1,18}', text, re.ASCII) or not least <= int(text) <= greatest:
+            raise argparse.ArgumentTypeError(f'{text} is not a whole number from {least} to {greatest}')
+        return int(text)
+
+    return read
 
 
 def size(text: str) -> int:

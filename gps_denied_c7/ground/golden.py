@@ -68,7 +68,8 @@ def answer_cases(
     """Return the outputs, and the cases with their answers that can be used; the others are noted."""
     size = sum(array.nbytes for case in cases for array in case.inputs.values())
     requests = [each for case in cases for each in (case.inputs, _rounded(case.inputs))]
-    reference = reference_answers(model, requests, limit_bytes=max(0, 2 * (GOLDEN_LIMIT_BYTES - size)))
+    limit = max(0, 2 * (GOLDEN_LIMIT_BYTES - size))
+    reference = reference_answers(model, requests, limit_bytes=limit, timeout_s=request.answer_timeout_s)
     names = [spec.name for spec in reference.outputs]
     if names and (unknown := sorted(set(request.allow_non_finite) - set(names))):
         raise ModelBundleError(

@@ -11,10 +11,8 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
-import os
 import shutil
 import signal
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -30,6 +28,7 @@ from gps_denied_c7.errors import EngineDeserializeError, EngineSchemaMismatchErr
 from gps_denied_c7.ground.bundle_request import BundleRequest
 from gps_denied_c7.ground.command_line import (
     Command,
+    add_answer_timeout,
     input_size,
     number,
     numbers,
@@ -41,6 +40,7 @@ from gps_denied_c7.ground.command_line import (
 from gps_denied_c7.ground.golden import answer_cases, golden_cases
 from gps_denied_c7.ground.input_shapes import fixed_inputs, with_fixed_inputs
 from gps_denied_c7.ground.output_rules import TOLERANCES, certain_outputs, output_rules, refuse_empty, stable_cases
+from gps_denied_c7.ground.staged_directory import staged_directory
 from gps_denied_c7.ground.trial import served_model
 from gps_denied_c7.image.preprocess_spec import LETTERBOX_ANCHORS, LETTERBOX_SCALINGS, Interpolation, ResizeMode
 from gps_denied_c7.model.artefact import Artefact
@@ -109,7 +109,7 @@ def make_bundle(request: BundleRequest, accept: Callable[[ModelBundle], None] = 
     arrays = _read_request(request.golden_input)
     inputs = fixed_inputs(source, request, arrays)
     preprocessing = default_preprocessing(inputs).replace(**request.preprocessing)
-    with _staged(request.output) as stage:
+    with staged_directory(request.output) as stage:
         path = stage / f'{name}.onnx'
         for location in model.external_data:
             _copy(find_external(request.model, location), stage / location)
@@ -173,27 +173,6 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
     except OSError as error:
         raise ModelBundleError(f'{source} cannot be copied to {target}: {error.strerror}.') from error
-
-
-@contextmanager
-def _staged(output: Path) -> Iterator[Path]:
-    """Yield a directory beside ``output``, which becomes ``output`` if nothing is raised."""
-    target = output.absolute()
-    try:
-        if target.is_symlink() or (target.exists() and (not target.is_dir() or any(target.iterdir()))):
-            raise ModelBundleError(
-                f'{output} exists already and is not an empty directory.', remedy='Remove it, or name another one.'
-            )
-        target.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(dir=target.parent, prefix=f'.{target.name[:100]}.'))
-        try:
-            yield stage
-            os.chmod(stage, 0o755)
-            os.rename(stage, target)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-    except OSError as error:
-        raise ModelBundleError(f'{output} cannot be made: {error.strerror}.', remedy='Name another one.') from error
 
 
 def _read_request(path: Path | None) -> dict[str, NDArray]:
@@ -288,6 +267,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         '--force', action='store_true', help='make the bundle even if its golden answers are a weak test'
     )
     parser.add_argument('--seed', type=int, default=0, help='seed of the random test images; default: %(default)s')
+    add_answer_timeout(parser)
     _add_preprocessing(parser)
 
 
@@ -349,6 +329,7 @@ def _run(options: argparse.Namespace) -> int:
                 force=options.force,
                 preprocessing={name: value for name, value in given.items() if value is not None},
                 seed=options.seed,
+                answer_timeout_s=options.answer_timeout,
             ),
             accept=accept,
         )

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -23,15 +25,22 @@ from numpy.typing import NDArray
 from gps_denied_c7.child_environment import SAFE_DIRECTORY, python_child, worker_environment
 from gps_denied_c7.errors import InferenceError, ModelBundleError, RuntimeUnavailableError
 from gps_denied_c7.model.files import npz_bytes
+from gps_denied_c7.parent_death import die_with_parent
 from gps_denied_c7.tensors import TensorSpec
 
-__all__ = ['Reference', 'reference_answers']
+__all__ = ['ANSWER_TIMEOUT_S', 'Reference', 'reference_answers']
+
+ANSWER_TIMEOUT_S = 1800
+"""Seconds that one answer may take: without optimisation, on one slow thread, a large network needs minutes."""
 
 Arrays = Mapping[str, NDArray]
 
 # What ONNX Runtime calls the types that NumPy has, too; of others it gives bytes, or refuses the whole request.
 _NUMBERS = re.compile(r'tensor\((bool|float|float16|double|u?int(8|16|32|64))\)')
 _PACKAGES = 'Install the packages of requirements/runtime.txt.'
+_FIRST_SIGN_S = 10
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,24 +61,34 @@ class Reference:
 
 
 def reference_answers(
-    model: bytes | str, requests: Sequence[Arrays], *, limit_bytes: int | None = None
+    model: bytes | str,
+    requests: Sequence[Arrays],
+    *,
+    limit_bytes: int | None = None,
+    timeout_s: int = ANSWER_TIMEOUT_S,
 ) -> Reference:
     """
-    Return the answers of a model to ``requests``.
+    Return the answers of a model to ``requests``; what takes long is logged.
 
     :param model: content of an ``.onnx``, or its path where weights lie in files of their own.
     :param limit_bytes: of all answers together; the first one counts, but is never left out.
-    :raises ModelBundleError: ONNX Runtime does not accept the model, or its process died.
+    :param timeout_s: seconds that loading the model, and each answer, may take.
+    :raises ModelBundleError: ONNX Runtime does not accept the model, takes longer, or its process died.
     :raises RuntimeUnavailableError: there is no ONNX Runtime.
     """
     blobs = [model if isinstance(model, bytes) else b'', *(npz_bytes(request) for request in requests)]
     path = model if isinstance(model, str) else None
-    head = {'path': path, 'sizes': [len(blob) for blob in blobs], 'limit': limit_bytes}
-    code, output, errors = _run_child(b''.join((json.dumps(head).encode(), b'\n', *blobs)))
-    if code != 0 or not output:
-        last = errors.decode(errors='replace').strip().splitlines()[-1:] or ['it wrote no message']
+    head = {'path': path, 'sizes': [len(blob) for blob in blobs], 'limit': limit_bytes, 'timeout': timeout_s}
+    code, output, errors = _run_child(b''.join((json.dumps(head).encode(), b'\n', *blobs)), timeout_s)
+    if code == -signal.SIGALRM:
         raise ModelBundleError(
-            f'the process that computes the reference answers ended with {code}: {last[0][:500]}.',
+            f'plain ONNX Runtime took longer than {timeout_s} s for {_last_line(errors)}.',
+            remedy='Give --answer-timeout with more seconds where the model is slow; if it has a loop that does not '
+            'end, export it again.',
+        )
+    if code != 0 or not output:
+        raise ModelBundleError(
+            f'the process that computes the reference answers ended with {code}: {_last_line(errors)}.',
             remedy='Free memory, or run the model outside of this package and correct it.',
         )
     stream = io.BytesIO(output)
@@ -96,17 +115,41 @@ def reference_answers(
     )
 
 
-def _run_child(request: bytes) -> tuple[int, bytes, bytes]:
-    command, environment = python_child('gps_denied_c7.ground.reference', environ=worker_environment(os.environ))
-    ended = subprocess.run(
+def _run_child(request: bytes, timeout_s: int) -> tuple[int, bytes, bytes]:
+    command, environment = python_child(
+        'gps_denied_c7.ground.reference', str(os.getpid()), environ=worker_environment(os.environ)
+    )
+    process = subprocess.Popen(
         command,
-        input=request,
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         cwd=SAFE_DIRECTORY,
         env={**environment, 'OMP_NUM_THREADS': '1'},
-        check=False,
     )
-    return ended.returncode, ended.stdout, ended.stderr
+    waited_s = 0
+    with process:
+        try:
+            while True:
+                try:
+                    output, errors = process.communicate(
+                        None if waited_s else request, timeout=waited_s or _FIRST_SIGN_S
+                    )
+                    return process.returncode, output, errors
+                except subprocess.TimeoutExpired as expired:
+                    # After 10 s, 20 s, 40 s and so on.
+                    waited_s = 2 * waited_s or _FIRST_SIGN_S
+                    _log.warning(
+                        'for %d s, plain ONNX Runtime has computed reference answers; it is at %s, for which it has '
+                        '%d s (--answer-timeout)', waited_s, _last_line(expired.stderr), timeout_s,
+                    )  # fmt: skip
+        finally:
+            process.kill()
+
+
+def _last_line(errors: bytes | None) -> str:
+    lines = (errors or b'').decode(errors='replace').strip().splitlines()
+    return lines[-1][:500] if lines else 'its start'
 
 
 # --- in the process of its own --------------------------------------------------------------------
@@ -114,6 +157,9 @@ def _run_child(request: bytes) -> tuple[int, bytes, bytes]:
 
 def main() -> None:
     """Read a request from standard input, write its answers to standard output."""
+    die_with_parent(int(sys.argv[1]))
+    # Its default action ends the process, also while a library runs.
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
     requests, out = sys.stdin.buffer, os.fdopen(os.dup(1), 'wb')
     # What a library prints must not get between the answers.
     os.dup2(2, 1)
@@ -133,6 +179,7 @@ def _serve(requests: BinaryIO, out: BinaryIO) -> None:
     options.enable_mem_reuse = options.enable_mem_pattern = False
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     options.log_severity_level = 4
+    _begin('the load of the model', head['timeout'])
     content = requests.read(head['sizes'][0])
     try:
         session = ort.InferenceSession(head['path'] or content, options, providers=['CPUExecutionProvider'])
@@ -147,7 +194,8 @@ def _serve(requests: BinaryIO, out: BinaryIO) -> None:
     results: list[tuple[str | None, int | None]] = []
     blobs: list[bytes] = []
     outputs: dict[str, list[Any]] = {}
-    for size in head['sizes'][1:]:
+    for number, size in enumerate(sizes := head['sizes'][1:], 1):
+        _begin(f'answer {number} of {len(sizes)}', head['timeout'])
         with np.load(io.BytesIO(requests.read(size)), allow_pickle=False) as arrays:
             request = dict(arrays)
         if left is not None and left < 0:
@@ -171,10 +219,17 @@ def _serve(requests: BinaryIO, out: BinaryIO) -> None:
                 continue
         blobs.append(npz_bytes(answer))
         results.append((None, len(blobs[-1])))
+    signal.alarm(0)
     _reply(out, outputs=list(outputs.values()), left_out=left_out, answers=results)
     for blob in blobs:
         out.write(blob)
     out.flush()
+
+
+def _begin(step: str, timeout_s: int) -> None:
+    """Write to standard error what begins, and have the kernel end this process if it takes longer."""
+    print(step, file=sys.stderr, flush=True)
+    signal.alarm(timeout_s)
 
 
 def _declared(shape: Sequence[int | str | None], value: NDArray) -> list[int | None] | None:

@@ -21,10 +21,17 @@ from gps_denied_c7.errors import (
     ModelBundleError,
     RuntimeUnavailableError,
 )
-from gps_denied_c7.ground.command_line import Command, add_image_size, image_settings, path_argument, print_json
+from gps_denied_c7.ground.command_line import (
+    Command,
+    add_answer_timeout,
+    add_image_size,
+    image_settings,
+    path_argument,
+    print_json,
+)
 from gps_denied_c7.ground.compatibility import mismatches
 from gps_denied_c7.ground.golden import noise_picture
-from gps_denied_c7.ground.reference import reference_answers
+from gps_denied_c7.ground.reference import ANSWER_TIMEOUT_S, reference_answers
 from gps_denied_c7.ground.trial import TrialRun, figures, read_picture, run_picture, served_model
 from gps_denied_c7.image.decode import Pixels
 from gps_denied_c7.model.artefact import Artefact
@@ -88,6 +95,7 @@ class Checks:
         the model's own time.
     :param run: have the model answer :attr:`picture`.
     :param picture: None for noise of the model's own size.
+    :param answer_timeout_s: seconds that plain ONNX Runtime may take for one answer.
     :param settings: sizes for a bare ``.onnx`` that leaves them free.
     """
 
@@ -95,6 +103,7 @@ class Checks:
     run_models: bool = True
     run: bool = False
     picture: Pixels | None = None
+    answer_timeout_s: int = ANSWER_TIMEOUT_S
     settings: ImageSettings = field(default_factory=ImageSettings)
 
     @property
@@ -166,8 +175,9 @@ def _verify_bundle(path: Path, checks: Checks) -> Iterator[Verdict]:
         files.append((case.outputs.path, 'golden', partial(bundle.golden_outputs, index)))
     whole = yield from _verdicts(files)
     if whole and checks.run_models and bundle.golden:
+        check = partial(_check_answers, bundle, timeout_s=checks.answer_timeout_s)
         models = [artefact for artefact in bundle.artefacts if artefact.path.suffix == '.onnx']
-        whole = yield from _verdicts([(one.path, 'answers', partial(_check_answers, bundle, one)) for one in models])
+        whole = yield from _verdicts([(one.path, 'answers', partial(check, one)) for one in models])
     if whole:
         verdict = _served(path, bundle, checks)
         # That model.json says nothing against it does not show that the node serves it.
@@ -205,7 +215,7 @@ def _served(path: Path, bundle: ModelBundle, checks: Checks) -> Verdict:
     return Verdict(path, 'served', run=run)
 
 
-def _check_answers(bundle: ModelBundle, artefact: Artefact) -> None:
+def _check_answers(bundle: ModelBundle, artefact: Artefact, timeout_s: int) -> None:
     """Compare the golden answers with those of plain session.run, which shares no code with what made them."""
     requests = [
         {artefact.own_name(name): array for name, array in bundle.golden_inputs(index).items()}
@@ -214,7 +224,7 @@ def _check_answers(bundle: ModelBundle, artefact: Artefact) -> None:
     problems = []
     model = read_onnx(artefact.path, artefact.sha256, artefact.external_data)
     source = str(artefact.path) if model.external_data else model.source
-    for index, answer in enumerate(reference_answers(source, requests).answers):
+    for index, answer in enumerate(reference_answers(source, requests, timeout_s=timeout_s).answers):
         if isinstance(answer, InferenceError):
             problems.append(f'{bundle.golden[index].name!r}: {answer.message}')
             continue
@@ -305,6 +315,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         'PICTURE: on an image of noise. Write it after the paths',
     )  # fmt: skip
     add_image_size(parser)
+    add_answer_timeout(parser)
     parser.add_argument(
         '--any-host', action='store_true',
         help='check for damage and for write access of other users, not whether this machine can use it',
@@ -328,6 +339,7 @@ def _run(options: argparse.Namespace) -> int:
         run_models=not options.digests_only,
         run=bool(picture),
         picture=read_picture(picture) if isinstance(picture, Path) else None,
+        answer_timeout_s=options.answer_timeout,
         settings=ImageSettings(image_settings(options)),
     )
     verdicts = []

@@ -8,17 +8,15 @@ call into the driver can hang forever; the node, which reads its output, starts 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
-import signal
 import sys
 import time
 from typing import Any
 
-__all__ = ['main']
+from gps_denied_c7.parent_death import die_with_parent
 
-_PR_SET_PDEATHSIG = 1
+__all__ = ['main']
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -27,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument('--device', type=int, default=0, help='index of the GPU')
     parser.add_argument('--period', type=float, default=1.0, help='seconds between two readings')
     options = parser.parse_args(arguments)
-    _die_with_parent()
+    die_with_parent()
     try:
         import pynvml
     except ImportError as error:
@@ -63,14 +61,6 @@ def _say(what: dict[str, Any]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return 0
-
-
-def _die_with_parent() -> None:
-    """Have the kernel end this process with its parent, also while it hangs in the driver."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 if __name__ == '__main__':

@@ -10,7 +10,9 @@ import signal
 import sys
 import threading
 
-__all__ = ['LOG_MARK', 'SPARE_NAME', 'WORKER_NAME', 'begin_child', 'die_with_parent', 'name_process']
+from gps_denied_c7.parent_death import die_with_parent
+
+__all__ = ['LOG_MARK', 'SPARE_NAME', 'WORKER_NAME', 'begin_child', 'name_process']
 
 LOG_MARK = '\x1e'
 """Begins each line on standard error that comes from :mod:`logging`: mark, level number, blank, text."""
@@ -18,16 +20,7 @@ LOG_MARK = '\x1e'
 WORKER_NAME, SPARE_NAME = 'c7-worker', 'c7-spare'
 """What the process is called by the kernel (``ps -o comm``): with an engine or on the way to one, and without."""
 
-_PR_SET_PDEATHSIG = 1
 _PR_SET_NAME = 15
-
-
-def die_with_parent() -> None:
-    """Have the kernel end this process with the thread that started it, also while it hangs in a driver."""
-    parent = os.getppid()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
 
 
 def begin_child(name: str, lifetime: int) -> None:

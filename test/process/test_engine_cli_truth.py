@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import shutil
@@ -22,10 +23,12 @@ from onnx import TensorProto, helper
 from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.errors import ConfigError
 from gps_denied_c7.ground import make_bundle
+from gps_denied_c7.ground.staged_directory import staged_directory
 from gps_denied_c7.model.bundle import ModelBundle
 from support.engine_command import Run
-from support.small_networks import KERNEL, free, handmade, network, saved
+from support.small_networks import KERNEL, endless, free, handmade, network, saved
 from support.source_tree import REPOSITORY
+from support.waiting import wait_until
 
 pytestmark = pytest.mark.once
 
@@ -284,6 +287,49 @@ def test_m1_a_bundle_that_is_interrupted_leaves_nothing(tmp_path: Path, number: 
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and errors.decode() == 'c7_engine bundle: interrupted\n'
     assert sorted(path.name for path in tmp_path.iterdir()) == ['net.onnx']
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGKILL])
+def test_m1_a_model_that_does_not_end_is_told_and_ends_with_c7_engine(
+    tmp_path: Path, run: Run, caplog: pytest.LogCaptureFixture, number: signal.Signals
+) -> None:
+    """Its computation is a process of its own; the next run removes what a kill has left."""
+    with subprocess.Popen(
+        [*ENGINE, 'bundle', str(saved(tmp_path, endless())), '--output', str(tmp_path / 'b')],
+        stderr=subprocess.PIPE, text=True, env={**os.environ, 'PYTHONPATH': str(REPOSITORY)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:  # fmt: skip
+        assert process.stderr is not None
+        told = process.stderr.readline()
+        assert 'it is at answer 1 of 12' in told and '--answer-timeout' in told
+        (child,) = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
+        process.send_signal(number)
+    wait_until(lambda: not Path(f'/proc/{child}/exe').exists(), 'the computation to end')
+    left = [path for path in tmp_path.iterdir() if path.name != 'net.onnx']
+    assert len(left) == (number == signal.SIGKILL)
+    (tmp_path / '.b.of_mine1').mkdir()
+    assert run('bundle', saved(tmp_path), '--output', tmp_path / 'b')[0] == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['.b.of_mine1', 'b', 'net.onnx']
+    assert all(f'removed {path}, which an interrupted run had left' in caplog.text for path in left)
+
+
+def test_m1_a_model_that_does_not_end_is_refused(tmp_path: Path, run: Run) -> None:
+    limit = ['--answer-timeout', '1']
+    status, _, errors = run('bundle', saved(tmp_path, endless()), '--output', tmp_path / 'b', *limit)
+    assert status == 1 and 'took longer than 1 s for answer 1 of 12' in errors and '--answer-timeout' in errors
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['net.onnx']
+    root = handmade(tmp_path / 'net')
+    before = hashlib.sha256((root / 'net.onnx').read_bytes()).hexdigest()
+    after = hashlib.sha256(saved(root, endless()).read_bytes()).hexdigest()
+    (root / 'model.json').write_text((root / 'model.json').read_text().replace(before, after))
+    status, out, _ = run('verify', root, '--any-host', *limit)
+    assert status == 1 and 'REFUSED  answers' in out and 'took longer than 1 s for answer 1 of 1' in out
+
+
+def test_m1_a_directory_that_another_run_is_making_stays(tmp_path: Path) -> None:
+    with staged_directory(tmp_path / 'b') as first, staged_directory(tmp_path / 'b') as second:
+        assert first != second and first.is_dir() and second.is_dir()
+        (first / 'file').touch()
 
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')

@@ -123,7 +123,7 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
 
 def test_a_process_that_dies_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     dying = [sys.executable, '-c', 'raise SystemExit("no memory")']
-    monkeypatch.setattr(reference, 'python_child', lambda module, environ: (dying, environ))
+    monkeypatch.setattr(reference, 'python_child', lambda module, *arguments, environ: (dying, environ))
     with pytest.raises(ModelBundleError, match='ended with 1: no memory'):
         reference_answers(b'', [])
 

@@ -55,6 +55,24 @@ def saved(directory: Path, model: onnx.ModelProto | None = None, name: str = 'ne
     return path
 
 
+def endless() -> onnx.ModelProto:
+    """Return a network that ONNX Runtime accepts and that never answers: a loop of 2**62 rounds."""
+    scalar, values = helper.make_tensor_value_info, (1, 4, 24, 32)
+    body = helper.make_graph(
+        [helper.make_node('Identity', ['on'], ['still on']), helper.make_node('Add', ['sum', 'sum'], ['twice'])],
+        'body',
+        [scalar('round', TensorProto.INT64, []), scalar('on', TensorProto.BOOL, []),
+         scalar('sum', TensorProto.FLOAT, values)],
+        [scalar('still on', TensorProto.BOOL, []), scalar('twice', TensorProto.FLOAT, values)],
+    )  # fmt: skip
+    nodes = [
+        helper.make_node('Constant', [], ['rounds'], value=numpy_helper.from_array(np.array(2**62))),
+        helper.make_node('Constant', [], ['yes'], value=numpy_helper.from_array(np.array(True))),
+        helper.make_node('Loop', ['rounds', 'yes', 'features'], ['out'], body=body),
+    ]
+    return network(nodes=nodes, outputs={'out': (TensorProto.FLOAT, values)})
+
+
 def plain_answers(path: Path, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
