@@ -18,6 +18,7 @@ from gps_denied_c7.ground.command_line import (
     positive_size,
     print_json,
     print_manifest,
+    whole_number,
 )
 from gps_denied_c7.model.bundle import ModelBundle
 from gps_denied_c7.pipeline.model_fit import ImageSettings, fit_bundle
@@ -47,7 +48,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         help='GPU memory that the builder and the engine may use as scratch, for example 512M or 2G; default: 1G',
     )  # fmt: skip
     parser.add_argument(
-        '--optimization-level', type=int, choices=range(6), default=_ON_THE_GROUND,
+        '--optimization-level', type=whole_number(0, 5), default=_ON_THE_GROUND, metavar='LEVEL',
         help="how long TensorRT's builder searches for fast kernels, 0 to 5; default: %(default)s, which takes 1.5 "
         f'times as long as {defaults.builder_optimization_level}, the level of build_on_configure, for engines that '
         'are a few percent faster',

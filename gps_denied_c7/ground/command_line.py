@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import math
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ __all__ = [
     'print_tensors', 'size', 'whole_number',
 ]  # fmt: skip
 
+_NUMBER = re.compile(r'[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?', re.ASCII | re.IGNORECASE)
+_TOO_MANY_BYTES = 1 << 60
 _UNITS = {'': 1, 'K': 1 << 10, 'M': 1 << 20, 'G': 1 << 30, 'T': 1 << 40}
 
 
@@ -97,12 +101,15 @@ def image_settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def number(text: str) -> float:
-    """Read a number, or a fraction such as ``1/255``."""
-    above, _, below = text.partition('/')
-    try:
-        return float(above) / float(below or 1)
-    except (ValueError, ZeroDivisionError):
-        raise argparse.ArgumentTypeError(f'{text} is not a number') from None
+    """Read a finite number, or a fraction such as ``1/255``."""
+    above, slash, below = text.partition('/')
+    value = math.nan
+    if all(_NUMBER.fullmatch(part) for part in (above, below if slash else '1')):
+        with suppress(ZeroDivisionError):
+            value = float(above) / float(below or 1)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f'{text} is not a finite number')
+    return value
 
 
 def numbers(text: str) -> tuple[float, ...]:
@@ -113,8 +120,8 @@ def numbers(text: str) -> tuple[float, ...]:
 def not_negative(text: str) -> float:
     """Read a finite number from 0 on."""
     value = number(text)
-    if not 0 <= value < float('inf'):
-        raise argparse.ArgumentTypeError(f'{text} is negative or not a number')
+    if value < 0:
+        raise argparse.ArgumentTypeError(f'{text} is negative')
     return value
 
 
@@ -131,10 +138,12 @@ def whole_number(least: int, greatest: int) -> Callable[[str], int]:
 
 def size(text: str) -> int:
     """Read a number of bytes such as ``500M``, in binary units."""
-    match = re.fullmatch(r'(\d+(?:\.\d+)?) ?([KMGT]?)(?:i?B)?', text, re.ASCII | re.IGNORECASE)
-    if match is None:
+    # With more digits it would be more than any disk or memory has, and more than vendors' libraries take.
+    match = re.fullmatch(r'(\d{1,15}(?:\.\d+)?)(?: (?=\S))?([KMGT]?)(?:i?B)?', text, re.ASCII | re.IGNORECASE)
+    value = int(float(match[1]) * _UNITS[match[2].upper()]) if match is not None else _TOO_MANY_BYTES
+    if value >= _TOO_MANY_BYTES:
         raise argparse.ArgumentTypeError(f'{text} is not a size in bytes such as 500M or 20G')
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    return value
 
 
 def positive_size(text: str) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +37,7 @@ from gps_denied_c7.ground.command_line import (
     print_field,
     print_json,
     print_tensors,
+    whole_number,
 )
 from gps_denied_c7.ground.golden import answer_cases, golden_cases
 from gps_denied_c7.ground.input_shapes import fixed_inputs, with_fixed_inputs
@@ -266,7 +268,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         '--force', action='store_true', help='make the bundle even if its golden answers are a weak test'
     )
-    parser.add_argument('--seed', type=int, default=0, help='seed of the random test images; default: %(default)s')
+    parser.add_argument(
+        '--seed', type=whole_number(0, 2**32 - 1), default=0, metavar='N',
+        help='seed of the random test images; default: %(default)s',
+    )  # fmt: skip
     add_answer_timeout(parser)
     _add_preprocessing(parser)
 
@@ -404,11 +409,8 @@ def _rule(text: str) -> OutputRule:
 
 
 def _setting(text: str) -> int | float | str:
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
+    with suppress(argparse.ArgumentTypeError):
+        return int(text) if re.fullmatch(r'-?\d{1,18}', text, re.ASCII) else number(text)
     return text
 
 

@@ -78,6 +78,45 @@ def test_g3_wrong_command_lines_exit_with_2(arguments: tuple[str, ...], capsys: 
     assert 'usage: c7_engine' in capsys.readouterr().err
 
 
+NO_NUMBERS = ('nan', 'inf', '1e400', '9' * 400 + 'e', '', ' 5', '5 ', '0x10', '1_000', '1/1e-320', '\u0663')
+
+
+@pytest.mark.parametrize('text', NO_NUMBERS)
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        ('build', 'x.onnx', '--workspace'), ('build', 'x.onnx', '--optimization-level'), ('sweep', '--older-than'),
+        ('sweep', '--max-size'), ('verify', 'x.onnx', '--answer-timeout'), ('verify', 'x.onnx', '--input-size'),
+        *(('bundle', 'x.onnx', '--output', 'b', f'--{name}') for name in (
+            'seed', 'answer-timeout', 'scale', 'pad-value', 'mean', 'std', 'input-size',
+            'rule=a=allclose,rtol=0,atol')),
+    ],
+    ids=lambda arguments: f'{arguments[0]} {arguments[-1]}',
+)  # fmt: skip
+def test_g3_text_that_is_not_a_number_exits_with_2(arguments: tuple[str, ...], text: str, run: Run) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(*arguments[:-1], f'{arguments[-1]}={text}')
+    assert ended.value.code == 2
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        ('build', 'x.onnx', '--workspace', '9' * 400), ('build', 'x.onnx', '--workspace', '1048576T'),
+        ('sweep', '--max-size', '9' * 400), ('sweep', '--max-size', f'{"9" * 400}.5T'),
+        ('build', 'x.onnx', '--optimization-level', '6'), ('bundle', 'x.onnx', '--output', 'b', '--seed', '-1'),
+        ('bundle', 'x.onnx', '--output', 'b', '--seed', '4294967296'),
+        ('bundle', 'x.onnx', '--output', 'b', '--seed', '9' * 400),
+        ('verify', 'x.onnx', '--answer-timeout', '0'), ('verify', 'x.onnx', '--answer-timeout', '9' * 400),
+    ],
+    ids=lambda arguments: ' '.join(arguments)[:60],
+)  # fmt: skip
+def test_g3_a_number_out_of_range_exits_with_2(arguments: tuple[str, ...], run: Run) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(*arguments)
+    assert ended.value.code == 2
+
+
 @pytest.mark.parametrize(
     'arguments',
     [
