@@ -22,7 +22,7 @@ from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engines.manifest import HostProfile
 from gps_denied_c7.engines.store import LOCK_NAME, EngineCache, fallback_directory
 from gps_denied_c7.engines.trusted_files import trusted_directory
-from gps_denied_c7.errors import EngineSchemaMismatchError
+from gps_denied_c7.errors import EngineSchemaMismatchError, ModelBundleError
 from gps_denied_c7.ground.cache_items import CacheItem, list_engines, list_ort
 from gps_denied_c7.ground.command_line import Command, not_negative, path_argument, print_json, size
 from gps_denied_c7.ground.compatibility import mismatches
@@ -262,6 +262,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
+    for named in filter(None, (options.cache, options.ort_cache)):
+        if not os.path.lexists(named):
+            raise ModelBundleError(f'{named} does not exist.', remedy='Correct the path.')
     defaults = C7InferenceConfig()
     caches = Caches(
         engines=[options.cache] if options.cache else EngineCache.at(defaults.engine_cache_dir).directories,

@@ -74,6 +74,7 @@ def test_g3_from_an_onnx_to_a_verified_engine(tmp_path: Path, gate: EngineGate) 
     assert (json.loads(inspected.stdout)['refused'], json.loads(inspected.stdout)['unknown']) == ([], [])
     verified = command('verify', cache, tmp_path / 'bundle')
     assert verified.returncode == 0, verified.stdout + verified.stderr
+    (tmp_path / 'ort').mkdir()
     swept = command('sweep', '--cache', cache, '--ort-cache', tmp_path / 'ort', '--not-for-this-host', '--json')
     assert swept.returncode == 0, swept.stderr
     assert json.loads(swept.stdout)['removed'] == []

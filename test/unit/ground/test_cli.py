@@ -121,7 +121,8 @@ def test_g3_a_number_out_of_range_exits_with_2(arguments: tuple[str, ...], run: 
     'arguments',
     [
         ('build', 'nowhere'), ('inspect', 'nowhere.engine'), ('verify', 'nowhere'),
-        ('bundle', 'nowhere.onnx', '--output', 'b'),
+        ('bundle', 'nowhere.onnx', '--output', 'b'), ('sweep', '--cache', 'nowhere'),
+        ('sweep', '--ort-cache', 'nowhere'),
     ],
 )  # fmt: skip
 def test_g3_what_fails_exits_with_1_and_says_what_to_do(
@@ -556,7 +557,8 @@ def test_g3_sweep_by_command_line(tmp_path: Path, run: Run, here: HostProfile) -
 
 def test_g3_a_file_name_forges_no_line_of_a_sweep(tmp_path: Path, run: Run) -> None:
     (tmp_path / 'x\n5 removed (9 GiB)\x1b[31m').touch()
-    status, out, _ = run('sweep', '--dry-run', '--cache', str(tmp_path), '--ort-cache', str(tmp_path / 'none'))
+    (tmp_path / 'ort').mkdir()
+    status, out, _ = run('sweep', '--dry-run', '--cache', str(tmp_path), '--ort-cache', str(tmp_path / 'ort'))
     assert status == 0 and r'x\n5 removed (9 GiB)\x1b[31m' in out and '\n5 removed' not in out and '\x1b' not in out
 
 
