@@ -177,12 +177,12 @@ def _verify_bundle(path: Path, checks: Checks) -> Iterator[Verdict]:
     if whole and checks.run_models and bundle.golden:
         check = partial(_check_answers, bundle, timeout_s=checks.answer_timeout_s)
         models = [artefact for artefact in bundle.artefacts if artefact.path.suffix == '.onnx']
-        whole = yield from _verdicts([(one.path, 'answers', partial(check, one)) for one in models])
-    if whole:
-        verdict = _served(path, bundle, checks)
-        # That model.json says nothing against it does not show that the node serves it.
-        if checks.loads_models or not verdict.admitted:
-            yield verdict
+        yield from _verdicts([(one.path, 'answers', partial(check, one)) for one in models])
+    # Also of a bundle that is refused above: the node may do without the file that is wrong.
+    verdict = _served(path, bundle, checks)
+    # That model.json says nothing against it does not show that the node serves it.
+    if checks.loads_models or not verdict.admitted:
+        yield verdict
 
 
 def _verdicts(checks: Sequence[_Check]) -> Generator[Verdict, None, bool]:
@@ -381,7 +381,8 @@ COMMAND = Command(
     summary='check engines, caches and bundles, and whether the node would serve them here',
     description='Check that engines, caches and model bundles are whole, and that this machine can use them; one line\n'
     'for each check. For a bundle, its golden answers are also computed again, and it is loaded as the node would\n'
-    'load it ("served"). A directory is searched one level deep. Changes nothing.',
+    'load it ("served"), also where a file is refused that the node may do without. A directory is searched one level\n'
+    'deep. Changes nothing.',
     add_arguments=_add_arguments,
     run=_run,
 )

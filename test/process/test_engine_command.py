@@ -114,7 +114,8 @@ def test_m1_verify_checks_every_file_of_a_bundle(bundle: Path, run: Run, damaged
     status, out, _ = run('verify', bundle, '--json')
     assert status == 1
     refused = [name for name, admitted in verdicts(out).items() if not admitted]
-    assert refused == (['bundle'] if damaged == 'model.json' else [Path(damaged).name])
+    # The node would not serve it either.
+    assert refused == (['bundle'] if damaged == 'model.json' else ['bundle', Path(damaged).name])
 
 
 def test_m1_verify_takes_a_bundle_s_engine_through_the_gate(bundle: Path, run: Run, here: HostProfile) -> None:
@@ -138,6 +139,19 @@ def test_m1_verify_takes_a_bundle_s_engine_through_the_gate(bundle: Path, run: R
     assert [name for name, admitted in verdicts(out).items() if not admitted] == [engine.name]
 
 
+@pytest.mark.parametrize(('strategy', 'name'), [('pytorch_fp16', 'spare.pt2'), ('tensorrt', 'spare.engine')])
+def test_m1_verify_tells_that_the_node_would_serve_a_bundle_without_a_spare_file_that_is_gone(
+    bundle: Path, run: Run, strategy: str, name: str
+) -> None:
+    described = json.loads((bundle / 'model.json').read_text())
+    described['artefacts'].append({**described['artefacts'][0], 'strategy': strategy, 'path': name})
+    (bundle / 'model.json').write_text(json.dumps(described))
+    status, out, _ = run('verify', bundle)
+    assert status == 1 and f'REFUSED  artefact  {bundle / name}' in out
+    assert f'ok       served    {bundle}\n' in out
+    assert out.count('REFUSED') == 1
+
+
 def test_m1_verify_tells_of_artefacts_of_other_weights(bundle: Path, run: Run) -> None:
     described = json.loads((bundle / 'model.json').read_text())
     described['artefacts'].append({**described['artefacts'][0], 'weights_digest': f'sha256:{"0" * 64}'})
@@ -159,7 +173,7 @@ def test_m1_verify_names_the_answer_that_a_wrong_serving_path_once_gave(bundle: 
         preprocessing=made.preprocessing, artefacts=made.artefacts, rules=made.rules, golden=golden,
     )  # fmt: skip
     status, out, _ = run('verify', bundle)
-    assert status == 1 and out.endswith('15 verified, 1 refused\n')
+    assert status == 1 and out.endswith('16 verified, 2 refused\n')
     assert "'checkerboard': output 'features'" in out and "'stripes'" not in out
     assert run('verify', '--digests-only', bundle)[0] == 0
 
