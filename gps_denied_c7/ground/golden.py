@@ -18,6 +18,7 @@ from gps_denied_c7.image.preprocess import Preprocessor
 from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.model.files import GOLDEN_LIMIT_BYTES
 from gps_denied_c7.model.image_input import image_input
+from gps_denied_c7.model.onnx_types import no_output_left
 from gps_denied_c7.tensors import TensorSpec, check_finite
 
 __all__ = ['FLAT', 'GoldenCase', 'answer_cases', 'golden_cases', 'golden_pictures', 'noise_picture']
@@ -102,6 +103,9 @@ def answer_cases(
             'give --allow-non-finite OUTPUT.',
         )
     notes += faults
+    if not reference.outputs:
+        problem, remedy = no_output_left(reference.left_out)
+        raise ModelBundleError(problem, remedy=remedy)
     if reference.left_out:
         notes.append(f'The outputs {list(reference.left_out)} are not numeric tensors, and not part of the bundle.')
     return reference.outputs, usable

@@ -11,7 +11,6 @@ import io
 import json
 import logging
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from numpy.typing import NDArray
 from gps_denied_c7.child_environment import SAFE_DIRECTORY, python_child, worker_environment
 from gps_denied_c7.errors import InferenceError, ModelBundleError, RuntimeUnavailableError
 from gps_denied_c7.model.files import npz_bytes
+from gps_denied_c7.model.onnx_types import ONNX_DTYPES
 from gps_denied_c7.parent_death import die_with_parent
 from gps_denied_c7.tensors import TensorSpec
 
@@ -35,8 +35,6 @@ ANSWER_TIMEOUT_S = 1800
 
 Arrays = Mapping[str, NDArray]
 
-# What ONNX Runtime calls the types that NumPy has, too; of others it gives bytes, or refuses the whole request.
-_NUMBERS = re.compile(r'tensor\((bool|float|float16|double|u?int(8|16|32|64))\)')
 _PACKAGES = 'Install the packages of requirements/runtime.txt.'
 _FIRST_SIGN_S = 10
 
@@ -50,13 +48,13 @@ class Reference:
 
     :param outputs: as the file declares them; a size that the file leaves free, gives as 0, or gives other than an
         answer has it is None, and so is the shape where the file does not say how many axes there are.
-    :param left_out: outputs that are not numeric tensors.
+    :param left_out: ONNX Runtime's types of the outputs that are not numeric tensors, by name.
     :param answers: for each request: arrays by output name, an error where the model fails on it, None where it was
         left out because those before it are large enough.
     """
 
     outputs: tuple[TensorSpec, ...]
-    left_out: tuple[str, ...]
+    left_out: Mapping[str, str]
     answers: tuple[dict[str, NDArray] | InferenceError | None, ...]
 
 
@@ -103,14 +101,15 @@ def reference_answers(
     for fault, size in reply['answers']:
         if size is not None:
             with np.load(io.BytesIO(stream.read(size)), allow_pickle=False) as arrays:
-                answers.append(dict(arrays))
+                # Without names, which may be too long for an archive.
+                answers.append({name: arrays[str(place)] for place, (name, *_) in enumerate(reply['outputs'])})
         else:
             answers.append(InferenceError(f'plain session.run fails: {fault}') if fault else None)
     return Reference(
         tuple(
             TensorSpec(name, dtype, None if shape is None else tuple(shape)) for name, dtype, shape in reply['outputs']
         ),
-        tuple(reply['left_out']),
+        reply['left_out'],
         tuple(answers),
     )
 
@@ -188,8 +187,9 @@ def _serve(requests: BinaryIO, out: BinaryIO) -> None:
         return
     del content
     declared = session.get_outputs()
-    numbers = [output for output in declared if _NUMBERS.fullmatch(output.type)]
-    left_out = list(dict.fromkeys(output.name for output in declared if output not in numbers))
+    # Of other types ONNX Runtime gives bytes, or refuses the whole request.
+    numbers = [output for output in declared if output.type in ONNX_DTYPES]
+    left_out = {output.name: output.type for output in declared if output not in numbers}
     left: int | None = head['limit']
     results: list[tuple[str | None, int | None]] = []
     blobs: list[bytes] = []
@@ -207,17 +207,15 @@ def _serve(requests: BinaryIO, out: BinaryIO) -> None:
         except Exception as error:  # as above
             results.append((str(error), None))
             continue
-        answer = {}
         for output, value in zip(numbers, values, strict=True):
-            answer[output.name] = value
             seen = outputs.setdefault(output.name, [output.name, value.dtype.name, _declared(output.shape, value)])
             seen[2] = _reconciled(seen[2], value.shape)
         if left is not None:
-            left -= sum(value.nbytes for value in answer.values())
+            left -= sum(value.nbytes for value in values)
             if left < 0 and blobs:
                 results.append((None, None))
                 continue
-        blobs.append(npz_bytes(answer))
+        blobs.append(npz_bytes({str(place): value for place, value in enumerate(values)}))
         results.append((None, len(blobs[-1])))
     signal.alarm(0)
     _reply(out, outputs=list(outputs.values()), left_out=left_out, answers=results)
@@ -246,7 +244,7 @@ def _reconciled(shape: list[int | None] | None, found: Sequence[int]) -> list[in
 
 
 def _reply(out: BinaryIO, **values: Any) -> None:
-    reply = {'missing': '', 'refused': '', 'outputs': [], 'left_out': [], 'answers': [], **values}
+    reply = {'missing': '', 'refused': '', 'outputs': [], 'left_out': {}, 'answers': [], **values}
     out.write(json.dumps(reply).encode() + b'\n')
     out.flush()
 

@@ -48,6 +48,7 @@ from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.model.artefact import ONLY_GOLDEN, Artefact, Golden
 from gps_denied_c7.model.compare import rule_from_json, rule_to_json
 from gps_denied_c7.model.files import BundleFile
+from gps_denied_c7.model.onnx_types import ONNX_DTYPES
 from gps_denied_c7.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -58,10 +59,6 @@ __all__ = ['MODEL_JSON', 'SCHEMA_VERSION', 'bundle_from_json', 'bundle_to_json']
 MODEL_JSON = 'model.json'
 SCHEMA_VERSION = 1
 
-_DTYPES = (
-    *('bool', 'int8', 'int16', 'int32', 'int64', 'uint8', 'uint16', 'uint32', 'uint64'),
-    *('float16', 'float32', 'float64'),
-)
 _NAME = re.compile(r'[A-Za-z0-9][A-Za-z0-9._-]{0,127}')
 _MAX_RANK = 8
 
@@ -106,7 +103,8 @@ def bundle_from_json(value: object, root: Path, make: Callable[..., Bundle]) -> 
 def _tensor(fields: Fields, *, may_lack_rank: bool = False) -> TensorSpec:
     name, dtype = fields.take('name', str), fields.take('dtype', str)
     fields.check(bool(name), 'name', 'is empty.')
-    fields.check(dtype in _DTYPES, 'dtype', f'{dtype!r} unknown.', f'Known are {list(_DTYPES)}.')
+    known = sorted(ONNX_DTYPES.values())
+    fields.check(dtype in known, 'dtype', f'{dtype!r} unknown.', f'Known are {known}.')
     shape: Any = fields.take('shape')
     if may_lack_rank and shape is None:
         fields.close()

@@ -59,6 +59,8 @@ PART_SUFFIX = '.part'
 _MOST_ENTRIES = 1024
 _MOST_NAMED_BYTES = 4 << 20
 _ENTRY_MARK = b'PK\x01\x02'
+# The length of an entry's name has 16 bits; '.npy' ends it.
+_LONGEST_NAME = (1 << 16) - 1 - len('.npy')
 _FREE_SOME = 'Free some, or use a smaller model.'
 
 
@@ -264,11 +266,20 @@ def _array(archive: zipfile.ZipFile, entry: zipfile.ZipInfo) -> NDArray:
 
 
 def npz_bytes(arrays: Mapping[str, NDArray]) -> bytes:
-    """Return arrays as an ``.npz``; the same arrays give the same bytes."""
+    """
+    Return arrays as an ``.npz``; the same arrays give the same bytes.
+
+    :raises ModelBundleError: a name is longer than a zip archive can hold.
+    """
     # Not numpy.savez: it takes names as keywords, so that some tensor names would be its own options.
     content = io.BytesIO()
     with zipfile.ZipFile(content, 'w') as archive:
         for name, array in arrays.items():
+            if len(name.encode()) > _LONGEST_NAME:
+                raise ModelBundleError(
+                    f'the name of the tensor {name[:40]}… has {len(name.encode())} bytes, more than {_LONGEST_NAME}.',
+                    remedy='Export the model with shorter names.',
+                )
             entry = io.BytesIO()
             np.lib.format.write_array(entry, np.asanyarray(array), allow_pickle=False)
             # Flat pictures and sparse answers shrink to little, at the fastest level.

@@ -91,7 +91,10 @@ class MessageSet:
         assert self._kinds[kind.__name__] is kind
         data = self._encoder.encode([kind.__name__, *as_array(message)]).encode()
         if len(data) > PACKET_BYTES:
-            raise InferenceError(f'a message of {len(data)} bytes is longer than {PACKET_BYTES}: {data!r:.100}')
+            raise InferenceError(
+                f'a message of {len(data)} bytes is longer than {PACKET_BYTES}: {data!r:.100}',
+                remedy='Export the model with fewer tensors, or shorter names.',
+            )
         return data
 
     def decode(self, packet: bytes | bytearray | memoryview) -> Any:

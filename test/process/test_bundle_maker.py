@@ -288,6 +288,22 @@ def test_m1_an_output_whose_size_depends_on_the_image_needs_a_rule(tmp_path: Pat
     assert bundle.outputs[0].shape == (None, 4)
 
 
+def test_m1_an_output_that_the_file_declares_in_another_size_is_not_said_to_depend_on_the_image(tmp_path: Path) -> None:
+    error = refused(tmp_path, network(outputs={'features': (TensorProto.FLOAT, [1, 5, 24, 32])}))
+    assert 'has the size 1x4x24x32 in each answer, but the file' in error.message
+    assert 'depends on the image' not in error.message and 'export the model with the size' in error.remedy
+
+
+@pytest.mark.parametrize('role', ['input', 'output'])
+def test_m1_a_name_that_no_golden_file_can_hold_is_refused_with_its_length(tmp_path: Path, role: str) -> None:
+    model = network()
+    name = 'x' * 100_000
+    getattr(model.graph, role)[0].name = name
+    (getattr(model.graph.node[0], role))[0] = name
+    error = refused(tmp_path, model)
+    assert 'xxx… has 100000 bytes' in error.message and error.remedy == 'Export the model with shorter names.'
+
+
 def test_m1_notes_tell_what_proves_little(tmp_path: Path) -> None:
     nodes = [
         helper.make_node('Sub', ['features', 'features'], ['nothing']),

@@ -90,6 +90,35 @@ def test_m1_a_bundle_is_loaded_as_the_node_would_before_it_is_there(tmp_path: Pa
     assert sorted(path.name for path in tmp_path.iterdir()) == ['net.onnx']
 
 
+@pytest.mark.parametrize('kind', ['STRING', 'BFLOAT16', 'sequence'])
+def test_m1_bundle_verify_and_the_node_leave_out_the_same_outputs(
+    tmp_path: Path, run: Run, caplog: pytest.LogCaptureFixture, kind: str
+) -> None:
+    """Those that are not numeric tensors, beside one that is; without that one all of them name the reason."""
+    for beside, status in (({'features': (TensorProto.FLOAT, [1, 4, 24, 32])}, 0), ({}, 1)):
+        if kind == 'sequence':
+            model = network(nodes=[helper.make_node('SequenceConstruct', ['features'], ['odd'])], outputs=beside)
+            del model.graph.output[len(beside) :]
+            model.graph.output.append(helper.make_tensor_sequence_value_info('odd', TensorProto.FLOAT, None))
+        else:
+            to = getattr(TensorProto, kind)
+            nodes = [helper.make_node('Cast', ['features'], ['odd'], to=to)]
+            model = network(nodes=nodes, outputs={'odd': (to, None), **beside})
+        path = saved(tmp_path, model)
+        verified, out, _ = run('verify', path, '--run')
+        made, told, errors = run('bundle', path, '--output', tmp_path / 'b')
+        assert verified == made == status
+        if status == 0:
+            assert 'features float32' in out and 'odd' not in out and "['odd'] are not numeric tensors" in told
+            assert "net.onnx: the outputs ['odd'] are not numeric tensors" in caplog.text
+            caplog.clear()
+            assert run('verify', tmp_path / 'b')[0] == 0
+            assert caplog.text == '', 'a bundle names its outputs'
+        else:
+            assert all("no output of the model is a numeric tensor: 'odd' is a" in text for text in (out, errors))
+        shutil.rmtree(tmp_path / 'b', ignore_errors=True)
+
+
 # --- verify --run ---------------------------------------------------------------------------------
 
 

@@ -385,10 +385,12 @@ def mask_beside_scores() -> onnx.ModelProto:
 @pytest.mark.parametrize('isolation', ['process', 'none'])
 def test_a_text_output_that_nobody_asks_for_condemns_nothing(tmp_path: Path, isolation: str) -> None:
     bundle = ModelBundle.load(write_model(tmp_path / 'model.onnx', text_beside_scores()))
-    with served(bundle, isolation, dataclasses.replace(CONFIG, output_tensors=('scores',))) as host:
-        frame = next(frames())
-        require_same(host.infer({'image': frame}), {'scores': frame.mean(axis=(2, 3), keepdims=True)})
-    with pytest.raises(EngineDeserializeError, match='output_tensors'), served(bundle, isolation):
+    for asked in ((), ('scores',)):
+        with served(bundle, isolation, dataclasses.replace(CONFIG, output_tensors=asked)) as host:
+            frame = next(frames())
+            require_same(host.infer({'image': frame}), {'scores': frame.mean(axis=(2, 3), keepdims=True)})
+    config = dataclasses.replace(CONFIG, output_tensors=('text',))
+    with pytest.raises(EngineDeserializeError, match="'text' is a tensor"), served(bundle, isolation, config):
         pass
 
 

@@ -34,7 +34,14 @@ from gps_denied_c7.runtimes.ort.providers import (
     plan_model,
     require_providers,
 )
-from gps_denied_c7.runtimes.ort.session import Session, certain_outputs, open_session, profiled_placement, specs
+from gps_denied_c7.runtimes.ort.session import (
+    Session,
+    certain_outputs,
+    open_session,
+    output_names,
+    profiled_placement,
+    specs,
+)
 from gps_denied_c7.runtimes.protocol import EngineCacheEntry, EngineFacts, ProviderSet
 from gps_denied_c7.runtimes.tensor_mapping import fix_shapes, own_input_shapes
 from gps_denied_c7.runtimes.trt.build import PlanRequest, build_plan, workspace_bytes
@@ -250,7 +257,9 @@ class OnnxTrtEpRuntime(BaseRuntime[Session]):
             if not entry.model.inputs:
                 # Before shapes are computed from a guess.
                 fix_shapes(engine.inputs)
-            wanted = self._wanted(entry, [argument.name for argument in engine.session.get_outputs()])
+            # A bundle names its outputs.
+            own_names = () if entry.model.outputs else output_names(engine, self._config.output_tensors)
+            wanted = self._wanted(entry, own_names)
             given = own_input_shapes(entry, self.label)
             engine.random = model is not None and bool(model.random)
             engine.outputs = certain_outputs(engine, set(wanted.values()), model, given)

@@ -20,25 +20,19 @@ from gps_denied_c7.config import C7InferenceConfig
 from gps_denied_c7.engines.ort_store import CacheBuild
 from gps_denied_c7.errors import EngineContentError, EngineDeserializeError
 from gps_denied_c7.model.onnx_file import OnnxModel
+from gps_denied_c7.model.onnx_types import ONNX_DTYPES, no_output_left
 from gps_denied_c7.model.shape_inference import infer_output_shapes
 from gps_denied_c7.runtimes.ort.io_binding import TensorIo
 from gps_denied_c7.runtimes.ort.providers import CPU, TENSORRT, Attempt, SessionPlan, provider_options
 from gps_denied_c7.runtimes.trt.progress_reports import BuildWatch
 from gps_denied_c7.tensors import TensorSpec
 
-__all__ = ['Placement', 'Session', 'certain_outputs', 'open_session', 'profiled_placement', 'specs']
+__all__ = [
+    'Placement', 'Session', 'certain_outputs', 'open_session', 'output_names', 'profiled_placement', 'specs',
+]  # fmt: skip
 
 _ERRORS_ONLY = 3
 _OF_MODEL = ('Fail', 'InvalidArgument', 'InvalidGraph', 'InvalidProtobuf', 'NotImplemented')
-# ONNX Runtime's element types; those that NumPy lacks are refused.
-_DTYPES = {
-    'tensor(bool)': 'bool',
-    'tensor(double)': 'float64',
-    'tensor(float)': 'float32',
-    'tensor(float16)': 'float16',
-    **{f'tensor({sign}int{bits})': f'{sign}int{bits}' for sign in ('', 'u') for bits in (8, 16, 32, 64)},
-}
-
 _log = logging.getLogger(__name__)
 
 
@@ -267,6 +261,23 @@ def profiled_placement(session: Any) -> Placement | None:
 # --- its tensors ----------------------------------------------------------------------------------
 
 
+def output_names(engine: Session, asked: Collection[str]) -> list[str]:
+    """
+    Return the names of the outputs that are numeric tensors, and of those that were asked for; log the others.
+
+    :raises EngineDeserializeError: none is left.
+    """
+    kinds = {argument.name: argument.type for argument in engine.session.get_outputs()}
+    names = [name for name, kind in kinds.items() if kind in ONNX_DTYPES or name in asked]
+    left_out = {name: kind for name, kind in kinds.items() if name not in names}
+    if not names:
+        problem, remedy = no_output_left(left_out)
+        raise EngineDeserializeError(problem, remedy=remedy)
+    if left_out:
+        _log.warning('%s: the outputs %s are not numeric tensors, and left out', engine.path, sorted(left_out))
+    return names
+
+
 def certain_outputs(
     engine: Session, wanted: Collection[str], model: OnnxModel | None, given: Mapping[str, Sequence[int | None]]
 ) -> tuple[TensorSpec, ...]:
@@ -298,16 +309,15 @@ def specs(arguments: Sequence[Any]) -> tuple[TensorSpec, ...]:
     :raises EngineDeserializeError: NumPy lacks the type of one.
     """
     for argument in arguments:
-        if argument.type not in _DTYPES:
+        if argument.type not in ONNX_DTYPES:
             raise EngineContentError(
                 f'tensor {argument.name!r} is a {argument.type}, which NumPy has no type for.',
-                remedy='Where it is an output that is not needed, name those that are in output_tensors; else export '
-                f'the model with one of {sorted(set(_DTYPES.values()))}.',
+                remedy=f'Export the model with one of {sorted(set(ONNX_DTYPES.values()))}.',
             )
     return tuple(
         TensorSpec(
             argument.name,
-            _DTYPES[argument.type],
+            ONNX_DTYPES[argument.type],
             tuple(size if isinstance(size, int) else None for size in argument.shape),
         )
         for argument in arguments
