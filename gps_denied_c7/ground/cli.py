@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import logging
 import os
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(end='', flush=True)
         return status
     except OSError as error:
-        if error.filename is None and sys.stdout is not None:
+        if error.filename is None and error.errno != errno.ENOENT and sys.stdout is not None:
             # Python would report the same failure again at exit.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         if not isinstance(error, BrokenPipeError):
@@ -63,9 +64,11 @@ def _status(options: argparse.Namespace) -> int:
 
 
 def _unwritten(error: OSError) -> str:
-    """Say what failed; an error of writing to standard output is one without a file's name."""
+    """Say what failed; an error without a file's name is one of standard output, or of the working directory."""
     if error.filename is not None:
         return f'{error.filename}: {error.strerror}.'
+    if error.errno == errno.ENOENT:
+        return 'the working directory was removed. Change to another one.'
     return f'standard output cannot be written: {error.strerror}. Redirect it; what the command did is kept.'
 
 

@@ -108,4 +108,5 @@ def default_preprocessing(inputs: Sequence[TensorSpec]) -> PreprocessingSpec:
             dtype=tensor.dtype,
         )
     except ConfigError as error:
+        remedy = f'{error.remedy} {remedy}'.lstrip()
         raise ModelBundleError(f'input {tensor.name!r}: {error.message}', remedy=remedy) from error

@@ -297,6 +297,24 @@ def test_a_directory_may_have_any_name(tmp_path: Path, name: str) -> None:
         assert len(lines) == 3
 
 
+def test_a_working_directory_that_was_removed_is_named(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / 'gone').mkdir()
+    monkeypatch.chdir(tmp_path / 'gone')
+    (tmp_path / 'gone').rmdir()
+    for arguments in (('verify', 'net.onnx'), ('bundle', saved(tmp_path), '--output', 'b')):
+        status, _, errors = run(*arguments)
+        assert status == 1 and 'the working directory was removed' in errors
+
+
+def test_m1_a_size_that_no_image_has_is_refused_with_those_that_it_may_have(tmp_path: Path, run: Run) -> None:
+    status, _, errors = run(
+        'bundle', free(tmp_path, [1, 3, None, None]), '--output', tmp_path / 'b', '--input-size', '999999999x24'
+    )
+    assert status == 1 and '999999999 is not a size in pixels. Give a whole number in 1..' in errors
+
+
 # --- writing --------------------------------------------------------------------------------------
 
 
