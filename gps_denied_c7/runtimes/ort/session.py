@@ -265,14 +265,14 @@ def output_names(engine: Session, asked: Collection[str]) -> list[str]:
     """
     Return the names of the outputs that are numeric tensors, and of those that were asked for; log the others.
 
-    :raises EngineDeserializeError: none is left.
+    :raises EngineContentError: none is left.
     """
     kinds = {argument.name: argument.type for argument in engine.session.get_outputs()}
     names = [name for name, kind in kinds.items() if kind in ONNX_DTYPES or name in asked]
     left_out = {name: kind for name, kind in kinds.items() if name not in names}
     if not names:
         problem, remedy = no_output_left(left_out)
-        raise EngineDeserializeError(problem, remedy=remedy)
+        raise EngineContentError(problem, remedy=remedy)
     if left_out:
         _log.warning('%s: the outputs %s are not numeric tensors, and left out', engine.path, sorted(left_out))
     return names
@@ -306,7 +306,7 @@ def specs(arguments: Sequence[Any]) -> tuple[TensorSpec, ...]:
     """
     Return what a session says of its inputs or outputs.
 
-    :raises EngineDeserializeError: NumPy lacks the type of one.
+    :raises EngineContentError: NumPy lacks the type of one.
     """
     for argument in arguments:
         if argument.type not in ONNX_DTYPES:
