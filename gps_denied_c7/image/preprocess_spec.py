@@ -14,7 +14,9 @@ import numpy as np
 from gps_denied_c7.errors import ConfigError
 from gps_denied_c7.image.decode import MAX_SIDE
 
-__all__ = ['COLOURS', 'LETTERBOX_ANCHORS', 'LETTERBOX_SCALINGS', 'Interpolation', 'PreprocessingSpec', 'ResizeMode']
+__all__ = [
+    'COLOURS', 'DTYPES', 'LETTERBOX_ANCHORS', 'LETTERBOX_SCALINGS', 'Interpolation', 'PreprocessingSpec', 'ResizeMode',
+]  # fmt: skip
 
 COLOURS = {'gray': 1, 'rgb': 3, 'bgr': 3}
 """Channels of a network's input by what they hold."""
@@ -22,12 +24,14 @@ LETTERBOX_ANCHORS = ('centre', 'top_left')
 """Where the image lies in a letterbox; of an odd border, the centre leaves the larger part right and below."""
 LETTERBOX_SCALINGS = ('fit', 'shrink')
 """Whether an image smaller than the letterbox is enlarged (``fit``) or not (``shrink``, YOLO's ``scaleup=False``)."""
+DTYPES = ('float32', 'float16', 'uint8')
+"""Element types that a network's input may have."""
 _CHOICES: Mapping[str, Collection[str]] = {
     'letterbox_anchor': LETTERBOX_ANCHORS,
     'letterbox_scaling': LETTERBOX_SCALINGS,
     'colour': COLOURS,
     'layout': ('nchw', 'nhwc'),
-    'dtype': ('float32', 'float16', 'uint8'),
+    'dtype': DTYPES,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from gps_denied_c7.errors import ConfigError, ModelBundleError
-from gps_denied_c7.image.preprocess_spec import COLOURS, PreprocessingSpec
+from gps_denied_c7.image.preprocess_spec import COLOURS, DTYPES, PreprocessingSpec
 from gps_denied_c7.model.bundle_json import MODEL_JSON
 from gps_denied_c7.tensors import TensorSpec
 
@@ -16,6 +16,7 @@ SIZE_REMEDY = (
     'c7_engine: --input-size WIDTHxHEIGHT); where it leaves the channels free, too (preprocess.colour; --colour).'
 )
 """What to do about a bare ``.onnx`` that takes images of any size."""
+_ONE_INPUT = 'Export the model with a single image input, the other inputs as constants inside.'
 
 
 def image_input(inputs: Sequence[TensorSpec], preprocessing: PreprocessingSpec) -> TensorSpec:
@@ -29,13 +30,58 @@ def image_input(inputs: Sequence[TensorSpec], preprocessing: PreprocessingSpec) 
         for tensor in inputs
         if tensor.dtype == preprocessing.dtype and tensor.takes(preprocessing.tensor_shape)
     ]
-    if len(fits) != 1:
+    if len(fits) == 1:
+        return fits[0]
+    if len(inputs) == 1:
+        _require_image(inputs[0])
+        wanted = _other_settings(inputs[0], preprocessing)
+        given = ', '.join(f'{name} {getattr(preprocessing, name)}' for name in wanted)
         raise ModelBundleError(
-            f'preprocessing: makes {preprocessing.dtype} {preprocessing.tensor_shape}, which {len(fits)} of the '
-            f'inputs {[(tensor.name, tensor.dtype, tensor.shape) for tensor in inputs]} take.',
-            remedy='Make width, height, colour, layout and dtype those of the one image input.',
+            f'preprocessing: input {_described(inputs[0])} does not take {given}.',
+            remedy=f'Set {", ".join(f"{name} {value}" for name, value in wanted.items())}.',
         )
-    return fits[0]
+    raise ModelBundleError(
+        f'preprocessing: makes {preprocessing.dtype} {preprocessing.tensor_shape}, which {len(fits) or "none"} of the '
+        f'inputs take: {", ".join(map(_described, inputs))}.',
+        remedy=_ONE_INPUT,
+    )
+
+
+def _described(tensor: TensorSpec) -> str:
+    return f'{tensor.name!r} ({tensor.dtype}, {tensor.shape})'
+
+
+def _require_image(tensor: TensorSpec) -> None:
+    """Refuse an input that no pre-processing can fill; only another export helps."""
+    axes = tensor.axes
+    needs = {
+        'four axes, (1, C, H, W) or (1, H, W, C)': len(axes) == 4,
+        'a batch of 1': axes[:1] in ((1,), (None,)),
+        '1 or 3 channels': not {1, 3, None}.isdisjoint(axes[1::2]),
+        f'the type {", ".join(DTYPES[:-1])} or {DTYPES[-1]}': tensor.dtype in DTYPES,
+    }
+    if lacks := [need for need, met in needs.items() if not met]:
+        raise ModelBundleError(
+            f'input {_described(tensor)} is not one image.',
+            remedy=f'Export the model with an input that has {" and ".join(lacks)}.',
+        )
+
+
+def _other_settings(tensor: TensorSpec, spec: PreprocessingSpec) -> dict[str, object]:
+    """Return the settings that an image input needs otherwise, each with the value that it takes."""
+    layout, other = ('nchw', 'nhwc') if spec.layout == 'nchw' else ('nhwc', 'nchw')
+    sizes = dict(zip(layout, tensor.axes, strict=True))
+    if sizes['c'] not in (1, 3, None):
+        layout, sizes = other, dict(zip(other, tensor.axes, strict=True))
+    colours = ' or '.join(colour for colour, channels in COLOURS.items() if channels == sizes['c'])
+    wanted = {
+        'colour': spec.colour if sizes['c'] in (spec.channels, None) else f'{colours} (channels: {sizes["c"]})',
+        'width': sizes['w'] or spec.width,
+        'height': sizes['h'] or spec.height,
+        'layout': layout,
+        'dtype': tensor.dtype,
+    }
+    return {name: value for name, value in wanted.items() if value != getattr(spec, name)}
 
 
 def image_layout(axes: Sequence[int | None]) -> str:
@@ -76,26 +122,25 @@ def default_preprocessing(inputs: Sequence[TensorSpec]) -> PreprocessingSpec:
 
     :raises ModelBundleError: there is not exactly one input, or it is not an image of a fixed size.
     """
-    remedy = f'Write a {MODEL_JSON} with its pre-processing, or export the model with one image input of a fixed size.'
     if len(inputs) != 1:
-        raise ModelBundleError(f'{len(inputs)} inputs, where one image is needed.', remedy=remedy)
-    tensor = inputs[0]
-    if len(tensor.axes) == 4 and None in tensor.axes[1:]:
-        remedy = f'{SIZE_REMEDY} {remedy}'
-    fits = []
-    if len(tensor.axes) == 4 and tensor.axes[0] in (1, None) and tensor.dtype in ('float32', 'float16', 'uint8'):
-        _, second, third, fourth = tensor.axes
-        candidates = (('nchw', second, third, fourth), ('nhwc', fourth, second, third))
-        fits = [
-            (layout, channels, height, width)
-            for layout, channels, height, width in candidates
-            if channels in (1, 3) and height is not None and width is not None
-        ]
-    if len(fits) != 1:
         raise ModelBundleError(
-            f'input {tensor.name!r} ({tensor.dtype}, {tensor.shape}) is not plainly one image: '
-            '(1, C, H, W) or (1, H, W, C) with 1 or 3 channels, fixed height and width, float32, float16 or uint8.',
-            remedy=remedy,
+            f'{len(inputs)} inputs, where one image is needed: {", ".join(map(_described, inputs))}.', remedy=_ONE_INPUT
+        )
+    tensor = inputs[0]
+    _require_image(tensor)
+    _, second, third, fourth = tensor.axes
+    candidates = (('nchw', second, third, fourth), ('nhwc', fourth, second, third))
+    fits = [
+        (layout, channels, height, width)
+        for layout, channels, height, width in candidates
+        if channels in (1, 3) and height is not None and width is not None
+    ]
+    if len(fits) != 1:
+        free = None in tensor.axes[1:]
+        raise ModelBundleError(
+            f'input {_described(tensor)} '
+            f'{"leaves size or channels of its image free" if free else "may have its channels first or last"}.',
+            remedy=SIZE_REMEDY if free else f'Write a {MODEL_JSON} with its pre-processing by hand.',
         )
     layout, channels, height, width = fits[0]
     try:
@@ -108,5 +153,7 @@ def default_preprocessing(inputs: Sequence[TensorSpec]) -> PreprocessingSpec:
             dtype=tensor.dtype,
         )
     except ConfigError as error:
-        remedy = f'{error.remedy} {remedy}'.lstrip()
-        raise ModelBundleError(f'input {tensor.name!r}: {error.message}', remedy=remedy) from error
+        raise ModelBundleError(
+            f'input {_described(tensor)}: {error.message}',
+            remedy=f'{error.remedy} Or export the model for a smaller image.'.lstrip(),
+        ) from error

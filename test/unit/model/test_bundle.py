@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import time
 import tracemalloc
 import zipfile
@@ -779,32 +780,69 @@ def test_m1_a_bare_model_gets_the_usual_preprocessing(dtype, shape, expected):
     assert image_input([tensor], spec) is tensor
 
 
+_FOUR_AXES = r'Export .* four axes, \(1, C, H, W\) or \(1, H, W, C\)'
+_SINGLE = 'Export the model with a single image input'
+
+
 @pytest.mark.parametrize(
-    'inputs',
+    ('inputs', 'remedy'),
     [
-        [],
-        [_IMAGE, _IMAGE],
-        [TensorSpec('x', 'float32', (1, 3, None, 640))],
-        [TensorSpec('x', 'float32', (1, 4, 480, 640))],
-        [TensorSpec('x', 'float32', (2, 3, 480, 640))],
-        [TensorSpec('x', 'float32', (1, 3, 480, 3))],
-        [TensorSpec('x', 'float32', (3, 480, 640))],
-        [TensorSpec('x', 'float32', (1, 256))],
-        [TensorSpec('x', 'float64', (1, 3, 480, 640))],
-        [TensorSpec('x', 'float32', (1, 3, 480, 99999))],
+        ([], _SINGLE),
+        ([_IMAGE, _IMAGE], _SINGLE),
+        ([TensorSpec('x', 'float32', (1, 3, None, 640))], r'give it .*preprocess\.width'),
+        ([TensorSpec('x', 'float32', (1, None, 480, 640))], r'preprocess\.colour'),
+        ([TensorSpec('x', 'float32', (1, 4, 480, 640))], r'Export .* that has 1 or 3 channels\.'),
+        ([TensorSpec('x', 'float32', (1, 480, 640, 5))], r'Export .* that has 1 or 3 channels\.'),
+        ([TensorSpec('x', 'float32', (2, 3, 480, 640))], r'Export .* that has a batch of 1\.'),
+        ([TensorSpec('x', 'float32', (1, 3, 480, 3))], r'Write a model\.json with its pre-processing by hand'),
+        ([TensorSpec('x', 'float32', (3, 480, 640))], _FOUR_AXES),
+        ([TensorSpec('x', 'float32', (1, 256))], _FOUR_AXES),
+        ([TensorSpec('x', 'float64', (1, 3, 480, 640))], r'that has the type float32, float16 or uint8\.'),
+        ([TensorSpec('x', 'float32', (1, 3, 480, 99999))], 'Export the model for a smaller image'),
+        ([TensorSpec('x', 'int8', (4, 2, 480, 640))], 'a batch of 1 and 1 or 3 channels and the type float32'),
     ],
 )
-def test_m1_a_bare_model_that_takes_no_plain_image_is_refused(inputs):
-    with pytest.raises(ModelBundleError, match=r'Write a model\.json'):
+def test_m1_a_bare_model_that_takes_no_plain_image_is_refused_with_what_helps(inputs, remedy):
+    with pytest.raises(ModelBundleError) as caught:
         default_preprocessing(inputs)
+    assert re.search(remedy, caught.value.remedy)
 
 
 def test_m1_the_image_goes_to_the_one_input_that_takes_it():
     others = [TensorSpec('size', 'int64', (2,)), TensorSpec('x', 'float16', (1, 1, 6, 8))]
     assert image_input([*others, _IMAGE], _PREPROCESSING) is _IMAGE
     for inputs in (others, [_IMAGE, TensorSpec('mask', 'float32', (None, 1, 6, None))]):
-        with pytest.raises(ModelBundleError, match='preprocessing'):
+        with pytest.raises(ModelBundleError, match=f'preprocessing: .* {_SINGLE}'):
             image_input(inputs, _PREPROCESSING)
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'shape', 'given', 'remedy'),
+    [
+        ('float32', (1, 3, 480, 640), {'colour': 'gray'}, 'colour rgb or bgr (channels: 3)'),
+        ('float32', (1, 1, 480, 640), {}, 'colour gray (channels: 1)'),
+        ('float32', (None, 3, 480, 640), {'width': 320}, 'width 640'),
+        ('float32', (1, 3, None, 640), {'width': 320, 'height': 240}, 'width 640'),
+        ('float16', (1, 480, 640, 3), {}, 'layout nhwc, dtype float16'),
+        ('uint8', (1, 3, 480, 640), {'layout': 'nhwc'}, 'layout nchw, dtype uint8'),
+        ('float32', (1, 480, 640, None), {'height': 48}, 'height 480, layout nhwc'),
+    ],
+)
+def test_m1_settings_that_the_network_does_not_take_are_named_with_those_it_takes(dtype, shape, given, remedy):
+    spec = PreprocessingSpec(**{'width': 640, 'height': 480, 'colour': 'rgb', **given})
+    with pytest.raises(ModelBundleError, match='preprocessing: ') as caught:
+        image_input([TensorSpec('image', dtype, shape)], spec)
+    assert caught.value.remedy == f'Set {remedy}.'
+    for setting in remedy.split(', '):
+        name = setting.split()[0]
+        assert f'{name} {getattr(spec, name)}' in caught.value.message
+
+
+@pytest.mark.parametrize('shape', [(4, 3, 480, 640), (1, 5, 480, 640)])
+def test_m1_a_network_that_no_model_json_helps_is_not_told_to_set_anything(shape):
+    with pytest.raises(ModelBundleError, match='Export the model with an input that has') as caught:
+        image_input([TensorSpec('image', 'float32', shape)], PreprocessingSpec(width=640, height=480, colour='rgb'))
+    assert 'Set ' not in str(caught.value)
 
 
 @pytest.mark.parametrize(
