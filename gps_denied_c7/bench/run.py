@@ -37,7 +37,7 @@ from gps_denied_c7.demo.ros_domain import child_environment, free_domain_id, fre
 from gps_denied_c7.ground.command_line import path_argument
 from gps_denied_c7.monitoring.cpu_latency import CpuLatencyRequest
 from gps_denied_c7.monitoring.host_info import package_versions
-from gps_denied_c7.ros.fastdds import DdsPorts
+from gps_denied_c7.ros.fastdds import DdsPorts, domain_id
 
 __all__ = ['main', 'run_bench']
 
@@ -200,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
         '--cpu-wakeup-latency-us', type=_microseconds, metavar='US',
         help='limit the wake-up time of idle cores to this for all contestants; default: the system setting',
     )  # fmt: skip
-    parser.add_argument('--domain-id', type=int, metavar='N', help='ROS domain; default: one that is free')
+    parser.add_argument('--domain-id', type=domain_id, metavar='N', help='ROS domain; default: one that is free')
     return parser
 
 

@@ -25,6 +25,7 @@ from gps_denied_c7.demo.report import DemoReport, FrameCount, stage_percentiles
 from gps_denied_c7.demo.ros_domain import child_environment, free_domain_id, free_ports
 from gps_denied_c7.ground.command_line import path_argument
 from gps_denied_c7.monitoring.flight_record import in_order
+from gps_denied_c7.ros.fastdds import domain_id
 
 __all__ = ['DemoOptions', 'main', 'run_demo']
 
@@ -339,7 +340,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help='rate of the 1920x1080 camera; 0: none; default: %(default)g',
     )  # fmt: skip
     parser.add_argument(
-        '--domain-id', type=int, default=os.environ.get('ROS_DOMAIN_ID') or None, metavar='N',
+        '--domain-id', type=domain_id, default=os.environ.get('ROS_DOMAIN_ID') or None, metavar='N',
         help='ROS domain; default: ROS_DOMAIN_ID; if that is not set, one on separate ports that no other program uses',
     )  # fmt: skip
     parser.add_argument('--no-progress', action='store_true', help='draw no bars')

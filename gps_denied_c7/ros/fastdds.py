@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import ctypes
 import os
 import re
@@ -17,6 +19,7 @@ __all__ = [
     'DdsPorts',
     'ProfileDecision',
     'apply_profile',
+    'domain_id',
     'free_taken_messages',
     'named_profile',
     'ports_in_force',
@@ -65,6 +68,18 @@ class DdsPorts:
 _STANDARD_PORTS = DdsPorts(7400, 250, range(20, 102))
 OWN_PORTS = DdsPorts(1430, 80, range(20, 69))
 """Ports 1030 to 6949: all below 7000, where those of plain participants begin, whatever their domain."""
+
+
+def domain_id(text: str) -> int:
+    """
+    Return the ROS domain that an argument or ROS_DOMAIN_ID names; for argparse's ``type``.
+
+    :raises argparse.ArgumentTypeError: the ports of the domain would be above 65535; Fast DDS ends such a process.
+    """
+    with contextlib.suppress(ValueError):
+        if (number := int(text, 0)) in range(233):
+            return number
+    raise argparse.ArgumentTypeError(f'{text!r} is not a ROS domain. Give a whole number from 0 to 232.')
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import gc
 import logging
 import os
+import re
 import stat
 import sys
 import threading
+from collections.abc import Iterable, Iterator
 
 import rclpy
+from rclpy.context import Context
 from rclpy.signals import SignalHandlerOptions
+from rclpy.utilities import remove_ros_args
 
 from gps_denied_c7.monitoring.thermal import ThermalSource
 from gps_denied_c7.monitoring.thermal_sources import find_thermal_source
@@ -19,6 +24,7 @@ from gps_denied_c7.ros.callbacks import PoolExecutor
 from gps_denied_c7.ros.dds_memory import sweep_segments, transport_warnings
 from gps_denied_c7.ros.fastdds import (
     apply_profile,
+    domain_id,
     free_taken_messages,
     tune_allocator,
 )
@@ -36,7 +42,8 @@ _HELP = f"""usage: c7_inference_node [-h] [--ros-args ...]
 
 Answer camera images with the tensors of a neural network: a ROS 2 lifecycle node, /{DEFAULT_NODE_NAME}.
 
-  ros2 run gps_denied_c7 c7_inference_node --ros-args -p model_path:=/path/to/bundle -p autostart:=true
+  ros2 run gps_denied_c7 c7_inference_node --ros-args -p model_path:=/path/to/bundle -p autostart:=true \\
+      -p 'image_topics:=[/camera/image_raw]'
   ros2 launch gps_denied_c7 c7_inference.launch.py
 
 model_path names a model bundle (c7_engine bundle makes one) or an .onnx file. Without autostart the node waits:
@@ -54,6 +61,14 @@ parameters:
 It ends with SIGINT (Ctrl-C) or SIGTERM, and exits with 0; with 2 where the command line cannot be used.
 """
 
+_ROS_REMEDIES = {
+    'params file': 'Check that the file exists and is a ROS parameter file, like config/c7_inference.yaml.',
+    'remap rule': 'Write -r FROM:=TO.',
+    'log level': 'Write --log-level debug, info, warn, error or fatal.',
+    '': 'Write -p NAME:=VALUE, with VALUE as in a parameter file.',
+}
+"""What to do about arguments that rcl refuses, by a word in its message; the first that fits."""
+
 
 def main(args: list[str] | None = None) -> int:
     """
@@ -66,9 +81,14 @@ def main(args: list[str] | None = None) -> int:
         with 0 in here.
     """
     _open_standard_streams()
-    if _asks_for_help(sys.argv[1:] if args is None else args):
+    args = sys.argv[1:] if args is None else args
+    own = list(_outside_ros_args(args))
+    if {'-h', '--help'}.intersection(own):
         print(_HELP, end='')
         return 0
+    if problem := _command_line_problem(args, own):
+        _say(f'c7_inference_node: {problem}')
+        return 2
     _wait_for_no_reader()
     # Nothing here multiplies matrices. OpenCV's copy of OpenBLAS would start a thread for each core and, where it may
     # not, send this process a SIGINT.
@@ -80,7 +100,7 @@ def main(args: list[str] | None = None) -> int:
     stop = NodeStop()
     no_log_files = log_files_problem(os.environ)
     if no_log_files:
-        args = [*(sys.argv if args is None else args), '--ros-args', '--disable-external-lib-logs']
+        args = [*args, '--ros-args', '--disable-external-lib-logs']
     try:
         rclpy.init(args=args, signal_handler_options=SignalHandlerOptions.NO)
         thermal = find_thermal_source()
@@ -98,13 +118,7 @@ def main(args: list[str] | None = None) -> int:
     left_behind = not _run(node, thermal, stop, notices)
     del node
     if not left_behind:
-        # The participant goes with its context once nothing refers to it, and only then the shared memory that
-        # Fast DDS reserved for it: 70 MB of /dev/shm for each process that omits it.
-        gc.collect()
-        try:
-            context.destroy()
-        except Exception as error:
-            _say(f'c7_inference_node could not leave its DDS domain: {error}')
+        _leave_domain(context)
     for stream in filter(None, (sys.stdout, sys.stderr)):
         with contextlib.suppress(OSError, ValueError):  # its reader is gone
             stream.flush()
@@ -113,9 +127,50 @@ def main(args: list[str] | None = None) -> int:
     os._exit(0)
 
 
-def _asks_for_help(arguments: list[str]) -> bool:
-    own = arguments[: arguments.index('--ros-args')] if '--ros-args' in arguments else arguments
-    return bool({'-h', '--help'}.intersection(own))
+def _leave_domain(context: Context) -> None:
+    """
+    Free what Fast DDS reserved for the participant: 70 MB of /dev/shm for each process that omits it.
+
+    The participant goes with its context once nothing refers to it.
+    """
+    gc.collect()
+    try:
+        context.destroy()
+    except Exception as error:
+        _say(f'c7_inference_node could not leave its DDS domain: {error}')
+
+
+def _outside_ros_args(arguments: Iterable[str]) -> Iterator[str]:
+    """Yield what ROS does not read: what stands before ``--ros-args`` and behind the ``--`` that may end it."""
+    for_ros = False
+    for argument in arguments:
+        if argument == ('--' if for_ros else '--ros-args'):
+            for_ros = not for_ros
+        elif argument not in ('', '--') and not for_ros:
+            yield argument
+
+
+def _command_line_problem(arguments: list[str], own: list[str]) -> str:
+    """
+    Say why ROS cannot start, with the remedy; empty where it can.
+
+    :param own: arguments that are not for ROS. rcl ignores them, or takes NAME:=VALUE for a remapping.
+    """
+    if own:
+        return (
+            f'{own[0]!r} is not an option of it. Parameters follow --ros-args: '
+            'c7_inference_node --ros-args -p model_path:=net.onnx'
+        )
+    try:
+        domain_id(os.environ.get('ROS_DOMAIN_ID') or '0')
+        remove_ros_args(arguments)
+    except argparse.ArgumentTypeError as error:
+        return f'ROS_DOMAIN_ID: {error}'
+    except Exception as error:  # rclpy's own, which it does not export
+        wrong = re.sub(r'[.\s]*, at [^ ]+:\d+', '', str(error))
+        remedy = next(remedy for word, remedy in _ROS_REMEDIES.items() if word in wrong)
+        return f'not understood after --ros-args: {wrong}. {remedy}'
+    return ''
 
 
 def _run(node: C7InferenceNode, thermal: ThermalSource, stop: NodeStop, notices: tuple[str, ...]) -> bool:
