@@ -271,7 +271,9 @@ class ModelSwapper:
                     model.chain.shadow(model.request(pixels))
                 except C7Error as error:
                     _require_wanted(swap)
-                    raise InferenceError(f'the new model fails a live frame: {error.message}') from error
+                    raise InferenceError(
+                        f'the new model fails a live frame: {error.message}', remedy=error.remedy
+                    ) from error
                 remaining -= 1
                 deadline = time.monotonic() + self._no_frame_s
         if remaining:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -73,6 +74,27 @@ class ParameterDeclaration:
             low, high = map(float, self.limits)
             descriptor.floating_point_range = [FloatingPointRange(from_value=low, to_value=high, step=0.0)]
         return descriptor
+
+    def written(self, given: Any) -> str:
+        """Return how a start value that was given is written as YAML of this type and range; or else the default."""
+        kind, _, array = self.type.name.partition('_')
+        items = given if isinstance(given, list) else [given]
+        try:
+            values = [_CONVERSIONS[kind](item) for item in items]
+            if self.limits:
+                values = [min(max(value, self.limits[0]), self.limits[1]) for value in values]
+            texts = [value if isinstance(value, str) else json.dumps(_CONVERSIONS[kind](value)) for value in values]
+            return f'[{", ".join(texts)}]' if array else texts[0]
+        except (ValueError, IndexError):
+            return self.written(self.default)
+
+
+_CONVERSIONS: Mapping[str, Callable[[Any], Any]] = {
+    'DOUBLE': float,
+    'INTEGER': int,
+    'BOOL': lambda value: bool(int(value)),
+    'STRING': lambda value: value if isinstance(value, str) and value else json.dumps(str(value)),
+}
 
 
 _HOUR_MS = 3_600_000.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import shlex
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
@@ -79,7 +80,8 @@ class NodeSettings(ImageSettings):
         try:
             return spec.replace(**self.preprocessing)
         except ConfigError as error:
-            raise ConfigError(f'preprocess.{error.name}', error.message.partition(': ')[2]) from error
+            message = error.message.partition(': ')[2]
+            raise ConfigError(f'preprocess.{error.name}', message, remedy=error.remedy) from error
 
 
 def settings_from(values: Mapping[str, Any]) -> tuple[NodeSettings, LiveSettings]:
@@ -199,11 +201,16 @@ class NodeParameters:
         self._on_failure = on_failure
         self._lock = threading.Lock()
         self._restoring: int | None = None
-        self._broken: dict[str, str] = {}
+        self._broken: dict[str, ConfigError] = {}
+        # Private, and the same from Humble to Kilted; there is no other way to see start values as they were given.
+        self._given: Mapping[str, Parameter] = getattr(node, '_parameter_overrides', {})
         for declaration in PARAMETERS:
             self._declare(declaration)
         self._values = {declaration.name: self._value(declaration.name) for declaration in PARAMETERS}
         self._warn_of_strangers()
+        for error in self._broken.values() if not self._values['autostart'] else ():
+            # Otherwise the configure that follows at once logs it.
+            node.get_logger().error(str(error))
         node.add_on_set_parameters_callback(self._on_set)
 
     def settings(self) -> NodeSettings:
@@ -213,8 +220,8 @@ class NodeParameters:
         :raises ConfigError: a value that cannot be used, naming the parameter.
         """
         with self._lock:
-            for name, problem in self._broken.items():
-                raise ConfigError(name, problem, remedy=f'Correct the parameter file, or ros2 param set {name}.')
+            for error in self._broken.values():
+                raise error.with_traceback(None)
             return settings_from(self._values)[0]
 
     def values(self) -> dict[str, Any]:
@@ -253,19 +260,29 @@ class NodeParameters:
         value = declaration.default
         try:
             self._node.declare_parameter(declaration.name, value, descriptor)
-        except (InvalidParameterTypeException, InvalidParameterValueException) as error:
-            self._broken[declaration.name] = f'the start value cannot be used ({error}).'
-            self._node.get_logger().error(f'parameter {declaration.name}: {self._broken[declaration.name]}')
+        except (InvalidParameterTypeException, InvalidParameterValueException):
+            self._broken[declaration.name] = self._wrong_start(declaration)
             self._node.declare_parameter(declaration.name, value, descriptor, ignore_override=True)
         if _is_unset_mean(declaration.name, self._value(declaration.name)):
             # From a parameter file of an earlier version; NaN in a file dumped now could not be read back.
             self._node.set_parameters([Parameter(declaration.name, value=value)])
 
+    def _wrong_start(self, declaration: ParameterDeclaration) -> ConfigError:
+        """Return what is wrong with a start value of another type or out of range, and how it is written."""
+        name, given = declaration.name, _plain(self._given[declaration.name].value)
+        right = declaration.written(given)
+        remedy = f'Write {shlex.quote(f"{name}:={right}")}, or in a parameter file {name}: {right}'
+        if declaration.effect is not Effect.NEVER:
+            set_it = ['ros2', 'param', 'set', self._node.get_fully_qualified_name(), name, right]
+            remedy += f'; while the node runs: {shlex.join(set_it)}'
+        limits = ' from {} to {}'.format(*declaration.limits) if declaration.limits else ''
+        kind = declaration.type.name.lower().replace('_', ' ')
+        return ConfigError(name, f'the start value {given!r} is not a valid {kind}{limits}.', remedy=remedy)
+
     def _warn_of_strangers(self) -> None:
         """Say which start values name no parameter: ROS ignores them silently, typing errors among them."""
         strangers = []
-        # Private, and the same from Humble to Kilted; there is no other way to see them.
-        for name in getattr(self._node, '_parameter_overrides', {}):
+        for name in self._given:
             # What others declare: rclpy itself, and each subscription's QoS later on.
             if not self._node.has_parameter(name) and not name.startswith('qos_overrides.'):
                 (meant,) = difflib.get_close_matches(name, _BY_NAME, 1) or ('',)

@@ -155,7 +155,7 @@ def test_n10_wrong_start_values_keep_the_node_up(tmp_path):
             assert not peer.change_state('configure')
             wait_until(lambda name=name: name in peer.message('Runtime'), f'{name} on diagnostics')
             assert peer.level('Runtime') == 'ERROR'
-            assert f'parameter {name}' in process.output()
+            assert f'{name}: the start value' in process.output()
             assert peer.set_parameter(name, right).successful
         peer.start()
         peer.wait_matched(CAMERA)

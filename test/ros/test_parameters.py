@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Iterator
 
 import pytest
@@ -223,6 +224,54 @@ def test_a_wrong_start_value_keeps_the_node_up_and_refuses_configure_until_it_is
     if BY_NAME[name].effect is not Effect.NEVER:
         assert made.set(**{name: DEFAULTS[name]}).successful
         made.parameters.settings()
+
+
+@pytest.mark.parametrize(
+    ('name', 'given', 'right'),
+    [
+        ('latency_warn_ms', 5, '5.0'),
+        ('image_topics', '/camera/image_raw', '[/camera/image_raw]'),
+        ('cpu_threads', 2.0, '2'),
+        ('preprocess.std', [1, 2, 3], '[1.0, 2.0, 3.0]'),
+        ('ort_disallow_cpu_fallback', 1, 'true'),
+        ('model_path', 5, '"5"'),
+        ('runtime_chain', [1, 2], '["1", "2"]'),
+        ('max_frame_age_ms', -1.0, '0.0'),
+        ('cpu_threads', 100_000, '256'),
+        ('latency_warn_ms', 'slow', '0.0'),
+    ],
+)
+def test_a_start_value_of_another_type_is_refused_once_with_how_it_is_written(bench, capfd, name, given, right):
+    """With the node and a value to copy; what the shell would take for itself is quoted."""
+    made = bench(autostart=True, **{name: given})
+    with pytest.raises(ConfigError) as caught:
+        made.parameters.settings()
+    assert f'{name}: {right}' in caught.value.remedy
+    assert shlex.split(caught.value.remedy)[1].rstrip(',') == f'{name}:={right}'
+    assert shlex.split(caught.value.remedy.partition('while the node runs: ')[2]) == [
+        'ros2', 'param', 'set', '/bench', name, right,
+    ]  # fmt: skip
+    captured = capfd.readouterr()
+    assert name not in captured.out + captured.err, 'configure logs it'
+
+
+@pytest.mark.parametrize(('name', 'given'), [('autostart', 'on'), ('latency_warn_ms', 5)])
+def test_a_start_value_of_another_type_is_logged_where_the_node_waits_for_its_configure(bench, capfd, name, given):
+    bench(**{name: given})
+    captured = capfd.readouterr()
+    assert (captured.out + captured.err).count(f'{name}: the start value {given!r}') == 1
+
+
+@pytest.mark.parametrize('declaration', PARAMETERS, ids=lambda declaration: declaration.name)
+def test_a_default_is_written_as_yaml_of_its_type(declaration):
+    assert yaml.safe_load(declaration.written(declaration.default)) == declaration.default
+
+
+@pytest.mark.parametrize('name', ['resize', 'interpolation', 'colour', 'layout', 'letterbox_anchor'])
+def test_an_override_that_is_no_choice_is_refused_with_the_choices(name):
+    with pytest.raises(ConfigError, match=f'preprocess.{name}: .*unknown') as caught:
+        settings_from({**DEFAULTS, f'preprocess.{name}': 'crop'})
+    assert 'Known are [' in caught.value.remedy
 
 
 def test_start_values_that_contradict_each_other_can_be_put_right_one_by_one(bench):

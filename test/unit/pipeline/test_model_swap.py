@@ -327,13 +327,14 @@ def test_a_model_that_fails_a_live_frame_leaves_the_old_one(bench):
 
     def fail_on_an_image(inputs):
         if not np.array_equal(inputs['image'], noise_inputs(FITTING)['image']):
-            raise InferenceError('not finite.')
+            raise InferenceError('not finite.', remedy='Name it in allow_non_finite.')
 
     bench.scripts['new'].on_infer = fail_on_an_image
     bench.answered_by('old')
     bench.swapper.begin(path, bench)
     record = bench.outcome()
-    assert record['outcome'] == 'failed' and 'live frame' in record['reason'] and 'not finite' in record['reason']
+    assert record['outcome'] == 'failed' and 'live frame' in record['reason']
+    assert 'not finite. Name it in allow_non_finite.' in record['reason']
     assert bench.phases() == [SwapPhase.LOADING, SwapPhase.SHADOWING, SwapPhase.FAILED]
     bench.assert_old_serves('new')
 
