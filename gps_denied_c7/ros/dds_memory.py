@@ -191,9 +191,14 @@ def _why_no_segment(environ: Mapping[str, str], host: HostTransport, needed: int
         )
     profile = Path(environ[variable])
     asked = segment_size(profile)
+    if not (profile.is_file() and os.access(profile, os.R_OK)):
+        return (
+            f'{what} and {variable} names {profile}, which cannot be read. Correct it, or unset it: the node then '
+            'takes the shipped profile.'
+        )
     if asked < needed:
-        state = 'cannot be read' if not profile.is_file() else f'gives {_mb(asked)} of shared memory'
-        return f'{what} and {variable} names {profile}, which {state}. Raise its segment_size to {needed}.'
+        state = f'gives {_mb(asked)} of shared memory' if asked else 'has no segment_size for shared memory'
+        return f'{what} and {variable} names {profile}, which {state}. Set its segment_size to {needed}.'
     if host.shm_free_bytes is None or host.shm_free_bytes < asked * SEGMENT_OVERHEAD:
         free = host.shm_free_bytes
         room = 'there is no /dev/shm' if free is None else f'/dev/shm has {_mb(free)} left'

@@ -94,12 +94,10 @@ def require_strategy(label: str, config: C7InferenceConfig) -> None:
 
 
 def _remedy(requirements: str) -> str:
-    from gps_denied_c7.runtimes.gpu.cuda import gpu_devices
+    from gps_denied_c7.runtimes.gpu.cuda import gpu_stack_remedy
 
     install = f'pip install -r {requirements}'
-    if requirements != _GPU_REQUIREMENTS or gpu_devices():
-        return install
-    return f'Nothing is missing where there is no NVIDIA GPU, as on this host; with one: {install}'
+    return gpu_stack_remedy(install) if requirements == _GPU_REQUIREMENTS else install
 
 
 def import_strategy(label: str) -> None:

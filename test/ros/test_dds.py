@@ -156,19 +156,20 @@ def test_small_images_need_no_profile():
 
 
 @pytest.mark.parametrize(
-    ('content', 'words'),
+    ('content', 'words', 'remedy'),
     [
-        (None, 'cannot be read'),
-        ('<dds><segment_size>1000000</segment_size></dds>', 'gives 1.0 MB'),
-        ('no xml', 'gives 0.0 MB'),
+        (None, 'cannot be read', 'Correct it, or unset it'),
+        ('<dds><segment_size>1000000</segment_size></dds>', 'gives 1.0 MB', 'Set its segment_size to 24883200.'),
+        ('no xml', 'has no segment_size', 'Set its segment_size to 24883200.'),
     ],
 )
-def test_judges_the_users_own_profile(tmp_path, content, words):
+def test_judges_the_users_own_profile(tmp_path, content, words, remedy):
     profile = tmp_path / 'own.xml'
     if content is not None:
         profile.write_text(content)
     first, *_ = transport_warnings({NEW: str(profile)}, host=BARE)
-    assert words in first and str(profile) in first and 'segment_size to 24883200' in first
+    assert words in first and str(profile) in first and remedy in first
+    assert ('Set its' in first) is (content is not None)
 
 
 @pytest.mark.parametrize(('free', 'words'), [(None, 'there is no /dev/shm'), (64 << 20, '67.1 MB left')])

@@ -18,7 +18,10 @@ from numpy.typing import DTypeLike, NDArray
 
 from gps_denied_c7.errors import GpuUnavailableError, RuntimeUnavailableError
 
-__all__ = ['QUAD_BYTES', 'Cuda', 'CudaError', 'GpuFacts', 'address_of', 'gpu_devices', 'open_cuda', 'require_gpu']
+__all__ = [
+    'QUAD_BYTES', 'Cuda', 'CudaError', 'GpuFacts', 'address_of', 'gpu_devices', 'gpu_stack_remedy', 'open_cuda',
+    'require_gpu',
+]  # fmt: skip
 
 QUAD_BYTES = 16
 """GPU memory is a whole number of these, so that a kernel can read four words of 32 bits at a time to its end."""
@@ -67,6 +70,17 @@ class GpuFacts:
 def gpu_devices(dev: Path = Path('/dev')) -> list[str]:
     """Return the device files of NVIDIA GPUs; a look at file names, which no hung driver can delay."""
     return sorted(str(path) for pattern in _DEVICE_NODES for path in dev.glob(pattern))
+
+
+def gpu_stack_remedy(install: str) -> str:
+    """
+    Return what to do where a package for the GPU is missing, or finds none.
+
+    :param install: how the packages are installed.
+    """
+    if gpu_devices():
+        return install
+    return f'Nothing is missing where there is no NVIDIA GPU, as on this host; with one: {install}'
 
 
 def require_gpu(label: str) -> None:

@@ -21,7 +21,7 @@ from gps_denied_c7.engines.admission import AdmittedEngine
 from gps_denied_c7.engines.ort_store import CacheBuild, VerifiedCache
 from gps_denied_c7.errors import EngineDeserializeError, RuntimeUnavailableError
 from gps_denied_c7.model.onnx_file import OnnxModel, ep_context_model
-from gps_denied_c7.runtimes.gpu.cuda import require_gpu
+from gps_denied_c7.runtimes.gpu.cuda import gpu_stack_remedy, require_gpu
 from gps_denied_c7.runtimes.protocol import BuildProgress, EngineCacheEntry, ProviderSet
 from gps_denied_c7.runtimes.trt.build import workspace_bytes
 from gps_denied_c7.tensors import TensorSpec
@@ -253,5 +253,6 @@ def require_providers(ort: ModuleType, plan: SessionPlan, config: C7InferenceCon
 
 def gpu_remedy(config: C7InferenceConfig) -> str:
     """Return what to do where a model does not run on a GPU."""
-    otherwise = ', or set ort_disallow_cpu_fallback to false' if config.ort_disallow_cpu_fallback else ''
-    return f'Install the GPU stack (requirements/gpu.txt){otherwise}.'
+    if config.ort_disallow_cpu_fallback:
+        return 'Install the GPU stack (requirements/gpu.txt), or set ort_disallow_cpu_fallback to false.'
+    return gpu_stack_remedy('pip install -r requirements/gpu.txt')

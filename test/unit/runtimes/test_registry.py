@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.machinery
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from gps_denied_c7.config import RUNTIME_LABELS, C7InferenceConfig
 from gps_denied_c7.engines.admission import EngineGate
 from gps_denied_c7.errors import RuntimeUnavailableError
 from gps_denied_c7.runtimes.gpu import cuda
+from gps_denied_c7.runtimes.ort.providers import gpu_remedy
 from gps_denied_c7.runtimes.protocol import BuildConfig, InferenceRuntime, ProviderSet
 from gps_denied_c7.runtimes.registry import create_runtime
 from support.engine_files import HOST, write_engine
@@ -108,3 +110,14 @@ def test_r5_packages_for_a_gpu_are_asked_for_where_there_is_one(
         remedy = refusal(label, config).remedy
         assert f'pip install -r {requirements}' in remedy
         assert ('no NVIDIA GPU' in remedy) is (not devices)
+
+
+def test_r5_onnx_runtime_without_a_gpu_asks_for_nothing_on_a_host_that_has_none(
+    config: C7InferenceConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for devices in (['/dev/nvidia0'], []):
+        monkeypatch.setattr(cuda, 'gpu_devices', lambda found=devices: found)
+        assert 'pip install -r requirements/gpu.txt' in gpu_remedy(config)
+        assert ('Nothing is missing where there is no NVIDIA GPU' in gpu_remedy(config)) is (not devices)
+    required = dataclasses.replace(config, ort_disallow_cpu_fallback=True)
+    assert gpu_remedy(required).endswith('or set ort_disallow_cpu_fallback to false.')
