@@ -20,7 +20,7 @@ from gps_denied_c7.monitoring.thermal import ThermalLevel, ThermalState
 from gps_denied_c7.monitoring.thermal_policy import ThermalPolicy
 from gps_denied_c7.pipeline.image_share import CameraCost
 from gps_denied_c7.pipeline.model_swap import SwapStatus
-from gps_denied_c7.ros.events import SHARE_REMEDY, EventReporter
+from gps_denied_c7.ros.events import SHARE_REMEDY, SILENT_S, EventReporter
 from gps_denied_c7.ros.frame_policy import FrameDropPolicy
 from gps_denied_c7.ros.image_subscription import queue_depth
 from gps_denied_c7.ros.image_topics import ImageTopics, type_name
@@ -86,7 +86,6 @@ class StreamHealth:
 
 
 _MOST_VALUES = 256
-_SILENT_S = 2.0
 _TROUBLE_LASTS_S = 3.0
 _TOO_OLD_IN_A_ROW = 10
 _LOSS_REMEDY = "large images need the node's DDS profile in the camera driver too"
@@ -106,12 +105,11 @@ def stream_health(
     """
     stream = streams.stream(topic) if streams is not None else None
     now_ns = time.monotonic_ns()
-    since_ns = (stream.last_received_ns or stream.opened_ns) if stream else now_ns
     lost_ns = stream.last_lost_ns if stream else None
     return StreamHealth(
         topic=topic,
         counters=snapshot.streams.get(topic, StreamCounters()),
-        silent_s=(now_ns - since_ns) / 1e9,
+        silent_s=stream.silent_s if stream else 0.0,
         refused_s=events.refused_s(topic),
         unanswered_s=events.unanswered_s(topic),
         lost_s=None if lost_ns is None else (now_ns - lost_ns) / 1e9,
@@ -250,7 +248,7 @@ def stream_report(health: StreamHealth, *, active: bool) -> Report:
         level, message = WARN, ' '.join(reasons)
     elif active and _is_recent(health.lost_s):
         level, message = WARN, f'images are lost between camera and node, so far {counters.lost}; {_LOSS_REMEDY}'
-    elif active and health.silent_s > _SILENT_S:
+    elif active and health.silent_s > SILENT_S:
         level, message = WARN, f'no image for {health.silent_s:.0f} s; is the camera publishing {health.topic}?'
     elif active and health.too_old >= _TOO_OLD_IN_A_ROW:
         level, message = WARN, f'the last {health.too_old} images were older than max_frame_age_ms; set use_sim_time?'
@@ -305,7 +303,7 @@ def thermal_report(
     values: dict[str, Any] = {
         'source': state.source,
         'level': state.level.value,
-        'age_s': 'never read' if math.isinf(state.age_s) else f'{state.age_s:.1f}',
+        'age_s': 'unknown' if math.isinf(state.age_s) else f'{state.age_s:.1f}',
         'policy': policy,
         'answered': f'1 of {answered_of}',
     }

@@ -14,13 +14,15 @@ from gps_denied_c7.pipeline.image_share import CameraCost
 from gps_denied_c7.pipeline.mailbox import Frame
 from gps_denied_c7.text import with_traceback
 
-__all__ = ['SHARE_REMEDY', 'EventReporter']
+__all__ = ['SHARE_REMEDY', 'SILENT_S', 'EventReporter']
 
 SHARE_REMEDY = (
     'Lower the rate or size of its images, publish baseline JPEG in place of progressive JPEG or PNG, or raise '
     'image_cpu_share.'
 )
 """What to do about a camera that is slowed."""
+SILENT_S = 2.0
+"""After so many seconds without an image a topic is reported."""
 
 
 class EventReporter:
@@ -151,6 +153,14 @@ class EventReporter:
         """Warn of a publisher that cannot reach the subscription."""
         if self._limiter.pass_now((topic, problem)) is not None:
             self._logger().warning(f'{topic}: {problem}')
+
+    def silent(self, topic: str) -> None:
+        """Warn of a topic on which no images come, or no longer."""
+        if self._limiter.pass_now((topic, 'silent')) is not None:
+            self._logger().warning(
+                f'{topic}: no image for {SILENT_S:.0f} s. Start the camera or the bag, and compare name and '
+                'ROS_DOMAIN_ID of what publishes it: ros2 topic list.'
+            )
 
 
 def _since_s(then_ns: int | None) -> float | None:

@@ -159,6 +159,11 @@ class ImageSubscription:
         self._listen(queue)
 
     @property
+    def silent_s(self) -> float:
+        """Seconds since the last image, or since the subscription was opened."""
+        return (time.monotonic_ns() - (self.last_received_ns or self.opened_ns)) / 1e9
+
+    @property
     def qos(self) -> QoSProfile:
         """The profile in force, overrides included."""
         assert self._queue is not None

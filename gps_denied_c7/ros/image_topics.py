@@ -18,7 +18,7 @@ from gps_denied_c7.image.preprocess_spec import PreprocessingSpec
 from gps_denied_c7.pipeline.decode_thread import Decoder, DecodeThread
 from gps_denied_c7.pipeline.image_share import ImageShare
 from gps_denied_c7.pipeline.mailbox import FrameSlots
-from gps_denied_c7.ros.events import EventReporter
+from gps_denied_c7.ros.events import SILENT_S, EventReporter
 from gps_denied_c7.ros.image_subscription import ImageSubscription
 from gps_denied_c7.ros.messages import CompressedData, ReceivedImage, image_type
 from gps_denied_c7.ros.parameters import NodeSettings
@@ -76,6 +76,7 @@ class _Camera:
         self.stream: ImageSubscription | None = None
         self.decoding: DecodeThread | None = None
         self.mismatches: tuple[str, ...] = ()
+        self.silent = False
 
 
 class ImageTopics:
@@ -153,8 +154,12 @@ class ImageTopics:
                     camera.mismatches = tuple(
                         _publisher_mismatches(publishers, camera.message_type, camera.stream.qos)
                     )
+                was_silent = camera.silent
+                camera.silent = camera.stream is not None and camera.stream.silent_s > SILENT_S
             for problem in camera.mismatches:
                 self._events.mismatch(camera.topic, problem)
+            if camera.silent and not was_silent and not camera.mismatches:
+                self._events.silent(camera.topic)
         for cost in self.share.changes():
             self._events.share_changed(cost)
 

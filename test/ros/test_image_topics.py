@@ -14,6 +14,8 @@ from gps_denied_c7.ros import image_topics
 from gps_denied_c7.ros.events import EventReporter
 from gps_denied_c7.ros.image_subscription import DEFAULT_QOS
 from gps_denied_c7.ros.image_topics import ImageTopics
+from support.harness import running_node, wait_until
+from support.networks import copying
 
 FRONT, LEFT = '/front', '/left'
 
@@ -59,8 +61,9 @@ class Bench:
         self.open.append((topic, message_type))
         close = lambda: self.open.remove((topic, message_type))  # noqa: E731
         return SimpleNamespace(
-            topic=topic, message_type=message_type, sink=sink, qos=DEFAULT_QOS, close=close, count_missed=lambda: None
-        )
+            topic=topic, message_type=message_type, sink=sink, qos=DEFAULT_QOS, close=close, count_missed=lambda: None,
+            silent_s=0.0,
+        )  # fmt: skip
 
     def make_thread(self, topic, decoder):
         close = lambda: self.decoding.remove(topic)  # noqa: E731
@@ -131,6 +134,22 @@ def test_publishers_of_both_types_or_of_none_change_nothing(bench):
     assert (FRONT, CompressedImage) in bench.open and len(bench.retyped) == 1
 
 
+def test_a_topic_on_which_no_images_come_is_logged_once_until_they_come_and_stop_again(bench, monkeypatch):
+    told = []
+    monkeypatch.setattr(EventReporter, 'silent', lambda events, topic: told.append(topic))
+    for silent_s, lines in ((1.0, 0), (3.0, 1), (4.0, 1), (0.1, 1), (2.5, 2), (60.0, 2)):
+        bench.streams.stream(FRONT).silent_s = silent_s
+        bench.streams.look()
+        assert told == [FRONT] * lines
+
+
+def test_a_publisher_that_does_not_match_is_logged_in_place_of_the_silence(bench, caplog):
+    bench.published[FRONT] = [Image, CompressedImage]
+    bench.streams.stream(FRONT).silent_s = 3.0
+    bench.streams.look()
+    assert [each.getMessage().count('publishes sensor_msgs/msg/CompressedImage') for each in caplog.records] == [1]
+
+
 def test_each_image_is_answered_once_whenever_diagnostics_look_at_the_streams(monkeypatch):
     """A look before the activation subscribes, or between two of its topics: no topic has two subscriptions."""
     made = Bench(monkeypatch)
@@ -163,3 +182,12 @@ def test_a_topic_that_cannot_be_subscribed_at_first_leaves_nothing_open(monkeypa
     assert made.open == made.decoding == []
     made.streams.look()
     assert made.open == [], 'not after its end'
+
+
+def test_n7_a_camera_that_does_not_publish_is_named_in_the_log(tmp_path):
+    """Once, and not only on diagnostics, which a terminal does not show."""
+    parameters = {'model_path': copying(tmp_path), 'image_topics': ['/wing/image_raw'], 'autostart': True}
+    with running_node(parameters) as (process, peer):
+        wait_until(lambda: '/wing/image_raw: no image for 2 s. Start the camera' in process.output(), 'the warning')
+        wait_until(lambda: float(peer.values('Stream /wing/image_raw').get('silent_s', 0)) > 4.0, 'more looks', 30.0)
+        assert process.output().count('/wing/image_raw: no image') == 1
