@@ -25,6 +25,7 @@ __all__ = [
     'WorkerDiedError',
     'error_and_causes',
     'forget_locals',
+    'in_one_line',
     'join_reasons',
 ]
 
@@ -171,6 +172,24 @@ class ImageRejectedError(C7Error, ValueError):
 
 class FdrSchemaError(C7Error, ValueError):
     """A flight record of an unknown kind, or one that lacks a required field."""
+
+
+_PACKAGES = {
+    'cv2': 'Install OpenCV: apt-get install python3-opencv, or pip install opencv-python-headless.',
+    'rclpy': 'Source ROS, or begin the command with: python3 tools/environment.py run',
+    'gps_denied_c7_msgs': 'Run colcon build and source install/setup.bash.',
+    'tabulate': 'pip install -r requirements/dev.txt',
+}
+"""How a Python package is installed that requirements/runtime.txt leaves out."""
+
+
+def in_one_line(error: C7Error | ModuleNotFoundError) -> str:
+    """Return what a program prints of an error of ours, or of a Python package that is missing, with the remedy."""
+    if not isinstance(error, ModuleNotFoundError):
+        return str(error)
+    package = (error.name or str(error)).partition('.')[0]
+    remedy = _PACKAGES.get(package, 'pip install -r requirements/runtime.txt')
+    return f'the Python package {package} is not installed. {remedy}'
 
 
 # The errors of a path that is wrong or may not be read. Other errors of a system pass, such as a stalled disk's.

@@ -211,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.networks is not None and parsed.networks.resolve() == parsed.output.resolve():
         parser.error('--networks and --output are the same directory, whose results are replaced: name another output')
     cases, chosen = _form(parsed)
-    cases = _only(cases, parsed.only)
+    cases = named = _only(cases, parsed.only)
     if parsed.contestants is not None:
         cases = tuple(
             dataclasses.replace(case, contestants=tuple(one for one in case.contestants if one in parsed.contestants))
@@ -223,8 +223,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if not cases:
         print(
-            f'c7_bench: no case has {" or ".join(map(repr, parsed.only))} in its name and a contestant that takes '
-            'images; --list names the cases.',
+            f'c7_bench: no case has a name with {" or ".join(map(repr, parsed.only))}; --list names the cases.'
+            if not named
+            else 'c7_bench: these --contestants measure nothing, since none takes images; add node or another.',
             file=sys.stderr,
         )
         return 2

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from gps_denied_c7.child_environment import SAFE_DIRECTORY, python_child
-from gps_denied_c7.errors import C7Error
+from gps_denied_c7.errors import C7Error, in_one_line
 
 __all__ = ['Child', 'DemoError', 'run_program', 'wait_for']
 
@@ -114,8 +114,8 @@ def run_program(name: str, work: Callable[[], int]) -> int:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         return work()
-    except C7Error as error:
-        print(f'{name}: {error}', file=sys.stderr)
+    except (C7Error, ModuleNotFoundError) as error:
+        print(f'{name}: {in_one_line(error)}', file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130

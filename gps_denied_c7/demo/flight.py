@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from gps_denied_c7.demo.terrain import Terrain, paint_terrain
-from gps_denied_c7.errors import C7Error, ConfigError
+from gps_denied_c7.errors import C7Error, ConfigError, in_one_line
 
 if TYPE_CHECKING:
     from rosbags.typesys.store import Typestore
@@ -64,6 +64,12 @@ class Camera:
             raise ConfigError('camera', f'rate {self.rate_hz} Hz is out of range (0.01 to 1000).')
         if not 5.0 <= self.field_of_view_deg <= 90.0:
             raise ConfigError('camera', f'field of view {self.field_of_view_deg} degrees is out of range (5 to 90).')
+
+    @property
+    def image_topics(self) -> tuple[str, ...]:
+        """Topics of its images."""
+        raw = f'{self.name}/image_raw'
+        return (raw, f'{raw}/compressed') if self.compressed else (raw,)
 
     @property
     def frame_id(self) -> str:
@@ -264,7 +270,7 @@ def write_flight(
     store = get_typestore(Stores.ROS2_JAZZY)
     path.parent.mkdir(parents=True, exist_ok=True)
     exposures = _exposures(flight)
-    frames = Counter(f'{camera.name}/image_raw' for _, camera in exposures)
+    frames = Counter(topic for _, camera in exposures for topic in camera.image_topics)
     plugin = StoragePlugin.MCAP if flight.storage == 'mcap' else StoragePlugin.SQLITE3
     # Version 8 is also read by older ROS 2 distributions; 9 only changed how the metadata spells the QoS.
     with (
@@ -419,7 +425,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument('--storage', choices=('mcap', 'sqlite3'), default='mcap', help='default: %(default)s')
     parser.add_argument(
         '--camera', action='append', metavar='NAME:WxH:ENCODING:RATE[:compressed]',
-        help='repeatable; default: /camera:640x480:mono8:15 and /camera_hd:1920x1080:rgb8:5',
+        help='repeatable; it publishes NAME/image_raw and NAME/camera_info, with :compressed also '
+        'NAME/image_raw/compressed; default: /camera:640x480:mono8:15 and /camera_hd:1920x1080:rgb8:5',
     )  # fmt: skip
     parser.add_argument('--no-progress', action='store_true', help='draw no bar')
     options = parser.parse_args(arguments)
@@ -427,8 +434,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cameras = tuple(Camera.parse(text) for text in options.camera or ()) or DEFAULT_CAMERAS
         flight = Flight(options.duration, cameras, options.seed, options.storage)
         summary = write_flight(options.bag, flight, disable_bar=options.no_progress)
-    except C7Error as error:
-        print(f'{parser.prog}: {error}', file=sys.stderr)
+    except (C7Error, ModuleNotFoundError) as error:
+        print(f'{parser.prog}: {in_one_line(error)}', file=sys.stderr)
         return 1
     frames = ', '.join(f'{count} on {topic}' for topic, count in summary.frames.items())
     print(f'{summary.path}: {frames}; {summary.size_bytes / 1e6:.0f} MB')

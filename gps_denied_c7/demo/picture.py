@@ -18,6 +18,7 @@ _FAINT = (126, 122, 120)
 _MARGIN = 24
 _GAP = 16
 _BIG = (1440, 810)
+_LEGEND = '; larger and redder: higher score; grey: outside of what the network saw'
 _SMALL_WIDTH = 520
 
 
@@ -141,7 +142,7 @@ def compose(frames: Sequence[Detections], title: str, facts: str) -> NDArray:
     ordered = sorted(frames, key=lambda found: found.image.shape[0] * found.image.shape[1], reverse=True)
     main = ordered[0]
     big = _fit(main.image.shape, *_BIG)
-    panels: list[tuple[NDArray, str]] = [(draw_detections(main, *big), _caption(main))]
+    panels: list[tuple[NDArray, str]] = [(draw_detections(main, *big), f'{_caption(main)}{_LEGEND}')]
     for found in ordered[1:2]:
         panels.append((draw_detections(found, *_fit(found.image.shape, _SMALL_WIDTH, _BIG[1] // 2)), _caption(found)))
     network_width, network_height = main.network_size

@@ -18,8 +18,8 @@ _FRAMES_REMARK = (
     'runtime failed it. Lost: nothing accounts for it.'
 )
 _STAGES_REMARK = (
-    'One thread answers all cameras in turn: queue is the wait for it. Percentiles of stages do not add up to those\n'
-    'of their total.'
+    'One thread answers all cameras in turn: queue is the wait for it. message: filling the answer, without sending\n'
+    'it; publish on /diagnostics is both. Percentiles of stages do not add up to those of their total.'
 )
 _PICTURE_REMARK = (
     'Each circle is a detected point, larger and redder where its score is higher. What is grey lies outside of what '

@@ -155,5 +155,5 @@ def default_preprocessing(inputs: Sequence[TensorSpec]) -> PreprocessingSpec:
     except ConfigError as error:
         raise ModelBundleError(
             f'input {_described(tensor)}: {error.message}',
-            remedy=f'{error.remedy} Or export the model for a smaller image.'.lstrip(),
+            remedy=f'{error.remedy} Export the model for a smaller image.'.lstrip(),
         ) from error

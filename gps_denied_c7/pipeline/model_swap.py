@@ -304,7 +304,10 @@ class ModelSwapper:
             level = logging.INFO if phase is SwapPhase.CANCELLED else logging.ERROR
             _log.log(level, '%s was not swapped in, %s goes on: %s', swap.path, swap.previous.bundle.name, reason)
         else:
-            _log.info('%s answers in place of %s.', name, swap.previous.bundle.name)
+            before = swap.previous.bundle
+            models = [(name, digest), (before.name, before.weights_digest)]
+            names = [each if name != before.name else f'{each} ({weights[:19]}…)' for each, weights in models]
+            _log.info('%s answers in place of %s.', *names)
         self._owner.swap_changed(SwapStatus(swap.path, phase, reason))
         self._owner.record(
             'c7.model_swapped',

@@ -88,7 +88,8 @@ def test_what_is_not_the_benchmarks_is_left_alone(tmp_path):
 def test_an_unknown_case_is_refused(tmp_path):
     command = [*BENCH, '--only', 'no such case', '--output', str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    assert run.returncode == 2 and '--list' in run.stderr
+    assert run.returncode == 2
+    assert run.stderr == "c7_bench: no case has a name with 'no such case'; --list names the cases.\n"
 
 
 @pytest.mark.parametrize('option', [('--repetitions', '0'), ('--seconds', '-1'), ('--seconds', 'nan')])
@@ -170,6 +171,7 @@ def test_contestants_can_be_chosen(ran, capsys, tmp_path):
     assert {case.contestants for case in ran[0].cases} == {(BARE, SHIPPED), (SHIPPED,)}
     assert run.main(['--output', str(tmp_path), '--contestants', FORTY_LINES, '--only', 'default_transport']) == 2
     assert run.main(['--output', str(tmp_path), '--contestants', BARE]) == 2, 'nobody would be sent anything'
+    assert 'since none takes images' in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run.main(['--contestants', 'nobody'])
 

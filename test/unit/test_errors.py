@@ -19,6 +19,7 @@ from gps_denied_c7.errors import (
     ModelBundleError,
     RuntimeUnavailableError,
     error_and_causes,
+    in_one_line,
 )
 from gps_denied_c7.worker.protocol import ErrorReport
 
@@ -72,6 +73,25 @@ def test_a_want_of_memory_passes():
         raise ModelBundleError('no memory.') from MemoryError()
     except ModelBundleError as error:
         assert not error.lasting
+
+
+@pytest.mark.parametrize(
+    ('name', 'remedy'),
+    [
+        ('cv2', 'apt-get install python3-opencv'),
+        ('rclpy.node', 'Source ROS'),
+        ('gps_denied_c7_msgs', 'colcon build'),
+        ('onnx', 'pip install -r requirements/runtime.txt'),
+        ('tabulate', 'pip install -r requirements/dev.txt'),
+    ],
+)
+def test_a_program_names_a_missing_package_and_how_it_is_installed(name, remedy):
+    line = in_one_line(ModuleNotFoundError(f'No module named {name!r}', name=name))
+    assert line.startswith(f'the Python package {name.partition(".")[0]} is not installed. ') and remedy in line
+
+
+def test_a_program_prints_an_error_of_ours_as_it_is():
+    assert in_one_line(ModelBundleError('No.', remedy='Do it.')) == 'No. Do it.'
 
 
 @pytest.mark.parametrize(

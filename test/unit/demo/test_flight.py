@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -195,6 +196,28 @@ def test_command_line(tmp_path, capsys):
     assert image.encoding == 'bgr8'
     assert main([str(bag), *arguments]) == 1
     assert 'Name a new directory' in capsys.readouterr().err
+
+
+def test_the_command_line_names_every_topic_of_images_that_it_recorded(tmp_path, capsys):
+    camera = '/down:160x120:bgr8:10:compressed'
+    assert main([str(tmp_path / 'bag'), '--duration', '0.3', '--no-progress', '--camera', camera]) == 0
+    assert '3 on /down/image_raw, 3 on /down/image_raw/compressed;' in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main(['--help'])
+    assert 'NAME/image_raw/compressed' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ('package', 'remedy'),
+    [('cv2', 'apt-get install python3-opencv'), ('rosbags', 'pip install -r requirements/runtime.txt')],
+)
+def test_a_package_that_is_missing_is_one_line_with_the_remedy(tmp_path, capsys, monkeypatch, package, remedy):
+    for name in [name for name in sys.modules if name.partition('.')[0] == package]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, package, None)
+    assert main([str(tmp_path / 'bag'), '--duration', '0.1', '--no-progress']) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f'the Python package {package} is not installed.' in line and remedy in line
 
 
 def test_quaternion_is_the_rotation_in_every_direction():

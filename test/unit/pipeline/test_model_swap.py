@@ -2,6 +2,7 @@
 
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -225,6 +226,17 @@ def test_n10_the_new_model_takes_over_between_two_frames_and_the_old_one_is_free
     assert bench.phases() == [SwapPhase.LOADING, SwapPhase.SHADOWING, SwapPhase.HANDING_OVER, SwapPhase.SWAPPED]
     assert (bench.scripts['old'].loaded, bench.scripts['new'].loaded) == (0, 1)
     assert bench.kept == [] and len(bench.swaps()) == 1
+
+
+def test_n10_models_of_one_name_are_logged_with_their_digests(bench, caplog):
+    caplog.set_level('INFO')
+    bench.answered_by('old')
+    path = Path(bench.model('old'))
+    path.write_bytes(b'trained again')
+    bench.swapper.begin(str(path), bench)
+    record = bench.outcome()
+    names = [f'old ({record[key][:19]}…)' for key in ('weights_digest', 'previous_weights_digest')]
+    assert names[0] != names[1] and f'{names[0]} answers in place of {names[1]}.' in caplog.text
 
 
 def test_f6_three_live_frames_are_answered_in_the_shadow(bench):
