@@ -394,6 +394,38 @@ def test_a_wal_without_its_shm_is_read_too(tmp_path):
     assert read(tmp_path / 'bag') == (strings(20, padding=3000), [])
 
 
+@pytest.mark.parametrize('how', ['WAL commit', 'DELETE'])
+@pytest.mark.parametrize('linked', ['file', 'file and journal'])
+def test_a_power_cut_behind_a_link_loses_no_committed_message(tmp_path, how, linked):
+    """SQLite looks for the journal where the link leads; a store of files by content has journals elsewhere."""
+    real = write_bag(tmp_path / 'bag', strings(20, padding=3000)[:8], storage='SQLITE3')
+    assert record(real, how).wait() == -signal.SIGKILL
+    (tmp_path / 'copy').mkdir()
+    stock = by_sqlite(real, tmp_path / 'copy')
+    (tmp_path / 'link').mkdir()
+    shutil.copy(tmp_path / 'bag' / 'metadata.yaml', tmp_path / 'link')
+    if linked == 'file':
+        (tmp_path / 'link' / 'bag.db3').symlink_to(f'../bag/{real.name}')
+    else:
+        for number, file in enumerate(tmp_path.glob('bag/bag.db3*')):
+            (tmp_path / str(number)).mkdir()
+            (tmp_path / 'link' / file.name).symlink_to(file.rename(tmp_path / str(number) / 'content'))
+    before = contents(tmp_path / 'link')
+    for path in (tmp_path / 'link', tmp_path / 'link' / 'bag.db3'):
+        assert [message.data for message in read(path)[0]] == stock
+        with Bag(path) as bag:
+            assert any('temporary copy' in note for note in bag.notes)
+    assert contents(tmp_path / 'link') == before and len(stock) == (20 if how == 'WAL commit' else 8)
+
+
+def test_a_journal_that_leads_nowhere_is_named(tmp_path):
+    """A store of files of which only the bag was fetched."""
+    file = write_bag(tmp_path / 'bag', strings(8), storage='SQLITE3')
+    Path(f'{file}-wal').symlink_to(tmp_path / 'nowhere')
+    with pytest.raises(BagError, match='bag.db3-wal'):
+        Bag(tmp_path / 'bag')
+
+
 def test_a_closed_bag_in_wal_mode_is_read_without_a_file_beside_it(tmp_path):
     file = write_bag(tmp_path / 'bag', strings(20), storage='SQLITE3')
     database = sqlite3.connect(file)

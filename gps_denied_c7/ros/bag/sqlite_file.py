@@ -43,8 +43,9 @@ class SqliteFile(Storage):
     Open one sqlite3 storage file.
 
     The file is opened read-only. Where a journal beside it holds messages (``-wal``) or half a transaction
-    (``-journal``), file and journal are copied into ``scratch`` and SQLite recovers the copy. A lock is held for each
-    query only, since a recorder that meets one loses messages.
+    (``-journal``), file and journal are copied into ``scratch`` and SQLite recovers the copy. Of a link, the journal is
+    beside the file that it leads to, or beside the link where journals are links too. A lock is held for each query
+    only, since a recorder that meets one loses messages.
 
     :param scratch: makes an empty directory for that copy.
     :raises BagError: it is not a rosbag2, or it is being written.
@@ -75,8 +76,12 @@ class SqliteFile(Storage):
     # -- opening
 
     def _connect(self, scratch: Callable[[], Path]) -> sqlite3.Connection:
-        beside = (self.path.with_name(self.path.name + suffix) for suffix in ('-wal', '-journal'))
-        journals = [journal for journal in beside if _is_hot(journal)]
+        journals = {}
+        for suffix in ('-wal', '-journal'):
+            # SQLite looks beside the file that a link leads to.
+            for path in (self.path, self.path.resolve()):
+                if _is_hot(journal := path.with_name(path.name + suffix)):
+                    journals[self.path.name + suffix] = journal
         written = open_for_writing(self.path)
         if journals and written:
             raise BagError(f'{self.path} is still being recorded.', remedy=_STOP_RECORDER)
@@ -110,30 +115,32 @@ class SqliteFile(Storage):
         """Open what is left of a file that was cut: SQLite would take the missing half of a page for zeros."""
         path = self.path
         if whole < size:
-            path = self._copied([self.path], scratch(), 'It was cut within a page')
+            path = self._copied({self.path.name: self.path}, scratch(), 'It was cut within a page')
             os.truncate(path, whole)
         database = _database(path, 'mode=ro&immutable=1')
         # Has SQLite read the pages that are there, though the header states more.
         database.execute('PRAGMA writable_schema=1')
         return database
 
-    def _copy(self, journals: list[Path], scratch: Path) -> Path:
+    def _copy(self, journals: dict[str, Path], scratch: Path) -> Path:
         """Copy the file and its journals, so that recovering leaves the bag as it is."""
-        names = ' and '.join(journal.name for journal in journals)
-        copy = self._copied([self.path, *journals], scratch, f'It was not closed: {names} belongs to it')
+        names = ' and '.join(journal.name for journal in journals.values())
+        files = {self.path.name: self.path, **journals}
+        copy = self._copied(files, scratch, f'It was not closed: {names} belongs to it')
         self.notes.append(
             f'{self.path.name} was not closed: {names} belongs to it. A temporary copy, recovered by SQLite, is '
             'played; the bag is not changed.'
         )
         return copy
 
-    def _copied(self, files: list[Path], scratch: Path, why: str) -> Path:
-        _logger.info('%s. Copying %s to %s', why, ' and '.join(file.name for file in files), scratch)
+    def _copied(self, files: dict[str, Path], scratch: Path, why: str) -> Path:
+        """Copy files into ``scratch`` under these names, and return where the storage file is there."""
+        _logger.info('%s. Copying %s to %s', why, ' and '.join(file.name for file in files.values()), scratch)
         try:
-            for file in files:
-                shutil.copyfile(file, scratch / file.name)
+            for name, file in files.items():
+                shutil.copyfile(file, scratch / name)
         except OSError as error:
-            size = sum(file.stat().st_size for file in files)
+            size = sum(file.stat().st_size for file in files.values())
             raise BagError(
                 f'{self.path} has to be copied to {scratch.parent} to be read, which fails: {reason(error)}. {why}.',
                 remedy=f'Set TMPDIR to a directory with {size / 1e6:.0f} MB free, and make these files readable.',
@@ -248,8 +255,9 @@ class SqliteFile(Storage):
 
 def _is_hot(journal: Path) -> bool:
     """Tell whether SQLite has to do something about this journal before the database can be read."""
-    if not journal.exists():
-        return False
+    if not journal.is_file():
+        # As a link to nothing: SQLite would miss what it held, or wait for what a pipe never sends.
+        return os.path.lexists(journal)
     if journal.name.endswith('-wal'):
         return journal.stat().st_size > _WAL_HEADER_BYTES
     with journal.open('rb') as file:
