@@ -219,6 +219,64 @@ def test_no_damaged_byte_of_an_mcap_goes_unseen(tmp_path, compression):
         assert missing or not lost, position
 
 
+@pytest.mark.parametrize('second', ['another', 'the same again'])
+@pytest.mark.parametrize('enable_crcs', [True, False])
+def test_a_recording_that_is_appended_to_another_is_named(tmp_path, second, enable_crcs):
+    """``cat a.mcap b.mcap``; without checksums, the summary of a copy fits the first as well."""
+    truth = write_mcap(tmp_path / 'a.mcap', strings(20), enable_crcs=enable_crcs)
+    if second == 'another':
+        write_mcap(tmp_path / 'b.mcap', strings(30, '/other'), enable_crcs=enable_crcs)
+    else:
+        shutil.copy(tmp_path / 'a.mcap', tmp_path / 'b.mcap')
+    appended = (tmp_path / 'b.mcap').read_bytes()
+    (tmp_path / 'cat.mcap').write_bytes((tmp_path / 'a.mcap').read_bytes() + appended)
+    found, missing = read(tmp_path / 'cat.mcap')
+    assert found == truth and f'{len(appended)} bytes after the end' in missing[0]
+
+
+NO_INDEX = {'use_statistics': False, 'index_types': IndexType.NONE, 'use_summary_offsets': False}
+
+
+def records(content: bytes, opcode: int) -> list[int]:
+    """Return where the records of this kind begin."""
+    found, position = [], 8
+    while position < len(content) - 8:
+        if content[position] == opcode:
+            found.append(position)
+        position += 9 + int.from_bytes(content[position + 1 : position + 9], 'little')
+    return found
+
+
+@pytest.mark.parametrize('kind', [*range(5), 7, 8, 10, 11, *range(13, 18), 0x46, 0x86, 0x90, 255])
+def test_a_chunk_that_is_marked_as_another_record_is_named_without_any_index(tmp_path, kind):
+    """Also as the end of data, the footer or a part of the summary; from 0x80 on it may be an application's own."""
+    path = tmp_path / 'odd.mcap'
+    truth = write_mcap(path, strings(60), chunk_size=500, **NO_INDEX)
+    content = bytearray(path.read_bytes())
+    chunks = records(content, 6)
+    content[chunks[len(chunks) // 2]] = kind
+    path.write_bytes(content)
+    found, missing = read(path)
+    with Bag(path) as bag:
+        said = missing or bag.notes
+    assert len(found) < 60 and found == [message for message in truth if message in found]
+    assert any(f'byte {chunks[len(chunks) // 2]}' in sentence for sentence in said), said
+    if kind >= 0x0D:
+        assert len(found) > 40
+
+
+def test_records_of_an_application_cost_nothing(tmp_path):
+    path = tmp_path / 'private.mcap'
+    truth = write_mcap(path, strings(60), chunk_size=500, **NO_INDEX)
+    content = path.read_bytes()
+    middle = records(content, 6)[2]
+    record = b'\x90' + (4).to_bytes(8, 'little') + b'mine'
+    path.write_bytes(content[:middle] + record * 3 + content[middle:])
+    assert read(path) == (truth, [])
+    with Bag(path) as bag:
+        assert '3 records of kind 0x90' in ' '.join(bag.notes)
+
+
 # -- mcap: what is not ROS 2
 
 

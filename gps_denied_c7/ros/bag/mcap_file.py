@@ -46,7 +46,10 @@ _FRAME = struct.Struct('<BQ')
 _MESSAGE = struct.Struct('<HIQQ')
 _INDEX = struct.Struct('<HI')
 _INDEX_ENTRY_BYTES = 16
-_FOOTER_BYTES = _FRAME.size + 20 + len(MAGIC)
+_DATA_END_BYTES, _FOOTER_BYTES = 4, 20
+_TAIL_BYTES = _FRAME.size + _FOOTER_BYTES + len(MAGIC)
+_WITHOUT_MESSAGES = (Opcode.ATTACHMENT, Opcode.METADATA)
+_FIRST_PRIVATE = 0x80
 _COMPRESSIONS = ('', 'zstd', 'lz4')
 _SMALL_BYTES = 64 * 2**20
 """More than this in one schema or channel record is damage."""
@@ -102,8 +105,9 @@ class McapFile(Storage):
         self._loose_offsets, self._loose_times = array('Q'), array('Q')
         self._loose_counts: Counter[int] = Counter()
         self._cuts: list[str] = []
-        self._strange: list[str] = []
-        self._promise_is_sure = False
+        self._strange: dict[int, list[int]] = {}
+        self._ended = False
+        self._sure_summary = 0
         self._index_is_whole = False
         try:
             self._open()
@@ -136,21 +140,22 @@ class McapFile(Storage):
             if footer.summary_crc:
                 self._file.seek(footer.summary_start)
                 covered = self._file.read(self._size - len(MAGIC) - 4 - footer.summary_start)
-                self._promise_is_sure = True
                 if zlib.crc32(covered) != footer.summary_crc:
                     raise _DamageError('its checksum does not match')
+                self._sure_summary = footer.summary_start
             self._file.seek(0)
             return SeekingReader(self._file).get_summary()
         except Exception as error:
             # Damage shows as the first error that the parser meets: struct, UTF-8, index or memory errors.
-            self._promise_is_sure = False
+            self._sure_summary = 0
             self.notes.append(f'{self.path.name}: the summary is damaged ({reason(error)}) and not used.')
             return None
 
     def _footer(self) -> Footer | None:
-        self._file.seek(max(0, self._size - _FOOTER_BYTES))
-        tail = self._file.read(_FOOTER_BYTES)
-        if len(tail) < _FOOTER_BYTES or _FRAME.unpack_from(tail) != (Opcode.FOOTER, 20) or not tail.endswith(MAGIC):
+        self._file.seek(max(0, self._size - _TAIL_BYTES))
+        tail = self._file.read(_TAIL_BYTES)
+        head = (Opcode.FOOTER, _FOOTER_BYTES)
+        if len(tail) < _TAIL_BYTES or _FRAME.unpack_from(tail) != head or not tail.endswith(MAGIC):
             return None
         return Footer.read(_Exact(tail[_FRAME.size :]))
 
@@ -163,6 +168,9 @@ class McapFile(Storage):
             try:
                 position = self._walk_record(position)
             except Exception as error:
+                if self._ended:
+                    # The summary, which is cut or damaged.
+                    return
                 if self._chunks:
                     # Its index may be cut.
                     self._chunks[-1].counts = None
@@ -175,7 +183,7 @@ class McapFile(Storage):
                 return
 
     def _walk_record(self, position: int) -> int:
-        """Take in the record at ``position`` and return where the next one is, 0 at the end of data."""
+        """Take in the record at ``position`` and return where the next one is, 0 where nothing more is to come."""
         self._file.seek(position)
         head = self._file.read(_FRAME.size)
         if not head:
@@ -188,7 +196,15 @@ class McapFile(Storage):
             raise _DamageError('there is no record')
         if end > self._size:
             raise _DamageError(f'{end - self._size} bytes of a record are not there')
-        if opcode in (Opcode.DATA_END, Opcode.FOOTER):
+        if (opcode, length) == (Opcode.DATA_END, _DATA_END_BYTES):
+            self._ended = True
+            return 0 if end == self._sure_summary else end
+        if (opcode, length) == (Opcode.FOOTER, _FOOTER_BYTES):
+            if (more := self._size - end - len(MAGIC)) > 0:
+                self._lost.append(
+                    f'{self.path.name}: {more} bytes after the end of the recording, at byte {end + len(MAGIC)}, are '
+                    'not read; another file may have been appended.'
+                )
             return 0
         if opcode == Opcode.CHUNK:
             self._chunks.append(self._chunk_at(content, length))
@@ -200,8 +216,8 @@ class McapFile(Storage):
             if length > _SMALL_BYTES:
                 raise _DamageError(f'a record of {length} bytes describes a channel')
             self._take_description(opcode, self._file.read(length))
-        elif not Opcode.HEADER <= opcode <= Opcode.DATA_END:
-            self._strange.append(f'{length} bytes at byte {position} are a record of unknown kind {opcode:#04x}')
+        elif not self._ended and opcode not in _WITHOUT_MESSAGES and position > len(MAGIC):
+            self._strange.setdefault(opcode, []).append(position)
         return end
 
     def _chunk_at(self, offset: int, length: int) -> _Chunk:
@@ -268,7 +284,7 @@ class McapFile(Storage):
             found.update(chunk.counts or {})
         promised = summary.statistics.channel_message_counts if summary and summary.statistics else None
         said = Counter(promised or {})
-        recorded = said if said and self._promise_is_sure else found | said
+        recorded = said if said and self._sure_summary else found | said
         self.counts = {number: recorded[number] for number in self.channels}
         self._index_is_whole = promised is not None and +found == +said
         if self._index_is_whole:
@@ -276,9 +292,19 @@ class McapFile(Storage):
             self.notes += [f'{cut}, but no message, as the file itself counts them.' for cut in self._cuts]
         else:
             self._lost += [f'{cut}.' for cut in self._cuts]
-            self._lost += [f'{self.path.name}: {text}.' for text in self._strange]
+            self._note_strange()
         if unknown := {f'channel {number}': found[number] for number in found.keys() - self.channels.keys()}:
             self._lost.append(f'{self.path.name} does not describe the channel of {count_text(unknown)}.')
+
+    def _note_strange(self) -> None:
+        """Name the records that are passed over; kinds from 0x80 on are for applications and hold no message."""
+        for kind, places in self._strange.items():
+            records = f'{len(places)} record{"s" if len(places) > 1 else ""} of kind {kind:#04x}'
+            found = f'{self.path.name}: {records}, from byte {places[0]} on, not read'
+            if kind >= _FIRST_PRIVATE:
+                self.notes.append(f'{found}: that kind belongs to applications.')
+            else:
+                self._lost.append(f'{found}: unknown or out of place; the content is missing.')
 
     def _channel(self, record: ChannelRecord) -> Channel:
         schema = self._schemas.get(record.schema_id)
