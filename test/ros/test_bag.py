@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import shutil
@@ -663,6 +664,53 @@ def test_every_version_of_the_metadata_is_read_with_its_qos(tmp_path, storage, v
     assert read(path) == (strings(3), [])
 
 
+@pytest.mark.parametrize('value', ['.inf', '.nan', '-3', 'true', '1e400', '9' * 400, '[1]', 'many', '0x' + 'f' * 5000])
+def test_any_number_in_the_metadata_is_read(tmp_path, value):
+    write_bag(tmp_path / 'bag', strings(20))
+    file = tmp_path / 'bag' / 'metadata.yaml'
+    profile = (
+        f'[{{depth: {value}, history: {value}, liveliness: {value}, deadline: {{sec: {value}, nsec: {value}}}, '
+        f'lifespan: {value}}}]'
+    )
+    text = file.read_text().replace('message_count: 20', f'message_count: {value}')
+    file.write_text(text.replace('offered_qos_profiles: []', f'offered_qos_profiles: {profile}'))
+    assert profile in file.read_text()
+    assert read(tmp_path / 'bag') == (strings(20), [])
+
+
+@pytest.mark.parametrize(
+    'text', ['- a: !!timestamp abc', '- a: !!int ""', '- a: !!bool x', '- {<<: 5}', '-' * 9, '[' * 9999]
+)
+@pytest.mark.parametrize('storage', ['MCAP', 'SQLITE3'])
+def test_qos_that_cannot_be_read_costs_no_message(tmp_path, storage, text):
+    file = write_bag(tmp_path / 'bag', strings(20), storage=storage)
+    if storage == 'SQLITE3':
+        with sqlite3.connect(file) as database:
+            database.execute('UPDATE topics SET offered_qos_profiles = ?', (text,))
+        database.close()
+    else:
+        change_metadata(tmp_path / 'bag', lambda info: topic_of(info).update(offered_qos_profiles=text))
+    assert read(tmp_path / 'bag') == (strings(20), [])
+    with Bag(tmp_path / 'bag') as bag:
+        assert 'offered_qos_profiles' in ' '.join(bag.notes)
+
+
+@pytest.mark.parametrize('where', ['type: *l20', 'type_description_hash: *l20', 'type: {<<: *l20}'])
+def test_aliases_in_each_other_cost_no_time_and_no_message(tmp_path, where):
+    """Twenty levels of ten stand for 10^20 values."""
+    write_bag(tmp_path / 'bag', strings(20))
+    file = tmp_path / 'bag' / 'metadata.yaml'
+    merged = '<<' in where
+    head = ['l0: &l0 {a: 1}\n']
+    for level in range(20):
+        inner = '[' + ', '.join([f'*l{level}'] * 10) + ']'
+        head.append(f'l{level + 1}: &l{level + 1} ' + (f'{{<<: {inner}}}\n' if merged else f'{inner}\n'))
+    text = ''.join(head) + file.read_text().replace('type: std_msgs/msg/String', where, 1)
+    assert where in text
+    file.write_text(text)
+    assert read(tmp_path / 'bag') == (strings(20), [])
+
+
 def test_a_decompressed_copy_beside_a_compressed_file_is_not_played_twice(tmp_path):
     """As older rosbag2 leaves it after playing."""
     file = write_bag(tmp_path / 'bag', strings(20), storage='SQLITE3', version=8, mode=rosbag2.CompressionMode.FILE)
@@ -718,6 +766,101 @@ def test_a_file_that_the_metadata_does_not_name_is_named(split):
     shutil.copy(split / 'bag_0.mcap', split / 'bag_2.mcap')
     found, missing = read(split)
     assert found == strings(30, '/a', '/b') and 'bag_2.mcap is not played' in missing[0]
+
+
+def name_files(path: Path, names: list[str]) -> None:
+    """Write a metadata.yaml that says which files the bag has, and no more."""
+    (path / 'metadata.yaml').write_text(yaml.safe_dump({'rosbag2_bagfile_information': {'relative_file_paths': names}}))
+
+
+def test_a_name_means_the_file_that_it_leads_to(tmp_path):
+    """Two parts of the same name in folders, and a third file of that name beside the metadata."""
+    for folder in ('', 'a', 'b'):
+        (tmp_path / 'bag' / folder).mkdir(exist_ok=True, parents=True)
+        write_mcap(tmp_path / 'bag' / folder / 'x.mcap', strings(5, f'/{folder or "beside"}'))
+    name_files(tmp_path / 'bag', ['a/x.mcap', f'{tmp_path}/bag/b/x.mcap'])
+    found, missing = read(tmp_path / 'bag')
+    assert {message.topic for message in found} == {'/a', '/b'} and len(found) == 10
+    assert missing == [f'x.mcap is not played: it is in {tmp_path / "bag"} and metadata.yaml does not name it.']
+
+
+def test_a_name_that_leads_nowhere_means_the_file_beside_the_metadata_once(tmp_path):
+    (tmp_path / 'bag').mkdir()
+    write_mcap(tmp_path / 'bag' / 'x.mcap', strings(5))
+    name_files(tmp_path / 'bag', ['a/x.mcap', 'b/x.mcap'])
+    found, missing = read(tmp_path / 'bag')
+    assert found == strings(5) and 'b/x.mcap is missing' in missing[0] and 'a/x' not in missing[0]
+
+
+@pytest.mark.parametrize('name', ['{}/store/x.mcap', '../store/x.mcap'])
+def test_a_file_outside_the_bag_is_played_only_where_the_bag_has_none_of_that_name(tmp_path, name):
+    """A copied bag still names the files of the one it was copied from."""
+    (tmp_path / 'bag').mkdir()
+    (tmp_path / 'store').mkdir()
+    write_mcap(tmp_path / 'store' / 'x.mcap', strings(5, '/store'))
+    name_files(tmp_path / 'bag', [name.format(tmp_path)])
+    assert read(tmp_path / 'bag') == (strings(5, '/store'), [])
+    with Bag(tmp_path / 'bag') as bag:
+        assert 'outside' in bag.notes[0] and 'store/x.mcap' in bag.notes[0]
+    write_mcap(tmp_path / 'bag' / 'x.mcap', strings(5, '/own'))
+    assert read(tmp_path / 'bag') == (strings(5, '/own'), [])
+
+
+@pytest.mark.parametrize('again', ['./bag.mcap', 'bag.mcap', 'link.mcap', '{}/bag/bag.mcap', '../bag/bag.mcap'])
+def test_a_file_that_is_named_twice_is_played_once(tmp_path, again):
+    write_bag(tmp_path / 'bag', strings(20))
+    (tmp_path / 'bag' / 'link.mcap').symlink_to('bag.mcap')
+    names = ['bag.mcap', again.format(tmp_path)]
+    change_metadata(tmp_path / 'bag', lambda info: info.update(relative_file_paths=names))
+    assert read(tmp_path / 'bag') == (strings(20), [])
+
+
+@pytest.mark.parametrize('names', [[], [''], [5], ['a' * 300 + '.mcap'], ['a\0b.mcap'], ['.'], ['bag.mcap/x.mcap']])
+def test_names_that_lead_to_no_file_cost_no_message(tmp_path, names):
+    """A recorder that died leaves an empty list."""
+    write_bag(tmp_path / 'bag', strings(20))
+    change_metadata(tmp_path / 'bag', lambda info: info.update(relative_file_paths=names))
+    assert read(tmp_path / 'bag') == (strings(20), [])
+    with Bag(tmp_path / 'bag') as bag:
+        assert 'metadata.yaml names' in bag.notes[0]
+
+
+@pytest.mark.parametrize('name', ['metadata.yaml', 'other.db3'])
+def test_a_pipe_in_the_bag_is_not_waited_for(tmp_path, name):
+    write_bag(tmp_path / 'bag', strings(20), storage='SQLITE3')
+    (tmp_path / 'bag' / name).unlink(missing_ok=True)
+    os.mkfifo(tmp_path / 'bag' / name)
+    assert read(tmp_path / 'bag') == (strings(20), [])
+
+
+@pytest.mark.parametrize('suffix', ['-wal', '-journal'])
+def test_a_pipe_in_place_of_a_journal_is_named(tmp_path, suffix):
+    file = write_bag(tmp_path / 'bag', strings(20), storage='SQLITE3')
+    os.mkfifo(f'{file}{suffix}')
+    with pytest.raises(BagError, match=f'bag.db3{suffix}. is a named pipe'):
+        Bag(tmp_path / 'bag')
+
+
+@pytest.mark.parametrize('storage', ['MCAP', 'SQLITE3'])
+@pytest.mark.parametrize('metadata', ['with metadata', 'without'])
+def test_a_file_that_was_packed_as_lz4_is_read(tmp_path, storage, metadata):
+    file = write_bag(tmp_path / 'bag', strings(200), storage=storage)
+    packed = file.with_name(file.name + '.lz4')
+    packed.write_bytes(lz4.frame.compress(file.read_bytes()))
+    file.unlink()
+    change_metadata(tmp_path / 'bag', lambda info: info.update(relative_file_paths=[packed.name]))
+    if metadata == 'without':
+        (tmp_path / 'bag' / 'metadata.yaml').unlink()
+    assert read(tmp_path / 'bag') == (strings(200), [])
+    packed.write_bytes(packed.read_bytes()[:-50])
+    with contextlib.suppress(BagError):
+        assert read(tmp_path / 'bag')[1]
+
+
+def test_a_bag_of_ros_1_is_named_as_that(tmp_path):
+    (tmp_path / 'old.bag').write_bytes(b'#ROSBAG V2.0\n' + bytes(4000))
+    with pytest.raises(BagError, match='is a bag of ROS 1.*rosbags-convert --src'):
+        Bag(tmp_path / 'old.bag')
 
 
 def test_files_that_do_not_belong_together_are_not_mixed(tmp_path):

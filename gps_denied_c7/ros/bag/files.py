@@ -3,24 +3,33 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
 
-import yaml
-
 from gps_denied_c7.ros.bag import sqlite_file
-from gps_denied_c7.ros.bag.storage import ZSTD_MAGIC, BagError, OfferedQos, Storage, profiles_of, reason
+from gps_denied_c7.ros.bag.storage import (
+    LZ4_MAGIC,
+    ZSTD_MAGIC,
+    BagError,
+    OfferedQos,
+    Storage,
+    profiles_of,
+    read_yaml,
+    reason,
+    whole,
+)
 
 __all__ = ['BagFiles', 'Metadata', 'find_files', 'open_storage']
 
 _logger = logging.getLogger(__name__)
 
 _STORAGE_SUFFIXES = ('.mcap', '.db3')
-_COMPRESSED_SUFFIXES = ('.zstd', '.zst')
-_LOADER = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
+_COMPRESSED_SUFFIXES = ('.zstd', '.zst', '.lz4')
+_ROS_1_MAGIC = b'#ROSBAG V'
 _NAME_A_BAG = 'Name a bag directory, or an .mcap or .db3 file.'
 
 
@@ -80,7 +89,7 @@ def find_files(path: Path) -> BagFiles:
     if beside.exists():
         metadata = _read_metadata(beside, BagFiles([]))
         # Its counts are those of all files together.
-        if metadata and metadata.files == [path.name]:
+        if metadata and [PurePath(name).name for name in metadata.files] == [path.name]:
             found.metadata = metadata
     return found
 
@@ -101,22 +110,53 @@ def _in_directory(path: Path) -> BagFiles:
         found.notes.append(f'{path} has no metadata.yaml; {names} is read by itself.')
         return found
     found.metadata = _read_metadata(path / 'metadata.yaml', found)
-    if found.metadata is None:
+    if found.metadata is None or not found.metadata.files:
         found.files = _without_metadata(path, list(present.values()))
+        if found.metadata:
+            found.notes.append('metadata.yaml names no storage file; what lies beside it is played.')
         return found
-    # A name may begin with the place where the bag was recorded.
-    named = {name: path / PurePath(name).name for name in found.metadata.files}
-    found.files = [file for file in named.values() if file.is_file()]
-    gone = [name for name, file in named.items() if not file.is_file()]
-    used = {_without_compression(file.name) for file in found.files}
-    others = [file for file in present.values() if _without_compression(file.name) not in used]
+    gone = _take_named(path, found, found.metadata.files)
+    used = {_without_compression(os.path.realpath(file)) for file in found.files}
+    others = [file for file in present.values() if _without_compression(os.path.realpath(file)) not in used]
     _account_for_others(path, found, gone, others)
     if not found.files:
         raise BagError(
-            f'{path} has none of its storage files: {", ".join(gone) or "none named"} is missing.',
+            f'{path} has none of its storage files: {", ".join(gone)} is missing.',
             remedy='Copy the bag again, with all of its files.',
         )
     return found
+
+
+def _take_named(path: Path, found: BagFiles, names: list[str]) -> list[str]:
+    """
+    Take each file that the metadata names, once, and return the names of those that are gone.
+
+    A name means the file that it leads to within the bag's directory; else the one of that name beside metadata.yaml,
+    since a name may begin with the place where the bag was recorded; else one outside the directory, which is noted.
+    """
+    where = os.path.abspath(path)
+    within = {
+        name: path / name
+        for name in names
+        if PurePath(os.path.normpath(os.path.join(where, name))).is_relative_to(where)
+    }
+    beside = {name: path / PurePath(name).name for name in names}
+    outside = {name: path / name for name in names}
+    files: dict[str, Path] = {}
+    for candidates in (within, beside, outside):
+        for name, file in candidates.items():
+            # Not Path.is_file, which raises for a name that is too long.
+            if name in files or not os.path.isfile(file):
+                continue
+            # Two names with another folder each don't mean one file beside the metadata.
+            if candidates is not beside or os.path.realpath(file) not in map(os.path.realpath, files.values()):
+                files[name] = file
+            if candidates is outside:
+                found.notes.append(f'{file} is played, which metadata.yaml names, though it is outside {path}.')
+    found.files = list({os.path.realpath(files[name]): files[name] for name in names if name in files}.values())
+    if len(found.files) < len(files):
+        found.notes.append('metadata.yaml names a file more than once; it is played once.')
+    return [name for name in dict.fromkeys(names) if name not in files]
 
 
 def _account_for_others(path: Path, found: BagFiles, gone: list[str], others: list[Path]) -> None:
@@ -132,7 +172,7 @@ def _account_for_others(path: Path, found: BagFiles, gone: list[str], others: li
 
 
 def _without_compression(name: str) -> str:
-    return PurePath(name).stem if PurePath(name).suffix in _COMPRESSED_SUFFIXES else name
+    return str(PurePath(name).with_suffix('')) if PurePath(name).suffix in _COMPRESSED_SUFFIXES else name
 
 
 def _without_metadata(path: Path, files: list[Path]) -> list[Path]:
@@ -158,27 +198,30 @@ def _without_metadata(path: Path, files: list[Path]) -> list[Path]:
 def _read_metadata(path: Path, found: BagFiles) -> Metadata | None:
     """Return what it says; None, and a note, where it cannot be read."""
     try:
+        if not path.is_file():
+            raise ValueError('it is not a file')
         with path.open('rb') as stream:
-            information = yaml.load(stream, _LOADER)['rosbag2_bagfile_information']
+            information = read_yaml(stream)['rosbag2_bagfile_information']
         return _metadata_from(information)
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
-        why = ' '.join(reason(error).split())
-        found.notes.append(f'metadata.yaml cannot be read ({why}); the storage files are read by themselves.')
+    except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+        found.notes.append(f'metadata.yaml cannot be read ({reason(error)}); the storage files are read by themselves.')
         return None
 
 
 def _metadata_from(information: dict[str, Any]) -> Metadata:
-    metadata = Metadata(files=[name for name in information['relative_file_paths'] if isinstance(name, str)])
+    metadata = Metadata(files=[name for name in information['relative_file_paths'] if name and isinstance(name, str)])
     for entry in information.get('topics_with_message_count') or ():
         topic = entry['topic_metadata']
         name = topic['name']
         if not isinstance(name, str):
             raise ValueError('the name of a topic is not text')
-        metadata.types.setdefault(name, set()).add(f'{topic.get("type")!s:.200}')
-        metadata.counts[name] = metadata.counts.get(name, 0) + int(entry.get('message_count') or 0)
+        # Not formatted unless it is text: a few aliases in each other are gigabytes once written out.
+        msgtype, type_hash = (topic.get(key) for key in ('type', 'type_description_hash'))
+        metadata.types.setdefault(name, set()).add(msgtype[:200] if isinstance(msgtype, str) else 'of no type')
+        metadata.counts[name] = metadata.counts.get(name, 0) + whole(entry.get('message_count'))
         metadata.qos[name] = (*metadata.qos.get(name, ()), *profiles_of(topic.get('offered_qos_profiles')))
-        if type_hash := topic.get('type_description_hash'):
-            metadata.hashes[name] = str(type_hash)
+        if type_hash and isinstance(type_hash, str):
+            metadata.hashes[name] = type_hash
     return metadata
 
 
@@ -207,8 +250,13 @@ def open_storage(path: Path, scratch: Callable[[], Path]) -> tuple[Storage, list
             magic = file.read(16)
         if not magic:
             raise BagError(f'{path} is damaged: it is empty.', remedy='Record it again.')
-        if magic.startswith(ZSTD_MAGIC):
-            plain, lost = _decompress(path, scratch())
+        if magic.startswith(_ROS_1_MAGIC):
+            raise BagError(
+                f'{path} is a bag of ROS 1.',
+                remedy=f'Convert it: pip install rosbags; rosbags-convert --src {path} --dst DIRECTORY.',
+            )
+        if magic.startswith((ZSTD_MAGIC, LZ4_MAGIC)):
+            plain, lost = _decompress(path, scratch(), magic)
             try:
                 storage, more = open_storage(plain, scratch)
             except BagError as error:
@@ -233,19 +281,23 @@ def open_storage(path: Path, scratch: Callable[[], Path]) -> tuple[Storage, list
     raise BagError(f'{path} is not a bag.', remedy=_NAME_A_BAG)
 
 
-def _decompress(path: Path, scratch: Path) -> tuple[Path, list[str]]:
+def _decompress(path: Path, scratch: Path, magic: bytes) -> tuple[Path, list[str]]:
     """Decompress a file that was recorded with file compression, as far as it goes."""
+    import lz4.frame
     import zstandard
 
     plain, lost = scratch / (_without_compression(path.name) or 'storage'), []
     _logger.info('decompressing %s to %s', path, scratch)
     try:
         with path.open('rb') as source, plain.open('wb') as target:
-            reader = zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True)
+            if magic.startswith(LZ4_MAGIC):
+                reader = lz4.frame.open(source)
+            else:
+                reader = zstandard.ZstdDecompressor().stream_reader(source, read_across_frames=True)
             while True:
                 try:
                     data = reader.read(2**20)
-                except zstandard.ZstdError as error:
+                except (zstandard.ZstdError, RuntimeError, EOFError) as error:
                     lost.append(f'{path.name} is damaged ({reason(error)}); what comes after is missing.')
                     break
                 if not data:

@@ -18,18 +18,26 @@ import yaml
 from gps_denied_c7.errors import C7Error
 
 __all__ = [
-    'MOST_BYTES', 'ZSTD_MAGIC', 'BagError', 'Channel', 'Entry', 'Faults', 'OfferedQos', 'Run', 'Storage', 'cdr_of',
-    'count_text', 'decompressed', 'offered', 'open_for_writing', 'profiles_of', 'reason', 'time_text',
+    'LZ4_MAGIC', 'MOST_BYTES', 'ZSTD_MAGIC', 'BagError', 'Channel', 'Entry', 'Faults', 'OfferedQos', 'Run', 'Storage',
+    'cdr_of', 'count_text', 'decompressed', 'offered', 'open_for_writing', 'profiles_of', 'read_yaml', 'reason',
+    'time_text', 'whole',
 ]  # fmt: skip
 
 MOST_BYTES = 1 << 30
 """Of a message or a chunk once decompressed: beyond any recorder's, and 32,000 times fewer bytes may ask for it."""
 
 ZSTD_MAGIC = b'\x28\xb5\x2f\xfd'
-_LZ4_MAGIC = b'\x04\x22\x4d\x18'
+LZ4_MAGIC = b'\x04\x22\x4d\x18'
 _UNLIMITED = 2**31 - 1
 # Of compressed input at a time: zstd makes some hundred MB of it at most.
 _PIECE_BYTES = 1 << 12
+
+
+class _Loader(getattr(yaml, 'CSafeLoader', yaml.SafeLoader)):  # type: ignore[misc]
+    """Refuse merges (``<<``): each copies what its aliases stand for, and a few in each other fill the memory."""
+
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """Leave the key as it is, which is then one that YAML does not know."""
 
 
 class BagError(C7Error):
@@ -42,18 +50,30 @@ class OfferedQos:
     Hold what the recorded publishers of a topic offered, as far as it decides which subscribers match and what is kept.
 
     :param depth: of the history; 0 where the bag does not say, very large where everything is kept.
+    :param deadline_ns: at most so long between two messages; 0 where nothing was offered, as for the next two.
+    :param lifespan_ns: older messages are not delivered.
+    :param lease_ns: a publisher that is silent for longer is not alive.
+    :param manual: only what it publishes shows that a publisher is alive, not that its process runs.
     """
 
     reliable: bool = True
     transient_local: bool = False
     depth: int = 0
+    deadline_ns: int = 0
+    lifespan_ns: int = 0
+    lease_ns: int = 0
+    manual: bool = False
 
     def __str__(self) -> str:
         depth = 'all' if self.depth == _UNLIMITED else self.depth or 'unknown'
-        return (
-            f'{"reliable" if self.reliable else "best effort"}, '
-            f'{"transient local" if self.transient_local else "volatile"}, depth {depth}'
-        )
+        times = {'deadline': self.deadline_ns, 'lifespan': self.lifespan_ns, 'lease': self.lease_ns}
+        return ', '.join([
+            'reliable' if self.reliable else 'best effort',
+            'transient local' if self.transient_local else 'volatile',
+            f'depth {depth}',
+            *(f'{name} {time_ns / 1e9:g} s' for name, time_ns in times.items() if time_ns),
+            *(['manual liveliness'] if self.manual else []),
+        ])  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +146,7 @@ def cdr_of(data: Any) -> bytes:
     """
     if not isinstance(data, bytes):
         raise ValueError(f'stored as {type(data).__name__}, not as bytes')
-    if data[:4] in (ZSTD_MAGIC, _LZ4_MAGIC):
+    if data[:4] in (ZSTD_MAGIC, LZ4_MAGIC):
         data = decompressed(data, 'zstd' if data[:4] == ZSTD_MAGIC else 'lz4')
     if len(data) < 4 or data[0] != 0 or data[1] > 0x0B:
         raise ValueError(f'not CDR, begins with {data[:4].hex(" ") or "nothing"}')
@@ -166,6 +186,19 @@ def decompressed(data: bytes, name: str) -> bytes:
     return b''.join(pieces)
 
 
+def read_yaml(text: Any) -> Any:
+    """
+    Return what YAML text, or an open file of it, holds.
+
+    :raises ValueError: it cannot be read.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except Exception as error:
+        # PyYAML has no common class for what its constructors meet, as in ``!!int ""``.
+        raise ValueError(' '.join(reason(error).split())) from error
+
+
 def profiles_of(text: Any) -> tuple[OfferedQos, ...]:
     """
     Return the offered QoS profiles of a topic, one per publisher.
@@ -175,9 +208,9 @@ def profiles_of(text: Any) -> tuple[OfferedQos, ...]:
     :raises ValueError: it is neither.
     """
     try:
-        profiles = yaml.safe_load(text) if isinstance(text, str) else text
-    except (yaml.YAMLError, RecursionError) as error:
-        raise ValueError(f'unreadable offered_qos_profiles: {" ".join(str(error).split())}') from error
+        profiles = read_yaml(text) if isinstance(text, str) else text
+    except ValueError as error:
+        raise ValueError(f'unreadable offered_qos_profiles: {error}') from error
     if not profiles:
         return ()
     if not isinstance(profiles, list) or not all(isinstance(profile, dict) for profile in profiles):
@@ -187,22 +220,39 @@ def profiles_of(text: Any) -> tuple[OfferedQos, ...]:
 
 def _profile(values: Mapping[str, Any]) -> OfferedQos:
     def is_any(key: str, *names: str) -> bool:
-        return str(values.get(key, '')).lower() in names
+        value = values.get(key)
+        return (value.lower() if isinstance(value, str) else str(whole(value))) in names
 
-    depth = values.get('depth')
-    kept = min(max(0, depth), _UNLIMITED) if isinstance(depth, int) else 0
+    def time_ns(key: str) -> int:
+        value = values.get(key)
+        seconds, rest = (whole(value.get(unit)) for unit in ('sec', 'nsec')) if isinstance(value, dict) else (0, 0)
+        # What says that there is no limit is 2^31 s, 2^63 ns or 2^64 ns, by the middleware and its version.
+        return seconds * 10**9 + rest if seconds < _UNLIMITED else 0
+
     return OfferedQos(
         reliable=not is_any('reliability', '2', 'best_effort'),
         transient_local=is_any('durability', '1', 'transient_local'),
-        depth=_UNLIMITED if is_any('history', '2', 'keep_all') else kept,
+        depth=_UNLIMITED if is_any('history', '2', 'keep_all') else min(whole(values.get('depth')), _UNLIMITED),
+        deadline_ns=time_ns('deadline'),
+        lifespan_ns=time_ns('lifespan'),
+        lease_ns=time_ns('liveliness_lease_duration'),
+        manual=is_any('liveliness', '3', 'manual_by_topic'),
     )
+
+
+def whole(value: Any) -> int:
+    """Return a number that counts something, 0 for anything else that a bag has in its place."""
+    return value if type(value) is int and 0 < value < 2**64 else 0
 
 
 def offered(profiles: Sequence[OfferedQos]) -> OfferedQos:
     """
     Merge what several publishers offered into what reaches every subscriber that one of them reached.
 
-    Each latched publisher kept its own last messages: one in their place has to keep as many as all of them.
+    Where they offered the same, rosbag2 offers that too; where they differ, it takes its own default, which reaches
+    fewer. Each latched publisher kept its own last messages: one in their place has to keep as many as all of
+    them. A subscriber matches what is at least as strict as its request: the shortest deadline and lease, and manual
+    liveliness. The longest lifespan drops no message that another publisher would have delivered.
     """
     if not profiles:
         return OfferedQos()
@@ -211,6 +261,10 @@ def offered(profiles: Sequence[OfferedQos]) -> OfferedQos:
         reliable=any(profile.reliable for profile in profiles),
         transient_local=bool(latched),
         depth=min(_UNLIMITED, max(sum(latched), *(profile.depth for profile in profiles))),
+        deadline_ns=min((profile.deadline_ns for profile in profiles if profile.deadline_ns), default=0),
+        lifespan_ns=0 if any(not p.lifespan_ns for p in profiles) else max(p.lifespan_ns for p in profiles),
+        lease_ns=min((profile.lease_ns for profile in profiles if profile.lease_ns), default=0),
+        manual=any(profile.manual for profile in profiles),
     )
 
 
