@@ -30,6 +30,7 @@ __all__ = ['main']
 
 _DEFAULT_CLOCK_HZ = 40.0
 _NAME_CHARACTERS = 40
+_SMALLEST, _LARGEST = 1e-9, 1e9
 _ENDING = (signal.SIGINT, signal.SIGTERM)
 
 _logger = logging.getLogger('c7_replay')
@@ -89,13 +90,17 @@ def main(args: Sequence[str] | None = None) -> int:
         line that cannot be used; 128 + signal number when interrupted before the end.
     """
     own, ros = _split_arguments(sys.argv[1:] if args is None else args)
-    parsed = _parser().parse_args(own)
+    parser = _parser()
+    parsed = parser.parse_args(own)
+    remap = dict(parsed.remap or ())
+    if len(remap) < len(set(parsed.remap or ())):
+        parser.error('--remap gives one topic several names')
     log_to_stderr('c7_replay', logging.INFO)
     options = ReplayOptions(
         rate=parsed.rate,
         loop=parsed.loop,
         topics=tuple(parsed.topics or ()),
-        remap=dict(parsed.remap or ()),
+        remap=remap,
         clock_hz=parsed.clock or 0.0,
         wait_matched_s=DEFAULT_WAIT_S if parsed.wait_matched is None else parsed.wait_matched,
         require_matched=bool(parsed.wait_matched),
@@ -111,6 +116,8 @@ def main(args: Sequence[str] | None = None) -> int:
     _logger.info(apply_profile(os.environ).reason)
     tune_allocator()
     signals = _Signals()
+    # A file of gigabytes without an index takes seconds.
+    _logger.info('opening the bag')
     try:
         with Bag(parsed.bag) as bag:
             signals.defer()
@@ -177,7 +184,8 @@ def _open_report(path: Path, bag: Path) -> TextIO:
 
     :raises OSError: it cannot be written, or is the bag.
     """
-    if path.exists() and any(file.exists() and file.samefile(path) for file in (bag, *bag.glob('*'))):
+    within = bag.resolve() in path.resolve().parents
+    if path.exists() and (within or any(file.exists() and file.samefile(path) for file in (bag, *bag.glob('*')))):
         raise FileExistsError('it belongs to the bag')
     return path.open('w', encoding='utf-8')
 
@@ -221,8 +229,12 @@ def _parser() -> argparse.ArgumentParser:
         '--rate', type=_positive, default=1.0, metavar='FACTOR', help='factor on the recorded speed; default: 1'
     )
     parser.add_argument('--loop', action='store_true', help='start over at the end, until interrupted')
-    parser.add_argument('--topics', nargs='+', metavar='TOPIC', help='play only these, and wait for their subscribers')
-    parser.add_argument('--remap', nargs='+', type=_remapping, metavar='FROM:=TO', help='publish under other names')
+    parser.add_argument(
+        '--topics', nargs='+', action='extend', metavar='TOPIC', help='play only these, and wait for their subscribers'
+    )
+    parser.add_argument(
+        '--remap', nargs='+', action='extend', type=_remapping, metavar='FROM:=TO', help='publish under other names'
+    )
     parser.add_argument(
         '--clock', nargs='?', type=_positive, const=_DEFAULT_CLOCK_HZ, metavar='HZ',
         help=f"publish the bag's time on /clock, {_DEFAULT_CLOCK_HZ:g} times a second where HZ is not given",
@@ -244,8 +256,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _positive(text: str) -> float:
     value = float(text)
-    if not 0.0 < value < float('inf'):
-        raise argparse.ArgumentTypeError(f'{text} is not a positive number')
+    if not _SMALLEST <= value <= _LARGEST:
+        raise argparse.ArgumentTypeError(f'{text} is not a number from {_SMALLEST:g} to {_LARGEST:g}')
     return value
 
 

@@ -23,6 +23,8 @@ class TopicReport:
     :param sent_unmatched: messages that went out while there was no subscription.
     :param bytes: of CDR, all messages together.
     :param span_s: from the first to the last message sent, steady clock.
+    :param name: of the topic in the bag.
+    :param mismatched: nodes that subscribe and receive nothing, each with the type or QoS that does not match.
     :param acknowledged: every reliable subscriber acknowledged everything; True where there is none.
     """
 
@@ -30,10 +32,12 @@ class TopicReport:
     msgtype: str
     recorded: int
     reliable: bool
+    name: str = ''
     matched: int = 0
     first_matched_s: float | None = None
     sent: int = 0
     sent_unmatched: int = 0
+    mismatched: list[str] = field(default_factory=list)
     bytes: int = 0
     span_s: float = 0.0
     acknowledged: bool = True
@@ -45,14 +49,15 @@ class TopicReport:
 
     def subscribers(self) -> str:
         """Say what subscribers could not receive, '' if they were there from the start."""
+        mismatched = f', not received by {"; ".join(self.mismatched)}' if self.mismatched else ''
         if self.first_matched_s is None:
-            return ', no subscriber'
+            return mismatched or ', no subscriber'
         if not self.sent_unmatched:
-            return ''
+            return mismatched
         if self.matched:
-            return f', {self.sent_unmatched} of them while there was no subscriber'
+            return f', {self.sent_unmatched} of them while there was no subscriber{mismatched}'
         since = f'the first subscriber came {self.first_matched_s:.2f} s after the start'
-        return f', {self.sent_unmatched} of them without a subscriber: {since}'
+        return f', {self.sent_unmatched} of them without a subscriber: {since}{mismatched}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +124,8 @@ class ReplayReport:
         lines = []
         for topic in self.topics:
             least = 'at least ' if self.bag_incomplete and topic.sent >= topic.recorded else ''
-            text = f'{topic.topic}: sent {topic.sent} of {least}{topic.recorded}'
+            name = topic.topic if topic.name in ('', topic.topic) else f'{topic.topic} ({topic.name} in the bag)'
+            text = f'{name}: sent {topic.sent} of {least}{topic.recorded}'
             text += f' x {self.loops}' if self.loops > 1 else ''
             text += f', {topic.bytes / 1e6:.1f} MB in {topic.span_s:.2f} s'
             text += f' = {topic.rate_hz:.2f} Hz' if topic.rate_hz else ''

@@ -1,4 +1,4 @@
-"""The installed message types, and whether a bag was recorded with the same definitions."""
+"""What a bag's messages meet: the installed types and their definitions, and subscribers that do not match."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from rclpy.node import Node
+from rclpy.qos import QoSCompatibility, QoSProfile, qos_check_compatible
 
 from gps_denied_c7.ros.bag import BagError, BagTopic
 
-__all__ = ['message_type', 'other_definitions']
+__all__ = ['message_type', 'mismatched_subscribers', 'other_definitions']
 
 _log = logging.getLogger('c7_replay')
 
@@ -59,3 +60,15 @@ def _hash_of(definition: str, topic: BagTopic) -> str:
         # rosbags' parser has no error class for text that is not a definition.
         _log.info('%s: the definition of %s in the bag cannot be read: %s', topic.name, topic.msgtype, error)
         return ''
+
+
+def mismatched_subscribers(node: Node, name: str, msgtype: str, offered: QoSProfile) -> Iterator[str]:
+    """Name each node that subscribes to a topic with another type, or requests more than is offered, and say which."""
+    for info in node.get_subscriptions_info_by_topic(name):
+        subscriber = f'{info.node_namespace.rstrip("/")}/{info.node_name}'
+        compatible, reasons = qos_check_compatible(offered, info.qos_profile)
+        if info.topic_type != msgtype:
+            yield f'{subscriber} ({info.topic_type} there, {msgtype} here)'
+        elif compatible == QoSCompatibility.ERROR:
+            texts = [text.removeprefix('ERROR: ').lower() for text in reasons.split(';') if text.startswith('ERROR: ')]
+            yield f'{subscriber} ({"; ".join(texts)})'

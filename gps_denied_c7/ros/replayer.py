@@ -14,14 +14,14 @@ from builtin_interfaces.msg import Time
 from rclpy.duration import Duration
 from rclpy.node import Node
 from rclpy.publisher import Publisher
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
+from rclpy.qos import DurabilityPolicy, LivelinessPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.validate_topic_name import validate_topic_name
 from rosgraph_msgs.msg import Clock
 
-from gps_denied_c7.ros.bag import Bag, BagError, BagTopic
+from gps_denied_c7.ros.bag import Bag, BagError, BagTopic, OfferedQos
 from gps_denied_c7.ros.bag.storage import count_text
 from gps_denied_c7.ros.replay_report import Gap, ReplayReport, TopicReport
-from gps_denied_c7.ros.replay_types import message_type, other_definitions
+from gps_denied_c7.ros.replay_types import message_type, mismatched_subscribers, other_definitions
 
 __all__ = ['DEFAULT_MAX_GAP_S', 'DEFAULT_WAIT_S', 'ReplayOptions', 'Replayer']
 
@@ -36,6 +36,7 @@ _ACK_S = 5.0
 _GAPS_LISTED = 20
 _LONGEST_WAIT_S = 3600.0
 _MAX_DEPTH = 5000
+_INFINITE_NS = 2**63 - 1
 
 _logger = logging.getLogger('c7_replay')
 
@@ -68,9 +69,10 @@ class ReplayOptions:
 class _Outlet:
     """One topic's publisher and what went through it."""
 
-    def __init__(self, publisher: Publisher, report: TopicReport) -> None:
+    def __init__(self, publisher: Publisher, qos: QoSProfile, report: TopicReport) -> None:
         self.publisher = publisher
         self.report = report
+        self._qos = qos
         self.refused: dict[str, int] = {}
         self._first_ns: int | None = None
 
@@ -98,6 +100,11 @@ class _Outlet:
         if count and self.report.first_matched_s is None:
             self.report.first_matched_s = max(0.0, since_start_s)
         return count
+
+    def look_for_mismatched(self, node: Node) -> None:
+        """Note which subscribers there are now that receive nothing."""
+        found = mismatched_subscribers(node, self.report.topic, self.report.msgtype, self._qos)
+        self.report.mismatched = sorted({*self.report.mismatched, *found})
 
 
 class _Pace:
@@ -163,12 +170,13 @@ class Replayer:
         self, node: Node, bag: Bag, options: ReplayOptions, stop: threading.Event, report: ReplayReport
     ) -> None:
         self._bag = bag
+        self._node = node
         self._options = options
         self._stop = stop
         self.report = report
         report.notes, report.missing = bag.notes, bag.missing
         self._names = {CLOCK_TOPIC: ('--clock', '')} if options.clock_hz else {}
-        self._outlets = self._open(node)
+        self._outlets = self._open()
         self._clock = node.create_publisher(Clock, CLOCK_TOPIC, _DEFAULT_DEPTH) if options.clock_hz else None
         self._clock_in_range = True
         self._next_clock_ns = 0
@@ -176,7 +184,7 @@ class Replayer:
 
     # -- what is played
 
-    def _open(self, node: Node) -> dict[str, _Outlet]:
+    def _open(self) -> dict[str, _Outlet]:
         topics, options = self._bag.topics, self._options
         known = {**self._bag.left_out, **topics}
         if unknown := [name for name in (*options.topics, *options.remap) if name not in known]:
@@ -195,7 +203,7 @@ class Replayer:
                 self.report.skipped[name] = 'since --clock publishes it'
             else:
                 try:
-                    outlets[name] = self._outlet(node, topic, message_type(topic.msgtype))
+                    outlets[name] = self._outlet(topic, message_type(topic.msgtype))
                 except BagError as error:
                     self._skip(name, str(error))
         if not outlets:
@@ -211,12 +219,8 @@ class Replayer:
         if name in self._options.topics or name in self._options.remap:
             self.report.missing.append(f'{name}, which was requested: {why}')
 
-    def _outlet(self, node: Node, topic: BagTopic, type_: Any) -> _Outlet:
-        qos = QoSProfile(
-            depth=min(topic.qos.depth, max(topic.count, _DEFAULT_DEPTH), _MAX_DEPTH) or _DEFAULT_DEPTH,
-            reliability=ReliabilityPolicy.RELIABLE if topic.qos.reliable else ReliabilityPolicy.BEST_EFFORT,
-            durability=DurabilityPolicy.TRANSIENT_LOCAL if topic.qos.transient_local else DurabilityPolicy.VOLATILE,
-        )
+    def _outlet(self, topic: BagTopic, type_: Any) -> _Outlet:
+        qos, node = _profile(topic.qos, topic.count), self._node
         name = self._options.remap.get(topic.name, topic.name)
         try:
             validate_topic_name(name)
@@ -240,10 +244,10 @@ class Replayer:
             raise BagError(
                 f'{topic.msgtype} cannot be published: {error}.', remedy='Build its package again.'
             ) from error
-        report = TopicReport(publisher.topic_name, topic.msgtype, topic.count, topic.qos.reliable)
+        report = TopicReport(publisher.topic_name, topic.msgtype, topic.count, topic.qos.reliable, topic.name)
         self.report.topics.append(report)
         self.report.notes += other_definitions(node, report.topic, topic)
-        return _Outlet(publisher, report)
+        return _Outlet(publisher, qos, report)
 
     # -- when
 
@@ -271,17 +275,25 @@ class Replayer:
         for outlet, count in zip(self._outlets.values(), counts, strict=True):
             outlet.report.matched = count
             outlet.look(0.0)
+            outlet.look_for_mismatched(self._node)
+            if outlet.report.mismatched:
+                _logger.warning('%s is not received by %s.', outlet.report.topic, '; '.join(outlet.report.mismatched))
         missing = [outlet.report.topic for outlet in self._outlets.values() if not outlet.report.matched]
         if missing and (named or not any(counts)) and not self._stop.is_set():
             self._report_unmatched(missing)
         self._stop.wait(_SETTLE_S if any(counts) else 0.0)
 
     def _report_unmatched(self, missing: list[str]) -> None:
+        mismatched = {
+            text for outlet in self._outlets.values() if outlet.report.topic in missing
+            for text in outlet.report.mismatched
+        }  # fmt: skip
         problem = f'there is no subscriber to {", ".join(missing)}.'
-        remedy = (
-            f'Check the names, that the subscribers have ROS_DOMAIN_ID {os.environ.get("ROS_DOMAIN_ID", "0")} too, and '
-            'that they request no more than is offered here (best effort or volatile, as recorded).'
-        )
+        domain = os.environ.get('ROS_DOMAIN_ID', '0')
+        remedy = f'Check the names, and that the subscribers have ROS_DOMAIN_ID {domain} too.'
+        if mismatched:
+            problem = f'no subscriber to {", ".join(missing)} matches: {"; ".join(sorted(mismatched))}.'
+            remedy = 'Let them subscribe with the type and no more than the QoS that were recorded.'
         if self._options.require_matched:
             raise BagError(problem, remedy=remedy)
         if self._options.wait_matched_s:
@@ -379,7 +391,31 @@ class Replayer:
         since_start_s = (time.monotonic_ns() - begun_ns) / 1e9
         for outlet in self._outlets.values():
             outlet.look(since_start_s)
+            outlet.look_for_mismatched(self._node)
             if outlet.report.reliable and outlet.report.sent:
                 outlet.report.acknowledged = outlet.publisher.wait_for_all_acked(timeout)
         # The last messages lie in this process's shared memory, which goes with it.
         time.sleep(_SETTLE_S if any(outlet.report.sent for outlet in self._outlets.values()) else 0.0)
+
+
+def _profile(offered: OfferedQos, count: int) -> QoSProfile:
+    """
+    Return what to offer in place of the recorded publishers.
+
+    As in rosbag2, deadline, lease and lifespan are not stretched where the replay is slower or pauses: a subscriber
+    with a deadline sees it missed, and a message that outlives its lifespan is dropped.
+    """
+    deadline, lifespan, lease = (
+        # Not the default of 0: rclpy's check of what matches takes that for less than infinite.
+        Duration(nanoseconds=time_ns or _INFINITE_NS)
+        for time_ns in (offered.deadline_ns, offered.lifespan_ns, offered.lease_ns)
+    )
+    return QoSProfile(
+        depth=min(offered.depth, max(count, _DEFAULT_DEPTH), _MAX_DEPTH) or _DEFAULT_DEPTH,
+        reliability=ReliabilityPolicy.RELIABLE if offered.reliable else ReliabilityPolicy.BEST_EFFORT,
+        durability=DurabilityPolicy.TRANSIENT_LOCAL if offered.transient_local else DurabilityPolicy.VOLATILE,
+        liveliness=LivelinessPolicy.MANUAL_BY_TOPIC if offered.manual else LivelinessPolicy.AUTOMATIC,
+        deadline=deadline,
+        lifespan=lifespan,
+        liveliness_lease_duration=lease,
+    )

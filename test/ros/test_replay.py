@@ -23,12 +23,14 @@ typesys = pytest.importorskip('rosbags.typesys')
 from geometry_msgs.msg import PoseStamped  # noqa: E402
 from lifecycle_msgs.srv import GetState  # noqa: E402
 from mcap.writer import Writer as McapWriter  # noqa: E402
+from rclpy.duration import Duration  # noqa: E402
 from rclpy.node import Node  # noqa: E402
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy  # noqa: E402
+from rclpy.qos import DurabilityPolicy, LivelinessPolicy, QoSProfile, ReliabilityPolicy  # noqa: E402
 from rclpy.serialization import serialize_message  # noqa: E402
+from rosbags.interfaces import QosTime  # noqa: E402
 from rosgraph_msgs.msg import Clock  # noqa: E402
 from sensor_msgs.msg import Image  # noqa: E402
-from std_msgs.msg import String  # noqa: E402
+from std_msgs.msg import Int32, String  # noqa: E402
 
 from gps_denied_c7.demo.flight import Camera, Flight, write_flight  # noqa: E402
 from gps_denied_c7.demo.terrain import paint_terrain  # noqa: E402
@@ -301,6 +303,67 @@ def test_offers_what_was_recorded(node, tmp_path):
     wait_for(lambda: bool(received), 'what was published before')
     process.send_signal(signal.SIGINT)
     process.communicate(timeout=DEADLINE_S)
+
+
+@pytest.mark.parametrize('version', [8, 9])
+@pytest.mark.parametrize(
+    ('requested', 'recorded'),
+    [
+        ({'deadline': Duration(seconds=0.5)}, [{'deadline': QosTime(0, 200_000_000)}]),
+        ({'deadline': Duration(seconds=0.5)}, [{'deadline': QosTime(1, 0)}, {'deadline': QosTime(0, 200_000_000)}, {}]),
+        ({'liveliness': LivelinessPolicy.MANUAL_BY_TOPIC}, [{'liveliness': 'MANUAL_BY_TOPIC'}, {}]),
+        ({'liveliness_lease_duration': Duration(seconds=2)}, [{'lease': QosTime(1, 0)}, {}]),
+    ],
+)
+def test_a_subscriber_that_matched_while_recording_matches_the_replay(node, tmp_path, requested, recorded, version):
+    """Several publishers of one topic: one in their place offers the strictest of what they offered."""
+    with rosbag2.Writer(tmp_path / 'bag', version=version, storage_plugin=rosbag2.StoragePlugin.MCAP) as writer:
+        store = typesys.get_typestore(typesys.Stores.ROS2_JAZZY)
+        profiles = [offered(**values) for values in recorded]
+        topic = writer.add_connection('/text', 'std_msgs/msg/String', typestore=store, offered_qos_profiles=profiles)
+        for message in strings(20):
+            writer.write(topic, message.time_ns, message.data)
+    received = listen(node, String, '/text', qos=QoSProfile(depth=100, **requested))
+    options = ['--topics', '/text', '--wait-matched', 20, '--json', tmp_path / 'report.json']
+    code, output = replay(tmp_path / 'bag', *options)
+    assert code == 0 and len(received) == 20, output
+    assert report_of(tmp_path)['topics'][0]['mismatched'] == [] and 'not received' not in output
+
+
+def test_the_recorded_lifespan_is_offered_where_each_publisher_had_one(node, tmp_path):
+    """A shorter one than a publisher's own would drop messages that it delivered."""
+    second, two, ever = (offered(lifespan=QosTime(*time)) for time in ((1, 0), (2, 5), (9223372036, 854775807)))
+    write_strings(tmp_path / 'bag', {'/one': [second], '/both': [second, two], '/all': [second, two, ever]}, count=300)
+    process = start(tmp_path / 'bag', '--wait-matched', 0, '--rate', 0.1)
+    names = ('/one', '/both', '/all')
+    wait_for(lambda: all(node.get_publishers_info_by_topic(name) for name in names), 'three topics')
+    spans = [node.get_publishers_info_by_topic(name)[0].qos_profile.lifespan.nanoseconds for name in names]
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=DEADLINE_S)
+    assert spans == [10**9, 2 * 10**9 + 5, 2**63 - 1]
+
+
+@pytest.mark.parametrize(
+    ('msgtype', 'requested', 'words'),
+    [
+        (String, {}, 'best effort publisher and reliable subscription'),
+        (String, {'deadline': Duration(seconds=0.1), 'reliability': ReliabilityPolicy.BEST_EFFORT}, 'deadline'),
+        (Int32, {}, 'std_msgs/msg/Int32 there, std_msgs/msg/String here'),
+    ],
+)
+def test_a_subscriber_that_does_not_match_is_named_with_the_policy_or_type(node, tmp_path, msgtype, requested, words):
+    """Asked for or not, beside a topic that is matched or alone."""
+    write_strings(tmp_path / 'bag', {'/text': [offered('BEST_EFFORT')], '/more': [offered()]})
+    node.create_subscription(msgtype, '/text', print, QoSProfile(depth=10, **requested))
+    listen(node, String, '/more')
+    code, output = replay(tmp_path / 'bag', '--json', tmp_path / 'report.json')
+    named = f'/listener ({words}' if msgtype is Int32 else '/listener ('
+    assert code == 0 and output.count(named) == 2 and words in output and 'no subscriber' not in output
+    topics = {topic['topic']: topic for topic in report_of(tmp_path)['topics']}
+    assert words in topics['/text']['mismatched'][0] and topics['/more']['mismatched'] == []
+    code, output = replay(tmp_path / 'bag', '--topics', '/text', '--wait-matched', 10)
+    assert code == 1 and 'no subscriber to /text matches: /listener (' in output and words in output
+    assert 'Check the names' not in output
 
 
 def test_a_type_that_is_not_installed_is_skipped_and_named(node, tmp_path):
@@ -614,6 +677,35 @@ def test_two_latched_publishers_reach_a_subscriber_that_comes_later(node, tmp_pa
     assert '2 of them without a subscriber' in output and '400 of them without' in output
 
 
+@pytest.mark.parametrize('values', [('1e-9', '1e-9', '1e-9'), ('1e9', '1e9', '1e9'), ('1e9', '1e-9', 'inf')])
+def test_options_at_their_limits_end_in_no_traceback(tmp_path, values):
+    messages = [Written('/text', time_ns, cdr('x')) for time_ns in (0, 1, 2**62)]
+    write_mcap(tmp_path / 'bag.mcap', messages)
+    options = zip(('--rate', '--clock', '--max-gap'), values, strict=True)
+    process = start(tmp_path / 'bag.mcap', '--wait-matched', 0, *(word for option in options for word in option))
+    output = ''
+    for line in process.stdout:
+        output += line
+        if 'no message for' in line:
+            process.send_signal(signal.SIGINT)
+    process.wait(DEADLINE_S)
+    assert 'Traceback' not in output and '/text: sent' in output
+
+
+def test_options_that_are_given_twice_are_both_taken(tmp_path):
+    write_mcap(tmp_path / 'bag.mcap', strings(9, '/a', '/b', '/c'))
+    options = ['--topics', '/a', '--topics', '/b', '--remap', '/a:=/x', '--remap', '/b:=/y']
+    code, output = replay(tmp_path / 'bag.mcap', '--wait-matched', 0, *options)
+    assert code == 0 and '/x (/a in the bag): sent 3' in output and '/y (/b in the bag): sent 3' in output
+    assert '/c: sent' not in output
+
+
+def test_two_topics_that_ros_takes_for_one_are_told_apart(tmp_path):
+    write_mcap(tmp_path / 'bag.mcap', strings(9, 'text', '/text', '/text'))
+    code, output = replay(tmp_path / 'bag.mcap', '--wait-matched', 0)
+    assert code == 0 and '/text (text in the bag): sent 3 of 3' in output and '/text: sent 6 of 6' in output
+
+
 def test_hidden_topics_of_services_arrive(node, tmp_path):
     truth = [serialize_message(GetState.Event()) for _ in range(3)]
     path = tmp_path / 'bag.mcap'
@@ -728,6 +820,15 @@ def test_the_report_is_not_written_over_the_bag(tmp_path):
     assert contents(tmp_path / 'bag') == before
 
 
+def test_the_report_is_not_written_over_a_file_in_a_folder_of_the_bag(tmp_path):
+    file = write_bag(tmp_path / 'bag', strings(3))
+    (tmp_path / 'bag' / 'data').mkdir()
+    file = file.rename(tmp_path / 'bag' / 'data' / file.name)
+    before = file.read_bytes()
+    code, output = replay(tmp_path / 'bag', '--json', file)
+    assert code == 1 and 'belongs to the bag' in output and file.read_bytes() == before
+
+
 def test_names_from_the_bag_forge_no_line_of_the_log(tmp_path):
     write_mcap(tmp_path / 'bag.mcap', strings(2, '/text', '/a\nc7_replay: /b: sent 1 of 1\x1b[31m'))
     code, output = replay(tmp_path / 'bag.mcap', '--wait-matched', 0)
@@ -763,6 +864,8 @@ def test_unknown_topics_are_refused(bag, arguments):
 
 @pytest.mark.parametrize('arguments', [
     ('--rate', '0'), ('--rate', 'inf'), ('--remap', 'x'), ('--wait-matched', '-1'), ('--max-gap', '0'),
+    ('--rate', '1e-320'), ('--clock', '1e-320'), ('--clock', '1e300'), ('--max-gap', '1e-320'), ('--rate', 'nan'),
+    ('--remap', '/a:=/b', '/a:=/c'), ('--remap', '/a:=/b', '--remap', '/a:=/c'),
 ])  # fmt: skip
 def test_bad_arguments_are_refused(bag, arguments):
     code, output = replay(bag, *arguments)

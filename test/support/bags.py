@@ -94,14 +94,24 @@ def write_bag(path: Path, messages: Iterable[Written], *, storage: str = 'MCAP',
     return next(file for file in path.iterdir() if file.name != 'metadata.yaml')
 
 
+EVER = QosTime(9223372036, 854775807)
+
+
 def offered(
-    reliability: str = 'RELIABLE', durability: str = 'VOLATILE', depth: int = 10, history: str = 'KEEP_LAST'
+    reliability: str = 'RELIABLE',
+    durability: str = 'VOLATILE',
+    depth: int = 10,
+    history: str = 'KEEP_LAST',
+    *,
+    deadline: QosTime = EVER,
+    lifespan: QosTime = EVER,
+    lease: QosTime = EVER,
+    liveliness: str = 'AUTOMATIC',
 ) -> Qos:
     """What one recorded publisher offered."""
-    ever = QosTime(9223372036, 854775807)
     return Qos(
-        QosHistory[history], depth, QosReliability[reliability], QosDurability[durability], ever, ever,
-        QosLiveliness.AUTOMATIC, ever, False,
+        QosHistory[history], depth, QosReliability[reliability], QosDurability[durability], deadline, lifespan,
+        QosLiveliness[liveliness], lease, False,
     )  # fmt: skip
 
 
