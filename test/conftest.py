@@ -32,8 +32,9 @@ os.environ.setdefault('ROS_LOG_DIR', tempfile.mkdtemp(prefix='c7-test-log-'))
 keep_apart()
 
 # The same examples in every run, so that a change is all that can break the suite; make soak looks for new ones.
-hypothesis.settings.register_profile('fixed', derandomize=True, database=None)
-hypothesis.settings.register_profile('random', database=None)
+# No deadlines: how long an example takes is a matter of the machine.
+hypothesis.settings.register_profile('fixed', derandomize=True, database=None, deadline=None)
+hypothesis.settings.register_profile('random', database=None, deadline=None)
 hypothesis.settings.load_profile('fixed')
 
 # What some tests use where it imports. Their skips name it again, with the reason.

@@ -10,7 +10,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from gps_denied_c7.errors import C7Error
+from gps_denied_c7.errors import C7Error, in_one_line
 from gps_denied_c7.ground import build, inspect, make_bundle, sweep, verify
 from gps_denied_c7.ground.command_line import log_to_stderr
 from gps_denied_c7.text import plain
@@ -56,10 +56,12 @@ def _status(options: argparse.Namespace) -> int:
     try:
         status: int = options.run(options)
         return status
-    except C7Error as error:
-        print(f'c7_engine {options.command}: {plain(error)}', file=sys.stderr)
+    except (C7Error, ModuleNotFoundError) as error:
+        print(f'c7_engine {options.command}: {plain(in_one_line(error))}', file=sys.stderr)
         if options.json:
-            print(json.dumps({'error': {'message': error.message, 'remedy': error.remedy}}, indent=2))
+            # A package that is missing has its remedy in the message.
+            message, remedy = getattr(error, 'message', in_one_line(error)), getattr(error, 'remedy', '')
+            print(json.dumps({'error': {'message': message, 'remedy': remedy}}, indent=2))
         return 1
 
 

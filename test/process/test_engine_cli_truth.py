@@ -308,6 +308,17 @@ def test_a_working_directory_that_was_removed_is_named(
         assert status == 1 and 'the working directory was removed' in errors
 
 
+def test_a_python_package_that_is_missing_is_named_with_how_to_get_it(tmp_path: Path) -> None:
+    code = "import sys; sys.modules['onnx'] = None; from gps_denied_c7.ground.cli import main; sys.exit(main())"
+    done = subprocess.run(
+        [sys.executable, '-c', code, 'bundle', '--json', str(saved(tmp_path)), '--output', str(tmp_path / 'b')],
+        capture_output=True, text=True, env={**os.environ, 'PYTHONPATH': str(REPOSITORY)}, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    assert 'package onnx is not installed. pip install' in done.stderr
+    assert 'onnx is not installed' in json.loads(done.stdout)['error']['message']
+
+
 def test_m1_a_size_that_no_image_has_is_refused_with_those_that_it_may_have(tmp_path: Path, run: Run) -> None:
     status, _, errors = run(
         'bundle', free(tmp_path, [1, 3, None, None]), '--output', tmp_path / 'b', '--input-size', '999999999x24'
