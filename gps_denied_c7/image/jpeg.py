@@ -303,10 +303,11 @@ def _take_tables(file: _File, segment: bytes) -> None:
 
 def _check_quantization(segment: bytes) -> None:
     while segment:
-        size, places = (2, 128) if segment[0] >> 4 else (1, 64)
-        table, segment = segment[1 : 1 + places], segment[1 + places :]
+        wide = segment[0] >> 4
+        values = segment[1:129] if wide else segment[1:65]
+        segment = segment[1 + len(values) :]
         # The decoder multiplies with it, and the picture comes out flat.
-        if any(not any(table[place : place + size]) for place in range(0, len(table), size)):
+        if 0 in (memoryview(values[: len(values) & ~1]).cast('H') if wide else values):
             _refuse('a quantization table has a zero.')
 
 
