@@ -108,7 +108,7 @@ class EngineDeserializeError(C7Error):
 
 
 class EngineContentError(EngineDeserializeError):
-    """An engine or model that cannot be loaded for what its files hold: no other attempt helps until they change."""
+    """An engine or model that cannot be loaded because of its files' content; each attempt fails until they change."""
 
     is_lasting = True
 

@@ -33,9 +33,9 @@ def require_memory(what: object, size: int, *, remedy: str, copies: int = 1) -> 
         return
     left, where = available_memory()
     if left is not None and needed > left:
-        times = f', which lie there {copies} times at once' if copies > 1 else ''
+        times = f', {copies} times at once,' if copies > 1 else ''
         raise ModelBundleError(
-            f'{what}: no memory for its {size} bytes{times}: {left} bytes are left in {where}.', remedy=remedy
+            f'{what}: not enough memory: {size} bytes{times} are needed, {left} are left in {where}.', remedy=remedy
         ) from MemoryError(f'{needed} bytes')  # which may pass: lasting errors wait for a file
 
 

@@ -61,7 +61,7 @@ class _Read:
             if self.given_up:
                 # What it read is used no more, and may be large.
                 self.result = None
-                _log.warning('%s: the read that was left behind has ended.', self.what)
+                _log.warning('%s: the read that was given up has ended.', self.what)
 
 
 def note_progress() -> None:
@@ -113,7 +113,7 @@ def read_or_give_up(
         read.given_up = True
         with _lock:
             _left_behind[what] = read
-        _log.error('%s: %s; the thread that reads it is left behind.', what, why)
+        _log.error('%s: %s; its thread keeps waiting.', what, why)
         raise StalledReadError(f'{what}: {why}.', remedy=remedy)
     if read.error is not None:
         raise read.error

@@ -152,7 +152,7 @@ def calibrated_model(
         for path in earlier.glob(f'{name}_*us_*.onnx'):
             shutil.copy(path, directory)
             return BenchModel(directory / path.name, int(path.stem.split('_')[3].removesuffix('us')) / 1e3)
-        raise DemoError(f'c7_bench has left no network {name} in {earlier}: name the output of a run with these cases.')
+        raise DemoError(f'{earlier} holds no network {name} of c7_bench: name the output of a run with these cases.')
 
     def timed(layers: int) -> tuple[bytes, float]:
         model = build_model(channels, layers, dense_maps=dense_maps)

@@ -34,7 +34,7 @@ from gps_denied_c7.bench.report import BenchReport
 from gps_denied_c7.demo.child_process import run_program
 from gps_denied_c7.demo.output import claim_output
 from gps_denied_c7.demo.ros_domain import child_environment, free_domain_id, free_ports
-from gps_denied_c7.ground.command_line import path_argument
+from gps_denied_c7.ground.command_line import path_argument, whole_number
 from gps_denied_c7.monitoring.cpu_latency import CpuLatencyRequest
 from gps_denied_c7.monitoring.host_info import package_versions
 from gps_denied_c7.ros.fastdds import DdsPorts, domain_id
@@ -156,14 +156,6 @@ def _positive(kind: type[NumberT]) -> Callable[[str], NumberT]:
     return read
 
 
-def _microseconds(text: str) -> int:
-    """Read a latency from the command line."""
-    number = int(text)
-    if not 0 <= number <= 1_000_000:
-        raise argparse.ArgumentTypeError(f'{text} is not 0 to 1000000')
-    return number
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog='c7_bench',
@@ -197,7 +189,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--seconds', type=_positive(float), metavar='S', help='length of one measurement')
     parser.add_argument('--repetitions', type=_positive(int), metavar='N', help='repetitions of each case')
     parser.add_argument(
-        '--cpu-wakeup-latency-us', type=_microseconds, metavar='US',
+        '--cpu-wakeup-latency-us', type=whole_number(0, 1_000_000), metavar='US',
         help='limit the wake-up time of idle cores to this for all contestants; default: the system setting',
     )  # fmt: skip
     parser.add_argument('--domain-id', type=domain_id, metavar='N', help='ROS domain; default: one that is free')
@@ -209,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     parsed = parser.parse_args(arguments)
     if parsed.networks is not None and parsed.networks.resolve() == parsed.output.resolve():
-        parser.error('--networks and --output are the same directory, whose results are replaced: name another output')
+        parser.error('--networks and --output are one directory, whose results would be replaced: change --output')
     cases, chosen = _form(parsed)
     cases = named = _only(cases, parsed.only)
     if parsed.contestants is not None:
@@ -223,9 +215,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if not cases:
         print(
-            f'c7_bench: no case has a name with {" or ".join(map(repr, parsed.only))}; --list names the cases.'
+            f'c7_bench: no case name contains {" or ".join(map(repr, parsed.only))}; --list shows the names.'
             if not named
-            else 'c7_bench: these --contestants measure nothing, since none takes images; add node or another.',
+            else 'c7_bench: none of these --contestants takes images, so nothing would be measured; add node.',
             file=sys.stderr,
         )
         return 2

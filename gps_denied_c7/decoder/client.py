@@ -153,10 +153,10 @@ class ImageDecoder:
             except TimeoutError as error:
                 self._replace(f'{error} It was killed.')
                 raise ImageRejectedError(
-                    'decode_time', str(error), remedy='Send smaller or simpler pictures, or raise decode_timeout_ms.'
+                    'decode_time', str(error), remedy='Send smaller or simpler images, or raise decode_timeout_ms.'
                 ) from None
             except (OSError, MemoryError) as error:
-                raise ImageRejectedError('decode_memory', f'the node has no memory for a picture: {error}.') from error
+                raise ImageRejectedError('decode_memory', f'the node has no memory for an image: {error}.') from error
             except InferenceError as error:
                 # The CPU time of a process that is gone is unknown: count the time that was waited.
                 self._cpu_ns = max(self._cpu_ns, before_ns + time.monotonic_ns() - begun_ns)
@@ -227,8 +227,8 @@ class ImageDecoder:
         if data.nbytes > self._memory_bytes:
             raise ImageRejectedError(
                 'decode_memory',
-                f'the compressed picture has {data.nbytes} bytes, and {self._memory_bytes} are allowed.',
-                remedy='Send smaller pictures, or raise decoder_memory_mb.',
+                f'the compressed image has {data.nbytes} bytes, and {self._memory_bytes} are allowed.',
+                remedy='Send smaller images, or raise decoder_memory_mb.',
             )
         room = 0 if self._data is None else self._data.nbytes
         if data.nbytes > room or room > max(_LEAST_INPUT_BYTES, 8 * data.nbytes):
@@ -254,7 +254,7 @@ class ImageDecoder:
         numbers = {buffer.number for buffer in self._buffers}
         number = next((number for number in range(_MOST_BUFFERS) if number not in numbers), None)
         if number is None:
-            raise self._unavailable(f'has no buffer left: {_MOST_BUFFERS} pictures were not released.')
+            raise self._unavailable(f'has no buffer left: {_MOST_BUFFERS} images were not released.')
         buffer = _Buffer(number, SharedTensors.create(size, writable=False), self._free)
         process.send_segment(MapBuffer(number), buffer.segment)
         self._buffers.append(buffer)
@@ -265,10 +265,10 @@ class ImageDecoder:
         for _ in range(_MOST_MESSAGES):
             message = process.receive(deadline)
             if message is None:
-                raise TimeoutError(f'{self._name} took more than {self._timeout_s:g} s for a picture.')
+                raise TimeoutError(f'{self._name} took more than {self._timeout_s:g} s for an image.')
             if isinstance(message, (Decoded, Copied, Refused)) and message.number == self._number:
                 return message
-        raise InferenceError(f'{self._name} sent replies that belong to no picture.')
+        raise InferenceError(f'{self._name} sent replies that belong to no image.')
 
     def _copy_pixels(self, process: WorkerProcess, answer: Decoded, deadline: float) -> NDArray:
         layout = TensorLayout.single('pixels', answer.dtype, answer.shape)

@@ -133,10 +133,10 @@ def _refusal(number: int, error: Exception) -> Refused:
         raise error
     if isinstance(error, MemoryError) or is_out_of_memory(error):
         message = f'decoding needs more memory than is left for it: {" ".join(str(error).split())}'
-        reason, remedy = 'decode_memory', 'Send smaller pictures, or raise decoder_memory_mb.'
+        reason, remedy = 'decode_memory', 'Send smaller images, or raise decoder_memory_mb.'
     elif isinstance(error, C7Error):
         reason, message, remedy = getattr(error, 'reason', 'decoder'), error.message, error.remedy
     else:
-        _log.warning('decoding a picture failed unexpectedly', exc_info=True)
+        _log.warning('decoding an image failed unexpectedly', exc_info=True)
         reason, message, remedy = 'decoder', f'{type(error).__name__}: {error}', ''
     return Refused(number, reason, message[:TEXT_CHARACTERS], remedy[:TEXT_CHARACTERS])

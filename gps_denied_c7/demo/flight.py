@@ -421,7 +421,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         '--duration', type=float, default=Flight().duration_s, metavar='SECONDS', help='default: %(default)g'
     )
-    parser.add_argument('--seed', type=int, default=Flight().seed, help='of the land and the way; default: %(default)s')
+    parser.add_argument(
+        '--seed', type=int, default=Flight().seed,
+        help='random seed of the terrain and the flight path; default: %(default)s',
+    )  # fmt: skip
     parser.add_argument('--storage', choices=('mcap', 'sqlite3'), default='mcap', help='default: %(default)s')
     parser.add_argument(
         '--camera', action='append', metavar='NAME:WxH:ENCODING:RATE[:compressed]',

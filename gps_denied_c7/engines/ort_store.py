@@ -191,7 +191,7 @@ class OrtEngineCache:
                 return verify_cache(directory, built_for), notes
             except (EngineSchemaMismatchError, OSError) as error:
                 found = error.message if isinstance(error, EngineSchemaMismatchError) else str(error)
-                notes.append(f'The engine cache {directory} counts as cold: {found} {_discard(directory)}')
+                notes.append(f'The engine cache {directory} is not used: {found} {_discard(directory)}')
                 _log.warning('%s', notes[-1])
         return None, notes
 

@@ -224,7 +224,7 @@ def _engines_in(
         try:
             manifest = read_manifest(path)
         except EngineSchemaMismatchError as error:
-            _log.warning('%s is passed over: %s', path, error)
+            _log.warning('%s is not used: %s', path, error)
             continue
         found = (manifest.engine_name, manifest.source_sha256, manifest.gpu, manifest.platform)
         if found == (name, source_sha256, host.gpu, host.platform):

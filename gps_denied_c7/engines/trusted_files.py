@@ -74,7 +74,7 @@ def read_trusted(path: Path, limit: int) -> bytes:
                 raise EngineSchemaMismatchError(
                     'file', expected=f'at most {limit} bytes', found=f'{info.st_size} bytes in {path}', remedy=REBUILD
                 )
-            require_memory(path, info.st_size, remedy='Free some, or use a smaller engine.')
+            require_memory(path, info.st_size, remedy='Free memory, or use a smaller engine.')
             # No more: it may have become longer since, up to whatever size.
             return file.read(info.st_size)
     except ModelBundleError as error:

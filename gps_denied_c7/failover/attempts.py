@@ -97,7 +97,7 @@ class Request:
         error = InferenceError(
             f'no runtime can answer this request, while {serving.name} still passes its self-test: '
             f'{join_reasons(_describe(attempt, now_ns) for attempt in self._attempts)}.',
-            remedy='Find out what stops the workers.'
+            remedy='A worker process is stopped by a signal or a debugger: resume it with kill -CONT PID.'
             if stopped
             else 'Run the model on this input outside of this package, and correct it.',
         )

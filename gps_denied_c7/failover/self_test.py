@@ -49,7 +49,7 @@ class Proof:
             if time.monotonic() > ends_s:
                 host.kill()
                 raise InferenceError(
-                    f'{index} of its {count} golden requests took longer than {_LIMITS_FOR_ALL * limit_s:.1f} s.',
+                    f'only {index} of {count} golden requests were answered within {_LIMITS_FOR_ALL * limit_s:.1f} s.',
                     remedy='Raise load_timeout_s, or make the bundle again with fewer or smaller golden requests.',
                 )
             took_s = max(took_s, self._prove(host, limit_s, index, self._read(index)))

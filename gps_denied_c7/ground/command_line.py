@@ -87,8 +87,8 @@ def add_answer_timeout(parser: argparse.ArgumentParser) -> None:
     """Add the argument that limits how long one answer of plain ONNX Runtime takes."""
     parser.add_argument(
         '--answer-timeout', type=whole_number(1, 10**6), default=ANSWER_TIMEOUT_S, metavar='SECONDS',
-        help='how long plain ONNX Runtime may take for one answer, which shows a loop without end; default: '
-        '%(default)s',
+        help='time limit for each answer of plain ONNX Runtime, so that a model with an endless loop is refused; '
+        'default: %(default)s',
     )  # fmt: skip
 
 

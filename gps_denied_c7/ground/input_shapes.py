@@ -36,14 +36,14 @@ def fixed_inputs(
     for spec in declared:
         shape: Shape = spec.axes
         if spec.name in request.shapes:
-            shape = _agreed(spec, shape, request.shapes[spec.name], 'was given')
+            shape = _agreed(spec, shape, request.shapes[spec.name], '--input-size gives')
         if request.image_size is not None and len(shape) == 4:
             width, height = request.image_size
             place = 2 if image_layout(shape) == 'nchw' else 1
             wanted = (*shape[:place], height, width, *shape[place + 2 :])
-            shape = _agreed(spec, shape, wanted, 'follows from the given size')
+            shape = _agreed(spec, shape, wanted, '--input-size gives')
         if spec.name in arrays:
-            shape = _agreed(spec, shape, arrays[spec.name].shape, 'has the golden request')
+            shape = _agreed(spec, shape, arrays[spec.name].shape, 'the golden request has')
         if len(shape) == 4:
             shape = image_axes(shape, colour=request.preprocessing.get('colour'))
         if shape[:1] == (None,):
@@ -128,10 +128,11 @@ def _left_free(spec: TensorSpec, shape: Shape) -> ModelBundleError:
     )
 
 
-def _agreed(spec: TensorSpec, have: Shape, given: Shape, how: str) -> tuple[int | None, ...]:
+def _agreed(spec: TensorSpec, have: Shape, given: Shape, source: str) -> tuple[int | None, ...]:
     fits = len(have) == len(given) and all(None in axes or axes[0] == axes[1] for axes in zip(have, given, strict=True))
     if not fits:
         raise ModelBundleError(
-            f'input {spec.name!r} is {shape_text(have)}, but {shape_text(given)} {how}.', remedy='Make them agree.'
+            f'input {spec.name!r} is {shape_text(have)}, but {source} {shape_text(given)}.',
+            remedy='Give the shape of the model, or correct --input-size or the golden request.',
         )
     return tuple(want if axis is None else axis for axis, want in zip(have, given, strict=True))

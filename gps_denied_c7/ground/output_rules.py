@@ -174,11 +174,10 @@ def _derived_rule(
         found = {array.shape for array in golden}
         cause, otherwise = 'a size that depends on the image', ''
         if len(found) == 1:
-            cause = f'the size {shape_text(*found)} in each answer, but the file leaves that open or declares another'
-            otherwise = ' Or export the model with the size that it has.'
+            cause = f'the size {shape_text(*found)} in each answer, but the file declares no size or another one'
+            otherwise = ' Or export the model with the size of its answers.'
         raise ModelBundleError(
-            f'output {spec.name!r} has {cause} ({shape_text(shape)}), so that it cannot be compared element by '
-            'element.',
+            f'output {spec.name!r} has {cause} ({shape_text(shape)}), so it cannot be compared element by element.',
             remedy=f'Give --rule {spec.name}=matched_distance,max_distance=1.5,min_fraction=0.95, or a similar rule; '
             f'--rule {spec.name}=default needs no numbers.{otherwise}',
         )

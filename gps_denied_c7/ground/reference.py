@@ -81,12 +81,13 @@ def reference_answers(
     if code == -signal.SIGALRM:
         raise ModelBundleError(
             f'plain ONNX Runtime took longer than {timeout_s} s for {_last_line(errors)}.',
-            remedy='Give --answer-timeout with more seconds where the model is slow; if it has a loop that does not '
-            'end, export it again.',
+            remedy='If the model is slow, raise --answer-timeout. If it contains an endless loop, correct and export '
+            'it again.',
         )
     if code != 0 or not output:
+        killed = f'was killed by signal {-code} ({signal.strsignal(-code)}) at' if code < 0 else f'ended with {code}:'
         raise ModelBundleError(
-            f'the process that computes the reference answers ended with {code}: {_last_line(errors)}.',
+            f'the process that computes the reference answers {killed} {_last_line(errors)}.',
             remedy='Free memory, or run the model outside of this package and correct it.',
         )
     stream = io.BytesIO(output)
@@ -139,8 +140,8 @@ def _run_child(request: bytes, timeout_s: int) -> tuple[int, bytes, bytes]:
                     # After 10 s, 20 s, 40 s and so on.
                     waited_s = 2 * waited_s or _FIRST_SIGN_S
                     _log.warning(
-                        'for %d s, plain ONNX Runtime has computed reference answers; it is at %s, for which it has '
-                        '%d s (--answer-timeout)', waited_s, _last_line(expired.stderr), timeout_s,
+                        'plain ONNX Runtime has been computing reference answers for %d s; now: %s (limit for each: '
+                        '%d s, --answer-timeout)', waited_s, _last_line(expired.stderr), timeout_s,
                     )  # fmt: skip
         finally:
             process.kill()
@@ -148,7 +149,7 @@ def _run_child(request: bytes, timeout_s: int) -> tuple[int, bytes, bytes]:
 
 def _last_line(errors: bytes | None) -> str:
     lines = (errors or b'').decode(errors='replace').strip().splitlines()
-    return lines[-1][:500] if lines else 'its start'
+    return lines[-1][:500] if lines else 'the import of ONNX Runtime'
 
 
 # --- in the process of its own --------------------------------------------------------------------

@@ -359,7 +359,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         print_json(verdicts=[verdict.to_json() for verdict in verdicts], refused=refused)
     else:
-        print(f'{len(verdicts)} verified, {refused} refused')
+        print(f'{len(verdicts)} checked, {refused} refused')
     return 1 if refused else 0
 
 
@@ -381,8 +381,8 @@ COMMAND = Command(
     summary='check engines, caches and bundles, and whether the node would serve them here',
     description='Check that engines, caches and model bundles are whole, and that this machine can use them; one line\n'
     'for each check. For a bundle, its golden answers are also computed again, and it is loaded as the node would\n'
-    'load it ("served"), also where a file is refused that the node may do without. A directory is searched one level\n'
-    'deep. Changes nothing.',
+    'load it: "served" is ok if the node would use the bundle, even without a file that is refused. A directory is\n'
+    'searched one level deep. Changes nothing.',
     add_arguments=_add_arguments,
     run=_run,
 )

@@ -217,11 +217,11 @@ def _layout(image: RawImage) -> tuple[Encoding, int, memoryview]:
         rows = height
         if encoding.planar and step * of_picture == width * of_buffer:
             raise ImageRejectedError(
-                'data', f'step {step} counts the chroma of {image.encoding} too.', remedy=f'Make it {width}.'
+                'data', f'step {step} includes the chroma plane; {image.encoding} needs step {width}.'
             )
     if (encoding.subsampled and width % 2) or rows % of_buffer:
         raise ImageRejectedError(
-            'size', f'{width}x{height} is odd, where {image.encoding} shares chroma between pixels.'
+            'size', f'{width}x{height}: {image.encoding} needs an even size.'
         )
     if min(width, height) < encoding.smallest:
         raise ImageRejectedError(
@@ -258,7 +258,7 @@ def _require_memory(width: int, height: int, size: int, limit: int | None) -> No
     if limit is not None and size > limit:
         raise ImageRejectedError(
             'decode_memory',
-            f'{width}x{height} pixels take {size} bytes to decode, of {limit} that an image may take.',
+            f'decoding {width}x{height} pixels needs {size} bytes, more than the limit of {limit}.',
             remedy='Send smaller images, or raise decoder_memory_mb.',
         )
 
@@ -408,7 +408,7 @@ def _content(format: str, data: memoryview) -> Encoding | None:
     if name in BAYER and data[:2] == JPEG_START:
         raise ImageRejectedError(
             'encoding',
-            f'{format!r} is a mosaic in a JPEG, which mixes its colours.',
+            f'{format!r} is a Bayer image compressed as JPEG, which mixes its colours.',
             remedy='Set the compressed transport of the driver to png, or compress what image_proc has demosaiced.',
         )
     if name in YUV and not bgr:

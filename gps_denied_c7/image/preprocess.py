@@ -91,8 +91,8 @@ class Preprocessor:
         if out.shape != self._shape or out.dtype != spec.dtype:
             raise ConfigError(
                 'preprocessing',
-                f'makes {spec.dtype} {self._shape}, the network takes {out.dtype} {out.shape}.',
-                remedy='Make width, height, colour, layout and dtype those of the network.',
+                f'the result is {spec.dtype} {self._shape}, but the network takes {out.dtype} {out.shape}.',
+                remedy='Set width, height, colour, layout and dtype of the network.',
             )
         geometry = self._geometry(source_width, source_height)
         # 65535 / 257 = 255: one range of values whatever the camera.

@@ -204,7 +204,7 @@ class ModelBundle:
         require_memory(
             f'the comparison with {self.golden[index].outputs.path}',
             compared + handed,
-            remedy='Free some, or make the bundle again with smaller golden requests.',
+            remedy='Free memory, or make the bundle again with smaller golden requests.',
         )
         return inputs, outputs
 

@@ -68,7 +68,7 @@ class AllClose:
         index = [int(axis) for axis in np.unravel_index(worst, expected.shape)]
         return (
             f'{wrong} of {want.size} values differ by more than atol {self.atol:g} + rtol {self.rtol:g}; '
-            f'worst at {index}: {have[worst]!s} for {want[worst]!s}'
+            f'worst at {index}: found {have[worst]!s}, expected {want[worst]!s}'
         )
 
     def _errors(self, found: NDArray, expected: NDArray, allow_non_finite: bool) -> tuple[NDArray, NDArray]:
@@ -113,7 +113,7 @@ class MatchedDistance:
     def disagreement(self, found: NDArray, expected: NDArray, *, allow_non_finite: bool = False) -> str | None:
         """Say how ``found`` breaks this rule, or None where it holds; only the last axis must be alike."""
         if found.ndim == 0 or found.shape[-1:] != expected.shape[-1:]:
-            return f'points of shape {found.shape} for points of shape {expected.shape}'
+            return f'found points of shape {found.shape}, expected {expected.shape}'
         width = found.shape[-1]
         left = found.reshape(found.size // width if width else 0, width).astype(np.float64)
         right = expected.reshape(expected.size // width if width else 0, width).astype(np.float64)

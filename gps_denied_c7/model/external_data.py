@@ -256,7 +256,7 @@ def read_sealed(path: Path) -> tuple[mmap.mmap | bytes, str]:
 
 
 def _require_memory(path: Path, size: int) -> None:
-    require_memory(path, size, remedy='Free some, or export the model in half precision.')
+    require_memory(path, size, remedy='Free memory, or export the model in half precision.')
 
 
 def require_promised(locations: Sequence[str], external_data: Mapping[str, str]) -> None:

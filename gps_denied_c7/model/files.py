@@ -61,7 +61,7 @@ _MOST_NAMED_BYTES = 4 << 20
 _ENTRY_MARK = b'PK\x01\x02'
 # The length of an entry's name has 16 bits; '.npy' ends it.
 _LONGEST_NAME = (1 << 16) - 1 - len('.npy')
-_FREE_SOME = 'Free some, or use a smaller model.'
+_FREE_SOME = 'Free memory, or use a smaller model.'
 
 
 def expand_home(path: Path | str) -> Path:

@@ -12,10 +12,11 @@ from gps_denied_c7.tensors import TensorSpec
 __all__ = ['SIZE_REMEDY', 'default_preprocessing', 'image_axes', 'image_input', 'image_layout']
 
 SIZE_REMEDY = (
-    'Where the model leaves the size of its image free, give it (node: preprocess.width and preprocess.height; '
-    'c7_engine: --input-size WIDTHxHEIGHT); where it leaves the channels free, too (preprocess.colour; --colour).'
+    'Set the image size (node: preprocess.width and preprocess.height; c7_engine: --input-size WIDTHxHEIGHT). If the '
+    'number of channels is not fixed either, set the colour too (node: preprocess.colour; c7_engine: --colour).'
 )
 """What to do about a bare ``.onnx`` that takes images of any size."""
+_SETTINGS = f'(node: preprocess.*; bundle: preprocessing in {MODEL_JSON})'
 _ONE_INPUT = 'Export the model with a single image input, the other inputs as constants inside.'
 
 
@@ -38,11 +39,12 @@ def image_input(inputs: Sequence[TensorSpec], preprocessing: PreprocessingSpec) 
         given = ', '.join(f'{name} {getattr(preprocessing, name)}' for name in wanted)
         raise ModelBundleError(
             f'preprocessing: input {_described(inputs[0])} does not take {given}.',
-            remedy=f'Set {", ".join(f"{name} {value}" for name, value in wanted.items())}.',
+            remedy=f'Set {", ".join(f"{name} {value}" for name, value in wanted.items())} {_SETTINGS}.',
         )
+    takers = f'{len(fits)} inputs take it' if fits else 'no input takes it'
     raise ModelBundleError(
-        f'preprocessing: makes {preprocessing.dtype} {preprocessing.tensor_shape}, which {len(fits) or "none"} of the '
-        f'inputs take: {", ".join(map(_described, inputs))}.',
+        f'preprocessing: the result is {preprocessing.dtype} {preprocessing.tensor_shape}, and {takers}: '
+        f'{", ".join(map(_described, inputs))}.',
         remedy=_ONE_INPUT,
     )
 
@@ -137,9 +139,9 @@ def default_preprocessing(inputs: Sequence[TensorSpec]) -> PreprocessingSpec:
     ]
     if len(fits) != 1:
         free = None in tensor.axes[1:]
+        problem = 'does not fix the size or the number of channels of its image' if free else 'may be NCHW or NHWC'
         raise ModelBundleError(
-            f'input {_described(tensor)} '
-            f'{"leaves size or channels of its image free" if free else "may have its channels first or last"}.',
+            f'input {_described(tensor)} {problem}.',
             remedy=SIZE_REMEDY if free else f'Write a {MODEL_JSON} with its pre-processing by hand.',
         )
     layout, channels, height, width = fits[0]

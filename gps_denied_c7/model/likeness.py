@@ -115,7 +115,7 @@ def _numbers(found: NDArray, expected: NDArray, allow_non_finite: bool) -> str |
             counts = judged & (bad | (np.abs(want - centre) > tolerance) | (np.abs(have - centre) > tolerance))
     if (wrong := int(bad.sum())) > _OUTLIERS * (total := int(counts.sum())):
         return (
-            f'{wrong} of the {total} values that stand out differ by more than {tolerance:.3g}, '
+            f'{wrong} of the {total} values that differ from the background are wrong by more than {tolerance:.3g}, '
             f'{_SHARE:.0%} of the range'
         )
     return _wrong_slices(have, want, bad, counts)
@@ -128,7 +128,7 @@ def _wrong_slices(have: NDArray, want: NDArray, bad: NDArray, counts: NDArray) -
         total = counts.sum(axis=others)
         wrong = np.flatnonzero((total >= _FEW_COLUMNS) & (bad.sum(axis=others) * 2 > total))
         if wrong.size:
-            return f'most of what stands out at {wrong[:8].tolist()} of axis {axis} is wrong'
+            return f'most values at index {wrong[:8].tolist()} of axis {axis} are wrong'
     longest = max(range(want.ndim), key=lambda axis: want.shape[axis], default=0)
     if want.size > _SLICED:
         sample = (slice(None),) * longest + (slice(None, None, -(-want.size // _SLICED)),)
@@ -137,7 +137,8 @@ def _wrong_slices(have: NDArray, want: NDArray, bad: NDArray, counts: NDArray) -
         wrong, most = _wrong_by_own_scale(have, want, axis), want.shape[axis] // 2
         # The columns of a list differ in meaning: pixels, scores, classes. Of many channels some hold noise alone.
         if len(wrong) > (0 if axis == want.ndim - 1 and want.shape[axis] <= _FEW_COLUMNS else most):
-            return f'by their own range, {len(wrong)} of {want.shape[axis]} slices along axis {axis} are wrong'
+            slices = f'{len(wrong)} of {want.shape[axis]} slices along axis {axis}'
+            return f'{slices} are wrong, each measured by its own range'
     return None
 
 
@@ -175,7 +176,7 @@ def _labels(found: NDArray, expected: NDArray) -> str | None:
     counts = bad | (found != usual) | (expected != usual)
     if (wrong := int(bad.sum())) <= _OUTLIERS * (total := int(counts.sum())):
         return None
-    return f'{wrong} of the {total} values that stand out are other ones'
+    return f'{wrong} of the {total} values that differ from the background are wrong'
 
 
 def _tolerance(share: float, greatest: float) -> float:
@@ -244,7 +245,7 @@ def _is_picture(rows: NDArray) -> bool:
 def _points(found: NDArray, expected: NDArray, allow_non_finite: bool) -> str | None:
     """Compare rows (N, D) with rows (M, D): most of each side have one near them on the other."""
     if not len(found) or not len(expected):
-        return None if len(found) == len(expected) else f'{len(found)} rows for {len(expected)} rows'
+        return None if len(found) == len(expected) else f'found {len(found)} rows, expected {len(expected)}'
     width = expected.shape[1]
     if width == 1 and expected.dtype.kind != 'f':
         return _overlap(found, expected)

@@ -40,7 +40,8 @@ if TYPE_CHECKING:
 __all__ = ['OnnxModel', 'ep_context_model', 'read_onnx']
 
 _COPY_AGAIN = 'Copy or export the model again.'
-_FREE_SOME = 'Free some, or export the model in half precision.'
+_FREE_SOME = 'Free memory, or export the model in half precision.'
+_FEWER_NODES = 'Free memory, or export the model with fewer nodes.'
 
 # Of memory that a parsed message takes at most, with what is gathered of it here.
 _MESSAGE_BYTES = 1024
@@ -287,7 +288,8 @@ def _parse(path: Path, data: bytes) -> onnx.ModelProto:
     # A worker that dies of a model is started again and again; a reason that lasts is given once.
     try:
         messages = scan_onnx(path, data).messages
-        require_memory(f'the {messages} parts of {path}', messages * _MESSAGE_BYTES, remedy=_FREE_SOME)
+        what = f'the parsed model {path} ({messages} nodes, attributes and other parts)'
+        require_memory(what, messages * _MESSAGE_BYTES, remedy=_FEWER_NODES)
         model = onnx.ModelProto.FromString(data)
     except ModelBundleError as error:
         raise EngineContentError(error.message, remedy=error.remedy) from error

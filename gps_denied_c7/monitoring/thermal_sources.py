@@ -297,7 +297,7 @@ class NvmlThermal(LatestReading):
             if self._stopping.is_set():
                 return any_reading, True
             if not ready:
-                self._warn(f'the NVML helper has said nothing for {self._hang_s:.0f} s and is replaced')
+                self._warn(f'the NVML helper has sent no reading for {self._hang_s:.0f} s and is restarted')
                 return any_reading, False
             chunk = os.read(pipe.fileno(), 4096)
             if not chunk:

@@ -38,10 +38,12 @@ class CameraCost:
 
     def __str__(self) -> str:
         """Return it as the end of a sentence, without a remedy."""
-        share = 'no limit' if self.share_cores is None else f'{self.share_cores:.2f}'
+        camera = 'this camera has no limit'
+        if self.share_cores is not None:
+            camera = f'the share of this camera is {self.share_cores:.2f}'
         return (
             f'one image takes {self.image_ms or 0.0:.0f} ms of CPU time, all its images would take '
-            f'{self.wanted_cores:.2f} cores, the share of this camera is {share}'
+            f'{self.wanted_cores:.2f} cores, {camera}'
         )
 
 

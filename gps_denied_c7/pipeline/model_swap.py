@@ -190,7 +190,7 @@ class ModelSwapper:
                     _release(swap.chain, _KILL_S)
             swap.thread.join(_LOOK_S)
         if swap.thread.is_alive():
-            _log.error('the swap to %s still runs after %.1f s; left behind.', swap.path, timeout_s)
+            _log.error('the swap to %s still runs after %.1f s; its thread keeps running.', swap.path, timeout_s)
             self._conclude(swap, _SwapCancelledError('the streams were closed.'))
             return False
         return True
@@ -256,7 +256,7 @@ class ModelSwapper:
         deadline = time.monotonic() + _ACCEPTED_S
         while not self._owner.path_accepted(swap.path):
             if time.monotonic() > deadline:
-                raise ConfigError('model_path', f'was not set to {swap.path} after all.')
+                raise ConfigError('model_path', f'the change to {swap.path} was refused or replaced by another one.')
             time.sleep(_LOOK_S)
 
     def _shadow(self, swap: _Swap, model: ServedModel) -> None:
@@ -278,7 +278,9 @@ class ModelSwapper:
                 deadline = time.monotonic() + self._no_frame_s
         if remaining:
             _log.warning(
-                'no frame came for %.1f s: %s is swapped in after its self-test alone.', self._no_frame_s, swap.path
+                'no frame arrived for %.1f s: %s takes over after its self-test, without live frames.',
+                self._no_frame_s,
+                swap.path,
             )
 
     def _show(self, swap: _Swap, phase: SwapPhase, reason: str = '') -> None:
@@ -294,6 +296,7 @@ class ModelSwapper:
         phase, reason = SwapPhase.SWAPPED, ''
         # Where it was not even read, all that is known of it is its path.
         name, digest = (swap.bundle.name, swap.bundle.weights_digest) if swap.bundle else ('', '')
+        before = swap.previous.bundle
         if swap.model is None:
             phase = SwapPhase.CANCELLED if swap.cancelled.is_set() else SwapPhase.FAILED
             reason = 'the streams were closed meanwhile.' if swap.cancelled.is_set() else _describe(error)
@@ -302,9 +305,8 @@ class ModelSwapper:
             except C7Error as failure:
                 reason = f'{reason} {failure}'
             level = logging.INFO if phase is SwapPhase.CANCELLED else logging.ERROR
-            _log.log(level, '%s was not swapped in, %s goes on: %s', swap.path, swap.previous.bundle.name, reason)
+            _log.log(level, 'the swap to %s did not happen, %s continues: %s', swap.path, before.name, reason)
         else:
-            before = swap.previous.bundle
             models = [(name, digest), (before.name, before.weights_digest)]
             names = [each if name != before.name else f'{each} ({weights[:19]}…)' for each, weights in models]
             _log.info('%s answers in place of %s.', *names)
@@ -315,7 +317,7 @@ class ModelSwapper:
             model_path=swap.path,
             weights_digest=digest,
             outcome=phase.value,
-            previous_weights_digest=swap.previous.bundle.weights_digest,
+            previous_weights_digest=before.weights_digest,
             seconds=round(time.monotonic() - swap.started, 3),
             **({'reason': reason} if reason else {}),
         )

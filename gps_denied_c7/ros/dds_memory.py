@@ -205,7 +205,8 @@ def _why_no_segment(environ: Mapping[str, str], host: HostTransport, needed: int
         return f'{what} the DDS profile asks for {_mb(asked)}, and {room}. {MORE_SHM}'
     return (
         f'{what} and this process did not get the shared memory that {profile} asks for. Set '
-        f'{profile_variable(environ)} before the process starts, and look for RTPS_TRANSPORT_SHM errors above.'
+        f'{profile_variable(environ)} before the process starts, and look for RTPS_TRANSPORT_SHM errors in the output '
+        'of the process.'
     )
 
 

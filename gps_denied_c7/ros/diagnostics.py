@@ -88,6 +88,7 @@ class StreamHealth:
 _MOST_VALUES = 256
 _TROUBLE_LASTS_S = 3.0
 _TOO_OLD_IN_A_ROW = 10
+_CALLBACKS_FAILED = "but callbacks have failed: see 'failures in ...' below and the log"
 _LOSS_REMEDY = "large images need the node's DDS profile in the camera driver too"
 
 
@@ -159,7 +160,7 @@ def runtime_report(
     if building is not None:
         level, message = WARN, f'building an engine, which may take many minutes: {building}'
     if level == OK and (callback_failures or notices):
-        level, message = WARN, notices[0] if notices else f'{message}, but callbacks have failed'
+        level, message = WARN, notices[0] if notices else f'{message}, {_CALLBACKS_FAILED}'
     if swap is not None and swap.under_way:
         message = f'{message}; a swap to {swap.path} is under way ({swap.phase.value})'
     elif swap is not None and swap.unsuccessful:
@@ -243,15 +244,19 @@ def stream_report(health: StreamHealth, *, active: bool) -> Report:
         level, message = ERROR, f'images are not answered, so far {counters.unanswered}; the log has the reason'
     elif slowed or (active and _is_recent(health.refused_s)):
         refused = ', '.join(f'{count} × {reason}' for reason, count in counters.refused.items())
-        reasons = [f'slowed, since its images need more than its CPU share: {cost}; {SHARE_REMEDY}'] if slowed else []
-        reasons += [f'images are being refused, so far {refused}'] if _is_recent(health.refused_s) else []
-        level, message = WARN, ' '.join(reasons)
+        reasons = [f'images are being refused: so far {refused}'] if _is_recent(health.refused_s) else []
+        if slowed:
+            reasons.append(f'slowed: its images need more CPU time than its share ({cost}). {SHARE_REMEDY}')
+        level, message = WARN, '; '.join(reasons)
     elif active and _is_recent(health.lost_s):
         level, message = WARN, f'images are lost between camera and node, so far {counters.lost}; {_LOSS_REMEDY}'
     elif active and health.silent_s > SILENT_S:
-        level, message = WARN, f'no image for {health.silent_s:.0f} s; is the camera publishing {health.topic}?'
+        level, message = WARN, f'no image for {health.silent_s:.0f} s; check that the camera publishes {health.topic}'
     elif active and health.too_old >= _TOO_OLD_IN_A_ROW:
-        level, message = WARN, f'the last {health.too_old} images were older than max_frame_age_ms; set use_sim_time?'
+        level, message = WARN, (
+            f'the last {health.too_old} images were older than max_frame_age_ms; for a bag set use_sim_time, otherwise '
+            'synchronise the clocks'
+        )
     return Report(f'Stream {health.topic}', level, message, values)
 
 

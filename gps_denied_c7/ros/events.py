@@ -158,8 +158,8 @@ class EventReporter:
         """Warn of a topic on which no images come, or no longer."""
         if self._limiter.pass_now((topic, 'silent')) is not None:
             self._logger().warning(
-                f'{topic}: no image for {SILENT_S:.0f} s. Start the camera or the bag, and compare name and '
-                'ROS_DOMAIN_ID of what publishes it: ros2 topic list.'
+                f'{topic}: no image for {SILENT_S:.0f} s. Start the camera or the replay. If it runs, check that it '
+                f'publishes this topic (ros2 topic info {topic}) and has the same ROS_DOMAIN_ID as this node.'
             )
 
 

@@ -241,7 +241,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
         if outcome == TransitionCallbackReturn.SUCCESS:
             self._start_problem = ''
             if done:
-                left = ' except for what was left behind, see above' if self._left_behind else ''
+                left = ', except for the parts named above, which still run' if self._left_behind else ''
                 self.get_logger().info(f'{done}{left}')
         self._publish_changes()
         return outcome
@@ -279,7 +279,7 @@ class C7InferenceNode(ResponsiveLifecycleNode):
 
     def _leave_behind(self, what: str) -> None:
         self._left_behind = True
-        self.get_logger().error(f'{what}; left behind')
+        self.get_logger().error(f'{what}; its thread keeps running')
 
     def _release(self) -> None:
         self._close_streams()

@@ -158,7 +158,7 @@ def _command_line_problem(arguments: list[str], own: list[str]) -> str:
     """
     if own:
         return (
-            f'{own[0]!r} is not an option of it. Parameters follow --ros-args: '
+            f'{own[0]!r} is not an option of this program. Parameters follow --ros-args: '
             'c7_inference_node --ros-args -p model_path:=net.onnx'
         )
     try:
@@ -169,7 +169,7 @@ def _command_line_problem(arguments: list[str], own: list[str]) -> str:
     except Exception as error:  # rclpy's own, which it does not export
         wrong = re.sub(r'[.\s]*, at [^ ]+:\d+', '', str(error))
         remedy = next(remedy for word, remedy in _ROS_REMEDIES.items() if word in wrong)
-        return f'not understood after --ros-args: {wrong}. {remedy}'
+        return f'ROS does not accept what follows --ros-args: {wrong}. {remedy}'
     return ''
 
 

@@ -107,7 +107,8 @@ _STRATEGIES = f'Each of {", ".join(RUNTIME_LABELS)}, at most once.'
 PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ParameterDeclaration(
         'image_topics', Type.STRING_ARRAY, ['camera/image_raw'],
-        'Image topics to answer, sensor_msgs/Image or CompressedImage.', constraints='At least one, each once.',
+        'Image topics that the node subscribes to, sensor_msgs/Image or CompressedImage.',
+        constraints='At least one, each once.',
     ),
     ParameterDeclaration(
         'image_topic_types', Type.STRING_ARRAY, ['auto'],
@@ -117,8 +118,8 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ),
     ParameterDeclaration(
         'decoder_memory_mb', Type.INTEGER, 256,
-        'Memory that decoding may use for one image, MiB: in the decoder process of a compressed topic, or, with the '
-        'message itself, in the node for a raw image. An image that needs more is refused.', limits=(16, 65536),
+        'Limit on the memory for decoding one image, MiB. For a raw image it includes the message. An image that needs '
+        'more is refused.', limits=(16, 65536),
     ),
     ParameterDeclaration(
         'decode_timeout_ms', Type.DOUBLE, 1000.0,
@@ -205,7 +206,7 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ParameterDeclaration(
         'load_timeout_s', Type.DOUBLE, _DEFAULTS.load_timeout_s,
         'A worker must have loaded its engine, or begun to build it, within this many seconds; one step of a build may '
-        'take ten minutes. A frame for which all engines are late waits for such a load.',
+        'take ten minutes. If all engines are late, the frame waits for a new one to load.',
         limits=(0.1, 3600.0),
     ),
     ParameterDeclaration(
@@ -225,14 +226,16 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ),
     ParameterDeclaration(
         'promotion_backoff_s', Type.DOUBLE_ARRAY, list(_DEFAULTS.promotion_backoff_s),
-        'First and longest pause before a better rung that has failed is loaded again beside the one that serves, '
-        'seconds; each pause is twice the one before, until none was needed for as long as the longest.',
+        'First and longest pause, seconds, before a better runtime that has failed is loaded again in the background. '
+        'The pause doubles with each failure, and starts from the first again after a time without failures as long '
+        'as the longest.',
         constraints='[first, longest]',
     ),
     ParameterDeclaration(
         'restart_backoff_s', Type.DOUBLE_ARRAY, list(_DEFAULTS.restart_backoff_s),
-        'The same for a chain in which every rung has failed, and for the standby, seconds. If a frame is late and '
-        'there is no standby, one engine is loaded before the pause is over, once per pause.',
+        'First and longest pause, seconds, before a runtime is loaded again when every runtime has failed, and before '
+        'a standby is loaded again. If a frame is late and there is no standby, one engine is loaded before the pause '
+        'ends, once per pause.',
         constraints='[first, longest]',
     ),
     ParameterDeclaration(
@@ -274,8 +277,8 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ),
     ParameterDeclaration(
         'thermal_policy', Type.STRING, ThermalPolicy.REPORT.value,
-        'What heat causes: off: nothing; report: diagnostics and flight records; shed: also fewer frames are '
-        'answered, until the host has cooled down.',
+        'Reaction to heat. off: none; report: diagnostics and flight records; shed: as report, and fewer frames are '
+        'answered until the host has cooled down.',
         constraints=f'One of {", ".join(policy.value for policy in ThermalPolicy)}.', effect=Effect.AT_ONCE,
     ),
     ParameterDeclaration(
@@ -321,7 +324,7 @@ PARAMETERS: tuple[ParameterDeclaration, ...] = (
     ),
     ParameterDeclaration(
         'preprocess.std', Type.DOUBLE_ARRAY, [0.0],
-        'Divides after the mean is subtracted, one value or one per channel; [0.0]: from the model.',
+        'Divisor after the mean is subtracted, one value or one per channel; [0.0]: from the model.',
     ),
     ParameterDeclaration(
         'preprocess.scale', Type.DOUBLE, 0.0, 'Factor on pixel values of 0..255; 0: from the model.',

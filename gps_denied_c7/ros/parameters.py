@@ -271,7 +271,7 @@ class NodeParameters:
         """Return what is wrong with a start value of another type or out of range, and how it is written."""
         name, given = declaration.name, _plain(self._given[declaration.name].value)
         right = declaration.written(given)
-        remedy = f'Write {shlex.quote(f"{name}:={right}")}, or in a parameter file {name}: {right}'
+        remedy = f'Start with -p {shlex.quote(f"{name}:={right}")}, or write {name}: {right} in a parameter file'
         if declaration.effect is not Effect.NEVER:
             set_it = ['ros2', 'param', 'set', self._node.get_fully_qualified_name(), name, right]
             remedy += f'; while the node runs: {shlex.join(set_it)}'

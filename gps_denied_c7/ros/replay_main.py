@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -249,26 +250,36 @@ def _parser() -> argparse.ArgumentParser:
         help='shorten a longer silence on the topics played, as when the clock was set while recording, to this many '
         f'seconds of bag time, and report it; inf: play it in full. Default: {DEFAULT_MAX_GAP_S:g}',
     )  # fmt: skip
-    parser.add_argument('--progress', action=argparse.BooleanOptionalAction, help='show it; default: on a terminal')
+    parser.add_argument(
+        '--progress', action=argparse.BooleanOptionalAction, help='show the progress; default: only on a terminal'
+    )
     parser.add_argument('--json', type=path_argument, metavar='FILE', help='also write the report to this file')
     return parser
 
 
+def _number(text: str) -> float:
+    """Return NaN, which no range contains, for other text: argparse would name the function for a ValueError."""
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
 def _positive(text: str) -> float:
-    value = float(text)
+    value = _number(text)
     if not _SMALLEST <= value <= _LARGEST:
-        raise argparse.ArgumentTypeError(f'{text} is not a number from {_SMALLEST:g} to {_LARGEST:g}')
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number from {_SMALLEST:g} to {_LARGEST:g}')
     return value
 
 
 def _gap(text: str) -> float:
-    return float(text) if float(text) == float('inf') else _positive(text)
+    return math.inf if _number(text) == math.inf else _positive(text)
 
 
 def _not_negative(text: str) -> float:
-    value = float(text)
-    if not 0.0 <= value < float('inf'):
-        raise argparse.ArgumentTypeError(f'{text} is negative or not a number')
+    value = _number(text)
+    if not 0.0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number from 0 on')
     return value
 
 

@@ -135,7 +135,7 @@ class ReplayReport:
         lines += [f'{name}: skipped, {reason}' for name, reason in self.skipped.items()]
         lines += [f'missing: {sentence}' for sentence in self.missing]
         lines += [f'gaps shortened: {self.gap_count}, see --max-gap'] if self.gap_count else []
-        lines.append(f'latest message {self.latest_s * 1e3:.1f} ms late')
+        lines.append(f'longest delay of a message: {self.latest_s * 1e3:.1f} ms')
         return lines
 
 

@@ -68,7 +68,7 @@ def mismatched_subscribers(node: Node, name: str, msgtype: str, offered: QoSProf
         subscriber = f'{info.node_namespace.rstrip("/")}/{info.node_name}'
         compatible, reasons = qos_check_compatible(offered, info.qos_profile)
         if info.topic_type != msgtype:
-            yield f'{subscriber} ({info.topic_type} there, {msgtype} here)'
+            yield f'{subscriber} (subscribes as {info.topic_type}, the bag has {msgtype})'
         elif compatible == QoSCompatibility.ERROR:
             texts = [text.removeprefix('ERROR: ').lower() for text in reasons.split(';') if text.startswith('ERROR: ')]
             yield f'{subscriber} ({"; ".join(texts)})'

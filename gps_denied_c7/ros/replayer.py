@@ -293,7 +293,7 @@ class Replayer:
         remedy = f'Check the names, and that the subscribers have ROS_DOMAIN_ID {domain} too.'
         if mismatched:
             problem = f'no subscriber to {", ".join(missing)} matches: {"; ".join(sorted(mismatched))}.'
-            remedy = 'Let them subscribe with the type and no more than the QoS that were recorded.'
+            remedy = 'Change the subscribers: use the recorded type, and a QoS no stricter than the recorded one.'
         if self._options.require_matched:
             raise BagError(problem, remedy=remedy)
         if self._options.wait_matched_s:

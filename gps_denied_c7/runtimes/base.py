@@ -169,7 +169,7 @@ class BaseRuntime(ABC, Generic[EngineT]):
             forget_locals(error)
             raise EngineDeserializeError(
                 f'{self.label} could not load {entry.path}: {error}',
-                remedy='Check the file with its maker.',
+                remedy='Copy or export the file again.',
             ) from error
 
     def infer(self, handle: EngineHandle, inputs: Mapping[str, NDArray]) -> dict[str, NDArray]:
@@ -386,8 +386,8 @@ def _relaxations(bound: _Bound[Any], entry: EngineCacheEntry) -> Iterator[str]:
         shape = promised.get(spec.name)
         if shape is not None and None in (spec.shape or (None,)) and None not in shape:
             yield (
-                f'Output {spec.name!r} has the shape {shape} in model.json, which does not follow from its operators: '
-                'any other is answered, too. Write null for what changes.'
+                f'model.json gives output {spec.name!r} the fixed shape {shape}, but the network can return other '
+                'shapes, which are accepted too. Write null for each axis that varies.'
             )
 
 

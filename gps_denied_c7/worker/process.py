@@ -206,8 +206,8 @@ class WorkerProcess:
                 raise MessageError(f'{self.name} sent {type(message).__name__} before Ready.')
             if message.version != PROTOCOL_VERSION:
                 raise MessageError(
-                    f'{self.name} speaks version {message.version} of the protocol, this process {PROTOCOL_VERSION}.',
-                    remedy='Start the node again: its package was exchanged while it ran.',
+                    f'{self.name} uses version {message.version} of the protocol, this process {PROTOCOL_VERSION}.',
+                    remedy='Start the node again: its package was updated while it ran.',
                 )
             self._is_ready = True
         return True

@@ -124,7 +124,7 @@ def by_provider(tensorrt: str, root: Path, tmp_path_factory: pytest.TempPathFact
     answer = child(
         folder, do='load', root=str(folder), path=path, build=True, own_builder=False, save=str(folder / 'answers.npz')
     )
-    assert any('builds by itself' in note for note in answer['notes'])
+    assert any('builds the engine itself' in note for note in answer['notes'])
     return folder, answer
 
 

@@ -562,7 +562,7 @@ def test_a_late_answer_is_not_taken_for_another_pictures(decoder, monkeypatch):
         late.append(stale)
         answers(decoder)
     late.extend([Copied(-1)] * 50)
-    assert 'belong to no picture' in str(refused(decoder))
+    assert 'belong to no image' in str(refused(decoder))
 
 
 def test_what_a_refusal_says_is_bounded(decoder, monkeypatch):

@@ -217,7 +217,7 @@ def test_g3_inspect_of_what_cannot_be_read_at_once_says_so(tmp_path: Path, run: 
         os.truncate(tmp_path / name, size)
     for name, problem in (
         ('.', 'is a directory'), ('fifo', 'not a regular file'), ('loop', 'symbolic links'), ('none', 'No such file'),
-        ('sparse', 'not a TensorRT engine'), ('sparse.engine', f'no memory for its {8 << 40} bytes'),
+        ('sparse', 'not a TensorRT engine'), ('sparse.engine', f'not enough memory: {8 << 40} bytes are needed'),
         ('/dev/zero', 'not a regular file'),
     ):  # fmt: skip
         status, _, errors = run('inspect', tmp_path / name)
@@ -359,7 +359,7 @@ def test_m1_a_model_that_does_not_end_is_told_and_ends_with_c7_engine(
     ) as process:  # fmt: skip
         assert process.stderr is not None
         told = process.stderr.readline()
-        assert 'it is at answer 1 of 12' in told and '--answer-timeout' in told
+        assert 'now: answer 1 of 12' in told and '--answer-timeout' in told
         (child,) = Path(f'/proc/{process.pid}/task/{process.pid}/children').read_text().split()
         process.send_signal(number)
     wait_until(lambda: not Path(f'/proc/{child}/exe').exists(), 'the computation to end')

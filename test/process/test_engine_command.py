@@ -50,7 +50,7 @@ def test_g3_whole_way_as_processes_without_ros_or_gpu(tmp_path: Path) -> None:
     assert 'features: allclose, rtol 0.0, atol' in made.stdout
     checked = executed('verify', tmp_path / 'bundle')
     assert (checked.returncode, checked.stderr) == (0, '')
-    assert checked.stdout.endswith(f'{4 + 2 * 6} verified, 0 refused\n')
+    assert checked.stdout.endswith(f'{4 + 2 * 6} checked, 0 refused\n')
     if not cuda.gpu_devices():
         built = executed('build', tmp_path / 'bundle', '--cache', tmp_path / 'cache')
         assert (built.returncode, built.stdout) == (1, '')
@@ -173,7 +173,7 @@ def test_m1_verify_names_the_answer_that_a_wrong_serving_path_once_gave(bundle: 
         preprocessing=made.preprocessing, artefacts=made.artefacts, rules=made.rules, golden=golden,
     )  # fmt: skip
     status, out, _ = run('verify', bundle)
-    assert status == 1 and out.endswith('16 verified, 2 refused\n')
+    assert status == 1 and out.endswith('16 checked, 2 refused\n')
     assert "'checkerboard': output 'features'" in out and "'stripes'" not in out
     assert run('verify', '--digests-only', bundle)[0] == 0
 

@@ -121,10 +121,18 @@ def test_what_is_no_model_is_refused(tmp_path: Path) -> None:
         reference_answers(b'no model', [])
 
 
-def test_a_process_that_dies_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    dying = [sys.executable, '-c', 'raise SystemExit("no memory")']
+@pytest.mark.parametrize(
+    ('program', 'words'),
+    [
+        ('raise SystemExit("no memory")', 'ended with 1: no memory'),
+        ('import os; os.write(2, b"answer 3"); os.kill(os.getpid(), 9)', r'by signal 9 \(Killed\) at answer 3\.'),
+        ('import os; os.kill(os.getpid(), 9)', r'by signal 9 \(Killed\) at the import of ONNX Runtime\.'),
+    ],
+)
+def test_a_process_that_dies_is_said(monkeypatch: pytest.MonkeyPatch, program: str, words: str) -> None:
+    dying = [sys.executable, '-c', program]
     monkeypatch.setattr(reference, 'python_child', lambda module, *arguments, environ: (dying, environ))
-    with pytest.raises(ModelBundleError, match='ended with 1: no memory'):
+    with pytest.raises(ModelBundleError, match=words):
         reference_answers(b'', [])
 
 

@@ -632,7 +632,7 @@ def test_f4_a_frame_that_is_given_up_names_the_workers_that_were_stopped(bundle,
                 chain.infer(request)
         assert all(f'(pid {pid}, stopped)' in str(caught.value) for pid in asked) and len(asked) == 3
         assert f'(pid {asked[-1]}, stopped), loaded for this request: no answer for' in str(caught.value)
-        assert 'Find out what stops the workers' in caught.value.remedy
+        assert 'resume it with kill -CONT PID' in caught.value.remedy
         assert_answers(chain, request, expected)
 
 

@@ -162,7 +162,7 @@ def test_a_damaged_index_costs_nothing(tmp_path):
     path.write_bytes(content)
     assert read(path) == (truth, [])
     with Bag(path) as bag:
-        assert any('but no message' in note for note in bag.notes)
+        assert any('no message is lost' in note for note in bag.notes)
 
 
 def test_a_damaged_summary_costs_nothing(tmp_path):
@@ -606,16 +606,16 @@ def topic_of(information: dict) -> dict:
     ('change', 'word'),
     [
         (lambda info: topic_of(info).update(offered_qos_profiles=[{'reliability': 'best_effort'}]), ''),
-        (lambda info: topic_of(info).update(name='/other'), '/text has 20 messages, not 0'),
-        (lambda info: topic_of(info).update(type='std_msgs/msg/Bool'), 'not std_msgs/msg/Bool'),
-        (lambda info: info['topics_with_message_count'][0].update(message_count=7), 'has 20 messages, not 7'),
+        (lambda info: topic_of(info).update(name='/other'), '/text has 20 messages, metadata.yaml says 0'),
+        (lambda info: topic_of(info).update(type='std_msgs/msg/Bool'), 'metadata.yaml gives std_msgs/msg/Bool'),
+        (lambda info: info['topics_with_message_count'][0].update(message_count=7), ' messages, metadata.yaml says 7'),
         (lambda info: info.update(compression_mode='MESSAGE', compression_format='zstd'), ''),
         (lambda info: info.update(compression_mode='FILE', compression_format='fake'), ''),
         (lambda info: info.update(version=99, storage_identifier='odd'), ''),
         (lambda info: info.update(relative_file_paths=['bag/bag.mcap']), ''),
         (lambda info: info.update(relative_file_paths=['/elsewhere/bag/bag.mcap']), ''),
-        (lambda info: info.update(relative_file_paths=['renamed_0.mcap']), 'bag.mcap is played instead'),
-        (lambda info: info.update(topics_with_message_count=None), 'has 20 messages, not 0'),
+        (lambda info: info.update(relative_file_paths=['renamed_0.mcap']), 'renamed_0.mcap; played instead: bag.mcap.'),
+        (lambda info: info.update(topics_with_message_count=None), 'has 20 messages, metadata.yaml says 0'),
         (lambda info: info.pop('relative_file_paths'), 'cannot be read'),
         (lambda info: info.clear(), 'cannot be read'),
     ],

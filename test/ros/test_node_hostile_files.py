@@ -75,7 +75,7 @@ def test_n10_a_model_on_a_mount_that_does_not_answer_holds_up_nothing(demo_bundl
         assert peer.get_parameter('model_path').string_value == other
         wait_until(future.done, 'the end of configure')
         assert not future.result().success and other in peer.message('Runtime')
-        assert 'left behind' in process.output()
+        assert 'its thread keeps waiting' in process.output()
         assert peer.set_parameter('model_path', demo_bundle).successful
         assert peer.change_state('configure') and peer.change_state('activate') and peer.change_state('deactivate')
 

@@ -208,7 +208,7 @@ def test_a_swap_to_a_model_of_another_size_answers_every_compressed_image_as_the
             over.set()
             camera.join()
         assert [record['outcome'] for record in peer.payloads('c7.model_swapped')] == ['swapped', 'swapped']
-        assert 'swapped in after its self-test alone' not in process.output(), 'live frames came'
+        assert 'takes over after its self-test, without live frames' not in process.output(), 'live frames came'
 
         def settled():
             counted = counters(peer, NAMED)

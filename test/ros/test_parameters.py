@@ -246,8 +246,8 @@ def test_a_start_value_of_another_type_is_refused_once_with_how_it_is_written(be
     made = bench(autostart=True, **{name: given})
     with pytest.raises(ConfigError) as caught:
         made.parameters.settings()
-    assert f'{name}: {right}' in caught.value.remedy
-    assert shlex.split(caught.value.remedy)[1].rstrip(',') == f'{name}:={right}'
+    assert f'write {name}: {right} in a parameter file' in caught.value.remedy
+    assert shlex.split(caught.value.remedy)[3].rstrip(',') == f'{name}:={right}'
     assert shlex.split(caught.value.remedy.partition('while the node runs: ')[2]) == [
         'ros2', 'param', 'set', '/bench', name, right,
     ]  # fmt: skip

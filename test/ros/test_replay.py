@@ -348,7 +348,7 @@ def test_the_recorded_lifespan_is_offered_where_each_publisher_had_one(node, tmp
     [
         (String, {}, 'best effort publisher and reliable subscription'),
         (String, {'deadline': Duration(seconds=0.1), 'reliability': ReliabilityPolicy.BEST_EFFORT}, 'deadline'),
-        (Int32, {}, 'std_msgs/msg/Int32 there, std_msgs/msg/String here'),
+        (Int32, {}, 'subscribes as std_msgs/msg/Int32, the bag has std_msgs/msg/String'),
     ],
 )
 def test_a_subscriber_that_does_not_match_is_named_with_the_policy_or_type(node, tmp_path, msgtype, requested, words):
@@ -870,6 +870,12 @@ def test_unknown_topics_are_refused(bag, arguments):
 def test_bad_arguments_are_refused(bag, arguments):
     code, output = replay(bag, *arguments)
     assert code == 2 and 'usage:' in output
+
+
+@pytest.mark.parametrize('option', ['--rate', '--clock', '--max-gap', '--wait-matched'])
+def test_an_option_that_is_no_number_is_refused_with_the_numbers_that_it_takes(bag, option):
+    code, output = replay(bag, option, 'fast')
+    assert code == 2 and f"{option}: 'fast' is not a number from" in output
 
 
 def test_progress_bar_counts_messages(bag):

@@ -883,7 +883,7 @@ class RuntimeChain:
         raise InferenceError(
             f'no runtime can answer this request, while {serving.name} still passes its self-test: '
             f'{join_reasons(map(self._describe, attempts))}.',
-            remedy='Find out what stops the workers.'
+            remedy='A worker process is stopped by a signal or a debugger: resume it with kill -CONT PID.'
             if stopped
             else 'Run the model on this input outside of this package, and correct it.',
         ) from attempts[-1].error

@@ -181,13 +181,14 @@ class Bag(AbstractContextManager['Bag']):
         for name in sorted(counts.keys() | metadata.counts.keys()):
             stored, said = counts.get(name, 0), metadata.counts.get(name, 0)
             if stored != said:
-                differences.append(f'{name} has {stored} messages, not {said}')
+                differences.append(f'{name} has {stored} messages, metadata.yaml says {said}')
             topic, said_qos = self.topics.get(name), metadata.qos.get(name, ())
             if topic and topic.msgtype not in metadata.types.get(name, {topic.msgtype}):
-                differences.append(f'{name} is {topic.msgtype}, not {" or ".join(sorted(metadata.types[name]))}')
+                types = ' or '.join(sorted(metadata.types[name]))
+                differences.append(f'{name} is {topic.msgtype}, metadata.yaml gives {types}')
             if self._qos.get(name) and said_qos and set(self._qos[name] or ()) != set(said_qos):
-                said_merged = offered(said_qos)
-                differences.append(f'{name} was offered as {offered(self._qos[name] or ())}, not {said_merged}')
+                played = offered(self._qos[name] or ())
+                differences.append(f'{name} was offered as {played}, metadata.yaml says {offered(said_qos)}')
         if differences:
             self._files.notes.append(
                 f'metadata.yaml differs from the storage files, which are played: {"; ".join(differences)}.'

@@ -107,13 +107,13 @@ def _in_directory(path: Path) -> BagFiles:
     if not (path / 'metadata.yaml').exists():
         found.files = _without_metadata(path, list(present.values()))
         names = ', '.join(file.name for file in found.files)
-        found.notes.append(f'{path} has no metadata.yaml; {names} is read by itself.')
+        found.notes.append(f'{path} has no metadata.yaml; read without it: {names}.')
         return found
     found.metadata = _read_metadata(path / 'metadata.yaml', found)
     if found.metadata is None or not found.metadata.files:
         found.files = _without_metadata(path, list(present.values()))
         if found.metadata:
-            found.notes.append('metadata.yaml names no storage file; what lies beside it is played.')
+            found.notes.append('metadata.yaml names no storage file; the storage files beside it are played.')
         return found
     gone = _take_named(path, found, found.metadata.files)
     used = {_without_compression(os.path.realpath(file)) for file in found.files}
@@ -121,7 +121,7 @@ def _in_directory(path: Path) -> BagFiles:
     _account_for_others(path, found, gone, others)
     if not found.files:
         raise BagError(
-            f'{path} has none of its storage files: {", ".join(gone)} is missing.',
+            f'{path} has none of its storage files; missing: {", ".join(gone)}.',
             remedy='Copy the bag again, with all of its files.',
         )
     return found
@@ -152,7 +152,7 @@ def _take_named(path: Path, found: BagFiles, names: list[str]) -> list[str]:
             if candidates is not beside or os.path.realpath(file) not in map(os.path.realpath, files.values()):
                 files[name] = file
             if candidates is outside:
-                found.notes.append(f'{file} is played, which metadata.yaml names, though it is outside {path}.')
+                found.notes.append(f'metadata.yaml names {file}, which is outside {path}; it is played.')
     found.files = list({os.path.realpath(files[name]): files[name] for name in names if name in files}.values())
     if len(found.files) < len(files):
         found.notes.append('metadata.yaml names a file more than once; it is played once.')
@@ -164,7 +164,7 @@ def _account_for_others(path: Path, found: BagFiles, gone: list[str], others: li
     names, there = ', '.join(gone), ', '.join(file.name for file in others)
     if gone and others:
         found.files += others
-        found.notes.append(f'metadata.yaml names {names}, which is not there; {there} is played instead.')
+        found.notes.append(f'metadata.yaml names files that are missing: {names}; played instead: {there}.')
     if len(gone) > len(others):
         found.missing.append(f'{names} is missing: metadata.yaml names it and it is not in {path}.')
     if others and not gone:
@@ -204,7 +204,7 @@ def _read_metadata(path: Path, found: BagFiles) -> Metadata | None:
             information = read_yaml(stream)['rosbag2_bagfile_information']
         return _metadata_from(information)
     except (OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-        found.notes.append(f'metadata.yaml cannot be read ({reason(error)}); the storage files are read by themselves.')
+        found.notes.append(f'metadata.yaml cannot be read ({reason(error)}); the storage files are read without it.')
         return None
 
 
@@ -217,7 +217,7 @@ def _metadata_from(information: dict[str, Any]) -> Metadata:
             raise ValueError('the name of a topic is not text')
         # Not formatted unless it is text: a few aliases in each other are gigabytes once written out.
         msgtype, type_hash = (topic.get(key) for key in ('type', 'type_description_hash'))
-        metadata.types.setdefault(name, set()).add(msgtype[:200] if isinstance(msgtype, str) else 'of no type')
+        metadata.types.setdefault(name, set()).add(msgtype[:200] if isinstance(msgtype, str) else 'no type')
         metadata.counts[name] = metadata.counts.get(name, 0) + whole(entry.get('message_count'))
         metadata.qos[name] = (*metadata.qos.get(name, ()), *profiles_of(topic.get('offered_qos_profiles')))
         if type_hash and isinstance(type_hash, str):

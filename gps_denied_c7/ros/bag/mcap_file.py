@@ -289,22 +289,22 @@ class McapFile(Storage):
         self._index_is_whole = promised is not None and +found == +said
         if self._index_is_whole:
             # What the damage took held no message.
-            self.notes += [f'{cut}, but no message, as the file itself counts them.' for cut in self._cuts]
+            self.notes += [f"{cut}; by the file's own count, no message is lost." for cut in self._cuts]
         else:
             self._lost += [f'{cut}.' for cut in self._cuts]
             self._note_strange()
         if unknown := {f'channel {number}': found[number] for number in found.keys() - self.channels.keys()}:
-            self._lost.append(f'{self.path.name} does not describe the channel of {count_text(unknown)}.')
+            self._lost.append(f'{self.path.name} holds {count_text(unknown)}, but no description of it.')
 
     def _note_strange(self) -> None:
         """Name the records that are passed over; kinds from 0x80 on are for applications and hold no message."""
         for kind, places in self._strange.items():
             records = f'{len(places)} record{"s" if len(places) > 1 else ""} of kind {kind:#04x}'
-            found = f'{self.path.name}: {records}, from byte {places[0]} on, not read'
+            found = f'{self.path.name}: {records} not read, the first at byte {places[0]}'
             if kind >= _FIRST_PRIVATE:
-                self.notes.append(f'{found}: that kind belongs to applications.')
+                self.notes.append(f'{found}: this kind is for applications.')
             else:
-                self._lost.append(f'{found}: unknown or out of place; the content is missing.')
+                self._lost.append(f'{found}: unknown or misplaced.')
 
     def _channel(self, record: ChannelRecord) -> Channel:
         schema = self._schemas.get(record.schema_id)
@@ -379,7 +379,7 @@ class McapFile(Storage):
         data = decompressed(record.data, record.compression) if record.compression else record.data
         size = len(data)
         if size != record.uncompressed_size:
-            raise _DamageError(f'{size} of {record.uncompressed_size} bytes')
+            raise _DamageError(f'it holds {size} bytes, not {record.uncompressed_size}')
         if record.uncompressed_crc and zlib.crc32(data) != record.uncompressed_crc:
             raise _DamageError('its crc differs')
         stream = ReadDataStream(BytesIO(data))
@@ -387,7 +387,7 @@ class McapFile(Storage):
         while stream.count < size:
             opcode, length = _FRAME.unpack(stream.read(_FRAME.size))
             if opcode == 0 or stream.count + length > size:
-                raise _DamageError('its records do not fit')
+                raise _DamageError('a record in it is invalid or longer than the chunk')
             content = stream.read(length)
             if opcode == Opcode.MESSAGE:
                 message = Message.read(_Exact(content), length)

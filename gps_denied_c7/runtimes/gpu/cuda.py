@@ -80,7 +80,7 @@ def gpu_stack_remedy(install: str) -> str:
     """
     if gpu_devices():
         return install
-    return f'Nothing is missing where there is no NVIDIA GPU, as on this host; with one: {install}'
+    return f'This host has no NVIDIA GPU, so nothing has to be installed. On a host with one: {install}'
 
 
 def require_gpu(label: str) -> None:

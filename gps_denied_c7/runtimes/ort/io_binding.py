@@ -335,8 +335,8 @@ def compare_runs(io: TensorIo, inputs: Mapping[str, NDArray], *, random: bool = 
         yield changing.format(sorted(wrong))
     elif wrong:
         raise EngineDeserializeError(
-            f'outputs {sorted(wrong)} of a bound run are not those of a plain one.',
-            remedy='Report this with the model, and use another runtime.',
+            f'outputs {sorted(wrong)} are wrong when ONNX Runtime runs with IO binding.',
+            remedy='Use another runtime, and report this with the model.',
         )
 
 

@@ -75,7 +75,7 @@ class Attempt:
         return TENSORRT in self.providers and not self.engine and self.warm is None
 
     def __str__(self) -> str:
-        return f'{list(self.providers)}{" around the engine" if self.engine else ""}'
+        return f'{list(self.providers)}{" with the prebuilt engine" if self.engine else ""}'
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +183,7 @@ def _on_tensorrt(entry: EngineCacheEntry, model: OnnxModel, engines: Engines, no
         yield Attempt(_GPU_FIRST, model.source, model.weights, cache=cache, warm=ready)
     elif warm is None:
         # The provider builds whatever its cache lacks, for minutes, and loads unread what lies there.
-        notes.append(f'{TENSORRT} was not asked for: its cache is not verified and building is not allowed.')
+        notes.append(f'{TENSORRT} is not used: its cache holds no verified engine, and build_on_configure is off.')
 
 
 def around_engine(

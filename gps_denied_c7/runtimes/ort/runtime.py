@@ -229,7 +229,8 @@ class OnnxTrtEpRuntime(BaseRuntime[Session]):
             return around_engine(plan.plan, entry, plan.inputs, plan.outputs, built_for.sm, new=True)
         except Exception as error:
             # Its remedy is about a failed build, and this model will be served.
-            notes.append(f'{TENSORRT} builds by itself: {getattr(error, "message", error)}')
+            reason = getattr(error, 'message', error)
+            notes.append(f"{TENSORRT} builds the engine itself, since TensorRT's own builder cannot: {reason}")
             _log.warning('%s: %s', entry.path, notes[-1])
             return None
 

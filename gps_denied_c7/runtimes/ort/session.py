@@ -145,14 +145,15 @@ def _session(
             )
         came = session.get_providers()
         if attempt.engine and TENSORRT not in came:
-            raise EngineDeserializeError(f'{TENSORRT} did not come')
+            raise EngineDeserializeError(f'ONNX Runtime did not activate {TENSORRT}, although it was requested')
         if attempt.warm is not None:
             attempt.warm.require_unchanged()
     except BaseException:
         if profile is not None:
             profile.cleanup()
         raise
-    notes += [f'{name} was asked for and did not come.' for name in attempt.providers if name not in came]
+    absent = [name for name in attempt.providers if name not in came]
+    notes += [f'ONNX Runtime did not activate {name}, although it was requested.' for name in absent]
     return Session(
         session=session,
         path=plan.path,

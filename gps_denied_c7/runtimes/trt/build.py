@@ -106,8 +106,9 @@ def build_engine(
     """
     if not build.allow_build or build.precision not in PRECISIONS:
         raise EngineDeserializeError(
-            f'an engine of precision {build.precision!r} was not built (allow_build {build.allow_build}).',
-            remedy=f'Allow it, with a precision of {list(PRECISIONS)}.',
+            f'an engine of precision {build.precision!r} was not built: building is not allowed here, or the precision '
+            'is unknown.',
+            remedy=f'Run c7_engine build on the ground with --precision {" or ".join(PRECISIONS)}.',
         )
     cuda = open_cuda(LABEL)
     gate = gate or EngineGate(local_host_profile(cuda))

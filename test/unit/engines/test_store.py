@@ -122,7 +122,7 @@ def test_g1_an_engine_without_a_sound_manifest_is_passed_over(
     else:
         manifest.chmod(0o666)
     assert find(cache) is None
-    assert 'passed over' in caplog.text
+    assert 'is not used' in caplog.text
 
 
 def test_r2_a_cache_that_is_not_there_is_empty(tmp_path: Path) -> None:

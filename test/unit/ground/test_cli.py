@@ -348,7 +348,7 @@ def test_g3_verify_gives_a_verdict_for_each(tmp_path: Path, run: Run, here: Host
     for path in (bad, other, tmp_path / 'odd.engine'):
         assert f'REFUSED  engine    {path}\n' in out
     assert "file_name: expected '<model>-<precision>-" in out
-    assert out.endswith('4 verified, 3 refused\n')
+    assert out.endswith('4 checked, 3 refused\n')
     status, out, _ = run('verify', tmp_path, '--json')
     assert (status, json.loads(out)['refused']) == (1, 3)
     assert verdicts(out) == {good.name: True, bad.name: False, other.name: False, 'odd.engine': False}

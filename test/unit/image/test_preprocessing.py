@@ -504,7 +504,7 @@ def test_m1_frames_do_not_leave_traces_in_each_other():
     'out', [np.empty((1, 1, 4, 5), np.float32), np.empty((1, 1, 5, 4), np.float64), np.empty((5, 4), np.float32)]
 )
 def test_m1_a_tensor_the_spec_does_not_make_is_refused(out):
-    with pytest.raises(ConfigError, match='preprocessing: makes float32'):
+    with pytest.raises(ConfigError, match='preprocessing: the result is float32'):
         Preprocessor(_spec(4, 5)).run(_noise(4, 5), out)
 
 

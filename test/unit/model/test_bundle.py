@@ -789,7 +789,7 @@ _SINGLE = 'Export the model with a single image input'
     [
         ([], _SINGLE),
         ([_IMAGE, _IMAGE], _SINGLE),
-        ([TensorSpec('x', 'float32', (1, 3, None, 640))], r'give it .*preprocess\.width'),
+        ([TensorSpec('x', 'float32', (1, 3, None, 640))], r'Set the image size .*preprocess\.width'),
         ([TensorSpec('x', 'float32', (1, None, 480, 640))], r'preprocess\.colour'),
         ([TensorSpec('x', 'float32', (1, 4, 480, 640))], r'Export .* that has 1 or 3 channels\.'),
         ([TensorSpec('x', 'float32', (1, 480, 640, 5))], r'Export .* that has 1 or 3 channels\.'),
@@ -832,7 +832,7 @@ def test_m1_settings_that_the_network_does_not_take_are_named_with_those_it_take
     spec = PreprocessingSpec(**{'width': 640, 'height': 480, 'colour': 'rgb', **given})
     with pytest.raises(ModelBundleError, match='preprocessing: ') as caught:
         image_input([TensorSpec('image', dtype, shape)], spec)
-    assert caught.value.remedy == f'Set {remedy}.'
+    assert caught.value.remedy == f'Set {remedy} (node: preprocess.*; bundle: preprocessing in model.json).'
     for setting in remedy.split(', '):
         name = setting.split()[0]
         assert f'{name} {getattr(spec, name)}' in caught.value.message

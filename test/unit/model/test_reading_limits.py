@@ -198,7 +198,7 @@ def test_dense_answers_are_compared_in_blocks_as_at_once(seed):
     rule = AllClose('y', rtol=1e-3, atol=2e-3)
     wrong, worst = plain_allclose(rule, found, expected)
     told = compare_output(rule, found, expected)
-    assert f'{wrong} of {expected.size} values' in told and f': {np.float32(worst)!s} for' in told
+    assert f'{wrong} of {expected.size} values' in told and f': found {np.float32(worst)!s}, expected' in told
     assert compare_output(AllClose('y', rtol=0.0, atol=1.0), found, expected) is None
 
 

@@ -118,6 +118,6 @@ def test_r5_onnx_runtime_without_a_gpu_asks_for_nothing_on_a_host_that_has_none(
     for devices in (['/dev/nvidia0'], []):
         monkeypatch.setattr(cuda, 'gpu_devices', lambda found=devices: found)
         assert 'pip install -r requirements/gpu.txt' in gpu_remedy(config)
-        assert ('Nothing is missing where there is no NVIDIA GPU' in gpu_remedy(config)) is (not devices)
+        assert ('This host has no NVIDIA GPU, so nothing has to be installed' in gpu_remedy(config)) is (not devices)
     required = dataclasses.replace(config, ort_disallow_cpu_fallback=True)
     assert gpu_remedy(required).endswith('or set ort_disallow_cpu_fallback to false.')

@@ -33,7 +33,8 @@ from gps_denied_c7.runtimes.pt.archive_scan.strict_zip import ZipRefusedError, r
 __all__ = ['ArchiveKind', 'TorchArchive', 'read_torch_archive', 'scan_torch_archive']
 
 _REMEDY = (
-    'Export the model again with fixed shapes (gps_denied_c7.runtimes.pt.export), and take it from its maker alone.'
+    'Export the model again with fixed shapes (gps_denied_c7.runtimes.pt.export), and use files from trusted sources '
+    'only.'
 )
 
 Entries = Mapping[str, memoryview]

@@ -153,7 +153,7 @@ def test_g2_cache_that_is_not_what_was_listed_is_deleted_and_cold(
     _, handle = load(config, model, build=NO_BUILD)
     assert providers_asked(fake) == [[CUDA, CPU]]
     assert not cache_of(config, model).exists()
-    assert any('counts as cold' in note and 'deleted' in note for note in handle.facts.notes)
+    assert any('is not used' in note and 'deleted' in note for note in handle.facts.notes)
     assert any(str(cache_of(config, model)) in record.getMessage() for record in caplog.records)
     load(config, model)
     assert len(fake.builds) == 2
@@ -464,7 +464,7 @@ def test_g4_model_that_tensorrt_refuses_is_built_by_the_provider(
     assert [is_around_an_engine(attempt) for attempt in fake.attempts] == [False]
     assert len(fake.builds) == 1
     assert WHOLE_ENGINE not in kept(config, model)
-    assert any('builds by itself' in note and says in note for note in handle.facts.notes)
+    assert any('builds the engine itself' in note and says in note for note in handle.facts.notes)
 
 
 @pytest.mark.parametrize(('allowed', 'tells'), [(BUILD, True), (NO_BUILD, False)])
@@ -522,7 +522,7 @@ def test_g4_built_engine_too_large_for_a_model_around_it_is_built_by_the_provide
     model = bare_bundle(tmp_path)
     _, handle = load(config, model)
     assert (builds(own_builder), len(fake.builds)) == (1, 1)
-    assert any('builds by itself' in note and '2 GiB' in note for note in handle.facts.notes)
+    assert any('builds the engine itself' in note and '2 GiB' in note for note in handle.facts.notes)
     load(config, model, build=NO_BUILD)
     assert len(fake.builds) == 1
 
