@@ -365,7 +365,7 @@ def test_a_model_that_no_image_fits_leaves_the_old_one(bench, inputs):
 def test_a_parameter_that_is_not_set_after_all_swaps_nothing(bench, monkeypatch):
     monkeypatch.setattr('gps_denied_c7.pipeline.model_swap._ACCEPTED_S', 0.05)
     bench.on_accept = lambda path: False
-    assert 'not set' in bench.swap('new')['reason']
+    assert 'was refused or replaced by another one' in bench.swap('new')['reason']
     assert bench.scripts['new'].hosts == []
     bench.assert_old_serves('new')
 

@@ -101,7 +101,7 @@ def test_the_provider_builds_where_that_is_kept_and_reads_what_was_verified_alon
 
 
 def test_a_plan_says_why_tensorrt_is_left_out() -> None:
-    assert planned().notes[0] == 'found' and 'building is not allowed' in planned().notes[1]
+    assert planned().notes[0] == 'found' and 'build_on_configure is off' in planned().notes[1]
     for engines, allow_build in ((Engines(), True), (Engines(PROVIDERS), False), (Engines(ONE), False)):
         assert planned(engines, allow_build=allow_build).notes == ('found',)
     assert planned(providers=ProviderSet.CPU).notes == ('found',)
