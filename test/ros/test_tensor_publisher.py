@@ -184,22 +184,22 @@ def test_whatever_changes_from_one_answer_to_the_next_is_told(ways):
     outputs = {'x': np.zeros(3, np.float32)}
     one = result(image(1), outputs)
     changed = [
-        dataclasses.replace(one, frame=dataclasses.replace(one.frame, message=received(image(1, encoding='8UC1')))),
-        dataclasses.replace(one, frame=dataclasses.replace(one.frame, receive_stamp_ns=5)),
-        dataclasses.replace(one, frame_seq=3),
-        dataclasses.replace(one, source_size=(64, 49)),
-        dataclasses.replace(one, source_size=(65, 48)),
-        dataclasses.replace(one, network_to_image=one.network_to_image + 1.0),
+        one._replace(frame=dataclasses.replace(one.frame, message=received(image(1, encoding='8UC1')))),
+        one._replace(frame=dataclasses.replace(one.frame, receive_stamp_ns=5)),
+        one._replace(frame_seq=3),
+        one._replace(source_size=(64, 49)),
+        one._replace(source_size=(65, 48)),
+        one._replace(network_to_image=one.network_to_image + 1.0),
         *(
-            dataclasses.replace(one, answer=one.answer._replace(**{name: value}))
+            one._replace(answer=one.answer._replace(**{name: value}))
             for name, value in one.answer._asdict().items()
             if name not in ('outputs', 'ran_ns', 'is_fallback')
             for value in (value[:-1], '', f'{value} and more')
         ),
-        dataclasses.replace(one, answer=one.answer._replace(is_fallback=False)),
-        *(dataclasses.replace(one, durations_ns={**one.durations_ns, stage: 100}) for stage in one.durations_ns),
+        one._replace(answer=one.answer._replace(is_fallback=False)),
+        *(one._replace(durations_ns={**one.durations_ns, stage: 100}) for stage in one.durations_ns),
     ]
-    other = dataclasses.replace(one, frame=dataclasses.replace(one.frame, topic='/other'))
+    other = one._replace(frame=dataclasses.replace(one.frame, topic='/other'))
     with patch.object(time, 'monotonic_ns', lambda: 2**62):
         for answered in itertools.chain.from_iterable((one, each, other, each) for each in changed):
             for way in ways.answers:
@@ -211,7 +211,7 @@ def test_whatever_changes_from_one_answer_to_the_next_is_told(ways):
 def test_what_could_not_be_said_is_not_taken_for_said(ways):
     """An answer whose model's name no message can hold is refused each time, and the next one says its own."""
     one = result(image(1), {})
-    unspeakable = dataclasses.replace(one, answer=one.answer._replace(model_name='\ud800'))
+    unspeakable = one._replace(answer=one.answer._replace(model_name='\ud800'))
     for _ in range(2):
         with pytest.raises(UnicodeEncodeError):
             ways.answers[0].publish(unspeakable)

@@ -362,7 +362,7 @@ def reliable(*topics: str, depth: int = 2000) -> dict[str, Any]:
 @contextlib.contextmanager
 def active_node(context: rclpy.Context, topic: str, model_path: str) -> Iterator[LocalNode]:
     """A node in this process that is active and misses no image of ``topic`` on the way; shut down at the end."""
-    local = LocalNode(context, model_path=model_path, cpu_threads=1, **reliable(topic))
+    local = LocalNode(context, model_path=model_path, cpu_threads=1, **reliable(topic, depth=5))
     try:
         assert local.node.transition('configure') and local.node.transition('activate')
         yield local
