@@ -47,7 +47,7 @@ def test_n10_a_model_path_of_eight_terabytes_holds_up_nothing(demo_bundle, tmp_p
         assert peer.change_state('deactivate') and peer.change_state('cleanup')
         assert peer.set_parameter('model_path', str(folder)).successful
         assert not peer.change_state('configure')
-        assert str(8 << 40) in peer.message('Runtime')
+        wait_until(lambda: str(8 << 40) in peer.message('Runtime'), 'the size on diagnostics')
         assert peer.set_parameter('model_path', demo_bundle).successful
         assert peer.change_state('configure')
 

@@ -7,7 +7,7 @@ import onnxruntime as ort
 from gps_denied_c7_msgs.msg import Tensor
 
 from gps_denied_c7.ground.cli import main
-from support.harness import image, running_node, tensor
+from support.harness import image, running_node, tensor, wait_until
 from support.small_networks import free, handmade
 
 CAMERA = '/camera/image_raw'
@@ -42,7 +42,7 @@ def test_m1_a_bare_onnx_of_any_size_is_answered_at_the_size_of_the_parameters(tm
     sizes = {'preprocess.width': 32, 'preprocess.height': 24, 'preprocess.colour': 'rgb'}
     with running_node({'model_path': str(model), 'cpu_threads': 1, 'preprocess.width': 32}) as (_, peer):
         assert not peer.change_state('configure')
-        assert 'preprocess.height' in peer.message('Runtime')
+        wait_until(lambda: 'preprocess.height' in peer.message('Runtime'), 'the parameter on diagnostics')
         assert peer.set_together(**sizes).successful
         peer.start()
         peer.wait_matched(CAMERA)
