@@ -148,7 +148,7 @@ def _take_named(path: Path, found: BagFiles, names: list[str]) -> list[str]:
             # Not Path.is_file, which raises for a name that is too long.
             if name in files or not os.path.isfile(file):
                 continue
-            # Two names with another folder each don't mean one file beside the metadata.
+            # Two names in different folders must not both stand for one file beside the metadata.
             if candidates is not beside or os.path.realpath(file) not in map(os.path.realpath, files.values()):
                 files[name] = file
             if candidates is outside:
